@@ -1,0 +1,222 @@
+"""One server: its address, its state, and the opening of connections to it.
+
+State changes on evidence only. DOWN: a connect that is refused, reset or past its deadline, a
+server that says that it is starting up or shutting down (57P03), a ping past its deadline. Not
+DOWN: a wrong password, a missing database, too many clients (53300), anything a statement raises.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import logging
+import random
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import generators, rows, waiting
+from psycopg.conninfo import make_conninfo
+from psycopg.errors import ConnectionTimeout, _WaitTimeout
+
+from .errors import one_line
+from .probe import StartupProbe
+from .session import BlockCursor, BlockServerCursor, PooledConnection
+
+if TYPE_CHECKING:
+    from .config import EndpointConfig, GroupConfig
+    from .group import Group
+
+logger = logging.getLogger("pgdbpool")
+
+GRACE = 1.0
+"""Seconds that the client waits beyond the server's own statement_timeout."""
+
+PROBE_AFTER = (0.5, 0.75)
+"""Seconds between two probes of a DOWN endpoint, drawn at random: at most two a second."""
+
+PROBE_TIMEOUT = 2.0
+"""Seconds that a server has to answer a probe."""
+
+
+class State(enum.Enum):
+    """What an endpoint is known to be."""
+
+    UP = "up"
+    DOWN = "down"
+    PROBING = "probing"
+    DRAINING = "draining"
+
+
+class Role(enum.Enum):
+    """What a server says it is; see `in_hot_standby`."""
+
+    PRIMARY = "primary"
+    STANDBY = "standby"
+
+
+class DialError(Exception):
+    """A connection could not be opened; `down` tells whether that is evidence of a server gone."""
+
+    def __init__(self, endpoint: Endpoint, message: str, down: bool) -> None:
+        super().__init__(message)
+        self.endpoint = endpoint
+        self.down = down
+
+
+class Endpoint:
+    """One PostgreSQL server, shared by the groups that use it.
+
+    The attributes are written by whoever has the evidence and read without a lock: each is one
+    assignment, and a reader that is late by one is corrected by its own evidence.
+    """
+
+    def __init__(self, config: EndpointConfig) -> None:
+        self.config = config
+        self.label = config.label
+        self.weight = config.weight
+        self.state = State.UP
+        self.role: Role | None = None
+        self.read_only = False
+        self.role_seen_at = 0.0
+        self.condemned_at = 0.0
+        """When it went down: connections not known to work since then are not lent."""
+        self.suspected_at = 0.0
+        """When a statement ran into its deadline: connections idle since then are pinged first."""
+        self.groups: Sequence[Group] = ()
+        self.last_error: str | None = None
+        self.last_error_at: float | None = None
+        self.down_since: float | None = None
+        self.opened = 0
+        self.on_down: Callable[[Endpoint], None] = lambda endpoint: None
+        self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
+        self._ids = itertools.count(1)
+
+    def __repr__(self) -> str:
+        role = self.role.value if self.role else "role unknown"
+        return f"<Endpoint {self.label} {self.state.value} {role}>"
+
+    @property
+    def connections(self) -> int:
+        """Connections that this process has to the server."""
+        return sum(group.connections_to(self) for group in self.groups)
+
+    # Evidence.
+
+    def mark_down(self, reason: str) -> None:
+        """Take the endpoint out of use until a probe succeeds; its idle connections are dropped."""
+        self.note_error(reason)
+        self.condemned_at = monotonic()
+        if self.state in (State.UP, State.PROBING):
+            was_up = self.state is State.UP
+            self.state = State.DOWN
+            if was_up:
+                self.down_since = self.condemned_at
+                logger.warning("endpoint %s is down: %s", self.label, reason)
+        self.on_down(self)
+
+    def mark_up(self) -> None:
+        """Put the endpoint back into use."""
+        if self.state in (State.DOWN, State.PROBING):
+            self.state = State.UP
+            logger.warning("endpoint %s is up again", self.label)
+            self.down_since = None
+            self.on_up(self)
+
+    def note_error(self, reason: str) -> None:
+        """Remember an error as evidence for messages and the status."""
+        self.last_error = reason
+        self.last_error_at = monotonic()
+
+    def note_role(self, conn: PooledConnection) -> Role:
+        """Learn the server's role from what it reported on the connection, at no round trip.
+
+        `in_hot_standby` is reported by PostgreSQL 14 and later, at connect and when it changes:
+        https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
+        """
+        status = conn.pgconn.parameter_status
+        standby = status(b"in_hot_standby")
+        if standby is not None:
+            role = Role.STANDBY if standby == b"on" else Role.PRIMARY
+        elif conn.asked_role is not None:
+            role = Role(conn.asked_role)
+        else:
+            with psycopg.Cursor(conn, row_factory=rows.tuple_row) as cursor:
+                (in_recovery,) = cursor.execute("SELECT pg_is_in_recovery()").fetchone() or (False,)
+            role = Role.STANDBY if in_recovery else Role.PRIMARY
+            conn.asked_role = role.value
+        if role is not self.role:
+            if self.role is not None:
+                logger.warning("endpoint %s was %s and is now %s", self.label, self.role.value, role.value)
+            self.role = role
+        self.read_only = status(b"default_transaction_read_only") == b"on"
+        self.role_seen_at = monotonic()
+        return role
+
+    # Opening connections.
+
+    def dial(self, group: GroupConfig, timeout: float, row_factory: Any) -> PooledConnection:
+        """Open a connection as the group wants it, within the timeout (seconds).
+
+        :raises DialError: with the server's or the network's own words.
+        """
+        deadline = monotonic() + timeout
+        conn: PooledConnection | None = None
+        try:
+            pgconn = waiting.wait_conn(
+                generators.connect(self._conninfo(group)), interval=0.1, timeout=max(timeout, 0.0)
+            )
+            conn = PooledConnection(pgconn)
+            conn.patience = max(deadline - monotonic(), 0.1)
+            conn.endpoint = self
+            conn.watch()
+            conn.autocommit = True
+            self.note_role(conn)
+            if group.sqlprepare:
+                psycopg.Cursor(conn).execute('SELECT * FROM "SQLPrepare"."PrepareQueries"()')
+        except _WaitTimeout:
+            error: psycopg.Error = ConnectionTimeout(f"no answer within {timeout:.1f} s")
+            raise self._failed(error, down=True) from error
+        except psycopg.Error as error:
+            if conn is not None:
+                conn.close()
+            raise self._failed(error, down=self._is_down(deadline)) from error
+        milliseconds = self.statement_timeout(group)
+        conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
+        conn.prepare_threshold = group.prepare_threshold
+        conn.row_factory = row_factory
+        conn.cursor_factory = BlockCursor
+        conn.server_cursor_factory = BlockServerCursor
+        if group.max_lifetime:
+            # Jitter, so that connections opened together are not all replaced together.
+            conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
+        self.opened = next(self._ids)
+        self.mark_up()
+        return conn
+
+    def statement_timeout(self, group: GroupConfig) -> int:
+        """Return the statement_timeout of the group's connections in milliseconds; 0 is none."""
+        return self.config.query_timeout if group.query_timeout is None else group.query_timeout
+
+    def _conninfo(self, group: GroupConfig) -> str:
+        params: dict[str, Any] = self.config.conninfo_params()
+        if options := self.config.server_options(self.statement_timeout(group)):
+            params["options"] = options
+        return make_conninfo("", **params)
+
+    def _failed(self, error: psycopg.Error, down: bool) -> DialError:
+        message = one_line(error)
+        if down:
+            self.mark_down(message)
+        else:
+            if message != self.last_error:
+                logger.warning("endpoint %s refuses connections: %s", self.label, message)
+            self.note_error(message)
+        return DialError(self, message, down)
+
+    def _is_down(self, deadline: float) -> bool:
+        """Ask the server itself why it refused: libpq gives no SQLSTATE and its text is translated."""
+        probe = StartupProbe(self.config)
+        probe.run(min(deadline - monotonic(), PROBE_TIMEOUT))
+        return not probe.accepting

@@ -1,0 +1,187 @@
+"""The errors of the package: one hierarchy under `Error`, and what an error says about its connection.
+
+An error raised by a statement is both `DBQueryError` and psycopg's own class, so that
+``except psycopg.errors.UniqueViolation`` and ``except DBQueryError`` both catch it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import errors as pg
+
+
+class Error(Exception):
+    """The base of everything that the package raises by itself."""
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong in a configuration: the path of the key and what to do about it."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class ConfigError(Error, ValueError):
+    """The configuration cannot be used; `problems` lists everything that is wrong in it."""
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems: tuple[Problem, ...] = tuple(problems)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, tuple[Problem, ...]]]:
+        return type(self), (str(self), self.problems)
+
+
+class NotInitializedError(Error, RuntimeError):
+    """`Connection.init()` was not called, or `Connection.close()` was."""
+
+
+class UnconfiguredGroupError(Error, LookupError):
+    """The configuration has no group of that name."""
+
+
+class ThreadingModelError(Error, RuntimeError):
+    """Two threads used a lock-free pool at the same time."""
+
+
+class BlockClosedError(Error, psycopg.InterfaceError):
+    """A Handler, a cursor or a connection was used outside its `with` block."""
+
+
+class DBConnectionError(Error, psycopg.OperationalError):
+    """No connection could be had; `endpoints` gives each endpoint's own last error by label."""
+
+    def __init__(
+        self, *args: Any, group: str = "", endpoints: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+        self.endpoints: dict[str, str] = dict(endpoints or {})
+
+
+class DBOfflineError(DBConnectionError):
+    """Every endpoint of the group is known to be down, or went down while this was asked."""
+
+
+class TargetUnavailableError(DBOfflineError):
+    """Endpoints answer, but none has the role that the group's `target` asks for: worth a retry."""
+
+
+class PoolTimeout(DBConnectionError):
+    """No connection became free within `timeout`; `holders` says who has them."""
+
+    def __init__(
+        self,
+        *args: Any,
+        in_use: int = 0,
+        idle: int = 0,
+        waiting: int = 0,
+        holders: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.in_use = in_use
+        self.idle = idle
+        self.waiting = waiting
+        self.holders: tuple[str, ...] = tuple(holders)
+
+
+class PoolExhausted(PoolTimeout):
+    """Every connection of a lock-free group is in use, by the one thread that could release one."""
+
+
+class TooManyWaiting(PoolTimeout):
+    """`max_waiting` requests are in the group's queue already."""
+
+
+class DBQueryError(Error):
+    """A statement failed; the instance is also psycopg's own class, with `sqlstate` and `diag`.
+
+    `maybe_executed`: the connection was lost while an autocommit statement was under way,
+    so it may or may not have taken effect. `maybe_committed`: the same of a COMMIT.
+    """
+
+    maybe_executed: bool = False
+    maybe_committed: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        reduced = super().__reduce__()  # psycopg's, which makes the server's fields picklable
+        assert isinstance(reduced, tuple)
+        own, driver = _parts(type(self))
+        if driver is None:
+            return reduced
+        # A mixed class has no importable name: rebuild it from its two parts.
+        _, args, state = reduced
+        return _rebuild, (own, driver, args, state)
+
+
+class ConnectionLostError(DBQueryError, psycopg.OperationalError):
+    """The connection was lost during the block; the next block, or statement, gets another."""
+
+    repeatable: bool = False
+    """The statement was the first of its transaction, so sending it again can do no harm."""
+
+
+class TransactionAbortedError(DBQueryError, pg.InFailedSqlTransaction):
+    """COMMIT was asked of a transaction that had failed: it is rolled back, nothing was committed."""
+
+
+class QueryDeadlineError(ConnectionLostError):
+    """The server gave no answer within the statement's deadline: the connection was closed.
+
+    The deadline is `query_timeout` and a second of grace, in which the server's own
+    `statement_timeout` would have answered.
+    """
+
+
+_mixed_classes: dict[tuple[type[DBQueryError], type[psycopg.Error]], type[DBQueryError]] = {}
+
+
+def _mixed(own: type[DBQueryError], driver: type[psycopg.Error]) -> type[DBQueryError]:
+    mixed = _mixed_classes.get((own, driver))
+    if mixed is None:
+        names = {"__module__": driver.__module__, "__mixed__": (own, driver)}
+        mixed = _mixed_classes[own, driver] = type(driver.__name__, (own, driver), names)
+    return mixed
+
+
+def _parts(cls: type[DBQueryError]) -> tuple[type[DBQueryError], type[psycopg.Error] | None]:
+    return getattr(cls, "__mixed__", (cls, None))
+
+
+def _rebuild(
+    own: type[DBQueryError], driver: type[psycopg.Error], args: tuple[Any, ...], state: dict[str, Any]
+) -> DBQueryError:
+    make: Callable[..., DBQueryError] = _mixed(own, driver)
+    error = make(*args)
+    error.__dict__.update(state)
+    return error
+
+
+def as_query_error(error: psycopg.Error, own: type[DBQueryError] = DBQueryError) -> DBQueryError:
+    """Make a psycopg error also a `DBQueryError`, in place: traceback, cause and `diag` stay."""
+    if not isinstance(error, DBQueryError):
+        # Both are plain Python subclasses of Exception, so the layout is the same.
+        error.__class__ = _mixed(own, type(error))  # type: ignore[assignment]
+    return error  # type: ignore[return-value]
+
+
+def ends_session(error: psycopg.Error) -> bool:
+    """Tell whether the server ended the session with this error (severity FATAL or PANIC, class 08).
+
+    Source: https://www.postgresql.org/docs/current/protocol-error-fields.html (field V).
+    """
+    if (error.sqlstate or "").startswith("08"):
+        return True
+    return error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text without line breaks, for messages that list several."""
+    return " ".join(str(error).split()) or type(error).__name__

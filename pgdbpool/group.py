@@ -1,0 +1,416 @@
+"""A named group: which endpoint the next connection goes to, lending, taking back, deadlines."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .balance import Candidate, order, suits, worth_moving
+from .endpoint import DialError, Endpoint, State
+from .errors import (
+    DBConnectionError,
+    DBOfflineError,
+    NotInitializedError,
+    PoolExhausted,
+    PoolTimeout,
+    TargetUnavailableError,
+    TooManyWaiting,
+)
+from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
+from .session import IDLE, Block, PooledConnection
+from .stats import GroupStatus
+
+if TYPE_CHECKING:
+    from .config import GroupConfig
+
+logger = logging.getLogger("pgdbpool")
+
+MOVE_EVERY = 0.2
+"""Seconds between two connections that are closed at release to even out the endpoints."""
+
+
+class Group:
+    """One pool of connections over the group's endpoints.
+
+    `_lock` guards `_counts`, the only thing here that several threads change by more than one
+    assignment; it is never held while anything waits. In lock-free mode it does nothing.
+    """
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        endpoints: Sequence[Endpoint],
+        *,
+        lock_free: bool,
+        row_factory: Any,
+        probe: Callable[[], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.name = config.name
+        self.manual = not config.autocommit
+        self.endpoints = tuple(endpoints)
+        self._row_factory = row_factory
+        self._probe = probe
+        self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.Lock()
+        self._counts: dict[Endpoint, int] = dict.fromkeys(self.endpoints, 0)
+        self._lent: dict[PooledConnection, Block] = {}
+        self._discarded: Counter[str] = Counter()
+        self._opened = 0
+        self._timeouts = 0
+        self._uneven = False
+        self._move_at = 0.0
+        # What a checkout reads, as plain attributes.
+        self._timeout = config.timeout
+        self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
+        self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
+        self._any_role = config.target in ("any", "prefer-standby")
+        self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
+        size: dict[str, Any] = {
+            "min_size": config.min_size,
+            "max_size": config.connection_count,
+            "max_idle": config.max_idle,
+            "forget": self._forget,
+        }
+        self._pool: Pool = (
+            LockFreePool(**size)
+            if lock_free
+            else ThreadedPool(
+                name=self.name,
+                max_waiting=config.max_waiting,
+                num_workers=config.num_workers,
+                dial=self._connect,
+                **size,
+            )
+        )
+
+    def __repr__(self) -> str:
+        pool = self._pool
+        return f"<Group {self.name!r} {len(self._lent)} in use, {pool.idle} idle, {pool.waiting} waiting>"
+
+    # Lending.
+
+    def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
+        """Lend a working connection to the block, within the timeout (seconds).
+
+        :raises PoolTimeout: none became free in time; names who has them.
+        :raises DBOfflineError: none can be opened, since all endpoints are down.
+        :raises DBConnectionError: none can be opened, with each endpoint's own reason.
+        """
+        now = monotonic()
+        deadline = now + (self._timeout if timeout is None else timeout)
+        conn: PooledConnection | None = None
+        discarded = False
+        try:
+            if self._probe is not None:
+                self._probe()
+            while True:
+                conn = self._take(deadline, now)
+                if conn is None:
+                    conn = self._connect(deadline)
+                    break
+                reason = self._unfit(conn, now, deadline)
+                if reason is None:
+                    break
+                unfit, conn = conn, None
+                self._drop(unfit, reason)
+                discarded = True
+                now = monotonic()
+            block.since = now
+            conn.block = block
+            self._lent[conn] = block
+        except BaseException:
+            if conn is not None:
+                self._lent.pop(conn, None)
+                self._drop(conn, "interrupted")
+            raise
+        if discarded:
+            self._pool.refill()
+        return conn
+
+    def checkin(self, conn: PooledConnection) -> None:
+        """Take a connection back: idle and clean it is lent again, else it is closed and replaced."""
+        conn.block = None
+        if self._lent.pop(conn, None) is None:
+            return  # of a parent process, or back already
+        now = conn.used_at = monotonic()
+        if conn.pgconn.transaction_status != IDLE:
+            reason = "lost" if conn.closed else "not idle"
+        elif now >= conn.expires_at:
+            reason = "expired"
+        elif conn.endpoint.state is not State.UP:
+            reason = conn.endpoint.state.value
+        elif self._uneven and self._moves(conn, now):
+            reason = "rebalanced"
+        else:
+            self._pool.give(conn)
+            return
+        self._drop(conn, reason)
+        self._pool.refill()
+
+    def discard(self, conn: PooledConnection, reason: str) -> None:
+        """Take a connection back that is not to be used again."""
+        conn.block = None
+        if self._lent.pop(conn, None) is not None:
+            self._drop(conn, reason)
+            self._pool.refill()
+
+    def _take(self, deadline: float, now: float) -> PooledConnection | None:
+        try:
+            return self._pool.take(0.0)
+        except NoConnection as none:
+            if none.reason == NoConnection.CLOSED:
+                raise NotInitializedError(f"group {self.name!r} was closed") from None
+            if none.reason == NoConnection.EXHAUSTED or self._mine_alone():
+                raise self._exhausted(PoolExhausted, 0.0) from None
+        try:
+            return self._pool.take(deadline - now)
+        except NoConnection as none:
+            queue_full = none.reason == NoConnection.QUEUE_FULL
+            raise self._exhausted(TooManyWaiting if queue_full else PoolTimeout, deadline - now) from None
+
+    def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
+        """Return why an idle connection must not be lent, or None: no round trip unless it is due."""
+        endpoint = conn.endpoint
+        if conn.used_at <= endpoint.condemned_at:
+            return "condemned"
+        if now >= conn.expires_at:
+            return "expired"
+        if conn.poll(0) and not conn.alive():
+            return "lost"
+        if (
+            not self._any_role
+            and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted
+            and not suits(self.config.target, endpoint.note_role(conn), endpoint.read_only)
+        ):
+            return "role"
+        ping_due = now - conn.used_at > self._ping_after or conn.used_at <= endpoint.suspected_at
+        if ping_due and not conn.ping(min(self.config.ping_timeout, deadline - now)):
+            if not conn.closed:
+                endpoint.mark_down(f"no answer to a ping within {self.config.ping_timeout:g} s")
+            return "ping"
+        return None
+
+    def _drop(self, conn: PooledConnection, reason: str) -> None:
+        conn.close()
+        self._forget(conn)
+        self._discarded[reason] += 1
+        logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
+        self._pool.vacate()
+
+    def _forget(self, conn: PooledConnection) -> None:
+        with self._lock:
+            self._counts[conn.endpoint] -= 1
+
+    # Opening. The caller owns a slot of the pool.
+
+    def _connect(self, deadline: float | None = None) -> PooledConnection:
+        """Open a connection to the first endpoint that answers and suits, else vacate the slot."""
+        budget = monotonic() + self._connect_timeout
+        if deadline is not None:
+            budget = min(budget, deadline)
+        failures: dict[Endpoint, DialError | None] = {}
+        try:
+            while True:
+                endpoint, left = self._reserve(failures)
+                if endpoint is None:
+                    raise self._unreachable(failures)
+                conn = self._dial(endpoint, (budget - monotonic()) / left, failures)
+                if conn is not None:
+                    self._opened += 1
+                    return conn
+        except BaseException:
+            self._pool.vacate()
+            raise
+
+    def _dial(
+        self, endpoint: Endpoint, share: float, failures: dict[Endpoint, DialError | None]
+    ) -> PooledConnection | None:
+        """Dial one endpoint, whose place in `_counts` is reserved; note why not where it fails."""
+        failures[endpoint] = None
+        try:
+            conn = endpoint.dial(
+                self.config, max(min(share, self._dial_timeout(endpoint)), 0.05), self._row_factory
+            )
+            if endpoint.role is not None and suits(self.config.target, endpoint.role, endpoint.read_only):
+                return conn
+            conn.close()
+        except DialError as error:
+            failures[endpoint] = error
+        except BaseException:
+            self._release(endpoint)
+            raise
+        self._release(endpoint)
+        return None
+
+    def _reserve(self, tried: dict[Endpoint, DialError | None]) -> tuple[Endpoint | None, int]:
+        """Count a connection to the best endpoint not yet tried; also return how many are left."""
+        with self._lock:
+            best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
+            left = [endpoint for endpoint in best if endpoint not in tried]
+            if not left:
+                return None, 0
+            self._counts[left[0]] += 1
+            return left[0], len(left)
+
+    def _release(self, endpoint: Endpoint) -> None:
+        with self._lock:
+            self._counts[endpoint] -= 1
+
+    def _candidates(self) -> list[Candidate]:
+        return [Candidate(endpoint, count) for endpoint, count in self._counts.items()]
+
+    def _dial_timeout(self, endpoint: Endpoint) -> float:
+        own = self.config.connect_timeout
+        return endpoint.config.connect_timeout if own is None else own
+
+    def connections_to(self, endpoint: Endpoint) -> int:
+        """Return how many connections the group has to the endpoint, those being opened included."""
+        return self._counts.get(endpoint, 0)
+
+    # What endpoints report.
+
+    def drop_idle(self, endpoint: Endpoint) -> None:
+        """Close the idle connections to an endpoint that went down."""
+        for conn in self._pool.remove(lambda conn: conn.endpoint is endpoint):
+            self._drop(conn, "endpoint down")
+
+    def welcome(self) -> None:
+        """An endpoint is up (again): fill up to `min_size`, and even out at release."""
+        self._uneven = True
+        self._pool.refill()
+
+    def _moves(self, conn: PooledConnection, now: float) -> bool:
+        if now < self._move_at:
+            return False
+        with self._lock:
+            candidates = self._candidates()
+        held = Candidate(conn.endpoint, self._counts[conn.endpoint])
+        if worth_moving(held, candidates, self.config.target):
+            self._move_at = now + MOVE_EVERY
+            return True
+        target = self.config.target
+        self._uneven = any(worth_moving(c, candidates, target) for c in candidates if c.connections)
+        return False
+
+    # Life.
+
+    def open(self) -> None:
+        """Open `min_size` connections, one at least, in the caller.
+
+        :raises DBConnectionError: not one could be opened.
+        """
+        while self._pool.size < max(1, self.config.min_size) and self._pool.claim():
+            try:
+                conn = self._connect()
+            except DBConnectionError as error:
+                if not self._pool.idle:
+                    raise
+                logger.warning(
+                    "group %s starts with %d of %d connections: %s",
+                    self.name, self._pool.idle, self.config.min_size, error,
+                )  # fmt: skip
+                return
+            self._pool.give(conn)
+
+    def close(self, timeout: float) -> None:
+        """Close the pool; connections in use are closed as they come back."""
+        self._pool.close(timeout)
+
+    def abandon(self) -> None:
+        """Forget the parent's connections in a forked child, without touching them."""
+        self._pool.abandon()
+        for conn, block in self._lent.items():
+            conn.block = None
+            block.open = False
+        self._lent = {}
+
+    def status(self) -> GroupStatus:
+        """Return a snapshot."""
+        pool = self._pool
+        return GroupStatus(
+            name=self.name,
+            size=pool.size,
+            idle=pool.idle,
+            in_use=len(self._lent),
+            waiting=pool.waiting,
+            min_size=self.config.min_size,
+            max_size=self.config.connection_count,
+            connections={endpoint.label: count for endpoint, count in self._counts.items()},
+            checkouts=pool.taken,
+            timeouts=self._timeouts,
+            opened=self._opened,
+            discarded=dict(self._discarded),
+            holders=self._holders(),
+        )
+
+    # Evidence for errors.
+
+    def _mine_alone(self) -> bool:
+        """Tell whether every connection is held by this thread, so that waiting would be in vain."""
+        blocks, me = self._blocks(), threading.get_ident()
+        return len(blocks) >= self.config.connection_count and all(block.thread == me for block in blocks)
+
+    def _blocks(self) -> list[Block]:
+        return list(self._lent.values())
+
+    def _holders(self) -> tuple[str, ...]:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        now = monotonic()
+        return tuple(
+            f"thread {names.get(block.thread, block.thread)} for {now - block.since:.1f} s, "
+            f"from {block.place[0].co_filename}:{block.place[1]} in {block.place[0].co_name}"
+            for block in self._blocks()
+        )
+
+    def _exhausted(self, kind: type[PoolTimeout], waited: float) -> PoolTimeout:
+        self._timeouts += 1
+        pool, holders, limit = self._pool, self._holders(), self.config.connection_count
+        what = {
+            PoolExhausted: "all connections are held by this thread, so waiting is in vain",
+            TooManyWaiting: f"{pool.waiting} requests wait already (max_waiting)",
+        }.get(kind, f"no connection became free within {waited:g} s")
+        errors = {e.label: e.last_error for e in self.endpoints if e.last_error}
+        return kind(
+            f"group {self.name!r}: {what}; {len(holders)} of {limit} in use, {pool.idle} idle, "
+            f"{pool.waiting} waiting; held by " + ("; ".join(holders) or "nobody"),
+            group=self.name,
+            endpoints=errors,
+            in_use=len(holders),
+            idle=pool.idle,
+            waiting=pool.waiting,
+            holders=holders,
+        )
+
+    def _unreachable(self, failures: dict[Endpoint, DialError | None]) -> DBConnectionError:
+        """Make the error for a group none of whose endpoints could be connected to."""
+        evidence: dict[str, str] = {}
+        for endpoint in self.endpoints:
+            failure = failures.get(endpoint)
+            if failure is not None:
+                evidence[endpoint.label] = str(failure)
+            elif endpoint.state is State.UP and endpoint.role is not None:
+                role = endpoint.role.value + (" (read only)" if endpoint.read_only else "")
+                evidence[endpoint.label] = f"is a {role}, the target is {self.config.target}"
+            else:
+                evidence[endpoint.label] = f"{endpoint.state.value}: {endpoint.last_error or 'not asked yet'}"
+        dialled = [failure for failure in failures.values() if failure is not None]
+        up = [endpoint for endpoint in self.endpoints if endpoint.state is State.UP]
+        kind: type[DBConnectionError]
+        kind, what = DBOfflineError, "every endpoint is down"
+        if up and any(not failure.down for failure in dialled):
+            kind, what = DBConnectionError, "no endpoint accepts a connection"
+        elif up:
+            kind, what = TargetUnavailableError, f"no endpoint that is up is {self.config.target}"
+        texts = "; ".join(f"{label}: {text}" for label, text in evidence.items())
+        error = kind(
+            f"group {self.name!r}: {what}: {texts}",
+            group=self.name,
+            endpoints=evidence,
+        )
+        error.__cause__ = dialled[0].__cause__ if dialled else None
+        return error

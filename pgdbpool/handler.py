@@ -1,0 +1,255 @@
+"""The `with` block: one connection, its statements, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import psycopg
+from psycopg import rows
+
+from .connection import Connection
+from .errors import BlockClosedError, ConnectionLostError, QueryDeadlineError, TransactionAbortedError
+from .session import IDLE, Block, BlockClientCursor, BlockCursor, PooledConnection, statements
+
+logger = logging.getLogger("pgdbpool")
+
+_ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
+
+
+class Handler:
+    """A unit of work on one connection of a group.
+
+    >>> with Handler("read") as db:                                     # doctest: +SKIP
+    ...     for row in db.query("SELECT id, name FROM users WHERE active = %s", (True,)):
+    ...         print(row["id"], row[1])
+
+    The connection is checked out on entering the block. In a group with `autocommit: false` the
+    first statement opens a transaction; a clean end of the block commits it, an exception rolls it
+    back. A Handler opens one block.
+
+    :param group: the name of the group.
+    :param timeout: seconds to wait for a connection, in place of the group's `timeout`.
+    :raises UnconfiguredGroupError: there is no such group.
+    :raises NotInitializedError: `Connection.init` was not called.
+    """
+
+    __slots__ = ("__weakref__", "_block", "_conn", "_group", "_timeout")
+
+    def __init__(self, group: str, *, timeout: float | None = None) -> None:
+        self._block: Block | None = None
+        self._conn: PooledConnection | None = None
+        self._group = Connection.group(group)
+        self._timeout = timeout
+
+    def __enter__(self) -> Handler:
+        if self._block is not None:
+            raise BlockClosedError("a Handler opens one block: make another Handler for the next")
+        group = self._group = Connection.group(self._group.name)  # the process may have been forked
+        caller = sys._getframe(1)
+        block = Block(group.manual, (caller.f_code, caller.f_lineno))
+        self._conn = group.checkout(block, self._timeout)
+        self._block = block
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        block, conn = self._block, self._conn
+        if block is None or not block.open:
+            return  # never entered, or of the parent process
+        try:
+            if block.lost or (conn is not None and conn.pgconn.transaction_status != IDLE):
+                self._end(block, conn, failed=exc is not None)
+        finally:
+            block.open = False
+            conn, self._conn = self._conn, None
+            if conn is not None:
+                self._group.checkin(conn)
+
+    def __del__(self) -> None:
+        block = getattr(self, "_block", None)
+        if block is None or not block.open:
+            return
+        block.open = False
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            self._group.discard(conn, "dropped")
+            where = f"{block.place[0].co_filename}:{block.place[1]}"
+            warnings.warn(
+                f"a Handler of group {self._group.name!r}, entered at {where}, was dropped without "
+                "leaving its block: its connection was closed and replaced",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        state = "open" if self._block is not None and self._block.open else "closed"
+        return f"<Handler {self._group.name!r} {state}>"
+
+    # Statements.
+
+    def query(self, statement: Any, params: Any = None) -> psycopg.Cursor[Any]:
+        """Execute a statement and return its cursor: iterate, `fetchone`, `fetchall`, `rowcount` ...
+
+        Rows answer to index and to column name. Empty parameters count as none, as in 1.x, so
+        that a lone `%` needs no doubling.
+
+        :raises DBQueryError: also psycopg's own class (`psycopg.errors.UniqueViolation` ...).
+        :raises ConnectionLostError: the connection was lost; `maybe_executed` tells whether the
+            statement may have taken effect. The first statement of a transaction is sent again on
+            another connection instead.
+        :raises TransactionAbortedError: an open transaction was lost before; `rollback()` first.
+        """
+        conn = self._conn
+        if conn is None or conn.closed:
+            conn = self._live()
+        params = params or None
+        several = params is not None and isinstance(statement, str) and ";" in statement
+        make = BlockClientCursor if several and statements(statement) > 1 else BlockCursor
+        try:
+            return make(conn).execute(statement, params)
+        except ConnectionLostError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+            logger.debug("group %s: first statement sent again: %s", self._group.name, error)
+        assert self._block is not None
+        self._block.lost = False
+        return make(self._live()).execute(statement, params)
+
+    def query_prepared(self, params: Sequence[Any]) -> Any:
+        """Call `"SQLPrepare"."ExecuteQuery"` with the parameters and return its value (1.x).
+
+        :raises DBQueryError: the call failed.
+        """
+        marks = ", ".join(["%s"] * len(params))
+        cursor = BlockCursor(self._live(), row_factory=rows.tuple_row)
+        row = cursor.execute(f'SELECT * FROM "SQLPrepare"."ExecuteQuery"({marks})', params).fetchone()
+        return None if row is None else row[0]
+
+    # The transaction.
+
+    def commit(self) -> None:
+        """Commit the open transaction, if any; the next statement opens another.
+
+        :raises TransactionAbortedError: a statement had failed, or the transaction was lost with
+            its connection: nothing was committed.
+        :raises ConnectionLostError: with `maybe_committed`: the connection was lost on the way.
+        :raises DBQueryError: the server refused (a deferred constraint ...): nothing was committed.
+        """
+        block = self._opened()
+        if block.lost:
+            self._live()  # raises
+        if self._conn is not None and not self._conn.closed:
+            try:
+                self._conn.commit()
+            except TransactionAbortedError as error:
+                raise error from block.failure
+
+    def rollback(self) -> None:
+        """Roll the open transaction back, if any; after a lost connection, go on with another."""
+        block = self._opened()
+        block.lost = False
+        if self._conn is not None and not self._conn.closed:
+            self._conn.rollback()
+
+    @contextmanager
+    def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> Iterator[psycopg.Transaction]:
+        """Open a transaction, or a savepoint where one is open (always in a manual-commit group).
+
+        See https://www.psycopg.org/psycopg3/docs/basic/transactions.html#transaction-contexts
+        """
+        conn = self._live()
+        try:
+            with conn.transaction(savepoint_name, force_rollback) as transaction:
+                yield transaction
+        finally:
+            if not self._group.manual and self._block is not None:
+                self._block.lost = False  # it is over, and whoever waits for it was told
+
+    # The connection.
+
+    @property
+    def connection(self) -> PooledConnection:
+        """The psycopg connection; its statements take part in the block as `query` does."""
+        return self._live()
+
+    @property
+    def conn_ref(self) -> PooledConnection:
+        """The psycopg connection, under its 1.x name."""
+        return self._live()
+
+    @property
+    def endpoint(self) -> str:
+        """The label of the server that the block is on."""
+        return self._live().endpoint.label
+
+    def _opened(self) -> Block:
+        block = self._block
+        if block is None or not block.open:
+            raise BlockClosedError(
+                f"Handler({self._group.name!r}) is used outside its block: "
+                f"write `with Handler({self._group.name!r}) as db:` and use db inside"
+            )
+        return block
+
+    def _live(self) -> PooledConnection:
+        """Return the block's connection, another one where it was lost outside a transaction."""
+        block, conn = self._opened(), self._conn
+        if conn is not None and conn.closed:
+            self._conn = None
+            self._group.discard(conn, "lost")
+            conn = None
+        if block.lost:
+            raise TransactionAbortedError(
+                "the connection was lost with an open transaction: nothing of it was committed; "
+                "call rollback() to begin another in this block, or leave the block"
+            ) from block.failure
+        if conn is None:
+            conn = self._conn = self._group.checkout(block, self._timeout)
+        return conn
+
+    def _end(self, block: Block, conn: PooledConnection | None, *, failed: bool) -> None:
+        """End what is open: commit at a clean end, roll back after an exception."""
+        if block.lost:
+            if not failed:
+                raise TransactionAbortedError(
+                    "the block ends, but its transaction was lost with the connection: nothing was committed"
+                ) from block.failure
+            return
+        if conn is None or conn.closed:
+            return
+        if conn.pgconn.transaction_status == _ACTIVE:
+            conn.close()  # interrupted in a statement: where it stands is unknown
+            if not failed:
+                raise TransactionAbortedError("the block ends with a statement under way: connection closed")
+        elif failed:
+            try:
+                conn.rollback()
+            except psycopg.Error as error:
+                # The exception of the block is the one to see; the server rolls back by itself.
+                logger.warning("group %s: rollback failed: %s", self._group.name, error)
+                conn.close()
+        else:
+            self.commit()
+
+
+class Query:
+    """The static methods of 1.x, on a Handler."""
+
+    @staticmethod
+    def execute(db: Handler, sql_statement: Any, sql_params: Any = None) -> psycopg.Cursor[Any]:
+        """Execute a statement: `db.query`."""
+        return db.query(sql_statement, sql_params)
+
+    @staticmethod
+    def execute_prepared(db: Handler, sql_params: Sequence[Any]) -> Any:
+        """Execute a system-prepared query: `db.query_prepared`."""
+        return db.query_prepared(sql_params)

@@ -1,0 +1,137 @@
+"""Whether a server accepts sessions, asked without logging in and without waiting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from psycopg.pq import Conninfo
+
+if TYPE_CHECKING:
+    from .config import EndpointConfig
+
+_NOT_YET = {errno.ENOTCONN, errno.EINPROGRESS, errno.EALREADY}
+_SOCKET_DIRECTORY = next((d for d in ("/var/run/postgresql", "/run/postgresql") if os.path.isdir(d)), "/tmp")
+
+
+class StartupProbe:
+    """Asks a server for a session without logging in, to learn whether it accepts sessions.
+
+    The postmaster answers a start-up packet with an authentication request, or with an error
+    whose SQLSTATE tells a server that starts or stops (57P03) from one that only refuses this
+    client. https://www.postgresql.org/docs/current/protocol-message-formats.html
+
+    It never blocks: `step()` does what can be done now, so that a lock-free pool probes a server
+    in passing.
+    """
+
+    def __init__(self, config: EndpointConfig) -> None:
+        # What is left out comes from libpq's defaults, which are PGHOST, PGPORT, PGUSER ...
+        defaults = Conninfo.get_defaults()
+        params: dict[str, Any] = {o.keyword.decode(): o.val.decode() for o in defaults if o.val}
+        params.update(config.conninfo_params())
+        self._user = str(params.get("user") or "postgres")
+        self._dbname = str(params.get("dbname") or self._user)
+        self._host = str(params.get("hostaddr") or params.get("host") or _SOCKET_DIRECTORY)
+        self._port = int(params.get("port") or 5432)
+        self._socket: socket.socket | None = None
+        self._sent = False
+        self._reply = b""
+        self.done = False
+        self.accepting = False
+        self.reason = "no answer"
+
+    def start(self) -> None:
+        """Begin to connect; a name is resolved first, which the system's resolver bounds."""
+        try:
+            if self._host.startswith(("/", "@")):
+                self._socket = socket.socket(socket.AF_UNIX)
+                address: Any = f"{self._host}/.s.PGSQL.{self._port}"
+                if address.startswith("@"):
+                    address = "\0" + address[1:]
+            else:
+                family, kind, proto, _, address = socket.getaddrinfo(
+                    self._host, self._port, type=socket.SOCK_STREAM
+                )[0]
+                self._socket = socket.socket(family, kind, proto)
+            self._socket.setblocking(False)
+            self._socket.connect(address)
+        except BlockingIOError:
+            pass  # under way
+        except OSError as error:
+            self._finish(False, str(error))
+
+    def step(self) -> bool:
+        """Go on as far as possible without waiting; return whether the answer is known."""
+        if self._socket is None and not self.done:
+            self.start()
+        if self.done or self._socket is None:
+            return True
+        try:
+            if not self._sent:
+                if code := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    raise OSError(code, os.strerror(code))
+                self._socket.getpeername()  # ENOTCONN while the connect is under way
+                self._socket.send(self._packet())
+                self._sent = True
+            while data := self._socket.recv(4096):
+                self._reply += data
+                if self._read():
+                    return True
+            self._finish(False, "the server closed the connection at once")
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _NOT_YET:
+                return False
+            self._finish(False, str(error))
+        return self.done
+
+    def run(self, timeout: float) -> None:
+        """Wait for the answer, at most for the timeout (seconds)."""
+        deadline = monotonic() + timeout
+        while not self.step():
+            left = deadline - monotonic()
+            if left <= 0:
+                self._finish(False, f"no answer within {timeout:.1f} s")
+                return
+            self.wait(left)
+
+    def wait(self, timeout: float) -> None:
+        """Sleep until there is something to do, at most for the timeout (seconds)."""
+        if self._socket is not None and not self.done:
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN if self._sent else select.POLLOUT)
+            poller.poll(max(timeout, 0.0) * 1000)
+
+    def close(self) -> None:
+        """Give up."""
+        if not self.done:
+            self._finish(False, self.reason)
+
+    def _packet(self) -> bytes:
+        fields = b"".join(part.encode() + b"\0" for part in ("user", self._user, "database", self._dbname))
+        body = struct.pack("!i", 196608) + fields + b"\0"  # protocol 3.0
+        return struct.pack("!i", len(body) + 4) + body
+
+    def _read(self) -> bool:
+        kind = self._reply[:1]
+        if kind != b"E":
+            self._finish(True, "accepting sessions")
+            return True
+        if len(self._reply) < 5 or len(self._reply) < 1 + int(struct.unpack("!i", self._reply[1:5])[0]):
+            return False
+        fields = {part[:1]: part[1:].decode("utf-8", "replace") for part in self._reply[5:].split(b"\0")}
+        self._finish(fields.get(b"C") != "57P03", fields.get(b"M", "an error without a message"))
+        return True
+
+    def _finish(self, accepting: bool, reason: str) -> None:
+        self.done, self.accepting, self.reason = True, accepting, reason
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
