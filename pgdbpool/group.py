@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .balance import Candidate, order, suits, worth_moving
-from .endpoint import DialError, Endpoint, State
+from .endpoint import DialError, Endpoint, Role, State
 from .errors import (
     DBConnectionError,
     DBOfflineError,
@@ -32,6 +32,10 @@ logger = logging.getLogger("pgdbpool")
 
 MOVE_EVERY = 0.2
 """Seconds between two connections that are closed at release to even out the endpoints."""
+
+
+REFILL_EVERY = 0.1
+"""Seconds between two connections that a lock-free pool opens at checkouts to be full again."""
 
 
 class Group:
@@ -64,6 +68,7 @@ class Group:
         self._timeouts = 0
         self._uneven = False
         self._move_at = 0.0
+        self._refill_at = 0.0
         # What a checkout reads, as plain attributes.
         self._timeout = config.timeout
         self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
@@ -107,7 +112,7 @@ class Group:
         discarded = False
         try:
             if self._probe is not None:
-                self._probe()
+                self._maintain(now)
             while True:
                 conn = self._take(deadline, now)
                 if conn is None:
@@ -159,6 +164,17 @@ class Group:
             self._drop(conn, reason)
             self._pool.refill()
 
+    def _maintain(self, now: float) -> None:
+        """Do at a checkout what a thread does in threaded mode: probe, and open what is missing."""
+        assert self._probe is not None
+        self._probe()
+        if self._pool.missing and now >= self._refill_at and self._pool.claim():
+            self._refill_at = now + REFILL_EVERY
+            try:
+                self._pool.give(self._connect())
+            except DBConnectionError:
+                self._pool.refill()  # later; the endpoint has noted why, and an idle one may serve
+
     def _take(self, deadline: float, now: float) -> PooledConnection | None:
         try:
             return self._pool.take(0.0)
@@ -195,9 +211,12 @@ class Group:
             return "ping"
         return None
 
-    def _drop(self, conn: PooledConnection, reason: str) -> None:
+    def _close(self, conn: PooledConnection) -> None:
         conn.close()
         self._forget(conn)
+
+    def _drop(self, conn: PooledConnection, reason: str) -> None:
+        self._close(conn)
         self._discarded[reason] += 1
         logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
         self._pool.vacate()
@@ -214,18 +233,31 @@ class Group:
         if deadline is not None:
             budget = min(budget, deadline)
         failures: dict[Endpoint, DialError | None] = {}
+        spare: PooledConnection | None = None
         try:
             while True:
                 endpoint, left = self._reserve(failures)
                 if endpoint is None:
-                    raise self._unreachable(failures)
+                    if spare is None:
+                        raise self._unreachable(failures)
+                    break
                 conn = self._dial(endpoint, (budget - monotonic()) / left, failures)
-                if conn is not None:
-                    self._opened += 1
-                    return conn
+                if conn is None:
+                    continue
+                if left > 1 and endpoint.role is Role.PRIMARY and self.config.target == "prefer-standby":
+                    spare = conn  # one that was not asked yet may be a standby
+                    continue
+                if spare is not None:
+                    self._close(spare)
+                spare = conn
+                break
         except BaseException:
+            if spare is not None:
+                self._close(spare)
             self._pool.vacate()
             raise
+        self._opened += 1
+        return spare
 
     def _dial(
         self, endpoint: Endpoint, share: float, failures: dict[Endpoint, DialError | None]

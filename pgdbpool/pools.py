@@ -59,6 +59,8 @@ class Pool(Protocol):
 
     taken: int
     """How often `take` succeeded, waits included."""
+    missing: bool
+    """Whether connections are to be opened for `min_size`, by whom the group finds for it."""
 
     def take(self, timeout: float) -> PooledConnection | None:
         """Take the connection that is idle longest, or None for a slot that the caller fills.
@@ -73,7 +75,7 @@ class Pool(Protocol):
         """Free a slot, whose connection is closed or was never opened."""
 
     def refill(self) -> None:
-        """Open connections in the background until there are `min_size`, where there is one."""
+        """See to it that there are `min_size` connections again."""
 
     def claim(self) -> bool:
         """Take a free slot without waiting; False where there is none."""
@@ -114,6 +116,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         self._dial = dial
         self._forget = forget
         self.taken = 0
+        self.missing = False  # its worker opens what is
         super().__init__(
             name=f"pgdbpool-{name}",
             connection_class=PooledConnection,
@@ -267,6 +270,7 @@ class LockFreePool:
         self._max_idle = max_idle
         self._forget = forget
         self.taken = 0
+        self.missing = False
         self._owner = 0
         self._closed = False
         self._least_idle = 0
@@ -333,10 +337,12 @@ class LockFreePool:
         if self._closed or self._size >= self._max_size:
             return False
         self._size += 1
+        self.missing = self.missing and self._size < self._min_size
         return True
 
     def refill(self) -> None:
-        """Nothing: there is no background; a request opens what it needs."""
+        """Ask for what is missing: there is no background, so a later checkout opens it."""
+        self.missing = not self._closed and self._size < self._min_size
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         removed = [conn for conn in self._idle if unwanted(conn)]

@@ -4,11 +4,10 @@ What a block needs before a statement (`BEGIN`, later the tenant and local setti
 *preamble*. It travels in one pipeline with the statement, with no Sync between, so it costs no
 round trip, and PostgreSQL skips the statement when a part of the preamble fails.
 
-The generator `BlockCursor._ride_gen` is psycopg's own execution of one statement with the preamble
-sent before it. It uses these private parts of psycopg, for which the minor version is pinned:
-`Cursor._start_query`, `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`,
-`_check_results`, `_set_results` and `Connection._prepared`. `Connection.pipeline()` does the same at
-three times the cost on the client.
+`BlockCursor._maybe_prepare_gen` is psycopg's own sending of one statement with the preamble sent
+before it. It uses these private parts of psycopg, for which the minor version is pinned:
+`Cursor._execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`, `_set_results` and
+`Connection._prepared`. `Connection.pipeline()` does the same at five times the cost on the client.
 """
 
 from __future__ import annotations
@@ -32,11 +31,13 @@ from psycopg.sql import Composable
 from . import errors
 
 if TYPE_CHECKING:
+    from psycopg._queries import PostgresQuery
     from psycopg.abc import PQGen
 
     from .endpoint import Endpoint
 
 IDLE = pq.TransactionStatus.IDLE
+_ACTIVE = pq.TransactionStatus.ACTIVE
 _BAD = pq.ConnStatus.BAD
 _FATAL = pq.ExecStatus.FATAL_ERROR
 
@@ -216,7 +217,7 @@ _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 class BlockCursor(psycopg.Cursor[Any]):
     """A cursor that sends the block's preamble with its statements and closes with the block."""
 
-    __slots__ = ("block",)
+    __slots__ = ("_preamble", "block")
     _conn: PooledConnection
 
     def __init__(self, connection: PooledConnection, *, row_factory: Any = None) -> None:
@@ -224,6 +225,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise errors.BlockClosedError(_OUTSIDE)
         super().__init__(connection, row_factory=row_factory or connection.row_factory)
         self.block = connection.block
+        self._preamble: Sequence[Command] = NOTHING
 
     @property
     def closed(self) -> bool:
@@ -240,25 +242,29 @@ class BlockCursor(psycopg.Cursor[Any]):
         preamble = self.block.preamble(conn)
         autocommit = not preamble and conn.pgconn.transaction_status == IDLE
         try:
-            if not preamble or conn._pipeline:
-                super().execute(query, params, prepare=prepare, binary=binary)
-            elif rides(query, params, conn):
-                with conn.lock:
-                    conn.wait(self._ride_gen(preamble, query, params, prepare, binary))
-            else:
-                conn.send_preamble()
-                super().execute(query, params, prepare=prepare, binary=binary)
+            if preamble and not conn._pipeline:
+                if rides(query, conn):
+                    self._preamble = preamble
+                else:
+                    conn.send_preamble()
+            super().execute(query, params, prepare=prepare, binary=binary)
         except errors.ConnectionLostError as error:
             self.block.failure = error
             self.block.lost = not autocommit
             error.maybe_executed = autocommit
             error.maybe_committed = _COMMITS(_text(query, conn)) is not None
             # Rode with its own BEGIN: nothing of it can have been committed.
-            error.repeatable = bool(preamble) and not conn._pipeline and rides(query, params, conn)
+            error.repeatable = bool(self._preamble)
             raise
         except psycopg.Error as error:
             self.block.failure = error
+            if conn.pgconn.transaction_status == _ACTIVE:
+                # psycopg leaves a COPY that it refuses under way: where that ends is not known.
+                conn.close()
+                self.block.lost = not autocommit
             raise
+        finally:
+            self._preamble = NOTHING
         return self
 
     def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
@@ -291,31 +297,30 @@ class BlockCursor(psycopg.Cursor[Any]):
         self._conn.send_preamble()
         return self._conn
 
-    def _ride_gen(
-        self,
-        preamble: Sequence[Command],
-        query: Any,
-        params: Any,
-        prepare: bool | None,
-        binary: bool | None,
+    def _maybe_prepare_gen(
+        self, pgq: PostgresQuery, *, prepare: bool | None = None, binary: bool | None = None
     ) -> PQGen[None]:
-        conn, pgconn = self._conn, self._conn.pgconn
-        prepared = conn._prepared
-        yield from self._start_query(query)
-        converted = self._convert_query(query, params)
-        preparing, name = prepared.get(converted, prepare)
+        """Send the statement, as psycopg does, and in the same round trip what goes before it.
+
+        That is the preamble, and preparing the statement where psycopg takes a round trip for it.
+        """
+        conn, pgconn, prepared = self._conn, self._conn.pgconn, self._conn._prepared
+        preparing, name = prepared.get(pgq, prepare)
+        if conn._pipeline or not (self._preamble or preparing is Prepare.SHOULD):
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        before = len(self._preamble)
         pgconn.enter_pipeline_mode()
         try:
-            before = len(preamble)
-            for sql, values in preamble:
+            for sql, values in self._preamble:
                 pgconn.send_query_params(sql, values)
             if preparing is Prepare.NO:
-                self._execute_send(converted, force_extended=True, binary=binary)
+                self._execute_send(pgq, force_extended=True, binary=binary)
             else:
                 if preparing is Prepare.SHOULD:
-                    self._send_prepare(name, converted)
+                    self._send_prepare(name, pgq)
                     before += 1
-                self._send_query_prepared(name, converted, binary=binary)
+                self._send_query_prepared(name, pgq, binary=binary)
             pgconn.pipeline_sync()
             yield from generators.send(pgconn)
             failed = None
@@ -333,13 +338,11 @@ class BlockCursor(psycopg.Cursor[Any]):
         if failed is not None:
             raise psycopg.errors.error_from_result(failed, encoding=self._encoding)
         # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
-        key = prepared.maybe_add_to_cache(converted, preparing, name)
+        key = prepared.maybe_add_to_cache(pgq, preparing, name)
         if key is not None:
             prepared.validate(key, preparing, name, results)
         self._check_results(results)
         self._set_results(results)
-        self._last_query = query
-        yield from prepared.maintain_gen(conn)
 
 
 class BlockServerCursor(psycopg.ServerCursor[Any]):
@@ -419,7 +422,7 @@ def _text(query: Any, conn: psycopg.Connection[Any]) -> str:
     return ""  # a template string: psycopg binds it at the server, one statement
 
 
-def rides(query: Any, params: Any, conn: psycopg.Connection[Any]) -> bool:
+def rides(query: Any, conn: psycopg.Connection[Any]) -> bool:
     """Tell whether a statement can travel in a pipeline.
 
     Several statements in one string cannot (the extended protocol takes one), nor can COPY.

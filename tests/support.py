@@ -1,0 +1,56 @@
+"""What several test modules use: configurations for a server, waiting for a condition, counting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+
+import pgdbpool
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = 10.0, what: str = "") -> Any:
+    """Poll a condition until it holds; fail after the timeout."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what or condition}"
+        time.sleep(0.005)
+    return value
+
+
+def server(node: Any, **changes: Any) -> dict[str, Any]:
+    """Return the `db` entry for a node of the embedded cluster."""
+    entry = {"host": node.host, "port": node.port, "name": "postgres", "user": "postgres", **changes}
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def config(nodes: Any, mode: str = "threaded", **groups: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with those groups over the nodes (or ready `db` entries)."""
+    entries = [node if isinstance(node, dict) else server(node) for node in nodes]
+    return {"type": mode, "db": entries, "groups": groups}
+
+
+def kill_backends(admin: psycopg.Connection[Any], *pids: int) -> None:
+    """End backends (all of the pools' where none is given) and wait until they are gone."""
+    which = "pid = ANY(%(pids)s)" if pids else "application_name = 'pgdbpool'"
+    ended = admin.execute(
+        f"SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE {which}", {"pids": list(pids)}
+    ).fetchall()
+    gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = ANY(%s)"
+    wait_for(lambda: admin.execute(gone, ([pid for pid, _ in ended],)).fetchone()[0], what="backends gone")
+
+
+def pools_backends(admin: psycopg.Connection[Any]) -> int:
+    """Count the server's sessions that belong to a pool."""
+    row = admin.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgdbpool'"
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def pid_of(db: pgdbpool.Handler) -> int:
+    """Return the backend that the block is on."""
+    return db.connection.info.backend_pid

@@ -1,0 +1,244 @@
+"""Threads that wait for a connection: fair, bounded, never forgotten."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from support import config, kill_backends, pid_of, server, wait_for
+
+import pgdbpool
+from pgdbpool import Connection, Handler
+
+
+@pytest.fixture
+def start(known_cluster: Any) -> Iterator[Callable[..., None]]:
+    def init(entry: dict[str, Any] | None = None, mode: str = "threaded", **changes: Any) -> None:
+        node = server(known_cluster.primary, **(entry or {}))
+        Connection.init(config([node], mode, g={"connection_count": 1, **changes}))
+
+    yield init
+    Connection.reset()
+
+
+def waiting() -> int:
+    return Connection.status().groups["g"].waiting
+
+
+def test_a_waiter_gets_the_connection_that_comes_back(start: Any) -> None:
+    start()
+    with ThreadPoolExecutor(1) as threads:
+        with Handler("g") as db:
+            pid = pid_of(db)
+
+            def other() -> int:
+                with Handler("g") as mine:
+                    return pid_of(mine)
+
+            future = threads.submit(other)
+            wait_for(lambda: waiting() == 1)
+        assert future.result(5) == pid
+
+
+def test_waiters_are_served_in_the_order_they_came(start: Any) -> None:
+    start()
+    order: list[int] = []
+
+    def block(i: int) -> None:
+        with Handler("g"):
+            order.append(i)
+
+    with ThreadPoolExecutor(8) as threads:
+        with Handler("g"):
+            futures = []
+            for i in range(8):
+                futures.append(threads.submit(block, i))
+                wait_for(lambda: waiting() == i + 1)
+        for future in futures:
+            future.result(5)
+    assert order == list(range(8))
+
+
+def test_a_timeout_says_who_holds_the_connections(start: Any) -> None:
+    start(timeout=0.1)
+    ready, done = threading.Event(), threading.Event()
+
+    def holder() -> None:
+        with Handler("g"):
+            ready.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=holder, name="the-holder")
+    thread.start()
+    try:
+        assert ready.wait(5)
+        for timeout in (None, 0.05, 0):
+            with pytest.raises(pgdbpool.PoolTimeout) as caught, Handler("g", timeout=timeout):
+                pass
+            assert "thread the-holder for" in str(caught.value)
+            assert "in holder" in str(caught.value)
+            assert caught.value.in_use == 1
+        assert waiting() == 0  # those that gave up do not stay in the queue
+        assert Connection.status().groups["g"].timeouts == 3
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_max_waiting_refuses_one_more_at_once(start: Any) -> None:
+    start(max_waiting=1)
+    with ThreadPoolExecutor(2) as threads:
+        with Handler("g"):
+            first = threads.submit(lambda: Handler("g").__enter__().__exit__(None, None, None))
+            wait_for(lambda: waiting() == 1)
+            with pytest.raises(pgdbpool.TooManyWaiting):
+                threads.submit(lambda: Handler("g").__enter__()).result(5)
+        first.result(5)
+
+
+def test_a_waiter_gets_the_slot_of_a_connection_that_was_lost(start: Any, known_cluster: Any) -> None:
+    start()
+    with known_cluster.primary.connect() as admin, ThreadPoolExecutor(1) as threads:
+        with Handler("g") as db:
+
+            def other() -> int:
+                with Handler("g") as mine:
+                    return int(mine.query("SELECT 1").fetchone()[0])
+
+            future = threads.submit(other)
+            wait_for(lambda: waiting() == 1)
+            kill_backends(admin, pid_of(db))
+            with pytest.raises(pgdbpool.ConnectionLostError):
+                db.query("SELECT 1")
+        assert future.result(5) == 1
+
+
+def test_a_waiter_learns_at_once_that_no_server_is_left(
+    start: Any, known_cluster: Any, proxy_to: Any
+) -> None:
+    proxy = proxy_to(known_cluster.primary)
+    start({"port": proxy.port}, timeout=30)
+    with ThreadPoolExecutor(1) as threads:
+        with Handler("g") as db:
+            future = threads.submit(lambda: Handler("g").__enter__())
+            wait_for(lambda: waiting() == 1)
+            proxy.stop()
+            with pytest.raises(pgdbpool.ConnectionLostError):
+                db.query("SELECT 1")
+            began = time.monotonic()
+        with pytest.raises(pgdbpool.DBOfflineError):
+            future.result(10)
+        assert time.monotonic() - began < 5
+
+
+def test_a_burst_connects_side_by_side(start: Any, known_cluster: Any, proxy_to: Any) -> None:
+    proxy = proxy_to(known_cluster.primary)
+    proxy.delay = 0.05
+    start({"port": proxy.port}, connection_count=9, min_size=1)
+    barrier = threading.Barrier(8)
+
+    def block() -> float:
+        barrier.wait(5)
+        began = time.monotonic()
+        with Handler("g"):
+            taken = time.monotonic() - began
+            barrier.wait(10)  # all hold theirs at the same time
+            return taken
+
+    with ThreadPoolExecutor(8) as threads:
+        taken = [future.result(15) for future in [threads.submit(block) for _ in range(8)]]
+    one = max(taken)
+    print(f"8 checkouts over connects through a slow network: {min(taken):.2f} .. {one:.2f} s")
+    assert one < 8 * 0.2 / 2  # one after another would take 8 connects of 0.2 s at least
+
+
+def test_threads_share_fairly(start: Any) -> None:
+    start(connection_count=2)
+    blocks: Counter[int] = Counter()
+    stop = threading.Event()
+
+    def run(i: int) -> None:
+        while not stop.is_set():
+            with Handler("g") as db:
+                db.query("SELECT 1").fetchall()
+            blocks[i] += 1
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: sum(blocks.values()) > 3000, 60)
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    print("blocks by thread:", dict(blocks))
+    status = Connection.status().groups["g"]
+    assert (status.in_use, status.idle, status.waiting) == (0, 2, 0)
+    assert min(blocks.values()) > 0.5 * max(blocks.values())
+
+
+def test_an_interrupted_wait_loses_nothing(start: Any) -> None:
+    """The main thread is interrupted again and again while others hand connections to it."""
+    start()
+
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupt
+
+    stop = threading.Event()
+
+    def others() -> None:
+        while not stop.is_set():
+            with Handler("g", timeout=20):
+                pass
+
+    threads = [threading.Thread(target=others) for _ in range(3)]
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 3
+        while interrupted < 60 and time.monotonic() < deadline:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.002)
+                while True:
+                    with Handler("g", timeout=20):
+                        pass
+            except Interrupt:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+    print(f"interrupted {interrupted} times")
+    with Handler("g", timeout=5) as db:
+        assert db.query("SELECT 1").fetchone()[0] == 1
+    status = Connection.status().groups["g"]
+    assert (status.in_use, status.size, status.waiting) == (0, 1, 0)
+
+
+def test_a_lock_free_group_used_by_two_threads_says_so(start: Any) -> None:
+    start(mode="non-threaded", connection_count=3)
+    with Handler("g") as outer, Handler("g") as inner, ThreadPoolExecutor(1) as threads:
+        assert pid_of(outer) != pid_of(inner)
+        with pytest.raises(pgdbpool.ThreadingModelError, match="type: threaded"):
+            threads.submit(lambda: Handler("g").__enter__()).result(5)
+    with ThreadPoolExecutor(1) as threads:  # one thread after another is fine
+        assert threads.submit(lambda: Handler("g").__enter__().__exit__(None, None, None)).result(5) is None
+
+
+def test_an_exhausted_lock_free_group_raises_at_once(start: Any) -> None:
+    start(mode="lock-free")
+    with Handler("g"):
+        with pytest.raises(pgdbpool.PoolExhausted, match="waiting is in vain"):
+            Handler("g").__enter__()
