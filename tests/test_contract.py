@@ -381,7 +381,7 @@ def test_statements_are_prepared_by_themselves_also_when_they_ride(start: Any, a
             assert db.query("SELECT %s::int", (i,)).fetchone()[0] == i
     with Handler("manual") as db:
         assert db.query("SELECT count(*) FROM pg_prepared_statements").fetchone()[0] >= 1
-    for i in range(4):  # the third is prepared while it fails: what failed is not taken for prepared
+    for _ in range(4):  # the third is prepared while it fails: what failed is not taken for prepared
         with pytest.raises(psycopg.errors.DivisionByZero), Handler("manual") as db:
             db.query("SELECT 1 / %s::int", (0,))
     with Handler("manual") as db:

@@ -59,7 +59,7 @@ def test_waiters_are_served_in_the_order_they_came(start: Any) -> None:
             futures = []
             for i in range(8):
                 futures.append(threads.submit(block, i))
-                wait_for(lambda: waiting() == i + 1)
+                wait_for(lambda i=i: waiting() == i + 1)
         for future in futures:
             future.result(5)
     assert order == list(range(8))
