@@ -1,0 +1,364 @@
+"""The configuration as the package uses it: frozen dataclasses that declare every key once.
+
+`sources.load` reads a dict, a YAML file or the environment into a `Config`; the reference page is generated
+from the declarations here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args
+
+from psycopg.conninfo import conninfo_to_dict
+
+from .keys import Key, Setting, settings_of
+from .kinds import (
+    Factory,
+    File,
+    Flag,
+    Host,
+    Ignored,
+    Integer,
+    Label,
+    Labels,
+    Milliseconds,
+    Seconds,
+    Secret,
+    Section,
+    ServerSettings,
+    Text,
+    Word,
+)
+
+Model = Literal["threaded", "non-threaded"]
+SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
+Target = Literal["any", "read-write", "read-only", "primary", "standby", "prefer-standby"]
+Balance = Literal["round-robin", "least-connections", "random"]
+Ping = Literal["auto", "always", "never"]
+RowFactory = Literal["row", "tuple", "dict", "namedtuple"]
+
+HOUR, DAY, YEAR = 3600, 86_400, 31_536_000
+CONNECTION_COUNT = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointConfig:
+    """One server: where it is, who logs in, and what every session on it starts with.
+
+    A part that is None was left out: libpq finds its own default for it (``PG*`` variables, password file,
+    service file). The password, the conninfo and the server settings are never in the repr.
+    """
+
+    label: Annotated[
+        str,
+        Key(
+            Label(),
+            "Name of the server in `endpoints` of the groups, in logs and in the status. Two servers never "
+            "have the same one.",
+            default="``host:port``, with libpq's own where they are left out",
+        ),
+    ]
+    host: Annotated[
+        str | None,
+        Key(Host(), "Host name, address, or directory of the Unix socket of one server.", libpq="host"),
+    ] = None
+    port: Annotated[int | None, Key(Integer(1, 65535), "Port of the server.", libpq="port")] = None
+    dbname: Annotated[str | None, Key(Text(), "Database.", name="name", libpq="dbname")] = None
+    user: Annotated[str | None, Key(Text(), "Role that logs in.", libpq="user")] = None
+    password: Annotated[
+        str | None,
+        Key(
+            Secret(or_empty=True),
+            "Password. Better places are `pass_file`, ``${VARIABLE}`` and libpq's password file.",
+            name="pass",
+            libpq="password",
+        ),
+    ] = field(default=None, repr=False)
+    pass_file: Annotated[
+        str | None,
+        Key(File(), "File with the password alone, read once at start; the newline at its end is dropped."),
+    ] = None
+    conninfo: Annotated[
+        str | None,
+        Key(
+            Secret(),
+            "URI (``postgresql://user@host:5432/dbname``) or keyword string in place of the parts, with any "
+            "parameter of libpq. A part written beside it adds to it, and must not contradict it.",
+        ),
+    ] = field(default=None, repr=False)
+    sslmode: Annotated[
+        SslMode | None,
+        Key(
+            Word(get_args(SslMode), flags=("require", "disable")),
+            "Use of TLS, in libpq's words. Only ``verify-full`` makes sure of the server's identity.",
+            name="ssl",
+            libpq="sslmode",
+        ),
+    ] = None
+    sslrootcert: Annotated[
+        str | None,
+        Key(File(word="system"), "Certificates of the authorities that are trusted.", libpq="sslrootcert"),
+    ] = None
+    sslcert: Annotated[str | None, Key(File(), "Certificate of the client.", libpq="sslcert")] = None
+    sslkey: Annotated[str | None, Key(File(), "Private key of the client.", libpq="sslkey")] = None
+    sslcrl: Annotated[str | None, Key(File(), "Certificates that were revoked.", libpq="sslcrl")] = None
+    connect_timeout: Annotated[
+        float,
+        Key(
+            Seconds(HOUR),
+            "Longest time for one connection to be made, name look-up, TLS and login included.",
+            default="``5`` s; ``10`` s where there is one server only",
+            libpq="connect_timeout",
+        ),
+    ] = 5.0
+    query_timeout: Annotated[
+        int,
+        Key(
+            Milliseconds(zero="none"),
+            "Longest time for one statement. PostgreSQL cancels it (``statement_timeout``); a server that "
+            "does not answer at all is given up a little later.",
+        ),
+    ] = 5000
+    session_tmp_buffer: Annotated[
+        int | None,
+        Key(Integer(1, 16_384, "MB"), "Memory of a session for temporary tables (``temp_buffers``)."),
+    ] = None
+    weight: Annotated[
+        int,
+        Key(Integer(1, 1000), "Share of a group's connections, in proportion to the other servers' weights."),
+    ] = 1
+    application_name: Annotated[
+        str | None,
+        Key(Text(), "Name in ``pg_stat_activity`` and the server's log.", libpq="application_name"),
+    ] = None
+    options: Annotated[
+        Mapping[str, str],
+        Key(ServerSettings(), "Server settings that every session starts with.", default="none"),
+    ] = field(default_factory=lambda: MappingProxyType({}), repr=False, hash=False)
+    keepalives: Annotated[
+        bool | None, Key(Flag(digits=True), "Whether TCP keepalives are sent.", libpq="keepalives")
+    ] = None
+    keepalives_idle: Annotated[
+        int | None,
+        Key(
+            Seconds(32_767, zero="the system's", whole=True),
+            "Silence before the first keepalive.",
+            libpq="keepalives_idle",
+        ),
+    ] = None
+    keepalives_interval: Annotated[
+        int | None,
+        Key(
+            Seconds(32_767, zero="the system's", whole=True),
+            "Time between keepalives that are not answered.",
+            libpq="keepalives_interval",
+        ),
+    ] = None
+    keepalives_count: Annotated[
+        int | None,
+        Key(
+            Integer(0, 127, zero="the system's"),
+            "Unanswered keepalives after which the connection is lost.",
+            libpq="keepalives_count",
+        ),
+    ] = None
+    tcp_user_timeout: Annotated[
+        int | None,
+        Key(
+            Milliseconds(zero="the system's"),
+            "Time that data may stay unacknowledged before the connection is lost.",
+            libpq="tcp_user_timeout",
+        ),
+    ] = None
+
+    def conninfo_params(self) -> dict[str, str | int]:
+        """Return libpq's parameters for `psycopg.conninfo.make_conninfo`, all but `options`.
+
+        Parts left out are absent, so that libpq's own defaults hold for them.
+        """
+        params: dict[str, str | int] = {**conninfo_parts(self.conninfo)} if self.conninfo else {}
+        params.pop("options", None)
+        params.setdefault("fallback_application_name", "pgdbpool")
+        for setting in ENDPOINT_KEYS.values():
+            value = getattr(self, setting.field)
+            if setting.key.libpq and value is not None:
+                # libpq takes integers only: true is 1, and a fraction of a second counts as a whole one.
+                params[setting.key.libpq] = value if isinstance(value, str) else math.ceil(value)
+        return params
+
+    def server_options(self, query_timeout_ms: int | None = None) -> str:
+        """Return libpq's `options`: the statement timeout, temporary buffers and settings of a session.
+
+        Those of the conninfo, or else of ``PGOPTIONS``, come first: libpq would drop them otherwise.
+        """
+        timeout = self.query_timeout if query_timeout_ms is None else query_timeout_ms
+        settings = {"statement_timeout": str(timeout)}
+        if self.session_tmp_buffer is not None:
+            settings["temp_buffers"] = f"{self.session_tmp_buffer}MB"
+        settings.update(self.options)
+        inherited = conninfo_parts(self.conninfo).get("options") if self.conninfo else None
+        if inherited is None:
+            inherited = os.environ.get("PGOPTIONS", "")
+        own = (f"-c {name}={_escaped(value)}" for name, value in settings.items())
+        return " ".join([inherited, *own]).strip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupConfig:
+    """One named pool: how many connections, to which servers, and how they are lent."""
+
+    name: str
+    connection_count: Annotated[
+        int,
+        Key(Integer(1, 10_000), "Most connections that the group has open, over all its servers."),
+    ] = CONNECTION_COUNT
+    min_size: Annotated[
+        int,
+        Key(
+            Integer(0, 10_000),
+            "Connections that are kept open when idle; at most `connection_count`.",
+            default="the same as `connection_count`",
+        ),
+    ]
+    autocommit: Annotated[
+        bool,
+        Key(
+            Flag(),
+            "Whether each statement is a transaction of its own; otherwise a block is one transaction, from "
+            "its first statement to `commit()` or the block's end.",
+        ),
+    ] = True
+    endpoints: Annotated[
+        tuple[str, ...], Key(Labels(), "Labels of the servers that the group uses.", default="all servers")
+    ]
+    target: Annotated[
+        Target,
+        Key(
+            Word(get_args(Target)),
+            "Which servers take the group's connections, by the role that they have at the time.",
+        ),
+    ] = "any"
+    balance: Annotated[
+        Balance,
+        Key(Word(get_args(Balance)), "How the next connection's server is chosen; weights count in each."),
+    ] = "round-robin"
+    timeout: Annotated[float, Key(Seconds(DAY), "Longest wait for a connection.")] = 10.0
+    max_waiting: Annotated[
+        int,
+        Key(
+            Integer(0, 1_000_000, zero="no bound"),
+            "Most threads that wait for a connection at a time; one more is refused at once.",
+        ),
+    ] = 0
+    max_lifetime: Annotated[
+        float,
+        Key(Seconds(YEAR, zero="never"), "Age at which a connection is replaced, once it is not in use."),
+    ] = 3600.0
+    max_idle: Annotated[
+        float,
+        Key(
+            Seconds(YEAR, zero="never"),
+            "Idle time after which a connection above `min_size` is closed.",
+        ),
+    ] = 600.0
+    num_workers: Annotated[
+        int, Key(Integer(1, 64), "Threads that open connections in the background; threaded model only.")
+    ] = 1
+    connect_timeout: Annotated[
+        float | None,
+        Key(Seconds(HOUR), "Overrides the servers' ``connect_timeout``.", default="the server's"),
+    ] = None
+    query_timeout: Annotated[
+        int | None,
+        Key(Milliseconds(zero="none"), "Overrides the servers' ``query_timeout``.", default="the server's"),
+    ] = None
+    ping: Annotated[
+        Ping,
+        Key(
+            Word(get_args(Ping)),
+            "When a checkout asks the server whether the connection lives, which takes a round trip: "
+            "``auto`` after `ping_after`, ``always``, or ``never``. A closed socket is seen without asking.",
+        ),
+    ] = "auto"
+    ping_after: Annotated[
+        float,
+        Key(Seconds(YEAR, zero="always"), "Idle time after which ``ping: auto`` asks."),
+    ] = 30.0
+    ping_timeout: Annotated[
+        float, Key(Seconds(HOUR), "Longest wait for the answer; after it the server counts as down.")
+    ] = 2.0
+    prepare_threshold: Annotated[
+        int | None,
+        Key(
+            Integer(0, 1_000_000, zero="at the first"),
+            "Executions of a statement after which it is prepared at the server; null is never, which a "
+            "transaction-pooling proxy may need.",
+        ),
+    ] = 5
+    row_factory: Annotated[
+        RowFactory | Callable[..., Any],
+        Key(
+            Factory(get_args(RowFactory)),
+            "What a row is: ``row`` answers to index and column name; a name or a callable is a row factory "
+            "of psycopg.",
+        ),
+    ] = "row"
+    sqlprepare: Annotated[
+        bool,
+        Key(Flag(), 'Whether ``"SQLPrepare"."PrepareQueries"()`` is called on every new connection.'),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole configuration that passed every check."""
+
+    type: Annotated[
+        Model,
+        Key(
+            Word(get_args(Model), other=(("lock-free", "non-threaded"),)),
+            "``threaded`` for servers that run requests in threads; ``non-threaded``, which takes no lock "
+            "and starts no thread, for those that run one request at a time in a process.",
+        ),
+    ] = "threaded"
+    endpoints: Annotated[
+        tuple[EndpointConfig, ...],
+        Key(
+            Section("a mapping (one server) or a non-empty list of mappings"),
+            "The servers; their keys are below.",
+            name="db",
+            default="required",
+        ),
+    ]
+    groups: Annotated[
+        Mapping[str, GroupConfig],
+        Key(
+            Section("a non-empty mapping of group names to mappings"),
+            "The pools by name; their keys are below.",
+            default="required",
+        ),
+    ] = field(hash=False)
+    origin: str = "dict"
+
+
+CONFIG_KEYS = settings_of(Config)
+ENDPOINT_KEYS = settings_of(EndpointConfig)
+GROUP_KEYS = settings_of(GroupConfig)
+_IGNORED_KEY = Key(Ignored(), "Taken from version 1 and ignored, with a `DeprecationWarning`.")
+_IGNORED = Setting("connection_retry_sleep", "connection_retry_sleep", _IGNORED_KEY, "not set", nullable=True)
+DB_KEYS = {**ENDPOINT_KEYS, _IGNORED.name: _IGNORED}
+
+
+def conninfo_parts(conninfo: str) -> dict[str, str]:
+    """Return the parameters of a URI or keyword string; raises psycopg's error, which quotes it."""
+    return {name: str(value) for name, value in conninfo_to_dict(conninfo).items() if value is not None}
+
+
+def _escaped(value: str) -> str:
+    """Return a value for libpq's `options`, where a backslash keeps white space from ending it."""
+    return re.sub(r"([\s\\])", r"\\\1", value, flags=re.ASCII)

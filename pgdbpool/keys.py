@@ -1,0 +1,148 @@
+"""What declares a key of the configuration: a `Key` on a dataclass field, with the `Kind` of value it takes.
+
+Loading, error messages and the reference page read the same declaration, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args, get_type_hints
+
+_SECRET_TEXT = re.compile(r"(pass\w{0,20}|pwd|secret|key)\s{0,5}=|(pass(word)?|pwd)[\"']?\s{0,5}:", re.I)
+
+
+class Refused(ValueError):
+    """A value is not what its key takes; `problems` are pairs of a place below the key and a message."""
+
+    def __init__(self, *problems: tuple[str, str]) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands in a source's tree for a value that could not be had, such as an unset variable."""
+
+    reason: str
+
+
+def show(value: object, secret: bool = False) -> str:
+    """Return a value as messages show it: short, on one line, and never with a password in it.
+
+    Containers and foreign objects are named by their type only: a password may be anywhere inside.
+    """
+    if secret or (isinstance(value, str) and may_hold_password(value)):
+        return "'***'"
+    if isinstance(value, str):
+        text = str.__repr__(value[:100])
+    elif value is None or isinstance(value, bool):
+        text = repr(value)
+    elif isinstance(value, int):
+        text = int.__repr__(value) if value.bit_length() < 200 else f"an integer of {value.bit_length()} bits"
+    elif isinstance(value, float):
+        text = float.__repr__(value)
+    elif isinstance(value, Mapping):
+        text = "a mapping"
+    elif isinstance(value, (list, tuple)):
+        text = "a list" if value else "an empty list"
+    else:
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def may_hold_password(text: str) -> bool:
+    """Tell whether a string looks like part of a URI with user:password@, or has password=... in it."""
+    return "@" in text or _SECRET_TEXT.search(text) is not None
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known word closest to a misspelt one, or nothing."""
+    if not isinstance(word, str):
+        return ""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(word[:60].lower(), by_lower, 1)
+    return f"; did you mean {show(by_lower[matches[0]])}?" if matches else ""
+
+
+def step(key: object) -> str:
+    """Return one step of a path: `.name`, or `['any key']` where a plain name would mislead."""
+    plain = isinstance(key, str) and re.fullmatch(r"[A-Za-z_][\w-]{0,60}", key, re.ASCII)
+    return f".{key}" if plain else f"[{show(key)}]"
+
+
+class Kind:
+    """A sort of value: `allowed` says it in words, `check` returns a value as the package uses it."""
+
+    text: ClassVar[bool] = False  # text is never taken for a number or a boolean, whatever it looks like
+    secret: ClassVar[bool] = False
+
+    @property
+    def allowed(self) -> str:
+        raise NotImplementedError
+
+    def check(self, value: object) -> Any:
+        """Return the value, normalised; raises `Refused` with what is allowed instead."""
+        raise NotImplementedError
+
+    def read(self, value: object) -> Any:
+        """Return the checked value of a source's tree; raises `Refused`."""
+        if isinstance(value, Unreadable):
+            raise Refused(("", value.reason))
+        return self.check(value)
+
+    def refuse(self, value: object, hint: str = "") -> Refused:
+        return Refused(("", f"must be {self.allowed}, not {show(value, self.secret)}{hint}"))
+
+    def in_words(self, value: Any) -> str:
+        """Return a value, such as a default, as the reference page writes it."""
+        if value is None:
+            return "not set"
+        return f"``{str(value).lower() if isinstance(value, bool) else value}``"
+
+
+@dataclass(frozen=True)
+class Key:
+    """The declaration of a key, put on a dataclass field with `Annotated`.
+
+    `name` is the key as users write it where that is not the field's name, `default` the default in words
+    where it is no plain value, `libpq` the connection parameter that carries the value.
+    """
+
+    kind: Kind
+    meaning: str
+    name: str = ""
+    default: str = ""
+    libpq: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key with what its dataclass field adds: where the value goes, and whether null is a value."""
+
+    name: str
+    field: str
+    key: Key
+    default: str
+    nullable: bool
+
+    def read(self, value: object) -> Any:
+        """Return the checked value; raises `Refused`."""
+        return None if value is None and self.nullable else self.key.kind.read(value)
+
+
+def settings_of(cls: type[Any]) -> dict[str, Setting]:
+    """Return the keys that a dataclass declares, by the name that users write, in order."""
+    settings: dict[str, Setting] = {}
+    hints = get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        hint, *extras = get_args(hints[field.name]) or (None,)
+        for key in extras:
+            if isinstance(key, Key):
+                name = key.name or field.name
+                default = key.default or key.kind.in_words(field.default)
+                settings[name] = Setting(name, field.name, key, default, type(None) in get_args(hint))
+    return settings

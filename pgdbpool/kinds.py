@@ -1,0 +1,362 @@
+"""The kinds of values that keys of the configuration take."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, ClassVar
+
+from .keys import Kind, Refused, Unreadable, nearest, show, step
+
+_DURATION = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*(ms|s|min|h)", re.ASCII)
+_UNIT_MS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
+DURATION_EXAMPLES = 'a string such as "500ms", "5s", "2min", "1h"'
+_SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", re.ASCII)
+_SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|key$", re.IGNORECASE)
+_DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+@dataclass(frozen=True)
+class Section(Kind):
+    """A mapping or list that has keys of its own, which are read one by one elsewhere."""
+
+    shape: str
+
+    @property
+    def allowed(self) -> str:
+        return self.shape
+
+    def check(self, value: object) -> Any:
+        return value
+
+
+@dataclass(frozen=True)
+class Ignored(Kind):
+    """Accepted from version 1 whatever it holds, and without effect."""
+
+    @property
+    def allowed(self) -> str:
+        return "anything"
+
+    def check(self, value: object) -> Any:
+        return None
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """A string that can be sent to a server; `or_empty` takes an empty one for a key left out."""
+
+    or_empty: bool = False
+    text: ClassVar[bool] = True
+
+    @property
+    def allowed(self) -> str:
+        return "a string" if self.or_empty else "a non-empty string"
+
+    def check(self, value: object) -> Any:
+        if not isinstance(value, str) or not (value or self.or_empty):
+            raise self.refuse(value, "; quote it" if isinstance(value, (int, float)) else "")
+        if not _is_text(value):
+            raise self.refuse(value, ": it has characters that are not text, such as NUL")
+        return str(value) or None
+
+
+@dataclass(frozen=True)
+class Secret(Text):
+    """Text that no message and no repr shows."""
+
+    secret: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Label(Text):
+    """A name as logs and status pages print it."""
+
+    @property
+    def allowed(self) -> str:
+        return "a non-empty string of printable characters"
+
+    def check(self, value: object) -> Any:
+        label = super().check(value)
+        if not label.isprintable():
+            raise self.refuse(value)
+        return label
+
+
+@dataclass(frozen=True)
+class Host(Text):
+    """One host name, address, or directory of a Unix socket."""
+
+    @property
+    def allowed(self) -> str:
+        return "a host name, an address, or the directory of a Unix socket"
+
+    def check(self, value: object) -> Any:
+        host = super().check(value)
+        if "," in host:
+            raise self.refuse(value, "; one server per entry, list them separately")
+        if "@" in host[1:]:  # the first character marks an abstract socket
+            raise self.refuse(value, "; an @ in the password of a URI is written %40")
+        return host
+
+
+@dataclass(frozen=True)
+class File(Text):
+    """The path of a file that exists and can be read; `~` is the home directory."""
+
+    word: str = ""  # what libpq takes in place of a path
+
+    @property
+    def allowed(self) -> str:
+        return "the path of a readable file" + (f", or the word {self.word}" if self.word else "")
+
+    def check(self, value: object) -> Any:
+        path = super().check(os.fspath(value) if isinstance(value, os.PathLike) else value)
+        if path == self.word:
+            return path
+        path = os.path.expanduser(path)
+        if not os.path.isfile(path):
+            raise self.refuse(value, ", which is no file")
+        if not os.access(path, os.R_OK):
+            raise self.refuse(value, ", which this process may not read")
+        return path
+
+
+@dataclass(frozen=True)
+class Flag(Kind):
+    """A boolean; `digits` takes 0 and 1 too, as libpq writes them."""
+
+    digits: bool = False
+
+    @property
+    def allowed(self) -> str:
+        return "true or false, or 1 or 0" if self.digits else "true or false"
+
+    def check(self, value: object) -> Any:
+        if isinstance(value, bool) or (self.digits and isinstance(value, int) and value in (0, 1)):
+            return bool(value)
+        raise self.refuse(value)
+
+
+@dataclass(frozen=True)
+class Word(Kind):
+    """One of a few words; `other` are further spellings, `flags` the words that true and false stand for."""
+
+    choices: tuple[str, ...]
+    other: tuple[tuple[str, str], ...] = ()
+    flags: tuple[str, str] | None = None
+
+    @property
+    def allowed(self) -> str:
+        spellings = "".join(f", {other} (the same as {word})" for other, word in self.other)
+        flags = f", true ({self.flags[0]}), false ({self.flags[1]})" if self.flags else ""
+        return f"one of {', '.join(self.choices)}{spellings}{flags}"
+
+    def check(self, value: object) -> Any:
+        if isinstance(value, bool) and self.flags:
+            return self.flags[0] if value else self.flags[1]
+        word = dict(self.other).get(value, value) if isinstance(value, str) else value
+        if not isinstance(word, str) or word not in self.choices:
+            raise self.refuse(value, nearest(value, (*self.choices, *dict(self.other))))
+        return str(word)
+
+
+@dataclass(frozen=True)
+class Integer(Kind):
+    """A whole number; `unit` and `zero` say what it counts and what 0 means."""
+
+    low: int
+    high: int
+    unit: str = ""
+    zero: str = ""
+
+    @property
+    def allowed(self) -> str:
+        zero = f" (= {self.zero})" if self.zero else ""
+        return f"an integer from {self.low}{zero} to {self.high}{self.unit and ' ' + self.unit}"
+
+    def check(self, value: object) -> Any:
+        if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
+            digits = isinstance(value, str) and value.isdigit()
+            raise self.refuse(value, "; write it without quotes" if digits else "")
+        return int(value)
+
+    def in_words(self, value: Any) -> str:
+        words = super().in_words(value)
+        if value is None:
+            return words
+        return f"{words} ({self.zero})" if value == 0 and self.zero else f"{words} {self.unit}".strip()
+
+
+@dataclass(frozen=True)
+class Seconds(Kind):
+    """A duration in seconds; 0 is allowed where `zero` says what it means."""
+
+    high: int
+    zero: str = ""
+    whole: bool = False  # libpq counts these in whole seconds
+
+    @property
+    def allowed(self) -> str:
+        bounds = f"from 0 (= {self.zero})" if self.zero else "above 0"
+        return f"{'whole ' if self.whole else ''}seconds {bounds} up to {self.high}, or {DURATION_EXAMPLES}"
+
+    def check(self, value: object) -> Any:
+        number = _duration(value, 1000)
+        # Compared before it is converted: an integer may be too large for a float.
+        if number is None or not 0 <= number <= self.high or (number == 0 and not self.zero):
+            raise self.refuse(value)
+        if not self.whole:
+            return float(number)
+        if number != int(number):
+            raise self.refuse(value)
+        return int(number)
+
+    def in_words(self, value: Any) -> str:
+        if value is None:
+            return super().in_words(value)
+        if value == 0:
+            return f"``0`` ({self.zero})"
+        hours = f" ({value / 3600:g} h)" if value >= 3600 else ""
+        return f"``{value:g}`` s{hours}"
+
+
+@dataclass(frozen=True)
+class Milliseconds(Kind):
+    """A duration in whole milliseconds, as PostgreSQL's own timeouts have it."""
+
+    zero: str
+    high: int = 2**31 - 1
+
+    @property
+    def allowed(self) -> str:
+        return f"whole milliseconds from 0 (= {self.zero}) up to {self.high}, or {DURATION_EXAMPLES}"
+
+    def check(self, value: object) -> Any:
+        number = _duration(value, 1)
+        if number is None or isinstance(number, float) or not 0 <= number <= self.high:
+            raise self.refuse(value)
+        if number != int(number):
+            raise self.refuse(value)
+        return int(number)
+
+    def in_words(self, value: Any) -> str:
+        return super().in_words(value) + (" ms" if value is not None else "")
+
+
+@dataclass(frozen=True)
+class Labels(Kind):
+    """A list of different labels; an empty one would leave a group without a server."""
+
+    @property
+    def allowed(self) -> str:
+        return "a non-empty list of labels"
+
+    def check(self, value: object) -> Any:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise self.refuse(value)
+        labels: dict[str, int] = {}
+        problems: list[tuple[str, str]] = []
+        for index, item in enumerate(value):
+            try:
+                label = Text().read(item)
+            except Refused as refused:
+                problems += [(f"[{index}]", message) for _, message in refused.problems]
+                continue
+            if labels.setdefault(label, index) != index:
+                problems.append((f"[{index}]", f"{show(label)} is in the list already, at [{labels[label]}]"))
+        if problems:
+            raise Refused(*problems)
+        return tuple(labels)
+
+
+@dataclass(frozen=True)
+class ServerSettings(Kind):
+    """A mapping of PostgreSQL's own settings, each a name and a plain value."""
+
+    @property
+    def allowed(self) -> str:
+        return "a mapping of server settings, such as {work_mem: 64MB}"
+
+    def check(self, value: object) -> Any:
+        if not isinstance(value, Mapping):
+            raise self.refuse(value)
+        settings: dict[str, str] = {}
+        problems: list[tuple[str, str]] = []
+        for name, item in value.items():
+            if not isinstance(name, str) or not _SETTING_NAME.fullmatch(name):
+                problems.append((step(name), "is not the name of a server setting, such as work_mem"))
+            elif isinstance(item, Unreadable):
+                problems.append((step(name), item.reason))
+            elif (setting := _setting(item)) is None:
+                shown = show(item, secret=bool(_SECRET_NAME.search(name)))
+                problems.append((step(name), f"must be a string, a number, true or false, not {shown}"))
+            else:
+                settings[str(name)] = setting
+        if problems:
+            raise Refused(*problems)
+        return settings
+
+
+@dataclass(frozen=True)
+class Factory(Kind):
+    """A callable, a dotted name that imports one, or one of a few words."""
+
+    choices: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        return f'one of {", ".join(self.choices)}, a callable, or its name as "package.module:function"'
+
+    def check(self, value: object) -> Any:
+        if callable(value) or (isinstance(value, str) and value in self.choices):
+            return value
+        if not isinstance(value, str) or not _DOTTED_NAME.fullmatch(value):
+            raise self.refuse(value, nearest(value, self.choices))
+        return self._imported(value)
+
+    def _imported(self, name: str) -> Callable[..., Any]:
+        module, _, attributes = name.partition(":")
+        try:
+            found: object = importlib.import_module(module)
+            for attribute in attributes.split("."):
+                found = getattr(found, attribute)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a module of the application may raise anything
+            raise self.refuse(name, f": importing it raised {type(error).__name__}") from None
+        if not callable(found):
+            raise self.refuse(name, ", which is not callable")
+        return found
+
+
+def _duration(value: object, unit_ms: int) -> int | float | Decimal | None:
+    """Return a duration as a number of units of `unit_ms` milliseconds, or None where it is none."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value if isinstance(value, int) or math.isfinite(value) else None
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    # Decimal, so that "1.001s" is 1001 ms and not 1000.9999999999999.
+    return Decimal(match[1]) * _UNIT_MS[match[2]] / unit_ms if match else None
+
+
+def _setting(value: object) -> str | None:
+    """Return the value of a server setting as text, or None where it is none."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, int):
+        return int.__repr__(value) if value.bit_length() <= 64 else None
+    if isinstance(value, float):
+        return float.__repr__(value) if math.isfinite(value) else None
+    return str(value) if isinstance(value, str) and _is_text(value) else None
+
+
+def _is_text(value: str) -> bool:
+    """Tell whether a string can be sent to PostgreSQL: no NUL, nothing that UTF-8 cannot encode."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
