@@ -21,14 +21,19 @@ from .errors import (
     PoolExhausted,
     PoolTimeout,
     QueryDeadlineError,
+    SettingError,
     TargetUnavailableError,
+    TenantConflictError,
+    TenantRequiredError,
     ThreadingModelError,
     TooManyWaiting,
     TransactionAbortedError,
     UnconfiguredGroupError,
+    UnsafeRoleError,
 )
 from .handler import Handler, Query
 from .rows import Row
+from .tenant import current_tenant, tenant
 
 __version__ = "2.0.0.dev0"
 
@@ -48,10 +53,16 @@ __all__ = [
     "Query",
     "QueryDeadlineError",
     "Row",
+    "SettingError",
     "TargetUnavailableError",
+    "TenantConflictError",
+    "TenantRequiredError",
     "ThreadingModelError",
     "TooManyWaiting",
     "TransactionAbortedError",
     "UnconfiguredGroupError",
+    "UnsafeRoleError",
     "__version__",
+    "current_tenant",
+    "tenant",
 ]

@@ -65,7 +65,7 @@ def order(
             connections = endpoint.connections
         return (connections + 1) / endpoint.weight
 
-    fitting.sort(key=rank)  # stable: the order of the configuration breaks ties
+    fitting.sort(key=rank)  # stable: the order of the candidates breaks ties
     if target == "prefer-standby":
         fitting.sort(key=lambda c: c.endpoint.role is Role.PRIMARY)
     return [c.endpoint for c in fitting]

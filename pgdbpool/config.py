@@ -30,10 +30,10 @@ from .kinds import (
     Seconds,
     Secret,
     Section,
-    ServerSettings,
     Text,
     Word,
 )
+from .setting_kinds import Pattern, ServerSettings, TenantName
 
 Model = Literal["threaded", "non-threaded"]
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
@@ -41,6 +41,10 @@ Target = Literal["any", "read-write", "read-only", "primary", "standby", "prefer
 Balance = Literal["round-robin", "least-connections", "random"]
 Ping = Literal["auto", "always", "never"]
 RowFactory = Literal["row", "tuple", "dict", "namedtuple"]
+Reset = Literal["auto", "always", "never"]
+Pooler = Literal["transaction"]
+TenantType = Literal["uuid", "int", "text", "regex"]
+Verify = Literal["error", "warn", "off"]
 
 HOUR, DAY, YEAR = 3600, 86_400, 31_536_000
 CONNECTION_COUNT = 10
@@ -140,6 +144,16 @@ class EndpointConfig:
         Mapping[str, str],
         Key(ServerSettings(), "Server settings that every session starts with.", default="none"),
     ] = field(default_factory=lambda: MappingProxyType({}), repr=False, hash=False)
+    pooler: Annotated[
+        Pooler | None,
+        Key(
+            Word(get_args(Pooler)),
+            "``transaction`` for a proxy, such as PgBouncer, that gives each transaction another session: "
+            "then nothing counts on the session. `query_timeout` is bound for each transaction, `options` "
+            "and `session_tmp_buffer` are refused, and ``PGOPTIONS`` is left out. A proxy that keeps one "
+            "session for each client needs no word.",
+        ),
+    ] = None
     keepalives: Annotated[
         bool | None, Key(Flag(digits=True), "Whether TCP keepalives are sent.", libpq="keepalives")
     ] = None
@@ -194,8 +208,11 @@ class EndpointConfig:
     def server_options(self, query_timeout_ms: int | None = None) -> str:
         """Return libpq's `options`: the statement timeout, temporary buffers and settings of a session.
 
-        Those of the conninfo, or else of ``PGOPTIONS``, come first: libpq would drop them otherwise.
+        Those of the conninfo, or else of ``PGOPTIONS``, come first: libpq would drop them otherwise. A
+        transaction pooler takes none: give libpq the empty string too, or it sends ``PGOPTIONS``.
         """
+        if self.pooler:
+            return ""
         timeout = self.query_timeout if query_timeout_ms is None else query_timeout_ms
         settings = {"statement_timeout": str(timeout)}
         if self.session_tmp_buffer is not None:
@@ -206,6 +223,59 @@ class EndpointConfig:
             inherited = os.environ.get("PGOPTIONS", "")
         own = (f"-c {name}={_escaped(value)}" for name, value in settings.items())
         return " ".join([inherited, *own]).strip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantSetting:
+    """One setting of a tenant as users write it; a `TenantConfig` holds one or several."""
+
+    setting: Annotated[
+        str,
+        Key(
+            TenantName(),
+            "Setting that says who the tenant is. Policies read it: "
+            "``NULLIF(current_setting('app.current_tenant_id', true), '')``.",
+            default="required, unless there are `settings`",
+        ),
+    ]
+    type: Annotated[
+        TenantType,
+        Key(Word(get_args(TenantType)), "What its value is; any other is refused before anything is sent."),
+    ] = "text"
+    pattern: Annotated[
+        str | None,
+        Key(
+            Pattern(),
+            "Regular expression, Python's, that the whole value matches; with ``type: regex`` only.",
+            nullable=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantConfig:
+    """On whose behalf blocks run: setting names with the types and patterns of their values, in order."""
+
+    settings: Annotated[
+        Mapping[str, tuple[TenantType, str | None]],
+        Key(
+            Section("a non-empty mapping of setting names to types or to {type: ..., pattern: ...}"),
+            "Several settings, in place of `setting`, `type` and `pattern`: "
+            "``{app.tenant_id: uuid, app.region: {type: regex, pattern: '[a-z]{2}'}}``.",
+            default="the one of `setting`",
+        ),
+    ] = field(hash=False)
+    required: Annotated[
+        bool, Key(Flag(), "Whether a block without a tenant is refused, before anything is sent.")
+    ] = True
+    verify: Annotated[
+        Verify,
+        Key(
+            Word(get_args(Verify), flags=("error", "off")),
+            "What happens at connect where the role bypasses row-level security (a superuser, "
+            "``BYPASSRLS``), so that tenants would mean nothing: ``error`` refuses it, ``warn`` logs it.",
+        ),
+    ] = "error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,8 +366,10 @@ class GroupConfig:
         int | None,
         Key(
             Integer(0, 1_000_000, zero="at the first"),
-            "Executions of a statement after which it is prepared at the server; null is never, which a "
-            "transaction-pooling proxy may need.",
+            "Executions of a statement after which it is prepared at the server; null is never. A number "
+            "wants a ``pooler`` that knows prepared statements, as PgBouncer 1.21 and later "
+            "(``max_prepared_statements``).",
+            default="``5``; null where a server of the group has a ``pooler``",
         ),
     ] = 5
     row_factory: Annotated[
@@ -310,8 +382,38 @@ class GroupConfig:
     ] = "row"
     sqlprepare: Annotated[
         bool,
-        Key(Flag(), 'Whether ``"SQLPrepare"."PrepareQueries"()`` is called on every new connection.'),
+        Key(
+            Flag(),
+            'Whether ``"SQLPrepare"."PrepareQueries"()`` is called on every new connection; refused where a '
+            "server has a ``pooler``.",
+        ),
     ] = False
+    tenant: Annotated[
+        TenantConfig | None,
+        Key(
+            Section("a mapping, or the name of a setting, such as app.current_tenant_id"),
+            "On whose behalf blocks run: a setting that row-level security reads, bound for each block. Its "
+            "keys are below; a name alone is short for ``{setting: name}``.",
+            default="none",
+            nullable=False,
+        ),
+    ] = None
+    settings: Annotated[
+        Mapping[str, str],
+        Key(
+            ServerSettings(),
+            "Server settings that are bound for each block, and end with it; those of the block win.",
+            default="none",
+        ),
+    ] = field(default_factory=lambda: MappingProxyType({}), repr=False, hash=False)
+    reset: Annotated[
+        Reset,
+        Key(
+            Word(get_args(Reset)),
+            "When a session is cleaned, with the next borrower's first statement: ``auto`` if the last one "
+            "may have left something in it, ``always``, or ``never``.",
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,6 +454,7 @@ GROUP_KEYS = settings_of(GroupConfig)
 _IGNORED_KEY = Key(Ignored(), "Taken from version 1 and ignored, with a `DeprecationWarning`.")
 _IGNORED = Setting("connection_retry_sleep", "connection_retry_sleep", _IGNORED_KEY, "not set", nullable=True)
 DB_KEYS = {**ENDPOINT_KEYS, _IGNORED.name: _IGNORED}
+TENANT_KEYS = {**settings_of(TenantSetting), **settings_of(TenantConfig)}
 
 
 def conninfo_parts(conninfo: str) -> dict[str, str]:

@@ -20,18 +20,17 @@ from psycopg import generators, rows, waiting
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import ConnectionTimeout, _WaitTimeout
 
-from .errors import one_line
+from .cursors import BlockCursor, BlockServerCursor
+from .errors import Error, one_line
+from .preamble import GRACE
 from .probe import StartupProbe
-from .session import BlockCursor, BlockServerCursor, PooledConnection
+from .session import PooledConnection
 
 if TYPE_CHECKING:
     from .config import EndpointConfig, GroupConfig
     from .group import Group
 
 logger = logging.getLogger("pgdbpool")
-
-GRACE = 1.0
-"""Seconds that the client waits beyond the server's own statement_timeout."""
 
 PROBE_AFTER = (0.5, 0.75)
 """Seconds between two probes of a DOWN endpoint, drawn at random: at most two a second."""
@@ -156,9 +155,16 @@ class Endpoint:
 
     # Opening connections.
 
-    def dial(self, group: GroupConfig, timeout: float, row_factory: Any) -> PooledConnection:
+    def dial(
+        self,
+        group: GroupConfig,
+        timeout: float,
+        row_factory: Any,
+        set_up: Callable[[PooledConnection], None] | None = None,
+    ) -> PooledConnection:
         """Open a connection as the group wants it, within the timeout (seconds).
 
+        :param set_up: what the group does with each new connection.
         :raises DialError: with the server's or the network's own words.
         """
         deadline = monotonic() + timeout
@@ -173,21 +179,25 @@ class Endpoint:
             conn.watch()
             conn.autocommit = True
             self.note_role(conn)
-            if group.sqlprepare:
-                psycopg.Cursor(conn).execute('SELECT * FROM "SQLPrepare"."PrepareQueries"()')
+            if set_up is not None:
+                set_up(conn)
         except _WaitTimeout:
-            error: psycopg.Error = ConnectionTimeout(f"no answer within {timeout:.1f} s")
+            error: Exception = ConnectionTimeout(f"no answer within {timeout:.1f} s")
             raise self._failed(error, down=True) from error
-        except psycopg.Error as error:
+        except (psycopg.Error, Error) as error:
             if conn is not None:
                 conn.close()
-            raise self._failed(error, down=self._is_down(deadline)) from error
+            down = isinstance(error, psycopg.Error) and self._is_down(deadline)
+            raise self._failed(error, down) from error
         milliseconds = self.statement_timeout(group)
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
+        if self.config.pooler:  # each transaction may be on another session
+            conn.local = (("statement_timeout", str(milliseconds)),)
         conn.prepare_threshold = group.prepare_threshold
         conn.row_factory = row_factory
         conn.cursor_factory = BlockCursor
         conn.server_cursor_factory = BlockServerCursor
+        conn.settle()
         if group.max_lifetime:
             # Jitter, so that connections opened together are not all replaced together.
             conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
@@ -201,17 +211,17 @@ class Endpoint:
 
     def _conninfo(self, group: GroupConfig) -> str:
         params: dict[str, Any] = self.config.conninfo_params()
-        if options := self.config.server_options(self.statement_timeout(group)):
-            params["options"] = options
+        # Also where it is empty: libpq would send PGOPTIONS otherwise.
+        params["options"] = self.config.server_options(self.statement_timeout(group))
         return make_conninfo("", **params)
 
-    def _failed(self, error: psycopg.Error, down: bool) -> DialError:
+    def _failed(self, error: Exception, down: bool) -> DialError:
         message = one_line(error)
         if down:
             self.mark_down(message)
         else:
             if message != self.last_error:
-                logger.warning("endpoint %s refuses connections: %s", self.label, message)
+                logger.warning("endpoint %s: no connection: %s", self.label, message)
             self.note_error(message)
         return DialError(self, message, down)
 

@@ -50,6 +50,22 @@ class ThreadingModelError(Error, RuntimeError):
     """Two threads used a lock-free pool at the same time."""
 
 
+class SettingError(Error, ValueError):
+    """A tenant or a local setting has a name or a value that cannot be bound."""
+
+
+class TenantRequiredError(Error):
+    """The group requires a tenant, and the block has none: nothing was sent."""
+
+
+class TenantConflictError(Error):
+    """The block names a tenant that is not the current one: nothing was sent."""
+
+
+class UnsafeRoleError(Error):
+    """The role that logs in bypasses row-level security, so tenants would not be kept apart."""
+
+
 class BlockClosedError(Error, psycopg.InterfaceError):
     """A Handler, a cursor or a connection was used outside its `with` block."""
 

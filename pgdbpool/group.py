@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import psycopg
 
 from .balance import Candidate, order, suits, worth_moving
 from .endpoint import DialError, Endpoint, Role, State
@@ -18,31 +23,38 @@ from .errors import (
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
+    SettingError,
     TargetUnavailableError,
     TooManyWaiting,
+    UnsafeRoleError,
 )
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
-from .session import IDLE, Block, PooledConnection
+from .preamble import BEGIN, GRACE, IDLE, KEEP, Block, set_local
+from .session import PooledConnection, Slot
 from .stats import GroupStatus
+from .tenant import Bound, bind_settings, bind_tenant, milliseconds
 
 if TYPE_CHECKING:
     from .config import GroupConfig
 
 logger = logging.getLogger("pgdbpool")
 
+_ROLES = ("role", "session_authorization")
+
 MOVE_EVERY = 0.2
 """Seconds between two connections that are closed at release to even out the endpoints."""
 
 
-REFILL_EVERY = 0.1
-"""Seconds between two connections that a lock-free pool opens at checkouts to be full again."""
+REFILL_AFTER = 1.0
+"""Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
 
 
 class Group:
     """One pool of connections over the group's endpoints.
 
-    `_lock` guards `_counts`, the only thing here that several threads change by more than one
-    assignment; it is never held while anything waits. In lock-free mode it does nothing.
+    `_lock` is held from looking at where the connections are to placing one more, so that two
+    requests do not choose the same endpoint; never while anything waits. In lock-free mode it does
+    nothing.
     """
 
     def __init__(
@@ -58,20 +70,27 @@ class Group:
         self.name = config.name
         self.manual = not config.autocommit
         self.endpoints = tuple(endpoints)
+        # Where endpoints tie, processes that have few connections each begin at different ones.
+        first = random.randrange(len(self.endpoints))
+        self._ring = self.endpoints[first:] + self.endpoints[:first]
         self._row_factory = row_factory
         self._probe = probe
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.Lock()
-        self._counts: dict[Endpoint, int] = dict.fromkeys(self.endpoints, 0)
         self._lent: dict[PooledConnection, Block] = {}
+        self.on_drop = self._dropped
         self._discarded: Counter[str] = Counter()
         self._opened = 0
         self._timeouts = 0
         self._uneven = False
+        self._warned = ""
         self._move_at = 0.0
         self._refill_at = 0.0
         # What a checkout reads, as plain attributes.
         self._timeout = config.timeout
         self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
+        self._always_clean = config.reset == "always"
+        self._settings = bind_settings(config.settings)
+        self._plain = config.tenant is None and not self._settings
         self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
         self._any_role = config.target in ("any", "prefer-standby")
         self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
@@ -79,7 +98,6 @@ class Group:
             "min_size": config.min_size,
             "max_size": config.connection_count,
             "max_idle": config.max_idle,
-            "forget": self._forget,
         }
         self._pool: Pool = (
             LockFreePool(**size)
@@ -99,6 +117,37 @@ class Group:
 
     # Lending.
 
+    def bind(
+        self, tenant: Any, override: bool, settings: Mapping[str, Any] | None
+    ) -> tuple[Bound, float | None]:
+        """Return what a block binds, tenant and settings, and how long its statements may take.
+
+        :raises TenantRequiredError: the group requires a tenant and there is none.
+        :raises TenantConflictError: another tenant is the current one.
+        :raises SettingError: a value or a name that cannot be bound.
+        """
+        if self._plain and tenant is None and not settings:
+            return (), KEEP
+        bound = bind_tenant(self.config.tenant, self.name, tenant, override)
+        merged = dict(self._settings)
+        if settings:
+            own = dict(bind_settings(settings))
+            if taken := {name.lower() for name, _ in bound}.intersection(map(str.lower, own)):
+                raise SettingError(f"{', '.join(taken)} is the tenant's: pass tenant= instead of settings=")
+            for name in own:
+                for known in [known for known in merged if known.lower() == name.lower()]:
+                    del merged[known]
+            merged.update(own)
+        # The role comes last, since it may not be allowed to set the others.
+        ordered = sorted(
+            merged.items(), key=lambda item: item[0].lower() in ("role", "session_authorization")
+        )
+        patience: float | None = KEEP
+        for name, value in ordered:
+            if name.lower() == "statement_timeout" and (taken_ms := milliseconds(value)) is not None:
+                patience = taken_ms / 1000 + GRACE if taken_ms else None
+        return bound + tuple(ordered), patience
+
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
         """Lend a working connection to the block, within the timeout (seconds).
 
@@ -114,53 +163,64 @@ class Group:
             if self._probe is not None:
                 self._maintain(now)
             while True:
-                conn = self._take(deadline, now)
-                if conn is None:
-                    conn = self._connect(deadline)
+                got = self._take(deadline, now)
+                if isinstance(got, Slot):
+                    conn = self._connect(got, deadline)
                     break
-                reason = self._unfit(conn, now, deadline)
+                reason = self._unfit(got, now, deadline)
                 if reason is None:
+                    conn = got
                     break
-                unfit, conn = conn, None
-                self._drop(unfit, reason)
+                self._drop(got, reason)
                 discarded = True
                 now = monotonic()
             block.since = now
-            conn.block = block
+            block.lend(conn)
             self._lent[conn] = block
         except BaseException:
             if conn is not None:
                 self._lent.pop(conn, None)
                 self._drop(conn, "interrupted")
             raise
-        if discarded:
+        if discarded or self._pool.missing:
             self._pool.refill()
         return conn
 
     def checkin(self, conn: PooledConnection) -> None:
         """Take a connection back: idle and clean it is lent again, else it is closed and replaced."""
         conn.block = None
-        if self._lent.pop(conn, None) is None:
+        if (block := self._lent.pop(conn, None)) is None:
             return  # of a parent process, or back already
+        block.conn = None
         now = conn.used_at = monotonic()
         if conn.pgconn.transaction_status != IDLE:
             reason = "lost" if conn.closed else "not idle"
         elif now >= conn.expires_at:
             reason = "expired"
+        elif (conn.touched or conn.altered) and not self._tidied(conn):
+            reason = "not clean"
         elif conn.endpoint.state is not State.UP:
             reason = conn.endpoint.state.value
         elif self._uneven and self._moves(conn, now):
             reason = "rebalanced"
         else:
+            if self._always_clean and not conn.local:
+                conn.stale = True
             self._pool.give(conn)
             return
         self._drop(conn, reason)
         self._pool.refill()
 
+    def _tidied(self, conn: PooledConnection) -> bool:
+        if self.config.reset == "never":
+            conn.touched = conn.prepares = conn.tainted = False
+        return conn.tidy()
+
     def discard(self, conn: PooledConnection, reason: str) -> None:
         """Take a connection back that is not to be used again."""
         conn.block = None
-        if self._lent.pop(conn, None) is not None:
+        if (block := self._lent.pop(conn, None)) is not None:
+            block.conn = None
             self._drop(conn, reason)
             self._pool.refill()
 
@@ -168,14 +228,28 @@ class Group:
         """Do at a checkout what a thread does in threaded mode: probe, and open what is missing."""
         assert self._probe is not None
         self._probe()
-        if self._pool.missing and now >= self._refill_at and self._pool.claim():
-            self._refill_at = now + REFILL_EVERY
+        if self._pool.missing and now >= self._refill_at and (slot := self._pool.claim()):
             try:
-                self._pool.give(self._connect())
-            except DBConnectionError:
-                self._pool.refill()  # later; the endpoint has noted why, and an idle one may serve
+                self._pool.give(self._connect(slot))
+            except DBConnectionError:  # the endpoint has noted why, and an idle one may serve
+                self._refill_at = now + REFILL_AFTER
+                self._pool.refill()
 
-    def _take(self, deadline: float, now: float) -> PooledConnection | None:
+    def _dropped(self, handler: ref[Any]) -> None:
+        """A Handler is gone that did not leave its block: take its connection back."""
+        for conn, block in list(self._lent.items()):
+            if block.watch is handler:
+                block.open = False
+                self.discard(conn, "dropped")
+                where = f"{block.place[0].co_filename}:{block.place[1]}"
+                warnings.warn(
+                    f"a Handler of group {self.name!r}, entered at {where}, was dropped without "
+                    "leaving its block: its connection was closed and replaced",
+                    ResourceWarning,
+                    stacklevel=2,
+                )
+
+    def _take(self, deadline: float, now: float) -> PooledConnection | Slot:
         try:
             return self._pool.take(0.0)
         except NoConnection as none:
@@ -186,6 +260,8 @@ class Group:
         try:
             return self._pool.take(deadline - now)
         except NoConnection as none:
+            if none.reason == NoConnection.CLOSED:
+                raise NotInitializedError(f"group {self.name!r} was closed") from None
             queue_full = none.reason == NoConnection.QUEUE_FULL
             raise self._exhausted(TooManyWaiting if queue_full else PoolTimeout, deadline - now) from None
 
@@ -211,24 +287,15 @@ class Group:
             return "ping"
         return None
 
-    def _close(self, conn: PooledConnection) -> None:
-        conn.close()
-        self._forget(conn)
-
     def _drop(self, conn: PooledConnection, reason: str) -> None:
-        self._close(conn)
         self._discarded[reason] += 1
         logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
-        self._pool.vacate()
+        conn.retire()
 
-    def _forget(self, conn: PooledConnection) -> None:
-        with self._lock:
-            self._counts[conn.endpoint] -= 1
+    # Opening.
 
-    # Opening. The caller owns a slot of the pool.
-
-    def _connect(self, deadline: float | None = None) -> PooledConnection:
-        """Open a connection to the first endpoint that answers and suits, else vacate the slot."""
+    def _connect(self, slot: Slot, deadline: float | None = None) -> PooledConnection:
+        """Open a connection in the slot, to the first endpoint that answers and suits."""
         budget = monotonic() + self._connect_timeout
         if deadline is not None:
             budget = min(budget, deadline)
@@ -236,7 +303,7 @@ class Group:
         spare: PooledConnection | None = None
         try:
             while True:
-                endpoint, left = self._reserve(failures)
+                endpoint, left = self._reserve(slot, failures)
                 if endpoint is None:
                     if spare is None:
                         raise self._unreachable(failures)
@@ -248,53 +315,80 @@ class Group:
                     spare = conn  # one that was not asked yet may be a standby
                     continue
                 if spare is not None:
-                    self._close(spare)
+                    spare.close()
                 spare = conn
                 break
         except BaseException:
             if spare is not None:
-                self._close(spare)
-            self._pool.vacate()
+                spare.close()
             raise
+        slot.endpoint = spare.endpoint
+        spare.slot = slot
         self._opened += 1
         return spare
 
     def _dial(
         self, endpoint: Endpoint, share: float, failures: dict[Endpoint, DialError | None]
     ) -> PooledConnection | None:
-        """Dial one endpoint, whose place in `_counts` is reserved; note why not where it fails."""
+        """Dial one endpoint; note why not where it fails."""
         failures[endpoint] = None
         try:
             conn = endpoint.dial(
-                self.config, max(min(share, self._dial_timeout(endpoint)), 0.05), self._row_factory
+                self.config,
+                max(min(share, self._dial_timeout(endpoint)), 0.05),
+                self._row_factory,
+                self._set_up,
             )
-            if endpoint.role is not None and suits(self.config.target, endpoint.role, endpoint.read_only):
-                return conn
-            conn.close()
         except DialError as error:
             failures[endpoint] = error
-        except BaseException:
-            self._release(endpoint)
-            raise
-        self._release(endpoint)
+            return None
+        if endpoint.role is not None and suits(self.config.target, endpoint.role, endpoint.read_only):
+            return conn
+        conn.close()
         return None
 
-    def _reserve(self, tried: dict[Endpoint, DialError | None]) -> tuple[Endpoint | None, int]:
-        """Count a connection to the best endpoint not yet tried; also return how many are left."""
+    def _set_up(self, conn: PooledConnection) -> None:
+        """Do what the group does with each new connection, before it is lent for the first time."""
+        if self.config.sqlprepare:
+            cursor = psycopg.Cursor(conn)
+            cursor.execute('SELECT * FROM "SQLPrepare"."PrepareQueries"()')
+            cursor.execute("SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql")
+            conn.own_statements = tuple(name for (name,) in cursor.fetchall())
+        if self.config.tenant is not None and self.config.tenant.verify != "off":
+            self._verify(conn)
+
+    def _verify(self, conn: PooledConnection) -> None:
+        """Refuse, or warn of, a role that row-level security does not hold for."""
+        from .rls import role_findings  # at connect only: a checkout never needs it
+
+        conn.run(BEGIN + set_local(self._settings))  # `role` may be among them
+        findings = [finding for finding in role_findings(conn) if finding.severity == "error"]
+        conn.rollback()
+        if not findings:
+            return
+        text = "; ".join(f"{finding.message} ({finding.remedy})" for finding in findings)
+        if self.config.tenant is not None and self.config.tenant.verify == "error":
+            raise UnsafeRoleError(f"tenants of group {self.name!r} are not kept apart: {text}")
+        if text != self._warned:
+            self._warned = text
+            logger.warning("tenants of group %s are not kept apart: %s", self.name, text)
+
+    def _reserve(self, slot: Slot, tried: dict[Endpoint, DialError | None]) -> tuple[Endpoint | None, int]:
+        """Place the slot on the best endpoint not yet tried; also return how many are left."""
         with self._lock:
+            slot.endpoint = None
             best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
             left = [endpoint for endpoint in best if endpoint not in tried]
-            if not left:
-                return None, 0
-            self._counts[left[0]] += 1
-            return left[0], len(left)
-
-    def _release(self, endpoint: Endpoint) -> None:
-        with self._lock:
-            self._counts[endpoint] -= 1
+            if left:
+                slot.endpoint = left[0]
+            return slot.endpoint, len(left)
 
     def _candidates(self) -> list[Candidate]:
-        return [Candidate(endpoint, count) for endpoint, count in self._counts.items()]
+        counts = self._counts()
+        return [Candidate(endpoint, counts[endpoint]) for endpoint in self._ring]
+
+    def _counts(self) -> Counter[Endpoint | None]:
+        return Counter(slot.endpoint for slot in self._pool.slots())
 
     def _dial_timeout(self, endpoint: Endpoint) -> float:
         own = self.config.connect_timeout
@@ -302,7 +396,7 @@ class Group:
 
     def connections_to(self, endpoint: Endpoint) -> int:
         """Return how many connections the group has to the endpoint, those being opened included."""
-        return self._counts.get(endpoint, 0)
+        return self._counts()[endpoint]
 
     # What endpoints report.
 
@@ -319,9 +413,8 @@ class Group:
     def _moves(self, conn: PooledConnection, now: float) -> bool:
         if now < self._move_at:
             return False
-        with self._lock:
-            candidates = self._candidates()
-        held = Candidate(conn.endpoint, self._counts[conn.endpoint])
+        candidates = self._candidates()
+        held = Candidate(conn.endpoint, self.connections_to(conn.endpoint))
         if worth_moving(held, candidates, self.config.target):
             self._move_at = now + MOVE_EVERY
             return True
@@ -336,9 +429,9 @@ class Group:
 
         :raises DBConnectionError: not one could be opened.
         """
-        while self._pool.size < max(1, self.config.min_size) and self._pool.claim():
+        while self._pool.size < max(1, self.config.min_size) and (slot := self._pool.claim()):
             try:
-                conn = self._connect()
+                conn = self._connect(slot)
             except DBConnectionError as error:
                 if not self._pool.idle:
                     raise
@@ -363,7 +456,7 @@ class Group:
 
     def status(self) -> GroupStatus:
         """Return a snapshot."""
-        pool = self._pool
+        pool, counts = self._pool, self._counts()
         return GroupStatus(
             name=self.name,
             size=pool.size,
@@ -372,7 +465,7 @@ class Group:
             waiting=pool.waiting,
             min_size=self.config.min_size,
             max_size=self.config.connection_count,
-            connections={endpoint.label: count for endpoint, count in self._counts.items()},
+            connections={endpoint.label: counts[endpoint] for endpoint in self.endpoints},
             checkouts=pool.taken,
             timeouts=self._timeouts,
             opened=self._opened,

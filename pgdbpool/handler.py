@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 import psycopg
 from psycopg import rows
 
 from .connection import Connection
+from .cursors import BlockClientCursor, BlockCursor
 from .errors import BlockClosedError, ConnectionLostError, QueryDeadlineError, TransactionAbortedError
-from .session import IDLE, Block, BlockClientCursor, BlockCursor, PooledConnection, statements
+from .preamble import IDLE, Block
+from .session import PooledConnection
+from .statements import shape
 
 logger = logging.getLogger("pgdbpool")
 
@@ -35,26 +38,46 @@ class Handler:
 
     :param group: the name of the group.
     :param timeout: seconds to wait for a connection, in place of the group's `timeout`.
+    :param tenant: the tenant's value, or a mapping where the group has several tenant settings; left
+        out, the current one of `pgdbpool.tenant()`.
+    :param tenant_override: allow a tenant that is not the current one.
+    :param settings: server settings for this block, over those of the group: name to value.
     :raises UnconfiguredGroupError: there is no such group.
     :raises NotInitializedError: `Connection.init` was not called.
     """
 
-    __slots__ = ("__weakref__", "_block", "_conn", "_group", "_timeout")
+    __slots__ = ("__weakref__", "_block", "_conn", "_group", "_override", "_settings", "_tenant", "_timeout")
 
-    def __init__(self, group: str, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        group: str,
+        *,
+        timeout: float | None = None,
+        tenant: Any = None,
+        tenant_override: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._block: Block | None = None
         self._conn: PooledConnection | None = None
         self._group = Connection.group(group)
         self._timeout = timeout
+        self._tenant = tenant
+        self._override = tenant_override
+        self._settings = settings
 
     def __enter__(self) -> Handler:
         if self._block is not None:
             raise BlockClosedError("a Handler opens one block: make another Handler for the next")
         group = self._group = Connection.group(self._group.name)  # the process may have been forked
         caller = sys._getframe(1)
-        block = Block(group.manual, (caller.f_code, caller.f_lineno))
-        self._conn = group.checkout(block, self._timeout)
+        settings, patience = group.bind(self._tenant, self._override, self._settings)
+        block = Block(group.manual, settings, (caller.f_code, caller.f_lineno), patience)
+        # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler
+        # still gives its connection back: by a weak reference and not by __del__, which would run at
+        # the end of each block and swallow an interruption there.
+        block.watch = ref(self, group.on_drop)
         self._block = block
+        self._conn = group.checkout(block, self._timeout)
         return self
 
     def __exit__(
@@ -67,26 +90,10 @@ class Handler:
             if block.lost or (conn is not None and conn.pgconn.transaction_status != IDLE):
                 self._end(block, conn, failed=exc is not None)
         finally:
+            if block.conn is not None:
+                self._group.checkin(block.conn)
             block.open = False
-            conn, self._conn = self._conn, None
-            if conn is not None:
-                self._group.checkin(conn)
-
-    def __del__(self) -> None:
-        block = getattr(self, "_block", None)
-        if block is None or not block.open:
-            return
-        block.open = False
-        conn, self._conn = self._conn, None
-        if conn is not None:
-            self._group.discard(conn, "dropped")
-            where = f"{block.place[0].co_filename}:{block.place[1]}"
-            warnings.warn(
-                f"a Handler of group {self._group.name!r}, entered at {where}, was dropped without "
-                "leaving its block: its connection was closed and replaced",
-                ResourceWarning,
-                stacklevel=2,
-            )
+            block.watch = self._conn = None
 
     def __repr__(self) -> str:
         state = "open" if self._block is not None and self._block.open else "closed"
@@ -111,7 +118,7 @@ class Handler:
             conn = self._live()
         params = params or None
         several = params is not None and isinstance(statement, str) and ";" in statement
-        make = BlockClientCursor if several and statements(statement) > 1 else BlockCursor
+        make = BlockClientCursor if several and shape(statement, conn).number > 1 else BlockCursor
         try:
             return make(conn).execute(statement, params)
         except ConnectionLostError as error:
@@ -178,13 +185,17 @@ class Handler:
 
     @property
     def connection(self) -> PooledConnection:
-        """The psycopg connection; its statements take part in the block as `query` does."""
-        return self._live()
+        """The psycopg connection; its statements take part in the block as `query` does.
+
+        Since anything can be done with it, its session is cleaned before the next block's first
+        statement, in the same round trip, unless the group says `reset: never`.
+        """
+        return self._live().hand_out()
 
     @property
     def conn_ref(self) -> PooledConnection:
         """The psycopg connection, under its 1.x name."""
-        return self._live()
+        return self._live().hand_out()
 
     @property
     def endpoint(self) -> str:

@@ -79,6 +79,7 @@ class Kind:
 
     text: ClassVar[bool] = False  # text is never taken for a number or a boolean, whatever it looks like
     secret: ClassVar[bool] = False
+    mapping: ClassVar[bool] = False  # a variable gives it as YAML: {key: value}
 
     @property
     def allowed(self) -> str:
@@ -109,7 +110,8 @@ class Key:
     """The declaration of a key, put on a dataclass field with `Annotated`.
 
     `name` is the key as users write it where that is not the field's name, `default` the default in words
-    where it is no plain value, `libpq` the connection parameter that carries the value.
+    where it is no plain value, `libpq` the connection parameter that carries the value; `nullable` is false
+    where null is not taken for a key left out.
     """
 
     kind: Kind
@@ -117,6 +119,7 @@ class Key:
     name: str = ""
     default: str = ""
     libpq: str = ""
+    nullable: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,5 +147,6 @@ def settings_of(cls: type[Any]) -> dict[str, Setting]:
             if isinstance(key, Key):
                 name = key.name or field.name
                 default = key.default or key.kind.in_words(field.default)
-                settings[name] = Setting(name, field.name, key, default, type(None) in get_args(hint))
+                nullable = key.nullable and type(None) in get_args(hint)
+                settings[name] = Setting(name, field.name, key, default, nullable)
     return settings

@@ -6,18 +6,16 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar
 
-from .keys import Kind, Refused, Unreadable, nearest, show, step
+from .keys import Kind, Refused, nearest, show
 
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*(ms|s|min|h)", re.ASCII)
 _UNIT_MS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
 DURATION_EXAMPLES = 'a string such as "500ms", "5s", "2min", "1h"'
-_SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", re.ASCII)
-_SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|key$", re.IGNORECASE)
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -26,6 +24,7 @@ class Section(Kind):
     """A mapping or list that has keys of its own, which are read one by one elsewhere."""
 
     shape: str
+    mapping: ClassVar[bool] = True
 
     @property
     def allowed(self) -> str:
@@ -61,7 +60,7 @@ class Text(Kind):
     def check(self, value: object) -> Any:
         if not isinstance(value, str) or not (value or self.or_empty):
             raise self.refuse(value, "; quote it" if isinstance(value, (int, float)) else "")
-        if not _is_text(value):
+        if not is_text(value):
             raise self.refuse(value, ": it has characters that are not text, such as NUL")
         return str(value) or None
 
@@ -155,7 +154,8 @@ class Word(Kind):
     def allowed(self) -> str:
         spellings = "".join(f", {other} (the same as {word})" for other, word in self.other)
         flags = f", true ({self.flags[0]}), false ({self.flags[1]})" if self.flags else ""
-        return f"one of {', '.join(self.choices)}{spellings}{flags}"
+        words = "one of" if len(self.choices) > 1 else "the word"
+        return f"{words} {', '.join(self.choices)}{spellings}{flags}"
 
     def check(self, value: object) -> Any:
         if isinstance(value, bool) and self.flags:
@@ -276,34 +276,6 @@ class Labels(Kind):
 
 
 @dataclass(frozen=True)
-class ServerSettings(Kind):
-    """A mapping of PostgreSQL's own settings, each a name and a plain value."""
-
-    @property
-    def allowed(self) -> str:
-        return "a mapping of server settings, such as {work_mem: 64MB}"
-
-    def check(self, value: object) -> Any:
-        if not isinstance(value, Mapping):
-            raise self.refuse(value)
-        settings: dict[str, str] = {}
-        problems: list[tuple[str, str]] = []
-        for name, item in value.items():
-            if not isinstance(name, str) or not _SETTING_NAME.fullmatch(name):
-                problems.append((step(name), "is not the name of a server setting, such as work_mem"))
-            elif isinstance(item, Unreadable):
-                problems.append((step(name), item.reason))
-            elif (setting := _setting(item)) is None:
-                shown = show(item, secret=bool(_SECRET_NAME.search(name)))
-                problems.append((step(name), f"must be a string, a number, true or false, not {shown}"))
-            else:
-                settings[str(name)] = setting
-        if problems:
-            raise Refused(*problems)
-        return settings
-
-
-@dataclass(frozen=True)
 class Factory(Kind):
     """A callable, a dotted name that imports one, or one of a few words."""
 
@@ -342,18 +314,7 @@ def _duration(value: object, unit_ms: int) -> int | float | Decimal | None:
     return Decimal(match[1]) * _UNIT_MS[match[2]] / unit_ms if match else None
 
 
-def _setting(value: object) -> str | None:
-    """Return the value of a server setting as text, or None where it is none."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, int):
-        return int.__repr__(value) if value.bit_length() <= 64 else None
-    if isinstance(value, float):
-        return float.__repr__(value) if math.isfinite(value) else None
-    return str(value) if isinstance(value, str) and _is_text(value) else None
-
-
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Tell whether a string can be sent to PostgreSQL: no NUL, nothing that UTF-8 cannot encode."""
     try:
         value.encode()

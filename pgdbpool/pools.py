@@ -1,35 +1,40 @@
 """The two pools behind one interface: `ThreadedPool` and `LockFreePool`.
 
-A pool knows connections and slots, not servers. `take` gives an idle connection, or None: then
-the caller owns a free slot and opens the connection itself, so that an error is its own at once
-and a burst of requests connects side by side. Every slot taken ends in `give` or `vacate`.
+A pool knows connections and slots, not servers. `take` gives an idle connection or a free slot, in
+which the caller opens a connection itself, so that an error is its own at once and a burst of
+requests connects side by side.
 
-`ThreadedPool` is psycopg_pool's ConnectionPool with three things changed: the request that finds
-a free slot connects (psycopg_pool grows one connection at a time in a worker, and backs off for
+A `Slot` is the right to one connection, and it is taken for as long as the object lives: the
+connection holds it, and whoever is opening one does. So there is no counter that an exception at the
+wrong moment (KeyboardInterrupt, gevent.Timeout) could leave wrong: what is lost is given back.
+
+`ThreadedPool` is psycopg_pool's ConnectionPool with three things changed: the request that finds a
+free slot connects (psycopg_pool grows one connection at a time in a worker, and backs off for
 minutes whatever the demand), a slot that becomes free goes to the first in the queue (psycopg_pool
 leaves it waiting), and a waiter that is interrupted gives back what it was handed. It relies on
-`_pool`, `_waiting`, `_lock`, `_nconns`, `_nconns_min`, `_closed`, `_add_to_pool`, `_close_connection`,
-`_start_initial_tasks`, `_add_connection` and `WaitingClient`, so its minor version is pinned.
+`_pool`, `_waiting`, `_lock` (a re-entrant one), `_tasks`, `_nconns`, `_nconns_min`, `_closed`, `_opened`,
+`_close_connection`, `_start_workers`, `_start_initial_tasks` and `MaintenanceTask`, so its minor version is
+pinned.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
-from threading import get_ident
+from queue import SimpleQueue
+from threading import Lock, get_ident
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import psycopg_pool
-from psycopg_pool.pool import AddConnection, Schedule, ShrinkPool, WaitingClient
+from psycopg_pool.pool import MaintenanceTask, Schedule, ShrinkPool
 
 from .errors import Error, ThreadingModelError
-from .session import PooledConnection
+from .session import PooledConnection, Slot
 
-Dial = Callable[[], PooledConnection]
-"""Opens a connection for a slot in the background; raises `Error` where it cannot."""
-Forget = Callable[[PooledConnection], None]
-"""Told of each connection that the pool itself closes."""
+Dial = Callable[[Slot], PooledConnection]
+"""Opens a connection in a slot in the background; raises `Error` where it cannot."""
 
 
 class NoConnection(Exception):
@@ -45,6 +50,11 @@ class NoConnection(Exception):
 class Pool(Protocol):
     """What a group asks of its pool."""
 
+    taken: int
+    """How often `take` succeeded, waits included."""
+    missing: bool
+    """Whether connections are to be opened for `min_size`, by whom the group finds for it."""
+
     @property
     def size(self) -> int:
         """Slots taken: idle, lent, or being connected."""
@@ -57,13 +67,11 @@ class Pool(Protocol):
     def waiting(self) -> int:
         """Requests that wait for a connection."""
 
-    taken: int
-    """How often `take` succeeded, waits included."""
-    missing: bool
-    """Whether connections are to be opened for `min_size`, by whom the group finds for it."""
+    def slots(self) -> list[Slot]:
+        """Return the slots that are taken."""
 
-    def take(self, timeout: float) -> PooledConnection | None:
-        """Take the connection that is idle longest, or None for a slot that the caller fills.
+    def take(self, timeout: float) -> PooledConnection | Slot:
+        """Take the connection that is idle longest, or a slot for the caller to fill.
 
         :raises NoConnection: when neither became free within the timeout (seconds).
         """
@@ -71,17 +79,14 @@ class Pool(Protocol):
     def give(self, conn: PooledConnection) -> None:
         """Hand a connection to the first in the queue, else make it idle."""
 
-    def vacate(self) -> None:
-        """Free a slot, whose connection is closed or was never opened."""
+    def claim(self) -> Slot | None:
+        """Take a free slot without waiting."""
 
     def refill(self) -> None:
         """See to it that there are `min_size` connections again."""
 
-    def claim(self) -> bool:
-        """Take a free slot without waiting; False where there is none."""
-
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
-        """Take idle connections out, whose slots the caller then vacates."""
+        """Take idle connections out, for the caller to close."""
 
     def close(self, timeout: float) -> None:
         """Close the idle connections and refuse further use; those lent are closed as they come back."""
@@ -90,16 +95,70 @@ class Pool(Protocol):
         """Forget everything without touching it: the process was forked."""
 
 
-class _SlotFreed(Exception):
-    """Tells a waiter that it owns a free slot."""
+class _Slots:
+    """The slots of a pool: taken while somebody holds them."""
+
+    def __init__(self, limit: int, freed: Callable[[], None]) -> None:
+        self.limit = limit
+        self._freed = freed
+        self._taken: set[weakref.ref[Slot]] = set()
+
+    def live(self) -> list[Slot]:
+        return [slot for ref in list(self._taken) if (slot := ref()) is not None]
+
+    def new(self) -> Slot | None:
+        if len(self._taken) >= self.limit and len(self.live()) >= self.limit:
+            return None
+        slot = Slot()
+        self._taken.add(weakref.ref(slot, self._gone))
+        return slot
+
+    def _gone(self, ref: weakref.ref[Slot]) -> None:
+        self._taken.discard(ref)
+        self._freed()
 
 
-class _Abandoned(Exception):
-    """Marks a waiter that was interrupted."""
+class _Waiter:
+    """A place in the queue; the pool's lock guards `got`, and `wake` is held until there is news.
+
+    psycopg_pool's WaitingClient is built on threading.Condition, which stays locked for ever when the
+    thread is interrupted on its way in. This one is two operations of a plain lock.
+    """
+
+    __slots__ = ("closed", "got", "wake")
+
+    def __init__(self) -> None:
+        self.got: PooledConnection | Slot | None = None
+        self.closed = False
+        self.wake = Lock()
+        self.wake.acquire()
+
+    def fail(self, error: Exception) -> bool:
+        """Tell that the pool is closed; called by psycopg_pool."""
+        self.closed = True
+        if self.got is None:
+            self.wake.release()
+        return True
+
+
+class _Open(MaintenanceTask):
+    """Opens a connection in a slot, in a worker."""
+
+    def __init__(self, pool: ThreadedPool, slot: Slot) -> None:
+        super().__init__(pool)
+        self._slot: Slot | None = slot
+
+    def _run(self, pool: Any) -> None:
+        slot, self._slot = self._slot, None
+        pool.open_in(slot)
 
 
 class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
-    """A pool for many threads: a fair queue, and workers that keep `min_size` connections."""
+    """A pool for many threads: a fair queue, and workers that keep `min_size` connections.
+
+    `_lock` guards `_pool`, `_queue` and the slots; it is never held while anything waits. It is
+    re-entrant, since a slot may be freed by the collection of garbage anywhere.
+    """
 
     def __init__(
         self,
@@ -111,12 +170,12 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         max_waiting: int,
         num_workers: int,
         dial: Dial,
-        forget: Forget,
     ) -> None:
         self._dial = dial
-        self._forget = forget
         self.taken = 0
-        self.missing = False  # its worker opens what is
+        self.missing = False  # but when it was just opened; a worker opens what is
+        self._slots = _Slots(max_size, self._slot_freed)
+        self._queue: deque[_Waiter] = deque()
         super().__init__(
             name=f"pgdbpool-{name}",
             connection_class=PooledConnection,
@@ -127,17 +186,32 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             num_workers=num_workers,
             open=False,
         )
+        self._waiting = cast(Any, self._queue)  # psycopg_pool's `close` tells those who wait
+
+    # psycopg_pool counts its connections here; the slots know.
+
+    @property
+    def _nconns(self) -> int:
+        return len(self._slots.live())
+
+    @_nconns.setter
+    def _nconns(self, value: int) -> None:
+        pass
 
     # A pool is opened, and its threads started, by the first who asks for a connection.
 
+    def _start_workers(self) -> None:
+        self._tasks = cast(Any, SimpleQueue())  # queue.Queue too can be left locked by an interruption
+        super()._start_workers()
+
     def _start_initial_tasks(self) -> None:
-        self._nconns = 0
         if self.max_idle:
             self.run_task(Schedule(self, ShrinkPool(self), self.max_idle))
+        self.missing = True
 
     @property
     def size(self) -> int:
-        return self._nconns if self._opened else 0
+        return self._nconns
 
     @property
     def idle(self) -> int:
@@ -145,96 +219,104 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
 
-    def take(self, timeout: float) -> PooledConnection | None:
+    def slots(self) -> list[Slot]:
+        return self._slots.live()
+
+    def take(self, timeout: float) -> PooledConnection | Slot:
         if not self._opened:
             self.open()
         with self._lock:
             if self._closed:
                 raise NoConnection(NoConnection.CLOSED)
-            self.taken += 1
             if self._pool:
-                conn = self._pool.popleft()
-                if len(self._pool) < self._nconns_min:  # what psycopg_pool shrinks by
-                    self._nconns_min = len(self._pool)
-                return conn
-            if self._nconns < self._max_size:
-                self._nconns += 1
-                return None
-            self.taken -= 1
+                self.taken += 1
+                if len(self._pool) <= self._nconns_min:  # what psycopg_pool shrinks by
+                    self._nconns_min = len(self._pool) - 1
+                return self._pool.popleft()
+            if slot := self._slots.new():
+                self.taken += 1
+                return slot
             if timeout <= 0:
                 raise NoConnection(NoConnection.TIMEOUT)
-            if self.max_waiting and len(self._waiting) >= self.max_waiting:
+            if self.max_waiting and len(self._queue) >= self.max_waiting:
                 raise NoConnection(NoConnection.QUEUE_FULL)
-            waiter = WaitingClient[PooledConnection]()
-            self._waiting.append(waiter)
+            waiter = _Waiter()
+            self._queue.append(waiter)
         try:
-            conn = waiter.wait(timeout)
-            self.taken += 1
-            return conn
-        except _SlotFreed:
-            self.taken += 1
-            return None
-        except psycopg_pool.PoolTimeout:
-            self._leave_queue(waiter)
-            raise NoConnection(NoConnection.TIMEOUT) from None
-        except psycopg_pool.PoolClosed:
-            raise NoConnection(NoConnection.CLOSED) from None
+            waiter.wake.acquire(timeout=timeout)
         except BaseException:
-            # Interrupted (KeyboardInterrupt, a signal handler's SystemExit): whatever was handed
-            # over in the meantime goes to the next.
-            if not waiter.fail(_Abandoned()):
-                if waiter.conn:
-                    self.give(waiter.conn)
-                elif isinstance(waiter.error, _SlotFreed):
-                    self.vacate()
             self._leave_queue(waiter)
+            if isinstance(waiter.got, PooledConnection):
+                self.give(waiter.got)  # a slot is free again when the waiter is gone
             raise
+        self._leave_queue(waiter)
+        if waiter.got is None:
+            raise NoConnection(NoConnection.CLOSED if waiter.closed else NoConnection.TIMEOUT)
+        self.taken += 1
+        return waiter.got
 
-    def _leave_queue(self, waiter: WaitingClient[PooledConnection]) -> None:
+    def _leave_queue(self, waiter: _Waiter) -> None:
         with self._lock:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+
+    def _serve(self, got: PooledConnection | Slot) -> bool:
+        """Hand something to the first in the queue, if any; the caller must hold `_lock`.
+
+        In this order, and without a Python call between the handing over and the waking, which is where
+        an interruption could come in: afterwards it leaves one that is served at the head, for the next
+        to take out, and no one who is forgotten.
+        """
+        while self._queue:
+            waiter = self._queue[0]
+            served = waiter.got is None
+            if served:
+                waiter.got = got
+            try:
+                waiter.wake.release()
+            except RuntimeError:
+                served = False  # roused before
+            self._queue.popleft()
+            if served:
+                return True
+        return False
 
     def give(self, conn: PooledConnection) -> None:
-        self._add_to_pool(conn)
-
-    def vacate(self) -> None:
         with self._lock:
-            while self._waiting:
-                if self._waiting.popleft().fail(_SlotFreed()):
-                    return  # the slot is the waiter's now
-            self._nconns -= 1
+            if not self._closed:
+                if not self._serve(conn):
+                    self._pool.append(conn)
+                return
+        self._close_connection(conn)
 
-    def claim(self) -> bool:
+    def _slot_freed(self) -> None:
+        with self._lock:
+            if self._queue and not self._closed and (slot := self._slots.new()):
+                self._serve(slot)
+
+    def claim(self) -> Slot | None:
         if not self._opened:
             self.open()
         with self._lock:
-            if self._closed or self._nconns >= self._max_size:
-                return False
-            self._nconns += 1
-            return True
+            return None if self._closed else self._slots.new()
 
     def refill(self) -> None:
+        self.missing = False
         if not self._opened or self._closed:
             return
         with self._lock:
-            missing = max(0, self._min_size - self._nconns)
-            self._nconns += missing
-        for _ in range(missing):
-            self.run_task(AddConnection(self))
+            while self.size < self._min_size and (slot := self._slots.new()):
+                self.run_task(_Open(self, slot))
 
-    def _add_connection(self, attempt: Any, growing: bool = False) -> None:
+    def open_in(self, slot: Slot) -> None:
+        """Open a connection in a worker."""
         try:
-            conn = self._dial()
+            conn = self._dial(slot)
         except Error:
-            self.vacate()  # the endpoint has noted why; the next request tries again
-        except BaseException:
-            self.vacate()
-            raise
-        else:
-            self._add_to_pool(conn)
+            return  # the endpoint has noted why; the next request tries again
+        self.give(conn)
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         with self._lock:
@@ -244,8 +326,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         return removed
 
     def _close_connection(self, conn: PooledConnection) -> None:
-        conn.close()
-        self._forget(conn)
+        conn.retire()
 
     def close(self, timeout: float = 5.0) -> None:
         if self._opened:
@@ -260,17 +341,15 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
 
 class LockFreePool:
-    """A pool for one thread: a deque and a counter, no lock, no thread of its own."""
+    """A pool for one thread: a deque and its slots, no lock, no thread of its own."""
 
-    def __init__(self, *, min_size: int, max_size: int, max_idle: float, forget: Forget) -> None:
+    def __init__(self, *, min_size: int, max_size: int, max_idle: float) -> None:
         self._idle: deque[PooledConnection] = deque()
-        self._size = 0
+        self._slots = _Slots(max_size, lambda: None)
         self._min_size = min_size
-        self._max_size = max_size
         self._max_idle = max_idle
-        self._forget = forget
         self.taken = 0
-        self.missing = False
+        self.missing = min_size > 0
         self._owner = 0
         self._closed = False
         self._least_idle = 0
@@ -278,7 +357,7 @@ class LockFreePool:
 
     @property
     def size(self) -> int:
-        return self._size
+        return len(self._slots.live())
 
     @property
     def idle(self) -> int:
@@ -288,31 +367,32 @@ class LockFreePool:
     def waiting(self) -> int:
         return 0
 
-    def take(self, timeout: float) -> PooledConnection | None:
+    def slots(self) -> list[Slot]:
+        return self._slots.live()
+
+    def take(self, timeout: float) -> PooledConnection | Slot:
         if self._closed:
             raise NoConnection(NoConnection.CLOSED)
         if self._owner != (me := get_ident()):
-            if self._size > len(self._idle):
+            if self.size > len(self._idle):
                 raise ThreadingModelError(
                     "a lock-free group is used by two threads at once: its pool has no lock. "
                     "Set `type: threaded`, or keep each process to one thread (gunicorn: threads = 1)"
                 )
             self._owner = me
-        self.taken += 1
         if self._idle:
-            conn = self._idle.popleft()
-            if len(self._idle) < self._least_idle:
-                self._least_idle = len(self._idle)
-            return conn
-        if self._size < self._max_size:
-            self._size += 1
-            return None
-        self.taken -= 1
+            self.taken += 1
+            if len(self._idle) <= self._least_idle:
+                self._least_idle = len(self._idle) - 1
+            return self._idle.popleft()
+        if slot := self._slots.new():
+            self.taken += 1
+            return slot
         raise NoConnection(NoConnection.EXHAUSTED)  # only this thread could release one
 
     def give(self, conn: PooledConnection) -> None:
         if self._closed:
-            self._drop(conn)
+            conn.retire()
             return
         self._idle.append(conn)
         if self._max_idle and conn.used_at >= self._shrink_at:
@@ -320,29 +400,19 @@ class LockFreePool:
 
     def _shrink(self, now: float) -> None:
         """Close one connection where more than needed were idle all through `max_idle`."""
-        if self._least_idle > 0 and self._size > self._min_size:
-            self._drop(self._idle.popleft())
+        if self._least_idle > 0 and self.size > self._min_size:
+            self._idle.popleft().retire()
         self._least_idle = len(self._idle)
         self._shrink_at = now + self._max_idle
 
-    def _drop(self, conn: PooledConnection) -> None:
-        conn.close()
-        self._size -= 1
-        self._forget(conn)
-
-    def vacate(self) -> None:
-        self._size -= 1
-
-    def claim(self) -> bool:
-        if self._closed or self._size >= self._max_size:
-            return False
-        self._size += 1
-        self.missing = self.missing and self._size < self._min_size
-        return True
+    def claim(self) -> Slot | None:
+        slot = None if self._closed else self._slots.new()
+        self.missing = self.missing and slot is not None and self.size < self._min_size
+        return slot
 
     def refill(self) -> None:
         """Ask for what is missing: there is no background, so a later checkout opens it."""
-        self.missing = not self._closed and self._size < self._min_size
+        self.missing = not self._closed and self.size < self._min_size
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         removed = [conn for conn in self._idle if unwanted(conn)]
@@ -353,7 +423,7 @@ class LockFreePool:
     def close(self, timeout: float = 0.0) -> None:
         self._closed = True
         while self._idle:
-            self._drop(self._idle.popleft())
+            self._idle.popleft().retire()
 
     def abandon(self) -> None:
         self._closed = True

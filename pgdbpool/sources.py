@@ -15,7 +15,8 @@ Variable                     Meaning
                              ``DATABASE_URL_<GROUP>``, and the group ``default`` for ``DATABASE_URL``.
 ``PGDBPOOL_TYPE``            `type`: ``threaded``, ``non-threaded`` or ``lock-free``.
 ``PGDBPOOL_<KEY>``           A key of every group, such as ``PGDBPOOL_CONNECTION_COUNT``; any key of a
-                             group but `endpoints`.
+                             group but `endpoints`. A mapping is written in YAML, in braces:
+                             ``PGDBPOOL_SETTINGS='{work_mem: 64MB}'``.
 ``PGDBPOOL_<GROUP>_<KEY>``   The same for one group, such as ``PGDBPOOL_READ_TARGET``; it wins.
 ``PGDBPOOL_TEST_*``          Left to the package's own tests, but for the keys of a group ``test``.
 ===========================  ==========================================================================
@@ -31,12 +32,15 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import IO, Any
 
-from .config import GROUP_KEYS, Config
+from .check_groups import check_groups
+from .check_servers import check_servers, default_label, parse_conninfo
+from .config import CONFIG_KEYS, GROUP_KEYS, Config, EndpointConfig, GroupConfig
 from .keys import Refused, may_hold_password, nearest, show, step
-from .validation import Report, build, default_label, parse_conninfo
-from .yamlfile import read_yaml, retype
+from .validation import Report, read
+from .yamlfile import parse, read_yaml, retype
 
 _SIZE_LIMIT = 1 << 20
 _GROUP_NAME = re.compile(r"[a-z0-9_]+")
@@ -69,6 +73,23 @@ def load(
     for path in report.deprecated:
         warnings.warn(f"{path} has no effect in pgdbpool 2: remove it", DeprecationWarning, _caller())
     return config
+
+
+def build(tree: Mapping[Any, Any], origin: str, report: Report) -> Config:
+    """Return the configuration that a tree of plain values describes; the tree is not modified.
+
+    Raises `ConfigError` with all problems, those that the report holds already included.
+    """
+    top = read(CONFIG_KEYS, tree, "", report)
+    servers = check_servers(tree, report)
+    groups = check_groups(tree, servers, report)
+    report.check(origin)
+    return Config(
+        type=top.get("type", "threaded"),
+        endpoints=tuple(EndpointConfig(**server) for server in servers),
+        groups=MappingProxyType({group["name"]: GroupConfig(**group) for group in groups}),
+        origin=origin,
+    )
 
 
 def _read_text(source: object, report: Report, variable: str = "") -> tuple[str, str]:
@@ -114,7 +135,7 @@ def _read_environment(environ: Mapping[str, str], report: Report) -> Mapping[Any
         tree["type"] = given["PGDBPOOL_TYPE"]
         report.names["type"] = "PGDBPOOL_TYPE"
     _add_servers(tree, given, report)
-    _add_keys(tree["groups"], given, report)
+    _add_keys(tree["groups"], given, environ, report)
     if not names:
         report.add("environment", _NOTHING)
     if not tree["db"]:
@@ -163,7 +184,9 @@ def _add_servers(tree: dict[str, Any], given: Mapping[str, str], report: Report)
         keys["endpoints"] = [labels[identity]]
 
 
-def _add_keys(groups: dict[str, dict[str, Any]], given: Mapping[str, str], report: Report) -> None:
+def _add_keys(
+    groups: dict[str, dict[str, Any]], given: Mapping[str, str], environ: Mapping[str, str], report: Report
+) -> None:
     """Give each group its keys: first those of every group, then its own."""
     meanings: dict[str, list[tuple[str, str]]] = {}
     for group in ("", *groups):
@@ -176,8 +199,13 @@ def _add_keys(groups: dict[str, dict[str, Any]], given: Mapping[str, str], repor
             report.add(variable, f"can be read as {words}; rename the group, or use a file")
         elif variable in given:
             ((group, key),) = readings
+            try:
+                value = _value(key, given[variable], variable, environ, report)
+            except Refused as error:
+                report.refused(variable, error)
+                continue
             for name in [group] if group else groups:
-                groups[name][key] = retype(given[variable])
+                groups[name][key] = value
                 report.names[f"groups{step(name)}.{key}"] = variable
     known = {*meanings, "PGDBPOOL_CONFIG", "PGDBPOOL_GROUPS", "PGDBPOOL_TYPE"}
     for variable in sorted(given):
@@ -185,6 +213,13 @@ def _add_keys(groups: dict[str, dict[str, Any]], given: Mapping[str, str], repor
         if not reserved and variable not in known:
             names = f"; the groups are {', '.join(groups)}" if groups else ""
             report.add(variable, f"unknown variable{names}{nearest(variable, known)}")
+
+
+def _value(key: str, text: str, variable: str, environ: Mapping[str, str], report: Report) -> object:
+    """Return what a variable says of a key; raises `Refused` for a mapping that is not valid YAML."""
+    if GROUP_KEYS[key].key.kind.mapping and text.lstrip().startswith("{"):
+        return parse(text, variable, environ, report)
+    return retype(text)
 
 
 def _printable(name: str) -> str:

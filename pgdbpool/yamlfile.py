@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from .config import DB_KEYS, GROUP_KEYS
-from .keys import Unreadable, show
+from .config import DB_KEYS, GROUP_KEYS, TENANT_KEYS
+from .keys import Refused, Unreadable, show
 from .validation import Report
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?")
@@ -28,7 +28,12 @@ _CONSTANTS |= {"false": False, "no": False, "off": False}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]{0,40})")
 _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?|[-+]?\d+e[-+]?\d+|[-+]?\.inf|\.nan", re.I | re.ASCII)
 _QUOTED = re.compile(r"""b?('[^']*'|"[^"]*")""")
-_TEXT_KEYS = {name for name, setting in {**GROUP_KEYS, **DB_KEYS}.items() if setting.key.kind.text}
+_TEXT_KEYS = {
+    name
+    for keys in (DB_KEYS, GROUP_KEYS, TENANT_KEYS)
+    for name, setting in keys.items()
+    if setting.key.kind.text
+}
 _PLAIN, _STR, _MERGE = "!plain", "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -36,29 +41,39 @@ def read_yaml(text: str, origin: str, environ: Mapping[str, str], report: Report
     """Return the tree that a YAML text describes; raises `ConfigError` where it is none at all."""
     tree: object = None
     try:
-        loader = _Loader(text, environ, origin, report)
-        try:
-            tree = loader.get_single_data()
-        finally:
-            loader.dispose()
+        tree = parse(text, origin, environ, report)
+    except Refused as error:
+        report.refused(origin, error)
+    else:
         if tree is None:
             report.add(origin, "is empty; it must have the keys db and groups")
         elif not isinstance(tree, Mapping):
             report.add(origin, f"must be a mapping with the keys db and groups, not {show(tree)}")
-    except RecursionError:
-        report.add(origin, "is nested too deeply")
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        column = error.position - text.rfind("\n", 0, error.position)
-        report.add(f"{origin}, line {line}, column {column}", "has a character that YAML does not allow")
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{origin}, line {mark.line + 1}, column {mark.column + 1}" if mark else origin
-        reason = _QUOTED.sub(_unquoted, error.problem or "it cannot be parsed")
-        report.add(where, f"is not valid YAML: {reason}")
     if not isinstance(tree, Mapping):
         raise report.error(origin)
     return tree
+
+
+def parse(text: str, origin: str, environ: Mapping[str, str], report: Report) -> object:
+    """Return what a YAML text stands for; raises `Refused` where it is not valid."""
+    try:
+        loader = _Loader(text, environ, origin, report)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except RecursionError:
+        where, message = "", "is nested too deeply"
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        column = error.position - text.rfind("\n", 0, error.position)
+        where, message = f", line {line}, column {column}", "has a character that YAML does not allow"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = _QUOTED.sub(_unquoted, error.problem or "it cannot be parsed")
+        message = f"is not valid YAML: {reason}"
+    raise Refused((where, message))
 
 
 def retype(text: str) -> object:

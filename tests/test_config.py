@@ -21,7 +21,17 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import kwargs_row
 
 from pgdbpool.cluster import Cluster
-from pgdbpool.config import CONFIG_KEYS, DB_KEYS, GROUP_KEYS, Config, EndpointConfig, GroupConfig
+from pgdbpool.config import (
+    CONFIG_KEYS,
+    DB_KEYS,
+    GROUP_KEYS,
+    TENANT_KEYS,
+    Config,
+    EndpointConfig,
+    GroupConfig,
+    TenantConfig,
+    TenantSetting,
+)
 from pgdbpool.errors import ConfigError, Error
 from pgdbpool.sources import load
 
@@ -48,6 +58,18 @@ def endpoint(**keys: object) -> EndpointConfig:
 
 def group(**keys: object) -> GroupConfig:
     return config(groups={"g": keys}).groups["g"]
+
+
+def tenant(given: object) -> TenantConfig:
+    found = group(tenant=given).tenant
+    assert found is not None
+    return found
+
+
+def tenant_problems(given: object) -> dict[str, str]:
+    """Return what is said about a tenant, by the place in it."""
+    found = problems({"db": {"host": "h"}, "groups": {"g": {"tenant": given}}})
+    return {path.removeprefix("groups.g.tenant"): message for path, message in found.items()}
 
 
 def from_yaml(text: str, **environ: str) -> Config:
@@ -145,17 +167,20 @@ def test_later_changes_of_the_callers_dict_do_not_reach_the_configuration() -> N
 
 
 def test_a_configuration_cannot_be_changed() -> None:
-    loaded = config(db={"options": {"work_mem": "1MB"}})
-    for instance, field in ((loaded, "type"), (loaded.endpoints[0], "host"), (loaded.groups["g"], "timeout")):
+    loaded = config(db={"options": {"work_mem": "1MB"}}, groups={"g": {"tenant": "app.t", "settings": {}}})
+    server, pool = loaded.endpoints[0], loaded.groups["g"]
+    for instance, field in ((loaded, "type"), (server, "host"), (pool, "timeout"), (pool.tenant, "verify")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(instance, field, "x")
-    assert isinstance(loaded.groups, MappingProxyType)
-    assert isinstance(loaded.endpoints[0].options, MappingProxyType)
+    assert pool.tenant is not None
+    for mapping in (loaded.groups, server.options, pool.settings, pool.tenant.settings):
+        assert isinstance(mapping, MappingProxyType)
 
 
 def test_equal_configurations_are_equal_and_can_be_hashed() -> None:
     assert config() == config()
-    assert len({config(), config()}) == 1
+    groups = {"g": {"tenant": "app.t", "settings": {"work_mem": "1MB"}}}
+    assert len({config(groups=groups), config(groups=groups)}) == 1
     assert endpoint(options={"work_mem": "1MB"}) != endpoint()
 
 
@@ -184,6 +209,9 @@ def test_defaults() -> None:
         prepare_threshold=5,
         row_factory="row",
         sqlprepare=False,
+        tenant=None,
+        settings={},
+        reset="auto",
     )
 
 
@@ -326,6 +354,7 @@ def test_booleans_are_booleans(key: str) -> None:
         ("target", ["any", "read-write", "read-only", "primary", "standby", "prefer-standby"]),
         ("balance", ["round-robin", "least-connections", "random"]),
         ("ping", ["auto", "always", "never"]),
+        ("reset", ["auto", "always", "never"]),
     ],
 )
 def test_choices_are_words_and_nothing_else(key: str, words: list[str]) -> None:
@@ -607,6 +636,308 @@ def test_wrong_server_settings(options: object, path: str, message: str) -> None
     assert message in db_problem(f"options{path}", options=options, session_tmp_buffer=8)
 
 
+# Tenants and settings of blocks.
+
+
+def test_a_tenant_is_one_setting_with_a_type() -> None:
+    given = {"setting": "app.current_tenant_id", "type": "uuid", "required": False, "verify": "warn"}
+    found = tenant(given)
+    assert dict(found.settings) == {"app.current_tenant_id": ("uuid", None)}
+    assert (found.required, found.verify) == (False, "warn")
+
+
+def test_a_tenant_is_text_required_and_verified_unless_it_says_otherwise() -> None:
+    found = tenant({"setting": "app.tenant"})
+    assert found == TenantConfig(settings={"app.tenant": ("text", None)}, required=True, verify="error")
+
+
+def test_the_name_of_a_setting_is_short_for_a_tenant() -> None:
+    assert tenant("app.tenant") == tenant({"setting": "app.tenant"})
+    assert from_yaml("{db: {}, groups: {g: {tenant: app.t}}}").groups["g"].tenant == tenant("app.t")
+
+
+@pytest.mark.parametrize("kind", ["uuid", "int", "text"])
+def test_the_type_of_a_tenant_is_a_word(kind: str) -> None:
+    assert dict(tenant({"setting": "app.t", "type": kind}).settings) == {"app.t": (kind, None)}
+    assert dict(tenant({"settings": {"app.t": kind}}).settings) == {"app.t": (kind, None)}
+
+
+def test_a_regex_has_a_pattern() -> None:
+    typed = {"type": "regex", "pattern": "[a-z]{2}"}
+    assert dict(tenant({"setting": "app.t", **typed}).settings) == {"app.t": ("regex", "[a-z]{2}")}
+    assert tenant({"settings": {"app.t": typed}}) == tenant({"setting": "app.t", **typed})
+
+
+def test_several_settings_keep_their_order() -> None:
+    settings = {"app.z": "uuid", "app.a": {}, "app.m": {"type": "regex", "pattern": "x+"}, "app.b": "int"}
+    assert list(tenant({"settings": settings}).settings.items()) == [
+        ("app.z", ("uuid", None)),
+        ("app.a", ("text", None)),
+        ("app.m", ("regex", "x+")),
+        ("app.b", ("int", None)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["app.tenant", "A.b", "_a._b$1", "a.b.c", f"{'a' * 63}.{'b' * 63}"])
+def test_a_tenants_setting_has_a_qualified_custom_name(name: str) -> None:
+    assert list(tenant(name).settings) == list(tenant({"settings": {name: "int"}}).settings) == [name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tenant", "", ".", "app.", ".tenant", "app..tenant", "app.1", "1.app", "$a.b", "app.tenant id"),
+        *("app.te-nant", "app.ténant", "app.t\n", "app.t\0", "app.t'; DROP TABLE x; --", "app.\udce4"),
+        *(f"{'a' * 64}.b", f"a.{'b' * 64}", 5, None, True, 1.5, b"app.t"),
+    ],
+)
+def test_no_other_name_is_that_of_a_tenants_setting(name: object) -> None:
+    told = "must be a qualified custom name, such as app.current_tenant_id"
+    assert told in tenant_problems({"setting": name})[".setting"]
+    ((path, message),) = tenant_problems({"settings": {name: "uuid"}}).items()
+    assert path.startswith((".settings[", ".settings."))
+    assert told in message
+    if isinstance(name, str):
+        assert told in tenant_problems(name)[""]
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "message"),
+    [
+        (None, "", "not None; leave it out for a group without tenants"),
+        (5, "", "must be a mapping, or the name of a setting, such as app.current_tenant_id, not 5"),
+        (["app.t"], "", "not a list"),
+        ({}, "", "must have the key setting, the name of one, or settings"),
+        ({"type": "uuid"}, "", "must have the key setting"),
+        ({"setting": "app.t", "typ": "uuid"}, ".typ", "did you mean 'type'?"),
+        (
+            {"setting": "app.t", "type": "uid"},
+            ".type",
+            "must be one of uuid, int, text, regex, not 'uid'; did",
+        ),
+        ({"setting": "app.t", "type": None}, ".type", "not None"),
+        ({"setting": "app.t", "required": "yes"}, ".required", "must be true or false, not 'yes'"),
+        ({"setting": "app.t", "required": None}, ".required", "not None"),
+        ({"setting": "app.t", "verify": "of"}, ".verify", "did you mean 'off'?"),
+        ({"setting": "app.t", "verify": None}, ".verify", "not None"),
+        ({"setting": "app.t", "type": "regex"}, "", "must have the key pattern"),
+        ({"setting": "app.t", "pattern": "x"}, ".pattern", "goes with type: regex, and this is text"),
+        ({"setting": "app.t", "type": "int", "pattern": "x"}, ".pattern", "and this is int"),
+        ({"settings": {}}, ".settings", "must be a non-empty mapping of setting names to types"),
+        ({"settings": ["app.t"]}, ".settings", "not a list"),
+        ({"settings": None}, ".settings", "not None"),
+        (
+            {"settings": {"app.t": None}},
+            ".settings['app.t']",
+            "must be one of uuid, int, text, regex, not None",
+        ),
+        ({"settings": {"app.t": "uid"}}, ".settings['app.t']", "did you mean 'uuid'?"),
+        ({"settings": {"app.t": {"typ": "x"}}}, ".settings['app.t'].typ", "did you mean 'type'?"),
+        ({"settings": {"app.t": {"type": "uid"}}}, ".settings['app.t'].type", "did you mean 'uuid'?"),
+        ({"settings": {"app.t": {"required": True}}}, ".settings['app.t'].required", "unknown key"),
+        ({"settings": {"app.t": "regex"}}, ".settings['app.t']", "must have the key pattern"),
+        ({"settings": {"app.t": {"pattern": "x"}}}, ".settings['app.t'].pattern", "goes with type: regex"),
+        ({"settings": {"app.t": "int", "App.T": "int"}}, ".settings['App.T']", "the same setting as 'app.t'"),
+        ({"settings": {"app.t": "int"}, "setting": "app.u"}, ".setting", "contradicts settings"),
+        ({"settings": {"app.t": "int"}, "type": "int"}, ".type", "contradicts settings"),
+        ({"settings": {"app.t": "int"}, "pattern": "x"}, ".pattern", "contradicts settings"),
+    ],
+)
+def test_a_tenant_that_is_not_clear(given: object, path: str, message: str) -> None:
+    found = tenant_problems(given)
+    assert list(found) == [path]
+    assert message in found[path]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("(", "not '(': missing ), unterminated subpattern"),
+        ("[z-a]", "bad character range z-a"),
+        ("x{99999999999999999999}", "too large"),
+        ("(" * 20_000, "not '((("),
+        ("", "must be a regular expression"),
+        (None, "not None"),
+        (7, "not 7; quote it"),
+        (["a-z"], "not a list; quote it"),
+        ({2: None}, "not a mapping; quote it"),
+        ("a\0", "not text, such as NUL"),
+    ],
+)
+def test_a_pattern_is_a_regular_expression_of_python(pattern: object, reason: str) -> None:
+    assert reason in tenant_problems({"setting": "app.t", "type": "regex", "pattern": pattern})[".pattern"]
+
+
+def test_a_tenant_in_yaml() -> None:
+    text = """
+    db: {}
+    groups:
+      a: {tenant: {setting: app.t, type: uuid, required: no, verify: off}}
+      b: {tenant: {setting: app.t, type: regex, pattern: 007}}
+      c:
+        tenant:
+          settings:
+            app.tenant_id: uuid
+            app.region: {type: regex, pattern: "${REGION}"}
+    """
+    groups = from_yaml(text, REGION="[a-z]{2}").groups
+    assert groups["a"].tenant == TenantConfig(
+        settings={"app.t": ("uuid", None)}, required=False, verify="off"
+    )
+    assert groups["b"].tenant == TenantConfig(settings={"app.t": ("regex", "007")})
+    assert groups["c"].tenant == TenantConfig(
+        settings={"app.tenant_id": ("uuid", None), "app.region": ("regex", "[a-z]{2}")}
+    )
+
+
+def test_a_tenant_is_never_left_out_by_mistake() -> None:
+    """A key without a value, or a variable without one, must not take the tenants away."""
+    for value in ("", "null", "${T:-}", "'${T:-}'", "off"):
+        found = problems(io.StringIO(f"db: {{}}\ngroups:\n  g:\n    tenant: {value}\n"))
+        assert "must be a mapping, or the name of a setting" in found["groups.g.tenant"]
+
+
+def test_settings_of_a_group_are_names_and_plain_values() -> None:
+    settings = {
+        "search_path": "a, b",
+        "statement_timeout": 500,
+        "jit": False,
+        "app.x": True,
+        "seq_page_cost": 1.5,
+    }
+    assert dict(group(settings=settings).settings) == {
+        "search_path": "a, b",
+        "statement_timeout": "500",
+        "jit": "off",
+        "app.x": "on",
+        "seq_page_cost": "1.5",
+    }
+
+
+def test_later_changes_of_the_callers_settings_do_not_reach_the_group() -> None:
+    settings, several = {"work_mem": "1MB"}, {"app.t": "uuid"}
+    pool = group(settings=settings, tenant={"settings": several})
+    settings["work_mem"], several["app.u"] = "2MB", "uuid"
+    assert pool == group(settings={"work_mem": "1MB"}, tenant={"setting": "app.t", "type": "uuid"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "message"),
+    [
+        ({"work mem": 1}, "['work mem']", "is not the name of a server setting"),
+        ({"work_mem": None}, ".work_mem", "must be a string, a number, true or false, not None"),
+        ({"app.password": [SECRET]}, "['app.password']", "not '***'"),
+        (
+            {"work_mem": 1, "Work_Mem": 2},
+            ".Work_Mem",
+            "is the same setting as 'work_mem', since case makes no",
+        ),
+        ({"app.T": "x"}, "['app.T']", "is the setting of the tenant, which each block gives; remove it here"),
+        ({"Statement_Timeout": 5}, ".Statement_Timeout", "contradicts query_timeout, which sets it too"),
+        ("work_mem=1", "", "must be a mapping of server settings, such as {work_mem: 64MB}"),
+        (None, "", "not None"),
+    ],
+)
+def test_wrong_settings_of_a_group(settings: object, path: str, message: str) -> None:
+    keys = {"settings": settings, "tenant": "app.t", "query_timeout": 5}
+    assert message in group_problem(f"settings{path}", **keys)
+
+
+def test_options_that_differ_in_case_only_are_one_setting() -> None:
+    message = db_problem("options.WORK_MEM", options={"work_mem": "1MB", "WORK_MEM": "2MB"})
+    assert "is the same setting as 'work_mem'" in message
+
+
+# Transaction poolers.
+
+
+def test_a_pooler_pools_transactions_or_is_none() -> None:
+    assert endpoint(pooler="transaction").pooler == "transaction"
+    assert endpoint().pooler is endpoint(pooler=None).pooler is None
+    for wrong in ("session", "statement", "pgbouncer", True, False, ""):
+        assert "must be the word transaction, not " in db_problem("pooler", pooler=wrong)
+
+
+def test_nothing_is_given_at_start_up_through_a_pooler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGOPTIONS", "-c geqo=off")
+    server = endpoint(pooler="transaction", query_timeout=700)
+    assert server.server_options() == server.server_options(50) == ""
+    assert server.query_timeout == 700
+
+
+def test_libpq_sends_no_options_where_they_are_empty(
+    known_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = known_cluster.primary
+    keys = {"host": node.host, "port": node.port, "user": "postgres", "name": "postgres"}
+    monkeypatch.setenv("PGOPTIONS", "-c geqo=off")
+    for pooler, geqo in ((None, "off"), ("transaction", "on")):
+        (server,) = config(db={**keys, "pooler": pooler}).endpoints
+        conninfo = make_conninfo("", **server.conninfo_params(), options=server.server_options())
+        with psycopg.connect(conninfo) as conn:
+            assert conn.execute("SHOW geqo").fetchone() == (geqo,)
+
+
+def test_what_a_session_starts_with_is_refused_for_a_pooler() -> None:
+    keys = {
+        "pooler": "transaction",
+        "conninfo": "options='-c jit=off'",
+        "options": {"work_mem": "1MB"},
+        "session_tmp_buffer": 8,
+    }
+    found = problems({"db": {"host": "h", **keys}, "groups": {"g": {}}})
+    remedy = "write them as settings of the groups, or ALTER ROLE ... SET them at the server"
+    assert found == {
+        "db.options": f"cannot pass a transaction pooler; {remedy}",
+        "db.conninfo": f"has options, which cannot pass a transaction pooler; {remedy}",
+        "db.session_tmp_buffer": "cannot pass a transaction pooler; ALTER ROLE ... SET temp_buffers at the "
+        "server",
+    }
+    assert endpoint(pooler="transaction", options={}, session_tmp_buffer=None).pooler == "transaction"
+
+
+def test_a_group_prepares_nothing_through_a_pooler_unless_told_to() -> None:
+    servers = [{"label": "direct"}, {"label": "pooled", "pooler": "transaction"}]
+    groups = {
+        "all": {},
+        "direct": {"endpoints": ["direct"]},
+        "pooled": {"endpoints": ["pooled"]},
+        "told": {"prepare_threshold": 3},
+        "null": {"prepare_threshold": None, "endpoints": ["direct"]},
+    }
+    loaded = config(db=servers, groups=groups)
+    assert {name: pool.prepare_threshold for name, pool in loaded.groups.items()} == {
+        "all": None,
+        "direct": 5,
+        "pooled": None,
+        "told": 3,
+        "null": None,
+    }
+
+
+def test_sqlprepare_is_refused_through_a_pooler() -> None:
+    servers = [{"label": "direct"}, {"label": "pooled", "pooler": "transaction"}]
+    groups = {
+        "a": {"sqlprepare": True},
+        "b": {"sqlprepare": True, "endpoints": ["direct"]},
+        "c": {"sqlprepare": True, "endpoints": []},
+    }
+    found = problems({"db": servers, "groups": groups})
+    assert list(found) == ["groups.a.sqlprepare", "groups.c.endpoints"]
+    assert found["groups.a.sqlprepare"] == (
+        "prepares in the session, and 'pooled' (pooler: transaction) keeps none; leave it out, or use other "
+        "endpoints"
+    )
+
+
+def test_a_pooler_whose_label_could_not_be_told_makes_no_group_wrong() -> None:
+    db = [{"port": 0, "pooler": "transaction"}, {"label": "a"}]
+    assert list(problems({"db": db, "groups": {"g": {"sqlprepare": True}}})) == ["db[0].port"]
+
+
+# TCP.
+
+
 def test_keepalives_are_libpqs() -> None:
     keys = {
         "keepalives": True,
@@ -776,6 +1107,7 @@ def test_no_repr_shows_a_password(tmp_path: Path) -> None:
         assert SECRET in str(loaded.endpoints[0].conninfo_params()) + loaded.endpoints[0].server_options()
         for instance in (loaded, loaded.endpoints, loaded.endpoints[0], loaded.groups):
             assert SECRET not in repr(instance) + str(instance)
+    assert SECRET not in repr(group(settings={"app.key": SECRET}))
 
 
 @pytest.mark.parametrize(
@@ -787,6 +1119,8 @@ def test_no_repr_shows_a_password(tmp_path: Path) -> None:
         {"db": {"pas": SECRET, "pass ": SECRET, "password": SECRET}, "groups": {"g": {}}},
         {"db": {"pass": {"value": SECRET}}, "groups": {"g": {"timeout": {"pass": SECRET}}}},
         {"db": {"label": f"u:{SECRET}@h\n"}, "groups": {"g": {"endpoints": [f"u:{SECRET}@h"]}}},
+        {"db": {"pooler": f"u:{SECRET}@h"}, "groups": {"g": {"settings": {"app.key": [SECRET]}}}},
+        {"db": {}, "groups": {"g": {"tenant": {"settings": {f"{SECRET}@h": f"pass={SECRET}"}}}}},
         f"postgresql://u:{SECRET}@h/d",
     ],
 )
@@ -1081,6 +1415,53 @@ def test_every_key_of_a_group_but_endpoints_has_a_variable() -> None:
         assert ("unknown variable" in found[f"PGDBPOOL_{key.upper()}"]) == (key == "endpoints")
 
 
+def test_a_tenant_and_settings_come_from_variables() -> None:
+    environ = {
+        "DATABASE_URL": "host=a",
+        "DATABASE_URL_READ": "host=b",
+        "PGDBPOOL_TENANT": "app.current_tenant_id",
+        "PGDBPOOL_SETTINGS": "{work_mem: 64MB, jit: off}",
+        "PGDBPOOL_RESET": "never",
+        "PGDBPOOL_READ_TENANT": " {setting: app.t, type: regex, pattern: '[0-9]+', verify: warn}",
+        "PGDBPOOL_READ_SETTINGS": "{}",
+        "PGDBPOOL_READ_RESET": "always",
+    }
+    loaded = load(None, environ)
+    default, read = loaded.groups["default"], loaded.groups["read"]
+    assert default.tenant == TenantConfig(settings={"app.current_tenant_id": ("text", None)})
+    assert (dict(default.settings), default.reset) == ({"work_mem": "64MB", "jit": "off"}, "never")
+    assert read.tenant == TenantConfig(settings={"app.t": ("regex", "[0-9]+")}, verify="warn")
+    assert (dict(read.settings), read.reset) == ({}, "always")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "path", "message"),
+    [
+        ("TENANT", "null", "", "leave it out for a group without tenants"),
+        ("TENANT", "tenant", "", "must be a qualified custom name"),
+        ("TENANT", "{setting: app.t, typ: uuid}", ".typ", "did you mean 'type'?"),
+        ("TENANT", "{setting: app.t", ", line 1, column 16", "is not valid YAML"),
+        (
+            "TENANT",
+            "{setting: app.t, setting: app.u}",
+            ", line 1",
+            "the key 'setting' stands in line 1 already",
+        ),
+        ("SETTINGS", "work_mem=64MB", "", "must be a mapping of server settings, such as {work_mem: 64MB}"),
+        ("SETTINGS", "{work_mem: }", ".work_mem", "must be a string, a number"),
+        ("SETTINGS", f"{{work_mem: !{SECRET} x}}", ", line 1, column 12", "is not valid YAML"),
+        ("SETTINGS", "{" * 2000, "", "is nested too deeply"),
+        ("RESET", "on", "", "must be one of auto, always, never, not True"),
+    ],
+)
+def test_wrong_tenants_and_settings_name_the_variable(
+    variable: str, value: str, path: str, message: str
+) -> None:
+    found = problems(None, {"DATABASE_URL": "host=a", f"PGDBPOOL_{variable}": value})
+    assert list(found) == [f"PGDBPOOL_{variable}{path}"]
+    assert message in found[f"PGDBPOOL_{variable}{path}"]
+
+
 def test_problems_of_the_environment_name_the_variable() -> None:
     environ = {
         "DATABASE_URL": f"postgresql://u:{SECRET}@a:99999/x",
@@ -1146,7 +1527,7 @@ def test_the_processes_environment_is_the_default_and_is_left_alone(monkeypatch:
 # The declarations.
 
 
-DECLARED = [item for keys in (CONFIG_KEYS, DB_KEYS, GROUP_KEYS) for item in keys.items()]
+DECLARED = [item for keys in (CONFIG_KEYS, DB_KEYS, GROUP_KEYS, TENANT_KEYS) for item in keys.items()]
 
 
 @pytest.mark.parametrize(("name", "setting"), DECLARED)
@@ -1157,7 +1538,14 @@ def test_every_key_is_declared_with_what_it_allows_and_its_meaning(name: str, se
 
 
 def test_every_field_is_declared_but_those_that_are_no_keys() -> None:
-    for cls, keys in ((Config, CONFIG_KEYS), (EndpointConfig, DB_KEYS), (GroupConfig, GROUP_KEYS)):
+    declared: list[tuple[type[Any], Mapping[str, Any]]] = [
+        (Config, CONFIG_KEYS),
+        (EndpointConfig, DB_KEYS),
+        (GroupConfig, GROUP_KEYS),
+        (TenantSetting, TENANT_KEYS),
+        (TenantConfig, TENANT_KEYS),
+    ]
+    for cls, keys in declared:
         fields = {field.name for field in dataclasses.fields(cls)}
         assert fields - {setting.field for setting in keys.values()} <= {"name", "origin"}
 

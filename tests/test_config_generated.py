@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pgdbpool.config import DB_KEYS, GROUP_KEYS
+from pgdbpool.config import DB_KEYS, GROUP_KEYS, TENANT_KEYS
 from pgdbpool.errors import ConfigError
 from pgdbpool.sources import load
 
@@ -56,6 +56,27 @@ BASES: list[dict[str, Any]] = [
         ],
         "groups": {"jobs": {"ping": "always", "max_lifetime": 600, "row_factory": "tuple"}},
     },
+    {
+        "db": [
+            {"label": "direct", "host": "a", "pass": SECRET},
+            {"label": "pooled", "host": "b", "pass": SECRET, "pooler": "transaction"},
+        ],
+        "groups": {
+            "shop": {
+                "tenant": {"setting": "app.tenant_id", "type": "uuid", "verify": "warn"},
+                "settings": {"work_mem": "8MB", "app.key": SECRET},
+            },
+            "region": {
+                "tenant": {
+                    "setting": "app.region",
+                    "type": "regex",
+                    "pattern": "[a-z]{2}",
+                    "required": False,
+                },
+                "reset": "always",
+            },
+        },
+    },
 ]
 ENVIRONMENTS: list[dict[str, str]] = [
     {"DATABASE_URL": f"postgresql://web:{SECRET}@a/shop"},
@@ -70,6 +91,8 @@ ENVIRONMENTS: list[dict[str, str]] = [
         "DATABASE_URL": f"postgresql://web:{SECRET}@a/shop",
         "PGDBPOOL_TYPE": "lock-free",
         "PGDBPOOL_TIMEOUT": "2s",
+        "PGDBPOOL_TENANT": "app.tenant_id",
+        "PGDBPOOL_WRITE_SETTINGS": f"{{work_mem: 8MB, app.key: {SECRET}}}",
     },
 ]
 
@@ -81,6 +104,7 @@ SERVER_KEYS = {
     **dict.fromkeys(["connect_timeout", "keepalives_idle", "keepalives_interval"], "seconds"),
     **dict.fromkeys(["query_timeout", "tcp_user_timeout"], "milliseconds"),
     "ssl": "word",
+    "pooler": "word",
     "options": "settings",
     "keepalives": "switch",
 }
@@ -91,9 +115,17 @@ POOL_KEYS = {
     **dict.fromkeys(["timeout", "max_lifetime", "max_idle", "connect_timeout"], "seconds"),
     **dict.fromkeys(["ping_after", "ping_timeout"], "seconds"),
     **dict.fromkeys(["autocommit", "sqlprepare"], "flag"),
-    **dict.fromkeys(["target", "balance", "ping", "row_factory"], "word"),
+    **dict.fromkeys(["target", "balance", "ping", "reset", "row_factory"], "word"),
     "query_timeout": "milliseconds",
     "endpoints": "labels",
+    "settings": "settings",
+    "tenant": "tenant",
+}
+OWNER_KEYS = {
+    **dict.fromkeys(["setting", "pattern"], "text"),
+    **dict.fromkeys(["type", "verify"], "word"),
+    "required": "flag",
+    "settings": "types",
 }
 CONTAINERS: list[Any] = [[], {}, ["x"], {"x": 1}, [[]], [SECRET], {"pass": SECRET}]
 WRONG_TYPES: dict[str, list[Any]] = {
@@ -107,6 +139,25 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "switch": [*CONTAINERS, 2, "", "true", 1.5],
     "labels": [5, "primary", True, {}, [], [5], [None], [["primary"]], {"pass": SECRET}],
     "settings": [5, "work_mem=1", True, [], {"a b": 1}, {"x": None}, {"x": [SECRET]}, {"": "x"}, {"x": {}}],
+    "tenant": [
+        *(
+            5,
+            1.5,
+            True,
+            None,
+            "",
+            "tenant",
+            "app.",
+            [],
+            {},
+            ["app.t"],
+            {"setting": "tenant"},
+            {"type": "uuid"},
+        ),
+        *({"setting": "app.t", "type": "regex"}, {"setting": "app.t", "pattern": "x"}, {"app.t": "uuid"}),
+        *({"settings": {"app.t": 5}}, {"settings": {"app.t": "uuid", "APP.T": "uuid"}}, {"pass": SECRET}),
+    ],
+    "types": [5, "app.t", True, None, [], {}, {"t": "uuid"}, {"app.t": "uid"}, {"app.t": [SECRET]}, {1: 2}],
 }
 # In a dict these are no text either; in YAML they are text as they stand.
 NOT_TEXT: list[Any] = [5, 1.5, True, b"x", object(), ("x",), "a\0b", "\udce4"]
@@ -129,6 +180,8 @@ RANGES: dict[str, list[Any]] = {
     "max_idle": [-1, 10**400],
     "ping_after": [-1, float("nan")],
     "ping_timeout": [0, 3601, "0ms"],
+    "setting": ["tenant", "app.", f"{'a' * 64}.t", "app.1", "app.té", "app.a b", "app.x\n"],
+    "pattern": ["(", "[z-a]", "x{2}{3}{", "(?P<a>x)(?P<a>y)", "*"],
 }
 
 
@@ -142,14 +195,17 @@ class Wrong:
 
 
 def entries(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any], Mapping[str, str]]]:
-    """Return path, mapping and keys of each server and group."""
+    """Return path, mapping and keys of each server, group and tenant."""
     db = tree["db"]
     servers = (
         {"db": db} if isinstance(db, dict) else {f"db[{index}]": server for index, server in enumerate(db)}
     )
     found: list[tuple[str, dict[str, Any], Mapping[str, str]]] = []
     found += [(path, server, SERVER_KEYS) for path, server in servers.items()]
-    found += [(f"groups.{name}", group, POOL_KEYS) for name, group in tree["groups"].items()]
+    for name, group in tree["groups"].items():
+        found.append((f"groups.{name}", group, POOL_KEYS))
+        if "tenant" in group:
+            found.append((f"groups.{name}.tenant", group["tenant"], OWNER_KEYS))
     return found
 
 
@@ -219,10 +275,23 @@ def missing_part(rng: random.Random, tree: dict[str, Any]) -> Wrong:
 def contradiction(rng: random.Random, tree: dict[str, Any]) -> Wrong:
     """Things that are right each for itself."""
     path, entry, keys = rng.choice(entries(tree))
-    if keys is POOL_KEYS:
+    if keys is OWNER_KEYS:
         changes: list[tuple[dict[str, Any], str]] = [
+            ({"settings": {"app.t": "uuid"}}, "setting"),
+            ({"type": "int", "pattern": "x"}, "pattern"),
+        ]
+    elif keys is POOL_KEYS:
+        servers = tree["db"] if isinstance(tree["db"], list) else [tree["db"]]
+        servers[-1].update(label="last", pooler="transaction")
+        for unpooled in ("options", "session_tmp_buffer"):
+            servers[-1].pop(unpooled, None)
+        changes = [
             ({"connection_count": 3, "min_size": 4}, "min_size"),
             ({"endpoints": ["nowhere"]}, "endpoints[0]"),
+            ({"endpoints": ["last"], "sqlprepare": True}, "sqlprepare"),
+            ({"settings": {"statement_timeout": 5}, "query_timeout": 5}, "settings.statement_timeout"),
+            ({"settings": {"App.T": SECRET}, "tenant": "app.t"}, "settings['App.T']"),
+            ({"settings": {"APP.X": SECRET, "app.x": SECRET}}, "settings['app.x']"),
         ]
     else:
         entry.pop("label", None)
@@ -247,6 +316,9 @@ def contradiction(rng: random.Random, tree: dict[str, Any]) -> Wrong:
             ({"conninfo": f"host=a,b password={SECRET}", "label": "only"}, "conninfo"),
             ({"conninfo": f"{uri}&pool_size=5", "label": "only"}, "conninfo"),
             ({"conninfo": f"mysql://web:{SECRET}@h", "label": "only"}, "conninfo"),
+            ({**fresh, "pooler": "transaction", "options": {"app.key": SECRET}}, "options"),
+            ({**fresh, "pooler": "transaction", "session_tmp_buffer": 8}, "session_tmp_buffer"),
+            ({"pooler": "transaction", "conninfo": f"host=h options='-c x.y={SECRET}'"}, "conninfo"),
         ]
         entry.clear()
     change, key = rng.choice(changes)
@@ -300,7 +372,7 @@ def bad_yaml(rng: random.Random, tree: dict[str, Any]) -> Wrong:
 
 def unset_variable(rng: random.Random, tree: dict[str, Any]) -> Wrong:
     path, entry, keys = rng.choice(entries(tree))
-    key = rng.choice([key for key in keys if keys[key] not in ("labels", "settings")])
+    key = rng.choice([key for key in keys if keys[key] not in ("labels", "settings", "types")])
     variable = f"UNSET_{rng.randrange(1000)}"
     entry[key] = rng.choice([f"${{{variable}}}", f"x${{{variable}}}y", f"${{EMPTY:-}}${{{variable}}}"])
     wrong = Wrong(io.StringIO(yaml.safe_dump(tree)), f"{path}.{key}: the variable {variable} is not set")
@@ -389,6 +461,7 @@ def test_what_is_made_wrong_here_was_right_before() -> None:
 def test_every_key_can_be_made_wrong_here() -> None:
     assert SERVER_KEYS.keys() == DB_KEYS.keys() - {"connection_retry_sleep"}
     assert POOL_KEYS.keys() == GROUP_KEYS.keys()
+    assert OWNER_KEYS.keys() == TENANT_KEYS.keys()
     assert len(FAULTS) * EACH == 1000
 
 

@@ -1,0 +1,148 @@
+"""The command `pgdbpool`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from . import __version__
+from .cluster import Cluster, ClusterError, config_yaml
+from .demo import DemoError, MissingExtra, Options, Stopped, check_installed, run, stopping_on_signals
+from .tour import check
+
+DESCRIPTION = """\
+A PostgreSQL pool over several servers, for WSGI. These commands show it on real servers, which they start
+on free ports of this machine and throw away at the end:
+
+  pgdbpool demo            an application in front of a primary and two standbys, to play with
+  pgdbpool demo --check    the same, shown step by step in some seconds
+  pgdbpool cluster         the servers alone, with a pgdbpool.yaml for them, to develop against
+"""
+EPILOG = """\
+Exit status: 0 done, or stopped by a signal as intended; 1 something failed, the message says what; 2 wrong
+arguments, or the extra is missing (pip install 'pgdbpool[demo]'); 128 + n if `demo --check` was stopped by
+signal n.
+"""
+DEMO = """\
+Starts a PostgreSQL primary with streaming standbys and the example application under gunicorn, prints its
+address and what to try, and stops everything on Ctrl-C. A server that you kill is started again by itself.
+
+--check goes on a tour by itself, and prints a line for each step: transfers on the primary, reads spread over
+the standbys, a standby killed and back under load, refused transfers, and nothing left at the end.
+"""
+CLUSTER = """\
+Starts a PostgreSQL primary with streaming standbys in the foreground and prints a pgdbpool.yaml for them,
+with a group `read` and a group `write`. Ctrl-C stops the servers and removes their data.
+
+  pgdbpool cluster > pgdbpool.yaml &
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments and return its exit status; wrong ones raise SystemExit."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] | None = options.command
+    if command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if getattr(options, "worker_class", "") == "sync" and (options.threads or 1) > 1:
+        parser.error("a sync worker has one thread: leave --threads out, or use --worker-class gthread")
+    try:
+        with stopping_on_signals():
+            return command(options)
+    except Stopped as stopped:
+        print(f"pgdbpool: stopped by {stopped}, nothing is left", file=sys.stderr)
+        return 128 + stopped.signum if getattr(options, "check", False) else 0
+    except MissingExtra as error:
+        print(f"pgdbpool: {error}", file=sys.stderr)
+        return 2
+    except (ClusterError, DemoError) as error:
+        print(f"pgdbpool: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who reads our output has gone, as in `pgdbpool demo | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Run the demo until it is stopped, or its tour."""
+    check_installed("gunicorn", version=options.pg)
+    chosen = Options(
+        standbys=options.standbys,
+        version=options.pg,
+        port=options.port,
+        workers=options.workers,
+        worker_class=options.worker_class,
+        threads=options.threads or 4,
+    )
+    if not options.check:
+        run(chosen)
+    return 0 if check(chosen) else 1
+
+
+def cluster(options: argparse.Namespace) -> int:
+    """Run the servers alone until they are stopped."""
+    check_installed(version=options.pg)
+    with Cluster(options.standbys, options.pg, auth=options.auth) as servers:
+        print(config_yaml(servers), end="", flush=True)
+        for node in servers.nodes:
+            print(f"{node.name}  {node.role:7}  {node.label}  process {node.pid}", file=sys.stderr)
+        print("Ctrl-C stops them and removes their data.", file=sys.stderr)
+        while True:
+            signal.pause()
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "pgdbpool", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"pgdbpool {__version__}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    servers = argparse.ArgumentParser(add_help=False)
+    servers.add_argument("--standbys", type=_whole(1, 9), default=2, metavar="N", help="1 to 9 (2)")
+    servers.add_argument("--pg", type=int, choices=(18, 16), help="version of PostgreSQL (18)")
+
+    sub = commands.add_parser(
+        "demo", parents=[servers], help="run the example on a cluster", description=DEMO, epilog=EPILOG,
+        formatter_class=raw, allow_abbrev=False,
+    )  # fmt: skip
+    sub.add_argument(
+        "--check", action="store_true", help="go on a tour and exit with 0, or 1 if a step fails"
+    )
+    sub.add_argument(
+        "--port", type=_whole(0, 65535), default=0, metavar="P", help="of the example (a free one)"
+    )
+    sub.add_argument("--workers", type=_whole(1, 8), default=2, metavar="N", help="gunicorn's processes (2)")
+    sub.add_argument("--worker-class", choices=("sync", "gthread"), default="gthread", help="(gthread)")
+    sub.add_argument("--threads", type=_whole(1, 64), metavar="N", help="of a gthread worker (4)")
+    sub.set_defaults(command=demo)
+
+    sub = commands.add_parser(
+        "cluster", parents=[servers], help="run a cluster", description=CLUSTER, epilog=EPILOG,
+        formatter_class=raw, allow_abbrev=False,
+    )  # fmt: skip
+    sub.add_argument(
+        "--auth", choices=("scram-sha-256", "trust"), default="scram-sha-256",
+        help="trust asks for no password: every user of this machine is superuser then (scram-sha-256)",
+    )  # fmt: skip
+    sub.set_defaults(command=cluster)
+    return parser
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """Return argparse's converter for a whole number in a range."""
+
+    def number(text: str) -> int:
+        value = int(text) if text.isdecimal() else -1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return value
+
+    return number

@@ -1,0 +1,229 @@
+"""The cursors of a block: they send its preamble with their statements, and end with it.
+
+`BlockCursor._maybe_prepare_gen` is psycopg's own sending of one statement with the preamble sent
+before it. It uses these private parts of psycopg, for which the minor version is pinned:
+`Cursor._execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`, `_set_results` and
+`Connection._prepared`. `Connection.pipeline()` does the same at five times the cost on the client.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import generators
+from psycopg._preparing import Prepare
+
+from . import errors
+from .preamble import IDLE, NOTHING, Command
+from .session import ACTIVE, OUTSIDE, PooledConnection
+from .statements import shape
+
+if TYPE_CHECKING:
+    from psycopg._queries import PostgresQuery
+    from psycopg.abc import PQGen
+
+_ENDS_INSIDE = (
+    "the block has a tenant or settings, which end with the transaction: what follows a COMMIT or ROLLBACK "
+    "in the same string or pipeline would run without them; send it by itself"
+)
+_NAMED = (
+    "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
+    "open one with db.transaction()"
+)
+_ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
+
+
+class BlockCursor(psycopg.Cursor[Any]):
+    """A cursor that sends the block's preamble with its statements and closes with the block."""
+
+    __slots__ = ("_preamble", "block")
+    _conn: PooledConnection
+
+    def __init__(self, connection: PooledConnection, *, row_factory: Any = None) -> None:
+        if connection.block is None:
+            raise errors.BlockClosedError(OUTSIDE)
+        super().__init__(connection, row_factory=row_factory or connection.row_factory)
+        self.block = connection.block
+        self._preamble: Sequence[Command] = NOTHING
+
+    @property
+    def closed(self) -> bool:
+        """True once the cursor was closed or its block has ended."""
+        return self._closed or not self.block.open
+
+    def execute(
+        self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> BlockCursor:
+        """Execute a statement, with the preamble of the block where one is due."""
+        conn, block = self._conn, self.block
+        if conn.block is not block:
+            raise errors.BlockClosedError(_ENDED)
+        what = shape(query, conn)
+        if what.touches:
+            conn.touch(what)
+        if what.ends and block.settings and (what.number > 1 or conn._pipeline):
+            raise errors.as_query_error(psycopg.NotSupportedError(_ENDS_INSIDE))
+        autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
+        preamble = NOTHING if conn._pipeline else block.preamble(conn)
+        try:
+            if not preamble:
+                super().execute(query, params, prepare=prepare, binary=binary)
+            elif what.number > 1 or what.alone or (what.utility and autocommit and not block.settings):
+                with conn.ready():
+                    super().execute(query, params, prepare=prepare, binary=binary)
+            else:
+                self._preamble = preamble
+                super().execute(query, params, prepare=prepare, binary=binary)
+                conn.bound = conn.pgconn.transaction_status != IDLE
+            if what.ends:
+                conn.bound = False
+        except errors.ConnectionLostError as error:
+            block.failure = error
+            block.lost = not autocommit
+            error.maybe_executed = error.maybe_executed or (autocommit and not error.repeatable)
+            error.maybe_committed = error.maybe_committed or what.ends
+            # Rode with its own BEGIN: nothing of it can have been committed.
+            error.repeatable = error.repeatable or (bool(self._preamble) and block.manual)
+            raise
+        except psycopg.Error as error:
+            block.failure = error
+            if conn.pgconn.transaction_status == ACTIVE:
+                # psycopg leaves a COPY that it refuses under way: where that ends is not known.
+                conn.close()
+                block.lost = not autocommit
+            raise
+        finally:
+            self._preamble = NOTHING
+        return self
+
+    def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
+        """Execute the statement once for each of the parameter sets, in one pipeline."""
+        params = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        conn = self._own(query)
+        patience = conn.patience
+        if patience is not None:  # the server's statement_timeout holds for each one
+            conn.patience = patience * max(1, len(params))
+        try:
+            with conn.ready():
+                super().executemany(query, params, returning=returning)
+        finally:
+            conn.patience = patience
+
+    def stream(self, query: Any, params: Any = None, **kwargs: Any) -> Iterator[Any]:
+        """Iterate row by row over a result that the client does not hold as a whole."""
+        with self._own(query).ready():
+            yield from super().stream(query, params, **kwargs)
+
+    @contextmanager
+    def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
+        """Start a COPY; what the block needs first is sent before, since COPY cannot ride."""
+        with self._own(statement).ready(), super().copy(statement, params, writer=writer) as copy:
+            yield copy
+
+    @property
+    def connection(self) -> PooledConnection:
+        """The connection, which may then do anything: its session is cleaned after the block."""
+        # psycopg's own adaptation asks for it with each statement, and does nothing to it.
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("psycopg"):
+            return self._conn
+        return self._conn.hand_out()
+
+    def _own(self, query: Any) -> PooledConnection:
+        conn = self._conn
+        if conn.block is not self.block:
+            raise errors.BlockClosedError(_ENDED)
+        what = shape(query, conn)
+        if what.touches:
+            conn.touch(what)
+        return conn
+
+    def _maybe_prepare_gen(
+        self, pgq: PostgresQuery, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> PQGen[None]:
+        """Send the statement, as psycopg does, and in the same round trip what goes before it.
+
+        That is the preamble, and preparing the statement where psycopg takes a round trip for it.
+        """
+        conn, pgconn, prepared = self._conn, self._conn.pgconn, self._conn._prepared
+        preparing, name = prepared.get(pgq, prepare)
+        if conn._pipeline or not (self._preamble or preparing is Prepare.SHOULD):
+            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+            return
+        before = len(self._preamble)
+        pgconn.enter_pipeline_mode()
+        try:
+            for sql, values in self._preamble:
+                pgconn.send_query_params(sql, values)
+            if preparing is Prepare.NO:
+                self._execute_send(pgq, force_extended=True, binary=binary)
+            else:
+                if preparing is Prepare.SHOULD:
+                    self._send_prepare(name, pgq)
+                    before += 1
+                self._send_query_prepared(name, pgq, binary=binary)
+            pgconn.pipeline_sync()
+            yield from generators.send(pgconn)
+            failed = yield from conn._results_gen(before)
+            results = yield from generators.fetch_many(pgconn)
+            yield from generators.fetch_many(pgconn)  # the Sync's
+            pgconn.exit_pipeline_mode()
+        except BaseException:
+            # Interrupted between send and Sync: where the session stands is unknown.
+            pgconn.finish()
+            raise
+        conn.preamble_done(failed)
+        # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
+        key = prepared.maybe_add_to_cache(pgq, preparing, name)
+        if key is not None:
+            prepared.validate(key, preparing, name, results)
+        self._check_results(results)
+        self._set_results(results)
+
+
+class BlockServerCursor(psycopg.ServerCursor[Any]):
+    """A named cursor of the block; its DECLARE comes after the preamble."""
+
+    __slots__ = ("block",)
+    _conn: PooledConnection
+
+    def __init__(self, connection: PooledConnection, name: str, **kwargs: Any) -> None:
+        if connection.block is None:
+            raise errors.BlockClosedError(OUTSIDE)
+        super().__init__(connection, name, **kwargs)
+        self.block = connection.block
+
+    @property
+    def closed(self) -> bool:
+        """True once the cursor was closed or its block has ended."""
+        return self._closed or not self.block.open
+
+    def execute(self, query: Any, params: Any = None, **kwargs: Any) -> BlockServerCursor:
+        """Declare the cursor for the query, after the preamble of the block."""
+        conn, block = self._conn, self.block
+        if conn.block is not block:
+            raise errors.BlockClosedError(_ENDED)
+        if block.settings and not block.manual and conn.pgconn.transaction_status == IDLE:
+            raise errors.as_query_error(psycopg.NotSupportedError(_NAMED))
+        what = shape(query, conn)
+        if what.touches:
+            conn.touch(what)
+        with conn.ready():
+            super().execute(query, params, **kwargs)
+        return self
+
+    def close(self) -> None:
+        """Close the cursor at the server too, while its block has the connection."""
+        if self._conn.block is self.block:
+            super().close()
+        else:
+            self._close()
+
+
+class BlockClientCursor(psycopg.ClientCursor[Any], BlockCursor):
+    """A block's cursor that binds parameters at the client: several statements may share them."""
+
+    __slots__ = ()

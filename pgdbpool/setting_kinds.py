@@ -1,0 +1,106 @@
+"""The kinds of values that are about server settings: their names, their values, a tenant's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .keys import Kind, Refused, Unreadable, show, step
+from .kinds import Text, is_text
+
+_SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", re.ASCII)
+_PART_LIMIT = 63
+_SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|key$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ServerSettings(Kind):
+    """A mapping of server settings, each a name and a plain value."""
+
+    mapping: ClassVar[bool] = True
+
+    @property
+    def allowed(self) -> str:
+        return "a mapping of server settings, such as {work_mem: 64MB}"
+
+    def check(self, value: object) -> Any:
+        if not isinstance(value, Mapping):
+            raise self.refuse(value)
+        settings: dict[str, str] = {}
+        problems: list[tuple[str, str]] = []
+        for name, item in value.items():
+            if not isinstance(name, str) or not _SETTING_NAME.fullmatch(name):
+                problems.append((step(name), "is not the name of a server setting, such as work_mem"))
+            elif isinstance(item, Unreadable):
+                problems.append((step(name), item.reason))
+            elif (setting := _setting(item)) is None:
+                shown = show(item, secret=bool(_SECRET_NAME.search(name)))
+                problems.append((step(name), f"must be a string, a number, true or false, not {shown}"))
+            else:
+                settings[str(name)] = setting
+        problems += [(step(name), message) for name, message in twice(settings)]
+        if problems:
+            raise Refused(*problems)
+        return settings
+
+
+@dataclass(frozen=True)
+class TenantName(Text):
+    """The name of a setting of the application's own, which PostgreSQL takes without knowing it."""
+
+    @property
+    def allowed(self) -> str:
+        return (
+            "a qualified custom name, such as app.current_tenant_id: letters, digits, _ and $ in parts "
+            f"of at most {_PART_LIMIT} bytes, with a dot between"
+        )
+
+    def check(self, value: object) -> Any:
+        if isinstance(value, str) and _SETTING_NAME.fullmatch(value):
+            parts = value.split(".")
+            if len(parts) > 1 and max(map(len, parts)) <= _PART_LIMIT:
+                return str(value)
+        raise self.refuse(value)
+
+
+@dataclass(frozen=True)
+class Pattern(Text):
+    """A regular expression of Python's."""
+
+    @property
+    def allowed(self) -> str:
+        return "a regular expression"
+
+    def check(self, value: object) -> Any:
+        if isinstance(value, (list, Mapping)):  # what YAML makes of [a-z] and {2}
+            raise self.refuse(value, "; quote it")
+        pattern = super().check(value)
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            reason = error.msg if isinstance(error, re.error) else str(error)
+        else:
+            return pattern
+        raise self.refuse(value, f": {reason}")
+
+
+def twice(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names of settings that are another one's in PostgreSQL, which knows no case, and why."""
+    spellings: dict[str, str] = {}
+    for name in names:
+        if (first := spellings.setdefault(name.lower(), name)) != name:
+            yield name, f"is the same setting as {show(first)}, since case makes no difference; keep one"
+
+
+def _setting(value: object) -> str | None:
+    """Return the value of a server setting as text, or None where it is none."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, int):
+        return int.__repr__(value) if value.bit_length() <= 64 else None
+    if isinstance(value, float):
+        return float.__repr__(value) if math.isfinite(value) else None
+    return str(value) if isinstance(value, str) and is_text(value) else None

@@ -1,0 +1,128 @@
+"""What can be told from a statement's text: how many it holds, what it may do to the session.
+
+This is no SQL parser and need not be: where in doubt it says "several", "alone" or "touches", which
+costs a round trip or a cleaning and is never wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg.sql import Composable
+
+_NOT_CODE = re.compile(
+    r"""  (?<![\w$])[eE]'[^'\\]*(?:(?:\\.|'')[^'\\]*)*'   # a string with backslash escapes
+        | '[^']*(?:''[^']*)*'                 # a string
+        | "[^"]*(?:""[^"]*)*"                 # a quoted name
+        | \$([A-Za-z_]\w*)\$.*?\$\1\$         # a dollar-quoted string, with a tag
+        | \$\$.*?\$\$                         # a dollar-quoted string
+        | --[^\n]*                            # a comment
+        | /\*.*?\*/                           # a comment; of a nested one the tail stays, as code
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+# First words, in upper case.
+_ALONE = {"COPY", "CALL", "DO"}
+_UTILITY = {
+    "VACUUM",
+    "CREATE",
+    "DROP",
+    "ALTER",
+    "REINDEX",
+    "CLUSTER",
+    "CALL",
+    "DO",
+    "DISCARD",
+    "ANALYZE",
+    "COPY",
+}
+_ENDS = {"COMMIT", "END", "ROLLBACK", "ABORT"}
+_TOUCHES = {
+    "SET",
+    "RESET",
+    "DISCARD",
+    "LISTEN",
+    "PREPARE",
+    "DEALLOCATE",
+    "DECLARE",
+    "DO",
+    "CALL",
+    "EXECUTE",
+    "LOAD",
+}
+_LOCAL = {"LOCAL", "TRANSACTION", "CONSTRAINTS"}
+# Anywhere in the text, so that it is also found in a quoted name, a CTE or an EXPLAIN ANALYZE.
+_REACHES = re.compile(
+    r"set_config|advisory|\btemp\b|\btemporary\b|pg_temp|\bsetseed\b|\bwith\s+hold\b|dblink_connect", re.I
+)
+_TAINTS = re.compile(r"\bload\b|dblink_connect", re.I)
+_PREPARES = re.compile(r"\bprepare\b", re.I)
+_TIMEOUT = re.compile(r"statement_timeout", re.I)
+
+
+class Shape(NamedTuple):
+    """What a statement's text says about it."""
+
+    number: int
+    """Statements in the text: the extended protocol, and so a pipeline, takes one."""
+    alone: bool
+    """It cannot share a pipeline (COPY), or must not (CALL and DO may commit inside)."""
+    utility: bool
+    """It may be one that PostgreSQL refuses inside a transaction."""
+    ends: bool
+    """It ends a transaction."""
+    touches: bool
+    """It may leave something behind in the session."""
+    prepares: bool
+    """It may leave a prepared statement behind."""
+    taints: bool
+    """It may leave something behind that no statement removes."""
+    timeout: bool
+    """It may change how long a statement may take."""
+
+
+@lru_cache(maxsize=2048)
+def _known(text: str) -> Shape:
+    return _analyse(text)
+
+
+def _analyse(text: str) -> Shape:
+    code = _NOT_CODE.sub(" ", text)
+    heads = [
+        part.split(None, 2)[:2] for part in code.replace("(", " ").split(";") if part.strip(" \t\r\n\f\v()")
+    ]
+    words = [head[0].upper() for head in heads if head]
+    touches = _REACHES.search(text) is not None or any(
+        word in _TOUCHES and not (word == "SET" and len(head) > 1 and head[1].upper() in _LOCAL)
+        for word, head in zip(words, heads, strict=True)
+    )
+    return Shape(
+        number=max(1, len(words)),
+        alone=any(word in _ALONE for word in words),
+        utility=any(word in _UTILITY for word in words),
+        ends=any(word in _ENDS for word in words),
+        touches=touches,
+        prepares=touches and _PREPARES.search(text) is not None,
+        taints=touches and _TAINTS.search(text) is not None,
+        timeout=touches and _TIMEOUT.search(text) is not None,
+    )
+
+
+UNKNOWN = Shape(1, False, False, False, touches=True, prepares=False, taints=False, timeout=False)
+"""Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
+
+
+def shape(query: Any, conn: psycopg.Connection[Any]) -> Shape:
+    """Return what the text of a statement says; remembered, since programs repeat themselves."""
+    if isinstance(query, Composable):
+        query = query.as_string(conn)
+    elif isinstance(query, bytes):
+        query = query.decode("utf-8", "replace")
+    elif not isinstance(query, str):
+        return UNKNOWN
+    # A long text holds its data, so it is not likely to come again, nor worth its memory.
+    return _known(query) if len(query) <= 4096 else _analyse(query)

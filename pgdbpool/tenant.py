@@ -1,0 +1,173 @@
+"""Tenants and local settings: which value is bound to which server setting, and who says so.
+
+A value is always a parameter of `set_config(name, value, true)` and never part of a statement's
+text; the setting's name comes from the configuration.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from .errors import SettingError, TenantConflictError, TenantRequiredError
+
+if TYPE_CHECKING:
+    from .config import TenantConfig
+
+Bound = tuple[tuple[str, str], ...]
+"""Settings and their values, in order."""
+
+_current: ContextVar[Any] = ContextVar("pgdbpool_tenant", default=None)
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*")
+
+
+@contextmanager
+def tenant(value: Any) -> Iterator[None]:
+    """Make a tenant the current one inside the `with` block, for every Handler that names none.
+
+    :param value: what `Handler(group, tenant=...)` takes, or None for no tenant.
+    """
+    token = _current.set(value)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def set_current(value: Any) -> None:
+    """Make a tenant the current one for the rest of this context, such as a request's own."""
+    _current.set(value)
+
+
+def current_tenant() -> Any:
+    """Return the current tenant, or None."""
+    return _current.get()
+
+
+def bind_tenant(config: TenantConfig | None, group: str, explicit: Any, override: bool) -> Bound:
+    """Return the tenant's settings for a block, each with its checked value.
+
+    Without a tenant, where none is required, each setting is bound to the empty string, so that
+    nothing that an earlier block may have left in the session counts as one.
+
+    :raises TenantRequiredError: the group requires a tenant and there is none.
+    :raises TenantConflictError: the explicit one is not the current one, and `override` is not set.
+    :raises SettingError: a value is not of the configured type.
+    """
+    if config is None:
+        if explicit is not None:
+            raise SettingError(
+                f"group {group!r} has no tenant setting: remove tenant=, or configure `tenant`"
+            )
+        return ()
+    current = _current.get()
+    chosen = current if explicit is None else explicit
+    if chosen is None:
+        if config.required:
+            raise TenantRequiredError(
+                f"group {group!r} requires a tenant: pass Handler({group!r}, tenant=...), or make one "
+                "current with pgdbpool.tenant(...)"
+            )
+        return tuple((name, "") for name in config.settings)
+    bound = _values(config, group, chosen)
+    if (
+        explicit is not None
+        and current is not None
+        and not override
+        and _values(config, group, current) != bound
+    ):
+        raise TenantConflictError(
+            f"group {group!r}: the block's tenant is not the current one; pass tenant_override=True "
+            "where that is meant"
+        )
+    return bound
+
+
+def _values(config: TenantConfig, group: str, given: Any) -> Bound:
+    names = list(config.settings)
+    if not isinstance(given, Mapping):
+        if len(names) != 1:
+            raise SettingError(
+                f"group {group!r} has the tenant settings {', '.join(names)}: pass a mapping of them"
+            )
+        given = {names[0]: given}
+    if set(given) != set(names):
+        raise SettingError(
+            f"group {group!r}: the tenant has the settings {', '.join(map(repr, given))}, "
+            f"the configuration {', '.join(map(repr, names))}"
+        )
+    return tuple((name, tenant_value(name, given[name], *config.settings[name])) for name in names)
+
+
+def tenant_value(name: str, value: Any, kind: str, pattern: str | None = None) -> str:
+    """Return the tenant's value as text, checked against its type (uuid, int, text, regex)."""
+    try:
+        if kind == "uuid":
+            return str(value if isinstance(value, uuid.UUID) else uuid.UUID(value))
+        if kind == "int":
+            if isinstance(value, bool) or not re.fullmatch(r"-?[0-9]{1,19}", str(value)):
+                raise ValueError
+            return str(int(value))
+        text = setting_value(name, value)
+    except (ValueError, TypeError, AttributeError):
+        raise SettingError(f"tenant setting {name!r}: {_shown(value)} is no {kind}") from None
+    if kind == "regex" and not re.fullmatch(pattern or "", text):
+        raise SettingError(f"tenant setting {name!r}: {_shown(value)} does not match {pattern!r}")
+    if not text:
+        raise SettingError(f"tenant setting {name!r}: an empty value is no tenant; pass None for none")
+    return text
+
+
+def bind_settings(settings: Mapping[str, Any]) -> Bound:
+    """Return local settings with their values as text.
+
+    :raises SettingError: a name that is no name of a server setting, or a value that is no text.
+    """
+    for name in settings:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise SettingError(
+                f"{_shown(name)} is no name of a server setting, such as statement_timeout or app.x"
+            )
+    return tuple((name, setting_value(name, value)) for name, value in settings.items())
+
+
+def setting_value(name: str, value: Any) -> str:
+    """Return a setting's value as PostgreSQL reads it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if not isinstance(value, (str, int, float, uuid.UUID)):
+        raise SettingError(f"setting {name!r}: {_shown(value)} is neither text nor a number")
+    text = str(value)
+    if "\0" in text:
+        raise SettingError(
+            f"setting {name!r}: {_shown(value)} contains a NUL, which PostgreSQL has in no text"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SettingError(f"setting {name!r}: {_shown(value)} cannot be encoded") from None
+    return text
+
+
+_UNITS = {"": 1, "us": 0.001, "ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def milliseconds(text: str) -> float | None:
+    """Return a time setting's value in milliseconds, or None where it cannot be told.
+
+    https://www.postgresql.org/docs/current/config-setting.html#CONFIG-SETTING-NAMES-VALUES
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-z]*)\s*", text)
+    if match is None or match[2] not in _UNITS:
+        return None
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,130 @@
+"""WSGI middleware: the tenant of a request, bound for all that runs on its behalf."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Any
+
+from .tenant import set_current
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+Extractor = Callable[["WSGIEnvironment"], Any]
+
+
+class TenantRefused(Exception):
+    """Raised by an extractor: the request names a tenant that it may not have.
+
+    :param status: the answer's status line, in place of the middleware's `refused`.
+    """
+
+    def __init__(self, message: str = "tenant refused", status: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class TenantMiddleware:
+    """Makes the tenant that the extractor finds the current one, for the request and its response body.
+
+    The application runs in a copy of the context, and so do each step of a streamed body and its
+    `close()`: nothing is left in the thread, or greenlet, for the next request.
+
+    :param app: the WSGI application.
+    :param extractor: takes the environ and returns the tenant, or None where the request has none;
+        it raises `TenantRefused` for one that is not allowed.
+    :param missing: the status line of the answer to a request without a tenant; None lets it pass, and
+        a group that requires a tenant then refuses its blocks.
+    :param refused: the status line of the answer where the extractor raises `TenantRefused`.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        extractor: Extractor,
+        *,
+        missing: str | None = "400 Bad Request",
+        refused: str = "403 Forbidden",
+    ) -> None:
+        for name, status in (("missing", missing), ("refused", refused)):
+            if status is not None and not re.fullmatch(r"4[0-9]{2} .+", status):
+                raise ValueError(f"{name}={status!r} is no 4xx status line, such as '403 Forbidden'")
+        self._app = app
+        self._extractor = extractor
+        self._missing = missing
+        self._refused = refused
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            tenant = self._extractor(environ)
+        except TenantRefused as refusal:
+            return _answer(start_response, refusal.status or self._refused, str(refusal))
+        if tenant is None and self._missing is not None:
+            return _answer(start_response, self._missing, "this request needs a tenant")
+        context = copy_context()
+        context.run(set_current, tenant)
+        return _Body(context, context.run(self._app, environ, start_response))
+
+
+class _Body:
+    """A response body, each step of which runs in the request's context."""
+
+    def __init__(self, context: Context, body: Iterable[bytes]) -> None:
+        self._context = context
+        self._body = body
+        self._steps: Iterator[bytes] | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._steps is None:
+            self._steps = self._context.run(iter, self._body)
+        return self._context.run(next, self._steps)
+
+    def close(self) -> None:
+        if close := getattr(self._body, "close", None):
+            self._context.run(close)
+
+
+def _answer(start_response: StartResponse, status: str, text: str) -> list[bytes]:
+    body = text.encode()
+    start_response(
+        status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+    )
+    return [body]
+
+
+def from_header(name: str) -> Extractor:
+    """Return an extractor that takes the tenant from a request header.
+
+    Only behind a proxy that sets the header itself: a client can send any.
+    """
+    key = "HTTP_" + name.upper().replace("-", "_")
+    return lambda environ: environ.get(key) or None
+
+
+def from_host(pattern: str) -> Extractor:
+    """Return an extractor that takes the pattern's first group, matched against the whole host name."""
+    return _from(
+        pattern, lambda environ: re.sub(r":[0-9]+$", "", environ.get("HTTP_HOST", "").lower()), whole=True
+    )
+
+
+def from_path(pattern: str) -> Extractor:
+    """Return an extractor that takes the first group of the pattern, matched at the start of the path."""
+    return _from(pattern, lambda environ: environ.get("PATH_INFO", ""), whole=False)
+
+
+def _from(pattern: str, text: Callable[[WSGIEnvironment], str], *, whole: bool) -> Extractor:
+    compiled = re.compile(pattern)
+    if compiled.groups < 1:
+        raise ValueError(f"the pattern {pattern!r} has no group to take the tenant from")
+
+    def extract(environ: WSGIEnvironment) -> str | None:
+        match = compiled.fullmatch(text(environ)) if whole else compiled.match(text(environ))
+        return match[1] or None if match else None
+
+    return extract

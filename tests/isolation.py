@@ -1,0 +1,455 @@
+"""Many random blocks of many tenants at once, with killed backends and exceptions at any moment.
+
+    python tests/isolation.py --blocks 100000 --threads 8 --tenants 20 --seed 1 --mode both
+
+The oracle: every answer says under which tenant the server gave it, and a superuser reads afterwards what was
+written, by whom and under which tenant. Besides, a transaction is there as a whole or not at all, and the
+pools' counts are exact at the end. A lock-free pool has one thread, so there each worker is a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from random import Random
+from typing import Any
+
+import psycopg
+from isolation_steps import (
+    INTERRUPTS,
+    STEPS,
+    ApplicationError,
+    Leave,
+    Scene,
+    Unit,
+    mistakes,
+)
+from support import config, wait_for
+
+import pgdbpool
+from pgdbpool import Connection, DBQueryError, Handler
+from pgdbpool.cluster import Cluster, Node
+
+HOST = Node.host
+
+SCHEMA = """
+    DROP TABLE IF EXISTS docs, journal CASCADE;
+    DROP SCHEMA IF EXISTS shadow;
+    DROP FUNCTION IF EXISTS note_tenant, remember;
+    DROP ROLE IF EXISTS app, peeker;
+    CREATE ROLE peeker BYPASSRLS;
+    CREATE ROLE app LOGIN IN ROLE peeker;
+    GRANT peeker TO app WITH INHERIT FALSE;
+    CREATE TABLE docs (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, tenant text, writer text, seen text);
+    CREATE TABLE journal (seen text DEFAULT current_setting('app.tenant', true), writer text, unit bigint);
+    CREATE FUNCTION note_tenant() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN NEW.seen := current_setting('app.tenant', true); RETURN NEW; END $$;
+    CREATE TRIGGER note_tenant BEFORE INSERT OR UPDATE ON docs FOR EACH ROW EXECUTE FUNCTION note_tenant();
+    CREATE FUNCTION remember(text) RETURNS text LANGUAGE sql AS
+        $$ SELECT set_config('app.tenant', $1, false) $$;
+    ALTER TABLE docs ENABLE ROW LEVEL SECURITY;
+    ALTER TABLE docs FORCE ROW LEVEL SECURITY;
+    CREATE POLICY own ON docs USING (tenant = NULLIF(current_setting('app.tenant', true), ''));
+    CREATE SCHEMA shadow;
+    CREATE VIEW shadow.docs AS SELECT * FROM docs;
+    GRANT USAGE ON SCHEMA shadow TO app, peeker;
+    GRANT ALL ON docs, journal, shadow.docs TO app, peeker;
+"""
+
+# What an application must expect, and goes on or ends its block after.
+EXPECTED = (
+    ApplicationError,
+    pgdbpool.ConnectionLostError,
+    pgdbpool.TransactionAbortedError,
+    pgdbpool.PoolTimeout,
+    psycopg.errors.InFailedSqlTransaction,
+    psycopg.errors.PipelineAborted,
+)
+
+
+@dataclass
+class Plan:
+    """One run: what is asked of it, and what came of it."""
+
+    mode: str
+    blocks: int
+    workers: int = 8
+    tenants: int = 20
+    seed: int = 0
+    first: int = 0
+    """Number of the first worker, so that those of several processes differ."""
+
+
+@dataclass
+class Report:
+    """What came of a run."""
+
+    events: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+    units: list[tuple[int, int, str]] = field(default_factory=list)
+    """Of each transaction its number, how many rows it wrote, and its outcome."""
+    seconds: float = 0.0
+
+    def add(self, other: Report) -> None:
+        self.events.update(other.events)
+        self.violations += other.violations
+        self.units += other.units
+        self.seconds = max(self.seconds, other.seconds)
+
+
+class Worker:
+    """One thread that opens blocks; `fire` interrupts it at any moment of a block, once in each at most."""
+
+    def __init__(self, plan: Plan, number: int) -> None:
+        self.plan = plan
+        self.number = number
+        self.random = Random(f"{plan.seed} {plan.mode} {number}")
+        self.events: Counter[str] = Counter()
+        self.violations: list[str] = []
+        self.units: list[Unit] = []
+        self.tenants = [f"tenant {i}" + "'é€"[: i % 4] for i in range(plan.tenants)]
+        self.ident = 0
+        self.exposed = False
+        self.gate = threading.Lock()  # so that nothing is fired once a block is over
+
+    def run(self, blocks: int) -> None:
+        self.ident = threading.get_ident()
+        for number in range(blocks):
+            try:
+                self.exposed = True
+                try:
+                    self.block()
+                finally:
+                    self.calm()
+            except INTERRUPTS:
+                self.events["blocks ended by an interrupt"] += 1
+            except EXPECTED as error:
+                self.events[f"blocks ended by {type(error).__name__}"] += 1
+            except psycopg.errors.QueryCanceled as error:
+                self.note_cancel(error)
+            except Exception:
+                place = f"worker {self.number} block {number} of seed {self.plan.seed} {self.plan.mode}"
+                self.violations.append(f"{place}: {traceback.format_exc()}")
+            self.events["blocks"] += 1
+
+    def note_cancel(self, error: psycopg.Error) -> None:
+        """Tell a cancel that was asked for from a timeout that nobody has set."""
+        if "user request" in str(error):
+            self.events["statements cancelled"] += 1
+        else:
+            self.violations.append(f"worker {self.number}: {error}")
+
+    # Interrupts.
+
+    def fire(self, kind: type[BaseException]) -> None:
+        """Have the thread raise, at whatever it does, if it is in a block; called by another thread."""
+        with self.gate:
+            if self.exposed:
+                self.exposed = False
+                self.events["interrupts by thread"] += 1
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(kind))
+
+    @contextmanager
+    def timer(self) -> Iterator[None]:
+        """Have signals interrupt the main thread, which this worker is."""
+        random = Random(f"{self.plan.seed} timer")
+
+        def interrupt(*_: object) -> None:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.002, 0.05))
+            if self.exposed:
+                self.exposed = False
+                self.events["interrupts by signal"] += 1
+                raise random.choice(INTERRUPTS)
+
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+
+    def calm(self) -> None:
+        """End the time in which the thread is interrupted; take what is under way."""
+        while True:
+            try:
+                with self.gate:
+                    self.exposed = False
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), None)
+                return
+            except INTERRUPTS:
+                continue
+
+    # Blocks.
+
+    def new_unit(self) -> Unit:
+        unit = Unit((self.plan.first + self.number) * 10**9 + len(self.units))
+        self.units.append(unit)
+        return unit
+
+    def block(self, nested: bool = False) -> None:
+        """Open a block of some tenant in some group, and take some steps in it."""
+        random = self.random
+        manual, required = random.random() < 0.5, random.random() < 0.8
+        group = ("manual" if manual else "auto") + ("" if required else "_open")
+        tenant, other = random.sample(self.tenants, 2)
+        if random.random() < 0.02:
+            mistakes(group if required else group.removesuffix("_open"), tenant, other)
+        current: Any = pgdbpool.tenant(None)
+        use: dict[str, Any] = {"tenant": tenant}
+        if not required and random.random() < 0.5:
+            tenant, use = "", {}
+        elif random.random() < 0.4:
+            current, use = pgdbpool.tenant(tenant), random.choice(({}, use))
+        elif random.random() < 0.2:
+            current, use = pgdbpool.tenant(other), {**use, "tenant_override": True}
+        if random.random() < 0.2:
+            use["settings"] = {"work_mem": "5MB"}
+        if nested:
+            use["timeout"] = 0.05
+        with current:
+            handler = Handler(group, **use)
+            scene: Scene | None = None
+            try:
+                with handler as db:
+                    scene = Scene(db, tenant, manual, random, self.events, self.new_unit)
+                    self.steps(scene, nested)
+                    if scene.unit is not None:
+                        scene.unit.outcome = "unknown"
+                if scene.unit is not None:
+                    scene.unit.outcome = "committed"
+            except DBQueryError as error:
+                if scene is not None and scene.unit is not None and not error.maybe_committed:
+                    scene.unit.outcome = "none"
+                raise
+
+    def steps(self, scene: Scene, nested: bool) -> None:
+        """Take some steps; errors end the block, or are swallowed and the block goes on."""
+        for step in self.random.choices(list(STEPS), list(STEPS.values()), k=self.random.randint(1, 6)):
+            unit = scene.unit
+            try:
+                scene.hazard()
+                if not nested and self.random.random() < 0.05:
+                    self.events["nested blocks"] += 1
+                    with suppress(Leave):
+                        self.block(nested=True)
+                step(scene)
+            except INTERRUPTS:
+                if self.random.random() < 0.5:
+                    raise
+                self.events["interrupts swallowed"] += 1
+                for touched in (unit, scene.unit):
+                    if touched is not None:
+                        touched.counted = False
+            except EXPECTED as error:
+                if isinstance(error, Leave) or self.random.random() < 0.5:
+                    raise
+                self.events[f"{type(error).__name__} swallowed"] += 1
+
+
+class Nemesis(threading.Thread):
+    """Kills backends, cancels statements and interrupts threads until its block ends."""
+
+    def __init__(self, node: Node, seed: int) -> None:
+        super().__init__(name="nemesis", daemon=True)
+        self.node = node
+        self.workers: list[Worker] = []
+        """Those of this process whose threads are to be interrupted."""
+        self.random = Random(f"{seed} nemesis")
+        self.events: Counter[str] = Counter()
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        # Not one that is being opened: that would be a server that refuses, which is another test's.
+        victim = """SELECT {}(pid) FROM pg_stat_activity WHERE usename = 'app'
+                    AND backend_start < now() - interval '0.2 s' ORDER BY random() LIMIT 1"""
+        with self.node.connect() as admin:
+            while not self.stopped.wait(self.random.uniform(0.001, 0.01)):
+                chance = self.random.random()
+                if chance < 0.1:
+                    found = admin.execute(victim.format("pg_terminate_backend").encode()).fetchone()
+                    self.events["backends killed"] += found is not None
+                elif chance < 0.2:
+                    admin.execute(victim.format("pg_cancel_backend").encode())
+                elif self.workers:
+                    self.random.choice(self.workers).fire(self.random.choice(INTERRUPTS))
+
+    def __enter__(self) -> Nemesis:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopped.set()
+        self.join(10)
+
+
+# Running.
+
+
+def groups(connections: int) -> dict[str, dict[str, Any]]:
+    """Return the groups: autocommit or not, with a tenant required or not."""
+    common = {"connection_count": connections, "min_size": 1, "timeout": 10, "prepare_threshold": 2}
+    return {
+        name + suffix: {
+            **common,
+            "autocommit": name == "auto",
+            # The role may take another that bypasses row-level security: some blocks do, and leave it so.
+            "tenant": {"setting": "app.tenant", "required": not suffix, "verify": "off"},
+        }
+        for name in ("auto", "manual")
+        for suffix in ("", "_open")
+    }
+
+
+def work(plan: Plan, port: int, victims: list[Worker]) -> Report:
+    """Run the plan's workers in this process, the first of them in this thread, the others as victims."""
+    workers = [Worker(plan, number) for number in range(plan.workers)]
+    name = f"isolation {plan.first}"
+    entry = {"host": HOST, "port": port, "name": "postgres", "user": "app", "application_name": name}
+    Connection.init(config([entry], plan.mode, **groups(plan.workers // 2 + 2)))
+    share = plan.blocks // plan.workers
+    threads = [threading.Thread(target=worker.run, args=(share,)) for worker in workers[1:]]
+    began = time.monotonic()
+    try:
+        for thread in threads:
+            thread.start()
+        victims += workers[1:]
+        with workers[0].timer():
+            workers[0].run(plan.blocks - share * len(threads))
+        for thread in threads:
+            thread.join()
+        report = Report(seconds=time.monotonic() - began, violations=check_counts(name, port))
+    finally:
+        Connection.close()
+    for worker in workers:
+        units = [(u.number, u.rows if u.counted else -1, u.outcome) for u in worker.units]
+        report.add(Report(worker.events, worker.violations, units))
+    return report
+
+
+def work_in_processes(plan: Plan, port: int) -> Report:
+    """Run each of the plan's workers in a process of its own."""
+    report = Report()
+    share = plan.blocks // plan.workers
+    children = []
+    for number in range(plan.workers):
+        blocks = plan.blocks - share * (plan.workers - 1) if number == 0 else share
+        part = asdict(replace(plan, workers=1, first=number, blocks=blocks))
+        command = [sys.executable, __file__, "--part", json.dumps(part), "--port", str(port)]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    for child in children:
+        output, _ = child.communicate()
+        if child.returncode != 0:
+            report.violations.append(f"a process ended with exit status {child.returncode}")
+            continue
+        found = json.loads(output)
+        report.add(Report(Counter(found.pop("events")), **found))
+    return report
+
+
+# The verdict.
+
+
+def check_counts(name: str, port: int) -> list[str]:
+    """Return what is wrong with the pools' counts, now that nobody has a block."""
+
+    def wrong() -> list[str]:
+        return [
+            f"group {group.name}: {group}"
+            for group in Connection.status().groups.values()
+            if group.in_use
+            or group.waiting
+            or not group.idle == group.size == sum(group.connections.values()) <= group.max_size
+        ]
+
+    with suppress(AssertionError):  # connections that are being replaced
+        wait_for(lambda: not wrong(), timeout=5)
+    with psycopg.connect(host=HOST, port=port, user="postgres", dbname="postgres") as admin:
+        row = admin.execute(
+            """SELECT count(*), count(*) FILTER (WHERE state <> 'idle')
+               FROM pg_stat_activity WHERE application_name = %s""",
+            (name,),
+        ).fetchone()
+    assert row is not None
+    backends, busy = row
+    idle = sum(group.idle for group in Connection.status().groups.values())
+    found = wrong()
+    if backends > idle:
+        found.append(f"{backends} backends of {idle} idle connections")
+    if busy:
+        found.append(f"{busy} backends are in a transaction")
+    return found
+
+
+def verdict(admin: psycopg.Connection[Any], units: list[tuple[int, int, str]]) -> list[str]:
+    """Return what a superuser finds wrong in what was written."""
+    found = []
+    for table, clean in (("docs", "tenant = writer AND tenant = seen"), ("journal", "writer = seen")):
+        query = f"SELECT * FROM {table} WHERE ({clean}) IS NOT TRUE LIMIT 5"
+        found += [f"{table} has {row}" for row in admin.execute(query.encode())]
+    query = "SELECT unit, count(*) FROM journal WHERE unit IS NOT NULL GROUP BY unit"
+    there = dict(admin.execute(query.encode()).fetchall())
+    for number, rows, outcome in units:
+        allowed = {"committed": {rows}, "none": {0}, "unknown": {0, rows}}[outcome]
+        if rows >= 0 and there.get(number, 0) not in allowed:
+            found.append(f"transaction {number}: {outcome}, {rows} written, {there.get(number, 0)} are there")
+    return found
+
+
+def run(plan: Plan, node: Node) -> Report:
+    """Run a plan against a server, and hold what came of it against the oracle."""
+    with node.connect() as admin:
+        admin.execute(SCHEMA.encode())
+        with Nemesis(node, plan.seed) as nemesis:
+            if plan.mode == "threaded" or plan.workers == 1:
+                report = work(plan, node.port, nemesis.workers)
+            else:
+                report = work_in_processes(plan, node.port)
+        report.add(Report(nemesis.events, verdict(admin, report.units)))
+    return report
+
+
+def main() -> int:
+    """Run as a command; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=100_000, help="in each mode (100000)")
+    parser.add_argument("--threads", type=int, default=8, help="threads, or processes if lock-free (8)")
+    parser.add_argument("--tenants", type=int, default=20, help="(20)")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of what is random (the time)")
+    parser.add_argument("--mode", choices=("threaded", "non-threaded", "both"), default="both")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(asdict(work(Plan(**json.loads(options.part)), options.port, []))))
+        return 0
+    failed = False
+    modes = ("threaded", "non-threaded") if options.mode == "both" else (options.mode,)
+    with Cluster(standbys=0, settings={"max_connections": 300}) as cluster:
+        for mode in modes:
+            plan = Plan(mode, options.blocks, options.threads, options.tenants, options.seed)
+            report = run(plan, cluster.primary)
+            failed = failed or bool(report.violations)
+            rate = report.events["blocks"] / report.seconds
+            print(f"{mode}: seed {plan.seed}, {report.seconds:.0f} s, {rate:.0f} blocks/s")
+            for what, count in report.events.most_common():
+                print(f"  {count:9} {what}")
+            print(f"  {len(report.violations):9} violations")
+            for violation in report.violations[:2000]:
+                print(f"\n{violation}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,419 @@
+"""What a block of the randomized isolation test may do, each step with its own check of what it sees.
+
+A step is a function of a `Scene`: a block that is open, whose tenant is known and every answer of which says
+under which tenant the server gave it. `STEPS` gives each its weight.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+import pgdbpool
+from pgdbpool import DBQueryError, Handler
+
+READ = """SELECT current_setting('app.tenant', true), array_agg(tenant), %s::int
+          FROM (SELECT tenant FROM docs ORDER BY id DESC LIMIT 4) AS newest"""
+READ_NOW = READ % 0
+NOTE = "INSERT INTO journal (writer, unit) VALUES (%s, %s) RETURNING seen, ARRAY[writer]"
+CHANGE = "WHERE id IN (SELECT id FROM docs ORDER BY id DESC LIMIT 2 FOR UPDATE SKIP LOCKED)"
+RETURNING = "RETURNING seen, ARRAY[tenant]"
+
+# What a block leaves in its session; the next one must not notice.
+LEFT_BEHIND = [
+    "SET ROLE peeker",
+    "SET search_path = shadow, public",
+    "SET row_security = off",
+    "CREATE TEMP TABLE docs AS SELECT 0::bigint AS id, 'foreign' AS tenant, '' AS writer, '' AS seen",
+    "CREATE TEMP TABLE journal (seen text DEFAULT 'foreign', writer text, unit bigint)",
+    "SET default_transaction_read_only = on",
+    "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY, ISOLATION LEVEL SERIALIZABLE",
+    "SET client_encoding = 'LATIN1'",
+    "PREPARE mine AS SELECT 1",
+    "DECLARE mine CURSOR WITH HOLD FOR SELECT 1",
+    "LISTEN news",
+    "SELECT pg_advisory_lock_shared(1)",
+    "SET statement_timeout = 1",
+]
+# What changes the tenant of a session, and of a transaction that is open, until that ends.
+OTHER_TENANT = [
+    "SET app.tenant = {}",
+    "SELECT set_config('app.tenant', {}, false)",
+    "SELECT remember({})",  # a function, whose text says nothing
+    "SELECT 1; SET app.tenant = {}",
+    "SET LOCAL app.tenant = {}",
+    "SELECT set_config('app.tenant', {}, true)",
+    "RESET app.tenant; SELECT {}",
+]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C at any moment."""
+
+
+class Aborted(BaseException):
+    """What a server's timeout, a greenlet's end or an exit raises at any moment."""
+
+
+class ApplicationError(Exception):
+    """An error of the application's own."""
+
+
+class Leave(ApplicationError):
+    """The block is to end here: what it has done to itself, it has done to its own later statements."""
+
+
+class Violation(Exception):
+    """The oracle says no."""
+
+
+INTERRUPTS = (Interrupted, Aborted)
+
+
+@dataclass(slots=True)
+class Unit:
+    """One transaction: at the end all of its rows are there, or none."""
+
+    number: int
+    rows: int = 0
+    outcome: str = "none"  # committed: all of them; unknown: all or none
+    counted: bool = True  # false where an interrupt came between a row and its counting
+
+
+class Scene:
+    """A block that is open, with its tenant ("" for none) and the transaction that it has open."""
+
+    def __init__(
+        self,
+        db: Handler,
+        tenant: str,
+        manual: bool,
+        random: Random,
+        events: Counter[str],
+        new_unit: Callable[[], Unit],
+    ) -> None:
+        self.db = db
+        self.tenant = tenant
+        self.manual = manual
+        self.random = random
+        self.events = events
+        self.new_unit = new_unit
+        self.unit: Unit | None = new_unit() if manual else None
+
+    # The oracle.
+
+    def check(self, cursor: psycopg.Cursor[Any]) -> None:
+        """Hold each row (setting, tenants, ...) of a result against the block's tenant."""
+        for row in cursor:
+            self.check_row(*row[:2])
+
+    def check_row(self, setting: str | None, tenants: list[str] | None) -> None:
+        """Raise a `Violation` unless the server answered for the block's tenant."""
+        self.events["statements checked"] += 1
+        if setting != self.tenant or set(tenants or ()) - {self.tenant}:
+            raise Violation(f"tenant {self.tenant!r}: the server had {setting!r} and showed {tenants}")
+
+    def wrote(self, rows: int = 1) -> None:
+        """Count rows of the open transaction."""
+        if self.unit is not None:
+            self.unit.rows += rows
+
+    @property
+    def mark(self) -> tuple[str, int | None]:
+        """What a row of the journal says about its writer."""
+        return self.tenant, self.unit.number if self.unit else None
+
+    # Transactions.
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around what commits: note what came of the open transaction, and begin the next."""
+        unit = self.unit
+        if unit is not None:
+            unit.outcome = "unknown"
+        try:
+            yield
+        except DBQueryError as error:
+            if unit is not None and not error.maybe_committed:
+                unit.outcome = "none"
+            raise
+        if unit is not None:
+            unit.outcome = "committed"
+        self.unit = self.new_unit() if self.manual else None
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """A transaction in an autocommit block, a savepoint in a manual one."""
+        outermost = self.unit is None
+        if outermost:
+            self.unit = self.new_unit()
+        unit = self.unit
+        assert unit is not None
+        before = unit.rows
+        context = self.db.transaction()
+        try:
+            with context:
+                yield
+                if outermost:
+                    unit.outcome = "unknown"
+        except BaseException as error:
+            if not outermost:
+                unit.rows = before
+            elif isinstance(error, DBQueryError) and not error.maybe_committed:
+                unit.outcome = "none"
+            raise
+        else:
+            unit.outcome = "committed" if outermost else unit.outcome
+        finally:
+            self.unit = None if outermost else unit
+
+    def hazard(self) -> None:
+        """Raise now and then, wherever this is called."""
+        if self.random.random() < 0.03:
+            kind = self.random.choice((ApplicationError, *INTERRUPTS))
+            self.events[f"raised {kind.__name__}"] += 1
+            raise kind
+
+
+# Reading and writing through the Handler.
+
+
+def read(s: Scene) -> None:
+    s.check(s.db.query(READ_NOW))
+
+
+def read_with_parameter(s: Scene) -> None:
+    s.check(s.db.query(READ, (s.random.randrange(9),)))
+
+
+def insert(s: Scene) -> None:
+    if s.tenant:
+        values = (s.tenant, s.tenant)
+        s.check(s.db.query(f"INSERT INTO docs (tenant, writer) VALUES (%s, %s) {RETURNING}", values))
+
+
+def update(s: Scene) -> None:
+    s.check(s.db.query(f"UPDATE docs SET writer = %s {CHANGE} {RETURNING}", (s.tenant,)))
+
+
+def delete(s: Scene) -> None:
+    if s.random.random() < 0.3:
+        query = f"DELETE FROM docs {CHANGE} RETURNING current_setting('app.tenant', true), ARRAY[tenant]"
+        s.check(s.db.query(query))
+
+
+def note(s: Scene) -> None:
+    s.check(s.db.query(NOTE, s.mark))
+    s.wrote()
+
+
+def trespass(s: Scene) -> None:
+    """Write for another tenant: PostgreSQL refuses, and the block goes on."""
+    with suppress(psycopg.errors.InsufficientPrivilege), s.transaction():
+        s.db.query("INSERT INTO docs (tenant, writer) VALUES ('other', %s)", (s.tenant,))
+        raise Violation(f"{s.tenant!r} wrote a row of another tenant")
+
+
+def fail(s: Scene) -> None:
+    """Swallow an error; in a manual block, roll back after it, or go on and find that one must."""
+    with suppress(psycopg.errors.DivisionByZero):
+        s.db.query("SELECT 1 / 0")
+    if s.random.random() < 0.7:
+        roll_back(s)
+
+
+def fail_in_savepoint(s: Scene) -> None:
+    with suppress(psycopg.errors.DivisionByZero), s.transaction():
+        note(s)
+        s.db.query("SELECT 1 / 0")
+    read(s)
+
+
+# What does not ride in a pipeline with its preamble.
+
+
+def several(s: Scene) -> None:
+    for result in s.db.query(f"{NOTE}; {READ_NOW}; {NOTE}", (*s.mark, *s.mark)).results():
+        s.check(result)
+    s.wrote(2)
+
+
+def do_block(s: Scene) -> None:
+    s.db.query("DO $$ BEGIN PERFORM * FROM docs; END $$")
+
+
+def many(s: Scene) -> None:
+    cursor = s.db.connection.cursor()
+    cursor.executemany(NOTE, [s.mark] * 3, returning=True)
+    s.wrote(3)
+    for result in cursor.results():
+        s.check(result)
+
+
+def stream(s: Scene) -> None:
+    rows = s.db.connection.cursor().stream(f"{READ_NOW}, generate_series(1, 3) GROUP BY generate_series")
+    for row in rows:
+        s.check_row(*row[:2])
+        s.hazard()
+
+
+def copy_out(s: Scene) -> None:
+    with s.db.connection.cursor().copy(f"COPY ({READ_NOW}) TO STDOUT") as copy:
+        copy.set_types(["text", "text[]", "int4"])
+        for setting, tenants, _ in copy.rows():
+            s.hazard()
+            s.check_row(setting, tenants)
+
+
+def copy_in(s: Scene) -> None:
+    with s.db.connection.cursor().copy("COPY journal (writer, unit) FROM STDIN") as copy:
+        copy.write_row(s.mark)
+        s.hazard()
+        copy.write_row(s.mark)
+    s.wrote(2)
+
+
+def pipeline(s: Scene) -> None:
+    with s.db.connection.pipeline():
+        cursors = [s.db.query(READ_NOW), s.db.query(NOTE, s.mark), s.db.query(READ, (1,))]
+        s.hazard()
+        if s.random.random() < 0.3:
+            with suppress(psycopg.errors.DivisionByZero):
+                s.db.query("SELECT 1 / 0").fetchone()
+    s.wrote()
+    for cursor in cursors:
+        s.check(cursor)
+
+
+def named_cursor(s: Scene) -> None:
+    with s.transaction(), s.db.connection.cursor("mine") as cursor:
+        cursor.execute(READ_NOW)
+        s.hazard()
+        s.check(cursor)
+
+
+def raw(s: Scene) -> None:
+    """Use the connection as psycopg's documentation shows it."""
+    connection = s.db.connection
+    s.check(connection.execute(READ_NOW))
+    connection.row_factory = psycopg.rows.dict_row
+    connection.prepare_threshold = 0
+    assert connection.execute("SELECT 1 AS one").fetchone() == {"one": 1}
+    connection.row_factory = psycopg.rows.tuple_row
+    s.check(connection.cursor(binary=True).execute(READ, (1,)))
+
+
+# The transaction.
+
+
+def commit(s: Scene) -> None:
+    if s.manual:
+        with s.ending():
+            s.db.query("COMMIT") if s.random.random() < 0.2 else s.db.commit()
+        read(s)
+
+
+def commit_and_chain(s: Scene) -> None:
+    if s.manual:
+        note(s)
+        with s.ending():
+            s.db.query("COMMIT AND CHAIN")
+        read(s)
+
+
+def roll_back(s: Scene) -> None:
+    if s.manual:
+        s.unit = s.new_unit()
+        s.db.rollback()
+
+
+def transaction(s: Scene) -> None:
+    with s.transaction():
+        note(s)
+        s.hazard()
+        with suppress(ApplicationError), s.transaction():
+            note(s)
+            s.hazard()
+        read(s)
+
+
+# What a block does to its own tenant and to its session.
+
+
+def become_another(s: Scene) -> None:
+    """Change the tenant of the session; the next transaction is the block's tenant's again."""
+    text = s.random.choice(OTHER_TENANT)
+    s.events["tenant changed by the block"] += 1
+    try:
+        s.db.query(text.format(sql.Literal(s.random.choice(("other", "", "o'neill"))).as_string()))
+        if s.manual:
+            with s.ending():
+                s.db.commit()
+    except BaseException as error:
+        if s.manual:
+            raise Leave from error
+        raise
+    read(s)
+    note(s)
+
+
+def leave_something(s: Scene) -> None:
+    """Leave something behind in the session, and the block with it."""
+    s.events["sessions left unclean"] += 1
+    try:
+        with suppress(DBQueryError):  # the second may not like what the first has done
+            for statement in s.random.sample(LEFT_BEHIND, 2):
+                s.db.query(statement)
+            if s.manual:
+                with s.ending():
+                    s.db.commit()
+    finally:
+        raise Leave
+
+
+STEPS: dict[Callable[[Scene], None], int] = {
+    read: 8,
+    read_with_parameter: 6,
+    insert: 5,
+    update: 3,
+    delete: 2,
+    note: 6,
+    trespass: 1,
+    fail: 2,
+    fail_in_savepoint: 1,
+    several: 2,
+    do_block: 1,
+    many: 2,
+    stream: 2,
+    copy_out: 2,
+    copy_in: 1,
+    pipeline: 2,
+    named_cursor: 1,
+    raw: 2,
+    commit: 3,
+    commit_and_chain: 1,
+    roll_back: 2,
+    transaction: 3,
+    become_another: 2,
+    leave_something: 2,
+}
+
+
+def mistakes(group: str, tenant: str, other: str) -> None:
+    """Ask for blocks that are refused before anything is sent."""
+    for current, use, error in (
+        (None, {}, pgdbpool.TenantRequiredError),
+        (tenant, {"tenant": other}, pgdbpool.TenantConflictError),
+    ):
+        try:
+            with pgdbpool.tenant(current), Handler(group, **use):
+                raise Violation(f"{group} opened a block for {use} inside {current!r}")
+        except error:
+            continue

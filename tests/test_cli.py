@@ -1,0 +1,110 @@
+"""The command `pgdbpool`: what it says of itself, wrong arguments, and the embedded cluster."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from commands import ROOT, Running, alive, empty_room, environment, run
+
+import pgdbpool
+from pgdbpool.cli import main
+
+
+@pytest.fixture
+def room() -> Iterator[Path]:
+    with empty_room() as place:
+        yield place
+
+
+def test_version(room: Path) -> None:
+    done = run("--version", room=room)
+    assert (done.returncode, done.stdout) == (0, f"pgdbpool {pgdbpool.__version__}\n")
+
+
+def test_help_names_the_commands_and_the_exit_status(room: Path) -> None:
+    done = run("--help", room=room)
+    assert done.returncode == 0
+    for text in ("pgdbpool demo ", "pgdbpool demo --check", "pgdbpool cluster", "Exit status: 0"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "cluster"])
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "Exit status" in said
+    assert "--standbys N" in said
+
+
+def test_without_a_command_the_help_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "pgdbpool demo --check" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["demo", "--standbys", "0"], "'0' is not a whole number from 1 to 9"),
+        (["demo", "--standbys", "two"], "'two' is not a whole number from 1 to 9"),
+        (["demo", "--port", "65536"], "from 0 to 65535"),
+        (["demo", "--pg", "9"], "invalid choice"),
+        (["demo", "--worker-class", "gevent"], "invalid choice"),
+        (["demo", "--worker-class", "sync", "--threads", "4"], "a sync worker has one thread"),
+        (["dmeo"], "invalid choice: 'dmeo'"),
+        (["demo", "--chekc"], "unrecognized arguments: --chekc"),
+        (["cluster", "--auth", "md5"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments_are_named(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "cluster"])
+def test_a_missing_extra_is_named_with_the_remedy(command: str, room: Path, tmp_path: Path) -> None:
+    packages = Path(psycopg.__file__).parents[1]
+    for package in packages.iterdir():
+        if not package.name.startswith(("gunicorn", "pixeltable", "__editable__", "pgdbpool")):
+            (tmp_path / package.name).symlink_to(package)
+    path = f"{ROOT}:{tmp_path}"
+    without = {"PYTHONPATH": path, "PGDBPOOL_TEST_PG_BIN": str(tmp_path)}  # -S: no other packages
+    done = run(
+        command, room=room, command=(sys.executable, "-S", "-m", "pgdbpool"), env=environment(room, **without)
+    )
+    assert done.returncode == 2, done
+    assert "pip install 'pgdbpool[demo]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("auth", ["scram-sha-256", "trust"])
+def test_the_cluster_comes_with_a_configuration_that_works(auth: str, room: Path, tmp_path: Path) -> None:
+    with Running("cluster", "--standbys", "1", "--auth", auth, room=room) as command:
+        said = command.wait_for_output("Ctrl-C stops them")
+        family = command.family()
+        text = said[said.index("db:") : said.index("node1  primary")]
+        path = tmp_path / "pgdbpool.yaml"
+        path.write_text(text)
+        try:
+            pgdbpool.Connection.init(path)
+            with pgdbpool.Handler("write") as db:
+                db.query("CREATE TABLE t (i int)")
+                db.query("INSERT INTO t VALUES (1)")
+            with pgdbpool.Handler("read") as db:
+                assert db.query("SELECT pg_is_in_recovery()").fetchone()[0]
+        finally:
+            pgdbpool.Connection.reset()
+        assert ("pass:" in text) is (auth != "trust")
+        command.process.send_signal(signal.SIGTERM)
+        assert command.process.wait(15) == 0
+        assert not alive(family)

@@ -1,0 +1,144 @@
+"""The samples of the documentation run, and its reference leaves no public name out.
+
+In `doc/`, a `code-block` with `:class: run` is run: Python in one namespace per page, SQL on the primary, and
+YAML becomes the file `pgdbpool.yaml`. A block with `:class: output` is what the one before it prints. YAML
+with `:class: check` is a configuration that is valid. In README.md, `<!-- run -->` marks a Python block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import pgdbpool
+from pgdbpool.cluster import Cluster, config_yaml
+from pgdbpool.sources import load
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "doc").rglob("*.rst"))
+README = ROOT / "README.md"
+ENDPOINTS = {"PRIMARY": 0, "STANDBY1": 1, "STANDBY2": 2}
+"""Variables of the samples, `${PRIMARY_PORT}` and the like, and the cluster's node that each is."""
+
+
+class Sample(NamedTuple):
+    """A block of code in a page."""
+
+    page: Path
+    line: int
+    """The first line of the code."""
+    language: str
+    marks: str
+    text: str
+
+
+def samples(page: Path) -> Iterator[Sample]:
+    """Yield the blocks of code of a page in order."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    number = 0
+    while number < len(lines):
+        head = re.match(r"( *)\.\. code-block:: (\w+)$", lines[number])
+        fence = re.match(r"( *)```(\w+)$", lines[number])
+        before, number = number, number + 1
+        if head:
+            marks, indent = "", len(head[1]) + 3
+            while lines[number].strip().startswith(":"):
+                marks += lines[number].partition(":class:")[2]
+                number += 1
+            start = number + 1
+            number = start
+            while number < len(lines) and (not lines[number].strip() or lines[number][:indent].isspace()):
+                number += 1
+        elif fence:
+            marks, indent, start = lines[max(before - 1, 0)].strip("<!-> "), len(fence[1]), number
+            while lines[number].strip() != "```":
+                number += 1
+        else:
+            continue
+        text = "\n".join(line[indent:] for line in lines[start:number]).rstrip() + "\n"
+        yield Sample(page, start, (head or fence)[2], marks.strip(), text)
+
+
+ALL = [sample for page in (*PAGES, README) for sample in samples(page)]
+
+
+def name(sample: Sample) -> str:
+    return f"{sample.page.relative_to(ROOT)}:{sample.line}"
+
+
+@pytest.fixture
+def room(known_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory to run samples in, with a `pgdbpool.yaml` for the cluster."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pgdbpool.yaml").write_text(config_yaml(known_cluster))
+    for variable, number in ENDPOINTS.items():
+        monkeypatch.setenv(f"{variable}_PORT", str(known_cluster.nodes[number].port))
+    try:
+        yield tmp_path
+    finally:
+        pgdbpool.Connection.reset()
+
+
+def run(sample: Sample, namespace: dict[str, Any], cluster: Cluster, room: Path) -> str:
+    """Run a sample and return what it prints; what it wrote is on the standbys then."""
+    printed = io.StringIO()
+    if sample.language == "python":
+        code = compile("\n" * sample.line + sample.text, str(sample.page), "exec")
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+    elif sample.language == "sql":
+        cluster.primary.execute(sample.text)
+    elif sample.language == "yaml":
+        (room / "pgdbpool.yaml").write_text(sample.text)
+    else:
+        raise AssertionError(f"{name(sample)}: nothing runs {sample.language}")
+    cluster.wait_in_sync()
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "page", sorted({s.page for s in ALL if s.marks == "run"}), ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_the_samples_of_a_page_run(page: Path, known_cluster: Cluster, room: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "sample"}
+    printed = ""
+    for sample in samples(page):
+        if sample.marks == "run":
+            assert not printed.strip(), f"{name(sample)}: what the sample before it prints is not shown"
+            printed = run(sample, namespace, known_cluster, room)
+        elif sample.marks == "output":
+            same = doctest.OutputChecker().check_output(sample.text, printed, doctest.ELLIPSIS)
+            assert same, f"{name(sample)}: printed was\n{printed}"
+            printed = ""
+    assert not printed.strip(), f"{page}: what the last sample prints is not shown"
+
+
+@pytest.mark.parametrize("sample", [s for s in ALL if s.language == "python"], ids=name)
+def test_every_sample_is_python(sample: Sample) -> None:
+    compile(sample.text, name(sample), "exec")
+
+
+@pytest.mark.parametrize("sample", [s for s in ALL if s.marks == "check"], ids=name)
+def test_configurations_are_valid(sample: Sample) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(io.StringIO(sample.text), environ={})
+
+
+@pytest.mark.parametrize("public", sorted(set(pgdbpool.__all__) - {"__version__"}))
+def test_every_public_name_is_in_the_reference(public: str) -> None:
+    reference = (ROOT / "doc" / "api.rst").read_text(encoding="utf-8")
+    assert re.search(rf"^\.\. auto\w+:: {public}(\(|$)", reference, re.MULTILINE)
+
+
+def test_the_readme_has_its_example() -> None:
+    (example,) = [sample for sample in ALL if sample.page == README and sample.marks == "run"]
+    assert len(example.text.splitlines()) <= 12
