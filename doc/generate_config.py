@@ -54,6 +54,13 @@ SECTIONS: list[tuple[str, str, str, Mapping[str, Setting]]] = [
         "Each entry of `groups` is a pool of its own, under the name that ``Handler(name)`` takes.",
         config.GROUP_KEYS,
     ),
+    (
+        "Tenants",
+        "groups.tenant.",
+        "The keys of a group's `tenant`. Its value comes from ``Handler(name, tenant=...)`` or "
+        "``pgdbpool.tenant(...)``; it is bound for each block, and ends with it.",
+        config.TENANT_KEYS,
+    ),
 ]
 
 
