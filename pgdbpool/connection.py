@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import threading
 from collections.abc import Mapping
@@ -195,8 +194,11 @@ class Connection:
 
     @classmethod
     def _at_exit(cls) -> None:
-        with contextlib.suppress(Exception):  # at interpreter exit there is nobody left to tell
-            cls.close(timeout=0.5)
+        # The end of the process closes every connection. To close them here would only disturb
+        # daemon threads that are still at work.
+        if cls._pools is not None:
+            for group in cls._pools.groups.values():
+                group.ending = True
 
 
 def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:

@@ -81,6 +81,8 @@ class Group:
         self._discarded: Counter[str] = Counter()
         self._opened = 0
         self._timeouts = 0
+        self.ending = False
+        """Whether the interpreter is about to exit."""
         self._uneven = False
         self._warned = ""
         self._move_at = 0.0
@@ -241,6 +243,8 @@ class Group:
             if block.watch is handler:
                 block.open = False
                 self.discard(conn, "dropped")
+                if self.ending:
+                    return  # there is nothing to mend
                 where = f"{block.place[0].co_filename}:{block.place[1]}"
                 warnings.warn(
                     f"a Handler of group {self.name!r}, entered at {where}, was dropped without "

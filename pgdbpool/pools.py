@@ -335,9 +335,11 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             self._opened = True  # `take` then finds it closed
 
     def abandon(self) -> None:
-        # Its lock may be held by a thread that the child does not have, so nothing of it may run:
-        # `_closed` keeps psycopg_pool's `__del__` from stopping workers that are not there.
+        # Its lock may be held by a thread that the child does not have, so nothing of it may run.
         self._closed = True
+
+    def __del__(self) -> None:
+        """Nothing: psycopg_pool's would wait for workers, at exit and in a forked child too."""
 
 
 class LockFreePool:

@@ -1,0 +1,152 @@
+"""The life of a process: start, fork, exit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(node: Any, mode: str, body: str, timeout: float = 20) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run a program whose pools are open, and time it."""
+    start = f"""
+        import os, sys, threading, time
+        from pgdbpool import Connection, Handler
+        Connection.init({{
+            "type": "{mode}",
+            "db": {{"host": "{node.host}", "port": {node.port}, "user": "postgres", "name": "postgres"}},
+            "groups": {{"g": {{"connection_count": 3}}, "m": {{"connection_count": 3, "autocommit": False}}}},
+        }})
+    """
+    program = textwrap.dedent(start) + textwrap.dedent(body)
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return done, time.monotonic() - began
+
+
+@pytest.fixture(params=["threaded", "non-threaded"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "db = Handler('g').__enter__()",
+        "db = Handler('m').__enter__(); db.query('SELECT 1')",
+        "sys.exit(0)",
+        "import gc; keep = [Handler('g').__enter__()]; keep.append(keep)",
+        """
+        if threading and Connection.get_threading_model() == "threaded":
+            def forever():
+                while True:
+                    with Handler("g") as db:
+                        db.query("SELECT pg_sleep(0.01)")
+            for _ in range(4):
+                threading.Thread(target=forever, daemon=True).start()
+            time.sleep(0.2)
+        """,
+        "Connection.close()",
+        "Connection.reset()",
+    ],
+    ids=["idle", "open block", "open transaction", "exit", "cycle", "daemon threads", "closed", "reset"],
+)
+def test_a_process_that_does_not_close_ends_at_once_and_quietly(
+    known_cluster: Any, mode: str, body: str
+) -> None:
+    done, took = run(known_cluster.primary, mode, body)
+    assert (done.returncode, done.stdout) == (0, ""), done
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "couldn't stop" not in done.stderr, done.stderr
+    assert took < 4
+
+
+def test_children_of_a_process_with_open_pools(known_cluster: Any, mode: str) -> None:
+    done, _ = run(
+        known_cluster.primary,
+        mode,
+        """
+        def pids():
+            with Handler("g") as a, Handler("g") as b:
+                return {h.query("SELECT pg_backend_pid()").fetchone()[0] for h in (a, b)}
+        parents = pids()
+        children = []
+        for _ in range(5):
+            r, w = os.pipe()
+            if os.fork() == 0:
+                own = pids()
+                os.write(w, (" ".join(map(str, own)) + ";").encode())
+                sys.exit(0)   # with all of the interpreter's clean-up
+            os.wait()
+            children.append({int(p) for p in os.read(r, 1000).decode().rstrip(";").split()})
+        for child in children:
+            assert len(child) == 2 and not child & parents, (child, parents)
+        with Handler("g") as db:
+            assert db.query("SELECT 1").fetchone()[0] == 1
+        status = Connection.status().groups["g"]
+        assert status.discarded == {}, status
+        print("fine")
+        """,
+    )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done
+
+
+def test_fork_while_threads_hold_the_pools_locks(known_cluster: Any) -> None:
+    done, _ = run(
+        known_cluster.primary,
+        "threaded",
+        """
+        stop = False
+        def busy():
+            while not stop:
+                with Handler("g") as db:
+                    db.query("SELECT 1")
+        threads = [threading.Thread(target=busy) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for _ in range(40):
+            if (child := os.fork()) == 0:
+                with Handler("g", timeout=5) as db:
+                    ok = db.query("SELECT 1").fetchone()[0] == 1
+                os._exit(0 if ok else 1)
+            _, status = os.waitpid(child, 0)
+            assert status == 0, status
+        stop = True
+        for thread in threads:
+            thread.join()
+        print("fine", Connection.status().groups["g"].discarded)
+        """,
+    )
+    assert (done.returncode, done.stdout) == (0, "fine {}\n"), done
+
+
+def test_importing_is_cheap_and_starts_nothing() -> None:
+    program = """
+        import threading, sys
+        import pgdbpool
+        assert threading.active_count() == 1
+        for name in ("pgdbpool.wsgi", "pgdbpool.cli", "pgdbpool.cluster", "pgdbpool.rls", "sphinx", "gunicorn"):
+            assert name not in sys.modules, name
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        check=True,
+        timeout=20,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
