@@ -148,11 +148,15 @@ class BlockCursor(psycopg.Cursor[Any]):
 
         That is the preamble, and preparing the statement where psycopg takes a round trip for it.
         """
+        preparing, name = self._conn._prepared.get(pgq, prepare)
+        if self._conn._pipeline or not (self._preamble or preparing is Prepare.SHOULD):
+            return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
+        return self._ride_gen(pgq, preparing, name, binary)
+
+    def _ride_gen(
+        self, pgq: PostgresQuery, preparing: Prepare, name: bytes, binary: bool | None
+    ) -> PQGen[None]:
         conn, pgconn, prepared = self._conn, self._conn.pgconn, self._conn._prepared
-        preparing, name = prepared.get(pgq, prepare)
-        if conn._pipeline or not (self._preamble or preparing is Prepare.SHOULD):
-            yield from super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
-            return
         before = len(self._preamble)
         pgconn.enter_pipeline_mode()
         try:

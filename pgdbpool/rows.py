@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,6 +57,11 @@ class Row(tuple[Any, ...]):
 
 
 @lru_cache(maxsize=512)
+def _named(names: tuple[bytes, ...], encoding: str) -> type[Row]:
+    return _row_class(tuple(name.decode(encoding) for name in names))
+
+
+@lru_cache(maxsize=512)
 def _row_class(names: tuple[str, ...]) -> type[Row]:
     index = {name: position for position, name in enumerate(names)}
     return type("Row", (Row,), {"__slots__": (), "_names": names, "_index": index})
@@ -71,6 +76,9 @@ def row(cursor: Cursor[Any]) -> RowMaker[Row]:
 
     See https://www.psycopg.org/psycopg3/docs/advanced/rows.html for what a row factory is.
     """
-    columns = cursor.description
-    make: Callable[[Sequence[Any]], Row] = _row_class(tuple(c.name for c in columns)) if columns else Row
-    return make
+    result = cursor.pgresult
+    if result is None or not result.nfields:
+        return Row
+    # As psycopg's own factories read them; `description` would make an object for each column.
+    names = [result.fname(column) or b"" for column in range(result.nfields)]
+    return _named(tuple(names), cursor._encoding)

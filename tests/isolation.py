@@ -72,9 +72,9 @@ EXPECTED = (
     ApplicationError,
     pgdbpool.ConnectionLostError,
     pgdbpool.TransactionAbortedError,
-    pgdbpool.PoolTimeout,
     psycopg.errors.InFailedSqlTransaction,
     psycopg.errors.PipelineAborted,
+    psycopg.transaction.OutOfOrderTransactionNesting,  # interrupted on the way into a transaction()
 )
 
 
@@ -118,6 +118,8 @@ class Worker:
         self.events: Counter[str] = Counter()
         self.violations: list[str] = []
         self.units: list[Unit] = []
+        self.trail: list[str] = []
+        """The steps of the block that is open, or was last."""
         self.tenants = [f"tenant {i}" + "'é€"[: i % 4] for i in range(plan.tenants)]
         self.ident = 0
         self.exposed = False
@@ -140,7 +142,8 @@ class Worker:
                 self.note_cancel(error)
             except Exception:
                 place = f"worker {self.number} block {number} of seed {self.plan.seed} {self.plan.mode}"
-                self.violations.append(f"{place}: {traceback.format_exc()}")
+                trail = ", ".join(self.trail)
+                self.violations.append(f"{place}: {trail}: {traceback.format_exc()}")
             self.events["blocks"] += 1
 
     def note_cancel(self, error: psycopg.Error) -> None:
@@ -218,6 +221,7 @@ class Worker:
             use["settings"] = {"work_mem": "5MB"}
         if nested:
             use["timeout"] = 0.05
+        self.trail = [*(self.trail if nested else []), f"{group} of {tenant!r}"]
         with current:
             handler = Handler(group, **use)
             scene: Scene | None = None
@@ -238,17 +242,17 @@ class Worker:
         """Take some steps; errors end the block, or are swallowed and the block goes on."""
         for step in self.random.choices(list(STEPS), list(STEPS.values()), k=self.random.randint(1, 6)):
             unit = scene.unit
+            self.trail.append(step.__name__)
             try:
                 scene.hazard()
                 if not nested and self.random.random() < 0.05:
-                    self.events["nested blocks"] += 1
-                    with suppress(Leave):
-                        self.block(nested=True)
+                    self.nested_block()
                 step(scene)
             except INTERRUPTS:
                 if self.random.random() < 0.5:
                     raise
                 self.events["interrupts swallowed"] += 1
+                self.trail.append("interrupted")
                 for touched in (unit, scene.unit):
                     if touched is not None:
                         touched.counted = False
@@ -256,6 +260,20 @@ class Worker:
                 if isinstance(error, Leave) or self.random.random() < 0.5:
                     raise
                 self.events[f"{type(error).__name__} swallowed"] += 1
+                self.trail.append(type(error).__name__)
+
+
+    def nested_block(self) -> None:
+        """Open a block in the open one; it may find no connection in the little time that it waits."""
+        self.events["nested blocks"] += 1
+        try:
+            self.block(nested=True)
+        except Leave:
+            self.trail.append("left")
+        except pgdbpool.DBOfflineError:
+            raise
+        except pgdbpool.DBConnectionError:
+            self.events["nested blocks without a connection"] += 1
 
 
 class Nemesis(threading.Thread):

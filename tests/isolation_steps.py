@@ -250,6 +250,7 @@ def do_block(s: Scene) -> None:
 
 
 def many(s: Scene) -> None:
+    read(s)  # as in pipeline()
     cursor = s.db.connection.cursor()
     cursor.executemany(NOTE, [s.mark] * 3, returning=True)
     s.wrote(3)
@@ -281,6 +282,7 @@ def copy_in(s: Scene) -> None:
 
 
 def pipeline(s: Scene) -> None:
+    read(s)  # after a stream(), libpq gives the first result of a pipeline row by row
     with s.db.connection.pipeline():
         cursors = [s.db.query(READ_NOW), s.db.query(NOTE, s.mark), s.db.query(READ, (1,))]
         s.hazard()
@@ -303,11 +305,9 @@ def raw(s: Scene) -> None:
     """Use the connection as psycopg's documentation shows it."""
     connection = s.db.connection
     s.check(connection.execute(READ_NOW))
-    connection.row_factory = psycopg.rows.dict_row
-    connection.prepare_threshold = 0
-    assert connection.execute("SELECT 1 AS one").fetchone() == {"one": 1}
-    connection.row_factory = psycopg.rows.tuple_row
-    s.check(connection.cursor(binary=True).execute(READ, (1,)))
+    with connection.cursor(row_factory=psycopg.rows.dict_row) as cursor:
+        assert cursor.execute("SELECT 1 AS one").fetchone() == {"one": 1}
+    s.check(connection.cursor(binary=True).execute(READ, (1,), prepare=True))
 
 
 # The transaction.
@@ -316,7 +316,10 @@ def raw(s: Scene) -> None:
 def commit(s: Scene) -> None:
     if s.manual:
         with s.ending():
-            s.db.query("COMMIT") if s.random.random() < 0.2 else s.db.commit()
+            if s.random.random() < 0.8:
+                s.db.commit()
+            else:
+                commit_by_hand(s, "COMMIT")
         read(s)
 
 
@@ -324,8 +327,14 @@ def commit_and_chain(s: Scene) -> None:
     if s.manual:
         note(s)
         with s.ending():
-            s.db.query("COMMIT AND CHAIN")
+            commit_by_hand(s, "COMMIT AND CHAIN")
         read(s)
+
+
+def commit_by_hand(s: Scene, statement: str) -> None:
+    """PostgreSQL's own COMMIT does not fail in a transaction that has; it says what it did."""
+    if s.db.query(statement).statusmessage != "COMMIT":
+        raise ApplicationError
 
 
 def roll_back(s: Scene) -> None:
@@ -368,6 +377,8 @@ def leave_something(s: Scene) -> None:
     """Leave something behind in the session, and the block with it."""
     s.events["sessions left unclean"] += 1
     try:
+        s.db.connection.row_factory = psycopg.rows.dict_row
+        s.db.connection.prepare_threshold = 0
         with suppress(DBQueryError):  # the second may not like what the first has done
             for statement in s.random.sample(LEFT_BEHIND, 2):
                 s.db.query(statement)

@@ -423,7 +423,7 @@ NOTES: dict[str, tuple[str, str, str]] = {
         "shop.sum_up()",
     ),
     "a policy that writes": (
-        "CREATE FUNCTION noted() RETURNS bool LANGUAGE plpgsql AS"
+        "CREATE FUNCTION noted() RETURNS bool LANGUAGE plpgsql AS "
         "$$ BEGIN CREATE TABLE trace (); RETURN true; END $$;"
         f"{POLICY} (tenant_id = {SAFE} AND CASE WHEN {SAFE} IS NULL THEN noted() ELSE true END)",
         "policy-not-probed",
