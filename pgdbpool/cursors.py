@@ -1,9 +1,9 @@
 """The cursors of a block: they send its preamble with their statements, and end with it.
 
-`BlockCursor._maybe_prepare_gen` is psycopg's own sending of one statement with the preamble sent
-before it. It uses these private parts of psycopg, for which the minor version is pinned:
-`Cursor._execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`, `_set_results` and
-`Connection._prepared`. `Connection.pipeline()` does the same at five times the cost on the client.
+`BlockCursor._ride` is psycopg's own execution of one statement with the preamble sent before it. It
+uses these private parts of psycopg, for which the minor version is pinned: `Cursor._start_query`,
+`_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
+`_set_results` and `Connection._prepared`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg import generators
 from psycopg._preparing import Prepare
 
 from . import errors
@@ -40,7 +39,7 @@ _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 class BlockCursor(psycopg.Cursor[Any]):
     """A cursor that sends the block's preamble with its statements and closes with the block."""
 
-    __slots__ = ("_preamble", "block")
+    __slots__ = ("block",)
     _conn: PooledConnection
 
     def __init__(self, connection: PooledConnection, *, row_factory: Any = None) -> None:
@@ -48,7 +47,6 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise errors.BlockClosedError(OUTSIDE)
         super().__init__(connection, row_factory=row_factory or connection.row_factory)
         self.block = connection.block
-        self._preamble: Sequence[Command] = NOTHING
 
     @property
     def closed(self) -> bool:
@@ -69,6 +67,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise errors.as_query_error(psycopg.NotSupportedError(_ENDS_INSIDE))
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
         preamble = NOTHING if conn._pipeline else block.preamble(conn)
+        rode = False
         try:
             if not preamble:
                 super().execute(query, params, prepare=prepare, binary=binary)
@@ -76,8 +75,8 @@ class BlockCursor(psycopg.Cursor[Any]):
                 with conn.ready():
                     super().execute(query, params, prepare=prepare, binary=binary)
             else:
-                self._preamble = preamble
-                super().execute(query, params, prepare=prepare, binary=binary)
+                rode = True
+                self._ride(preamble, query, params, prepare, binary)
                 conn.bound = conn.pgconn.transaction_status != IDLE
             if what.ends:
                 conn.bound = False
@@ -87,7 +86,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             error.maybe_executed = error.maybe_executed or (autocommit and not error.repeatable)
             error.maybe_committed = error.maybe_committed or what.ends
             # Rode with its own BEGIN: nothing of it can have been committed.
-            error.repeatable = error.repeatable or (bool(self._preamble) and block.manual)
+            error.repeatable = error.repeatable or (rode and block.manual)
             raise
         except psycopg.Error as error:
             block.failure = error
@@ -96,8 +95,6 @@ class BlockCursor(psycopg.Cursor[Any]):
                 conn.close()
                 block.lost = not autocommit
             raise
-        finally:
-            self._preamble = NOTHING
         return self
 
     def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
@@ -141,51 +138,66 @@ class BlockCursor(psycopg.Cursor[Any]):
             conn.touch(what)
         return conn
 
+    def _ride(
+        self,
+        preamble: Sequence[Command],
+        query: Any,
+        params: Any,
+        prepare: bool | None,
+        binary: bool | None,
+    ) -> None:
+        """Send the statement with the preamble before it, as psycopg sends it alone."""
+        conn = self._conn
+        with conn.lock:
+            try:
+                for _ in self._start_query(query):
+                    pass
+                converted = self._convert_query(query, params)
+                preparing, name = conn._prepared.get(converted, prepare)
+                self._exchange(preamble, converted, preparing, name, binary)
+            except psycopg.Error as error:
+                raise conn.own_error(error)  # noqa: B904  it is the same object
+            self._last_query = query
+            if conn._prepared._to_flush:
+                conn.wait(conn._prepared.maintain_gen(conn))
+
     def _maybe_prepare_gen(
         self, pgq: PostgresQuery, *, prepare: bool | None = None, binary: bool | None = None
     ) -> PQGen[None]:
-        """Send the statement, as psycopg does, and in the same round trip what goes before it.
-
-        That is the preamble, and preparing the statement where psycopg takes a round trip for it.
-        """
+        """Send a statement alone, as psycopg does, but prepare it in the round trip that executes it."""
         preparing, name = self._conn._prepared.get(pgq, prepare)
-        if self._conn._pipeline or not (self._preamble or preparing is Prepare.SHOULD):
+        if preparing is not Prepare.SHOULD or self._conn._pipeline:
             return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
-        return self._ride_gen(pgq, preparing, name, binary)
+        return self._prepare_gen(pgq, name, binary)
 
-    def _ride_gen(
-        self, pgq: PostgresQuery, preparing: Prepare, name: bytes, binary: bool | None
-    ) -> PQGen[None]:
-        conn, pgconn, prepared = self._conn, self._conn.pgconn, self._conn._prepared
-        before = len(self._preamble)
-        pgconn.enter_pipeline_mode()
-        try:
-            for sql, values in self._preamble:
-                pgconn.send_query_params(sql, values)
+    def _prepare_gen(self, pgq: PostgresQuery, name: bytes, binary: bool | None) -> PQGen[None]:
+        self._exchange(NOTHING, pgq, Prepare.SHOULD, name, binary)
+        yield from ()
+
+    def _exchange(
+        self,
+        preamble: Sequence[Command],
+        query: PostgresQuery,
+        preparing: Prepare,
+        name: bytes,
+        binary: bool | None,
+    ) -> None:
+        def send() -> None:
             if preparing is Prepare.NO:
-                self._execute_send(pgq, force_extended=True, binary=binary)
-            else:
-                if preparing is Prepare.SHOULD:
-                    self._send_prepare(name, pgq)
-                    before += 1
-                self._send_query_prepared(name, pgq, binary=binary)
-            pgconn.pipeline_sync()
-            yield from generators.send(pgconn)
-            failed = yield from conn._results_gen(before)
-            results = yield from generators.fetch_many(pgconn)
-            yield from generators.fetch_many(pgconn)  # the Sync's
-            pgconn.exit_pipeline_mode()
-        except BaseException:
-            # Interrupted between send and Sync: where the session stands is unknown.
-            pgconn.finish()
-            raise
-        conn.preamble_done(failed)
+                self._execute_send(query, force_extended=True, binary=binary)
+                return
+            if preparing is Prepare.SHOULD:
+                self._send_prepare(name, query)
+            self._send_query_prepared(name, query, binary=binary)
+
+        answers = self._conn.exchange(preamble, send, 2 if preparing is Prepare.SHOULD else 1)
+        self._check_results(answers[0])
         # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
-        key = prepared.maybe_add_to_cache(pgq, preparing, name)
+        key = self._conn._prepared.maybe_add_to_cache(query, preparing, name)
         if key is not None:
-            prepared.validate(key, preparing, name, results)
-        self._check_results(results)
-        self._set_results(results)
+            self._conn._prepared.validate(key, preparing, name, answers[-1])
+        self._check_results(answers[-1])
+        self._set_results(answers[-1])
 
 
 class BlockServerCursor(psycopg.ServerCursor[Any]):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import select
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg import generators, pq
+from psycopg import pq
 from psycopg.errors import _WaitTimeout
 
 from . import errors
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ACTIVE = pq.TransactionStatus.ACTIVE
 _BAD = pq.ConnStatus.BAD
 _FATAL = pq.ExecStatus.FATAL_ERROR
+_SYNC = pq.ExecStatus.PIPELINE_SYNC
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
@@ -90,7 +91,7 @@ class PooledConnection(psycopg.Connection[Any]):
         """Prepare `poll`; to be called once, when the connection is open."""
         poller = select.poll()
         poller.register(self.pgconn.socket, select.POLLIN)
-        self.poll: Callable[[float], list[tuple[int, int]]] = poller.poll
+        self.poll: Callable[[float | None], list[tuple[int, int]]] = poller.poll
         self.used_at = monotonic()
 
     def retire(self) -> None:
@@ -182,16 +183,24 @@ class PooledConnection(psycopg.Connection[Any]):
         except _WaitTimeout:
             if timeout is not None:
                 raise  # the caller's own deadline, not the statement's
-            self.close()
-            self.endpoint.suspected_at = monotonic()
-            raise errors.QueryDeadlineError(
-                f"{self.endpoint.label} gave no answer within {patience:g} s: connection closed"
-            ) from None
+            raise self._unanswered() from None
         except psycopg.Error as error:
-            if errors.ends_session(error):
-                self.close()
-            own = errors.ConnectionLostError if self.closed else errors.DBQueryError
-            raise errors.as_query_error(error, own)  # noqa: B904  it is the same object
+            raise self.own_error(error)  # noqa: B904  it is the same object
+
+    def own_error(self, error: psycopg.Error) -> errors.DBQueryError:
+        """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
+        if errors.ends_session(error):
+            self.close()
+        return errors.as_query_error(
+            error, errors.ConnectionLostError if self.closed else errors.DBQueryError
+        )
+
+    def _unanswered(self) -> errors.QueryDeadlineError:
+        self.close()
+        self.endpoint.suspected_at = monotonic()
+        return errors.QueryDeadlineError(
+            f"{self.endpoint.label} gave no answer within {self.patience:g} s: connection closed"
+        )
 
     def run(self, commands: Sequence[Command]) -> None:
         """Send commands in one round trip of their own; the first that fails is raised.
@@ -199,42 +208,83 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises ConnectionLostError: a cleaning failed, and so the connection was closed.
         """
         with self.lock:
-            self.wait(self._run_gen(commands))
+            try:
+                self.exchange(commands)
+            except psycopg.Error as error:
+                raise self.own_error(error)  # noqa: B904  it is the same object
 
-    def _run_gen(self, commands: Sequence[Command]) -> PQGen[None]:
+    def exchange(
+        self, commands: Sequence[Command], send: Callable[[], None] | None = None, answers: int = 0
+    ) -> list[list[PGresult]]:
+        """Send commands, and a statement after them, in one pipeline; return the statement's results.
+
+        This is what psycopg's generators do, in one loop: half of what a statement costs at the client
+        is theirs. The caller must hold `lock` and make errors its own.
+
+        :param send: queues the statement.
+        :param answers: how many answers it has.
+        :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
+        """
         pgconn = self.pgconn
-        pgconn.enter_pipeline_mode()
+        deadline = None if self.patience is None else monotonic() + self.patience
+        outcomes: list[list[PGresult]] = []
+        current: list[PGresult] = []
         try:
+            pgconn.enter_pipeline_mode()
             for sql, values in commands:
                 pgconn.send_query_params(sql, values)
+            if send is not None:
+                send()
             pgconn.pipeline_sync()
-            yield from generators.send(pgconn)
-            failed = yield from self._results_gen(len(commands))
-            yield from generators.fetch_many(pgconn)  # the Sync's
+            if pgconn.flush():
+                self._flush(deadline)
+            while True:
+                while pgconn.is_busy():
+                    self._await(self.poll, deadline)
+                    pgconn.consume_input()
+                result = pgconn.get_result()
+                if result is None:
+                    if not current and pgconn.status == _BAD:
+                        raise psycopg.OperationalError("the connection is lost")
+                    outcomes.append(current)
+                    current = []
+                elif result.status == _SYNC:
+                    break
+                else:
+                    current.append(result)
             pgconn.exit_pipeline_mode()
-        except BaseException:
+        except BaseException as error:
+            # Where the session stands is not known. As psycopg does, do not leave a statement running.
+            if not isinstance(error, psycopg.Error):
+                with suppress(psycopg.Error):
+                    self.cancel_safe(timeout=1.0)
             pgconn.finish()
             raise
-        self.preamble_done(failed)
+        while notify := pgconn.notifies():
+            if pgconn.notify_handler:
+                pgconn.notify_handler(notify)
+        for results in outcomes[: len(outcomes) - answers] if answers else outcomes:
+            for result in results:
+                if result.status == _FATAL:
+                    error_ = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
+                    if self.stale:
+                        pgconn.finish()  # not clean, and nobody's fault but the last borrower's
+                    raise error_
+        self.stale = False
+        return outcomes[len(outcomes) - answers :]
 
-    def _results_gen(self, count: int) -> PQGen[PGresult | None]:
-        """Receive the results of so many commands; return the first that failed."""
-        failed = None
-        for _ in range(count):
-            for result in (yield from generators.fetch_many(self.pgconn)):
-                if failed is None and result.status == _FATAL:
-                    failed = result
-        return failed
+    def _await(self, poll: Callable[[float | None], Any], deadline: float | None) -> None:
+        """Wait until the server has sent something, at most to the deadline."""
+        if not poll(None if deadline is None else max(0.0, deadline - monotonic()) * 1000):
+            raise self._unanswered()
 
-    def preamble_done(self, failed: PGresult | None) -> None:
-        """Note that a preamble was answered; raise what failed in it."""
-        if failed is None:
-            self.stale = False
-            return
-        error = psycopg.errors.error_from_result(failed, encoding=self.info.encoding)
-        if self.stale:
-            self.pgconn.finish()  # not clean, and nobody's fault but the last borrower's
-        raise error
+    def _flush(self, deadline: float | None) -> None:
+        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile."""
+        poller = select.poll()
+        poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
+        while self.pgconn.flush():
+            self._await(poller.poll, deadline)
+            self.pgconn.consume_input()
 
     @contextmanager
     def ready(self) -> Iterator[None]:
