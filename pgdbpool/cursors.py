@@ -23,7 +23,6 @@ from .statements import shape
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
-    from psycopg.abc import PQGen
 
 _ENDS_INSIDE = (
     "the block has a tenant or settings, which end with the transaction: what follows a COMMIT or ROLLBACK "
@@ -69,11 +68,13 @@ class BlockCursor(psycopg.Cursor[Any]):
         preamble = NOTHING if conn._pipeline else block.preamble(conn)
         rode = False
         try:
-            if not preamble:
+            if conn._pipeline:
                 super().execute(query, params, prepare=prepare, binary=binary)
+            elif not preamble:
+                self._ride(NOTHING, query, params, prepare, binary)
             elif what.number > 1 or what.alone or (what.utility and autocommit and not block.settings):
                 with conn.ready():
-                    super().execute(query, params, prepare=prepare, binary=binary)
+                    self._ride(NOTHING, query, params, prepare, binary)
             else:
                 rode = True
                 self._ride(preamble, query, params, prepare, binary)
@@ -146,7 +147,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         prepare: bool | None,
         binary: bool | None,
     ) -> None:
-        """Send the statement with the preamble before it, as psycopg sends it alone."""
+        """Send the statement, with the preamble before it, as psycopg sends it alone."""
         conn = self._conn
         with conn.lock:
             try:
@@ -161,19 +162,6 @@ class BlockCursor(psycopg.Cursor[Any]):
             if conn._prepared._to_flush:
                 conn.wait(conn._prepared.maintain_gen(conn))
 
-    def _maybe_prepare_gen(
-        self, pgq: PostgresQuery, *, prepare: bool | None = None, binary: bool | None = None
-    ) -> PQGen[None]:
-        """Send a statement alone, as psycopg does, but prepare it in the round trip that executes it."""
-        preparing, name = self._conn._prepared.get(pgq, prepare)
-        if preparing is not Prepare.SHOULD or self._conn._pipeline:
-            return super()._maybe_prepare_gen(pgq, prepare=prepare, binary=binary)
-        return self._prepare_gen(pgq, name, binary)
-
-    def _prepare_gen(self, pgq: PostgresQuery, name: bytes, binary: bool | None) -> PQGen[None]:
-        self._exchange(NOTHING, pgq, Prepare.SHOULD, name, binary)
-        yield from ()
-
     def _exchange(
         self,
         preamble: Sequence[Command],
@@ -184,7 +172,7 @@ class BlockCursor(psycopg.Cursor[Any]):
     ) -> None:
         def send() -> None:
             if preparing is Prepare.NO:
-                self._execute_send(query, force_extended=True, binary=binary)
+                self._execute_send(query, force_extended=bool(preamble), binary=binary)
                 return
             if preparing is Prepare.SHOULD:
                 self._send_prepare(name, query)

@@ -39,14 +39,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pgdbpool")
 
-_ROLES = ("role", "session_authorization")
-
 MOVE_EVERY = 0.2
 """Seconds between two connections that are closed at release to even out the endpoints."""
 
 
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
+
+
+def _role_last(settings: Bound) -> Bound:
+    """Return the settings with the role at the end, since it may not be allowed to set the others."""
+    return tuple(sorted(settings, key=lambda pair: pair[0].lower() in ("role", "session_authorization")))
+
+
+def _patience(settings: Bound) -> float | None:
+    """Return how long the client waits for a statement under these settings."""
+    for name, value in settings:
+        if name.lower() == "statement_timeout" and (timeout := milliseconds(value)) is not None:
+            return timeout / 1000 + GRACE if timeout else None
+    return KEEP
 
 
 class Group:
@@ -92,6 +103,7 @@ class Group:
         self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
         self._always_clean = config.reset == "always"
         self._settings = bind_settings(config.settings)
+        self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
         self._plain = config.tenant is None and not self._settings
         self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
         self._any_role = config.target in ("any", "prefer-standby")
@@ -131,24 +143,14 @@ class Group:
         if self._plain and tenant is None and not settings:
             return (), KEEP
         bound = bind_tenant(self.config.tenant, self.name, tenant, override)
-        merged = dict(self._settings)
-        if settings:
-            own = dict(bind_settings(settings))
-            if taken := {name.lower() for name, _ in bound}.intersection(map(str.lower, own)):
-                raise SettingError(f"{', '.join(taken)} is the tenant's: pass tenant= instead of settings=")
-            for name in own:
-                for known in [known for known in merged if known.lower() == name.lower()]:
-                    del merged[known]
-            merged.update(own)
-        # The role comes last, since it may not be allowed to set the others.
-        ordered = sorted(
-            merged.items(), key=lambda item: item[0].lower() in ("role", "session_authorization")
-        )
-        patience: float | None = KEEP
-        for name, value in ordered:
-            if name.lower() == "statement_timeout" and (taken_ms := milliseconds(value)) is not None:
-                patience = taken_ms / 1000 + GRACE if taken_ms else None
-        return bound + tuple(ordered), patience
+        if not settings:
+            return bound + self._ordered, self._patience
+        own = dict(bind_settings(settings))
+        if taken := {name.lower() for name, _ in bound}.intersection(map(str.lower, own)):
+            raise SettingError(f"{', '.join(taken)} is the tenant's: pass tenant= instead of settings=")
+        names = set(map(str.lower, own))
+        merged = tuple(pair for pair in self._settings if pair[0].lower() not in names) + tuple(own.items())
+        return bound + _role_last(merged), _patience(merged)
 
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
         """Lend a working connection to the block, within the timeout (seconds).

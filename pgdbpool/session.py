@@ -32,6 +32,7 @@ ACTIVE = pq.TransactionStatus.ACTIVE
 _BAD = pq.ConnStatus.BAD
 _FATAL = pq.ExecStatus.FATAL_ERROR
 _SYNC = pq.ExecStatus.PIPELINE_SYNC
+_COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
@@ -216,26 +217,30 @@ class PooledConnection(psycopg.Connection[Any]):
     def exchange(
         self, commands: Sequence[Command], send: Callable[[], None] | None = None, answers: int = 0
     ) -> list[list[PGresult]]:
-        """Send commands, and a statement after them, in one pipeline; return the statement's results.
+        """Send commands, and a statement after them, and wait; return the statement's answers.
 
-        This is what psycopg's generators do, in one loop: half of what a statement costs at the client
-        is theirs. The caller must hold `lock` and make errors its own.
+        More than one travel in a pipeline. This is what psycopg's generators do, in one loop: half of
+        what a statement costs at the client is theirs. The caller must hold `lock` and make errors its
+        own.
 
-        :param send: queues the statement.
+        :param send: sends the statement.
         :param answers: how many answers it has.
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
         pgconn = self.pgconn
         deadline = None if self.patience is None else monotonic() + self.patience
+        pipelined = answers != 1 or bool(commands)
         outcomes: list[list[PGresult]] = []
         current: list[PGresult] = []
         try:
-            pgconn.enter_pipeline_mode()
-            for sql, values in commands:
-                pgconn.send_query_params(sql, values)
+            if pipelined:
+                pgconn.enter_pipeline_mode()
+                for sql, values in commands:
+                    pgconn.send_query_params(sql, values)
             if send is not None:
                 send()
-            pgconn.pipeline_sync()
+            if pipelined:
+                pgconn.pipeline_sync()
             if pgconn.flush():
                 self._flush(deadline)
             while True:
@@ -243,16 +248,22 @@ class PooledConnection(psycopg.Connection[Any]):
                     self._await(self.poll, deadline)
                     pgconn.consume_input()
                 result = pgconn.get_result()
-                if result is None:
-                    if not current and pgconn.status == _BAD:
-                        raise psycopg.OperationalError("the connection is lost")
-                    outcomes.append(current)
-                    current = []
-                elif result.status == _SYNC:
-                    break
-                else:
+                if result is not None:
+                    status = result.status
+                    if status == _SYNC:
+                        break
                     current.append(result)
-            pgconn.exit_pipeline_mode()
+                    if status in _COPYING:  # the caller refuses it; there is no end to wait for
+                        return [current]
+                    continue
+                if not current and pgconn.status == _BAD:
+                    raise psycopg.OperationalError("the connection is lost")
+                outcomes.append(current)
+                if not pipelined:
+                    break
+                current = []
+            if pipelined:
+                pgconn.exit_pipeline_mode()
         except BaseException as error:
             # Where the session stands is not known. As psycopg does, do not leave a statement running.
             if not isinstance(error, psycopg.Error):
@@ -263,15 +274,20 @@ class PooledConnection(psycopg.Connection[Any]):
         while notify := pgconn.notifies():
             if pgconn.notify_handler:
                 pgconn.notify_handler(notify)
-        for results in outcomes[: len(outcomes) - answers] if answers else outcomes:
+        if commands:
+            self._check(outcomes[: len(commands)])
+        return outcomes[len(commands) :]
+
+    def _check(self, outcomes: list[list[PGresult]]) -> None:
+        """Raise the first failure of a preamble."""
+        for results in outcomes:
             for result in results:
                 if result.status == _FATAL:
-                    error_ = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
+                    error = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
                     if self.stale:
-                        pgconn.finish()  # not clean, and nobody's fault but the last borrower's
-                    raise error_
+                        self.pgconn.finish()  # not clean, and nobody's fault but the last borrower's
+                    raise error
         self.stale = False
-        return outcomes[len(outcomes) - answers :]
 
     def _await(self, poll: Callable[[float | None], Any], deadline: float | None) -> None:
         """Wait until the server has sent something, at most to the deadline."""
