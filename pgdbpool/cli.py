@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from . import __version__
+import psycopg
+
+from . import Connection, __version__
 from .cluster import Cluster, ClusterError, config_yaml
 from .demo import DemoError, MissingExtra, Options, Stopped, check_installed, run, stopping_on_signals
+from .errors import Error
 from .tour import check
 
 DESCRIPTION = """\
@@ -20,11 +24,15 @@ on free ports of this machine and throw away at the end:
   pgdbpool demo            an application in front of a primary and two standbys, to play with
   pgdbpool demo --check    the same, shown step by step in some seconds
   pgdbpool cluster         the servers alone, with a pgdbpool.yaml for them, to develop against
+
+And one that looks at your own:
+
+  pgdbpool rls             what could get at rows of another tenant
 """
 EPILOG = """\
-Exit status: 0 done, or stopped by a signal as intended; 1 something failed, the message says what; 2 wrong
-arguments, or the extra is missing (pip install 'pgdbpool[demo]'); 128 + n if `demo --check` was stopped by
-signal n.
+Exit status: 0 done, or stopped by a signal as intended; 1 something failed, the message says what, or `rls`
+has findings; 2 wrong arguments, or the extra is missing (pip install 'pgdbpool[demo]'); 128 + n if
+`demo --check` was stopped by signal n.
 """
 DEMO = """\
 Starts a PostgreSQL primary with streaming standbys and the example application under gunicorn, prints its
@@ -38,6 +46,14 @@ Starts a PostgreSQL primary with streaming standbys in the foreground and prints
 with a group `read` and a group `write`. Ctrl-C stops the servers and removes their data.
 
   pgdbpool cluster > pgdbpool.yaml &
+"""
+RLS = """\
+Looks for ways in which the role that a group logs in as could get at rows of another tenant: tables without
+row-level security, policies that ignore the tenant or open without one, roles, views and functions that
+bypass it. Each finding comes with the SQL that mends it. Nothing is changed.
+
+  pgdbpool rls pgdbpool.yaml write
+  pgdbpool rls pgdbpool.yaml write public.accounts --json
 """
 
 
@@ -60,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingExtra as error:
         print(f"pgdbpool: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, DemoError) as error:
+    except (ClusterError, DemoError, Error, psycopg.Error) as error:
         print(f"pgdbpool: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # who reads our output has gone, as in `pgdbpool demo | head -3`
@@ -94,6 +110,17 @@ def cluster(options: argparse.Namespace) -> int:
         print("Ctrl-C stops them and removes their data.", file=sys.stderr)
         while True:
             signal.pause()
+
+
+def rls(options: argparse.Namespace) -> int:
+    """Audit the row-level security of a group."""
+    Connection.init(options.config, wait=False)
+    try:
+        audit = Connection.audit_rls(options.group, options.tables or None, ignore=options.ignore)
+    finally:
+        Connection.close()
+    print(json.dumps(audit.to_dict(), indent=2) if options.json else audit)
+    return 0 if audit.ok else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,6 +160,22 @@ def _parser() -> argparse.ArgumentParser:
         help="trust asks for no password: every user of this machine is superuser then (scram-sha-256)",
     )  # fmt: skip
     sub.set_defaults(command=cluster)
+
+    sub = commands.add_parser(
+        "rls", help="audit the row-level security of a group", description=RLS, epilog=EPILOG,
+        formatter_class=raw, allow_abbrev=False,
+    )  # fmt: skip
+    sub.add_argument("config", metavar="CONFIG", help="the pgdbpool.yaml")
+    sub.add_argument("group", metavar="GROUP", help="a group with a tenant setting")
+    sub.add_argument(
+        "tables", metavar="TABLE", nargs="*", help="schema.table; all that the role may use if left out"
+    )
+    sub.add_argument(
+        "--ignore", action="append", default=[], metavar="FINDING",
+        help="leave out a finding, by code or code:subject, with *; may be given several times",
+    )  # fmt: skip
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.set_defaults(command=rls)
     return parser
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psycopg
 
 from . import rows
 from .config import Config
 from .endpoint import Endpoint
-from .errors import NotInitializedError, UnconfiguredGroupError
+from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError
 from .group import Group
 from .monitor import Prober
 from .probe import StartupProbe
 from .sources import load
 from .stats import EndpointStatus, Status
+
+if TYPE_CHECKING:
+    from .rls import Audit
 
 _ROW_FACTORIES: dict[Any, Any] = {
     "row": rows.row,
@@ -163,6 +166,29 @@ class Connection:
             groups={name: group.status() for name, group in pools.groups.items()},
             endpoints={label: _endpoint_status(e) for label, e in pools.endpoints.items()},
         )
+
+    @classmethod
+    def audit_rls(
+        cls, group: str, tables: Sequence[str] | None = None, *, ignore: Iterable[str] = ()
+    ) -> Audit:
+        """Look for ways in which the group's role gets at rows of another tenant; see `pgdbpool.rls`.
+
+        It uses a connection of its own, since a session that has had a tenant shows less.
+
+        :param tables: names of tables, or None for all that the role has privileges on.
+        :param ignore: findings to leave out, by `code` or `code:subject`, with `*`.
+        :raises ConfigError: the group has no tenant setting, or a table does not exist.
+        :raises DBConnectionError: no endpoint is up.
+        :raises psycopg.Error: the server could not be asked.
+        """
+        from .rls import audit  # nothing but this needs it
+
+        found = cls.group(group)
+        if found.config.tenant is None:
+            raise ConfigError(f"group {group!r} has no tenant setting: configure `tenant` to audit it")
+        role = {name.lower(): value for name, value in found.config.settings.items()}.get("role")
+        with found.connect_apart() as conn:
+            return audit(conn, list(found.config.tenant.settings), tables, role, ignore=ignore)
 
     @classmethod
     def get_threading_model(cls) -> str:

@@ -205,6 +205,13 @@ class Endpoint:
         self.mark_up()
         return conn
 
+    def connect(self, group: GroupConfig) -> psycopg.Connection[Any]:
+        """Open a connection of the group's login that belongs to no pool; the caller closes it.
+
+        :raises psycopg.Error: it could not be opened.
+        """
+        return psycopg.connect(self._conninfo(group), autocommit=True)
+
     def statement_timeout(self, group: GroupConfig) -> int:
         """Return the statement_timeout of the group's connections in milliseconds; 0 is none."""
         return self.config.query_timeout if group.query_timeout is None else group.query_timeout

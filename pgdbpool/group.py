@@ -404,6 +404,17 @@ class Group:
         """Return how many connections the group has to the endpoint, those being opened included."""
         return self._counts()[endpoint]
 
+    def connect_apart(self) -> psycopg.Connection[Any]:
+        """Open a connection that belongs to no pool, to the endpoint that would come next.
+
+        :raises DBConnectionError: no endpoint is up.
+        :raises psycopg.Error: it could not be opened.
+        """
+        best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
+        if not best:
+            raise self._unreachable({})
+        return best[0].connect(self.config)
+
     # What endpoints report.
 
     def drop_idle(self, endpoint: Endpoint) -> None:

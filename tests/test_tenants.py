@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -14,6 +15,7 @@ from support import config, kill_backends, pid_of, server
 
 import pgdbpool
 from pgdbpool import Connection, Handler
+from pgdbpool.cli import main
 
 A, B = "a", "b"
 GROUPS = ["auto", "manual"]
@@ -473,3 +475,38 @@ def test_the_tenant_goes_with_the_block_to_another_connection(start: Any, known_
                         seen(db)
                     assert caught.value.maybe_executed
                 assert seen(db) == [A]
+
+
+# The audit of a configured group.
+
+
+def test_the_audit_of_a_group_is_silent_on_a_sound_schema_and_finds_a_hole(
+    start: Any, known_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start()
+    assert Connection.audit_rls("auto").ok
+    assert main(["rls", str(written(tmp_path, known_cluster)), "g"]) == 0
+    known_cluster.primary.execute("CREATE POLICY hole ON docs FOR SELECT USING (true)")
+    audit = start() and Connection.audit_rls("auto", ["docs"])
+    assert not audit.ok
+    assert "policy-ignores-setting" in {finding.code for finding in audit.findings}
+    capsys.readouterr()
+    assert main(["rls", str(written(tmp_path, known_cluster)), "g", "docs", "--json"]) == 1
+    assert "policy-ignores-setting" in capsys.readouterr().out
+    assert main(["rls", str(written(tmp_path, known_cluster)), "g", "no_such_table"]) == 1
+    assert "no_such_table" in capsys.readouterr().err
+
+
+def written(tmp_path: Path, cluster: Any) -> Path:
+    path = tmp_path / "pgdbpool.yaml"
+    path.write_text(
+        f"db: {{host: 127.0.0.1, port: {cluster.primary.port}, name: postgres, user: app}}\n"
+        "groups: {g: {connection_count: 1, tenant: app.tenant}}\n"
+    )
+    return path
+
+
+def test_a_group_without_a_tenant_setting_cannot_be_audited(start: Any, known_cluster: Any) -> None:
+    Connection.init(config([known_cluster.primary], g={"connection_count": 1}))
+    with pytest.raises(pgdbpool.ConfigError, match="no tenant setting"):
+        Connection.audit_rls("g")
