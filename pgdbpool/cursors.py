@@ -84,10 +84,11 @@ class BlockCursor(psycopg.Cursor[Any]):
         except errors.ConnectionLostError as error:
             block.failure = error
             block.lost = not autocommit
-            error.maybe_executed = error.maybe_executed or (autocommit and not error.repeatable)
-            error.maybe_committed = error.maybe_committed or what.ends
-            # Rode with its own BEGIN: nothing of it can have been committed.
-            error.repeatable = error.repeatable or (rode and block.manual)
+            if not error.repeatable:
+                error.maybe_executed = error.maybe_executed or autocommit
+                error.maybe_committed = error.maybe_committed or what.ends
+                # Rode with its own BEGIN: nothing of it can have been committed.
+                error.repeatable = rode and block.manual
             raise
         except psycopg.Error as error:
             block.failure = error

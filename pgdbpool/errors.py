@@ -144,6 +144,12 @@ class ConnectionLostError(DBQueryError, psycopg.OperationalError):
     """The statement was the first of its transaction, so sending it again can do no harm."""
 
 
+class NotCleanError(ConnectionLostError):
+    """What an earlier block left in the session could not be cleaned: nothing was sent after it."""
+
+    repeatable = True
+
+
 class TransactionAbortedError(DBQueryError, pg.InFailedSqlTransaction):
     """COMMIT was asked of a transaction that had failed: it is rolled back, nothing was committed."""
 

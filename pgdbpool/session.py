@@ -206,7 +206,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def run(self, commands: Sequence[Command]) -> None:
         """Send commands in one round trip of their own; the first that fails is raised.
 
-        :raises ConnectionLostError: a cleaning failed, and so the connection was closed.
+        :raises NotCleanError: a cleaning failed, and so the connection was closed.
         """
         with self.lock:
             try:
@@ -285,7 +285,9 @@ class PooledConnection(psycopg.Connection[Any]):
                 if result.status == _FATAL:
                     error = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
                     if self.stale:
-                        self.pgconn.finish()  # not clean, and nobody's fault but the last borrower's
+                        # Not clean, and nobody's fault but the last borrower's: another will do.
+                        self.pgconn.finish()
+                        raise errors.as_query_error(error, errors.NotCleanError)
                     raise error
         self.stale = False
 

@@ -266,3 +266,19 @@ def idle_connection(group: str) -> Any:
     idle = getattr(pool, "_pool", None) or pool._idle  # type: ignore[attr-defined]
     wait_for(lambda: len(idle) == 1)
     return idle[0]
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+@pytest.mark.parametrize("statement", ["SELECT 1", "SELECT 1; SELECT 1"])
+def test_a_session_that_cannot_be_cleaned_is_replaced_without_an_error(
+    start: Any, known_cluster: Any, group: str, statement: str
+) -> None:
+    start()
+    with Handler(group) as db:
+        pid = pid_of(db)
+        db.query("SET work_mem = '7MB'")
+    conn = idle_connection(group)
+    conn.cleaning = (conn.cleaning[0], (b"SELECT 1 / 0", None), *conn.cleaning[1:])
+    with Handler(group) as db:
+        assert db.query(statement).fetchone()[0] == 1
+        assert pid_of(db) != pid

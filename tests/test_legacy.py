@@ -39,8 +39,8 @@ def test_both_import_paths_give_the_same_names() -> None:
         "UnconfiguredGroupError",
     ):
         assert getattr(dbpool, name) is getattr(pool, name)
-    for error in (pool.DBConnectionError, pool.DBQueryError, pool.DBOfflineError, pool.UnconfiguredGroupError):
-        assert issubclass(error, Exception)
+    for name in ("DBConnectionError", "DBQueryError", "DBOfflineError", "UnconfiguredGroupError"):
+        assert issubclass(getattr(pool, name), Exception)
 
 
 @pytest.mark.parametrize("model", [None, "threaded", "non-threaded"])
