@@ -168,6 +168,7 @@ class Endpoint:
         :raises DialError: with the server's or the network's own words.
         """
         deadline = monotonic() + timeout
+        milliseconds = self.statement_timeout(group)
         conn: PooledConnection | None = None
         try:
             pgconn = waiting.wait_conn(
@@ -178,6 +179,9 @@ class Endpoint:
             conn.endpoint = self
             conn.watch()
             conn.autocommit = True
+            conn.prepare_threshold = group.prepare_threshold
+            if self.config.pooler:  # each transaction may be on another session
+                conn.local = (("statement_timeout", str(milliseconds)),)
             self.note_role(conn)
             if set_up is not None:
                 set_up(conn)
@@ -189,11 +193,7 @@ class Endpoint:
                 conn.close()
             down = isinstance(error, psycopg.Error) and self._is_down(deadline)
             raise self._failed(error, down) from error
-        milliseconds = self.statement_timeout(group)
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
-        if self.config.pooler:  # each transaction may be on another session
-            conn.local = (("statement_timeout", str(milliseconds)),)
-        conn.prepare_threshold = group.prepare_threshold
         conn.row_factory = row_factory
         conn.cursor_factory = BlockCursor
         conn.server_cursor_factory = BlockServerCursor

@@ -124,7 +124,7 @@ class Block:
         self.conn = conn
 
     def _encode(self, conn: PooledConnection) -> tuple[Command, ...]:
-        self._set = set_local(self.settings, conn.info.encoding)
+        self._set = set_local(self.settings, conn.pgconn._encoding)
         self._all = BEGIN + self._set if self.manual else self._set
         return self._all
 

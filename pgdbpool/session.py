@@ -6,6 +6,7 @@ pinned for that.
 
 from __future__ import annotations
 
+import itertools
 import select
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -35,6 +36,8 @@ _SYNC = pq.ExecStatus.PIPELINE_SYNC
 _COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
+
+_names = itertools.count(1)
 
 _ATTRIBUTES = (
     "patience", "row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max",
@@ -92,6 +95,8 @@ class PooledConnection(psycopg.Connection[Any]):
         """Prepare `poll`; to be called once, when the connection is open."""
         poller = select.poll()
         poller.register(self.pgconn.socket, select.POLLIN)
+        self._known: dict[bytes, bytes] = {}
+        """The preamble's commands that are prepared, by text."""
         self.poll: Callable[[float | None], list[tuple[int, int]]] = poller.poll
         self.used_at = monotonic()
 
@@ -164,6 +169,7 @@ class PooledConnection(psycopg.Connection[Any]):
             self._notifies_backlog = deque()
         if self.touched and not self.local:
             self.stale = True
+            self._known.clear()
             self.cleaning = CLEANING
             if self.prepares:
                 self.cleaning = (*CLEANING[:-1], (deallocate(self.own_statements), None), CLEANING[-1])
@@ -230,13 +236,17 @@ class PooledConnection(psycopg.Connection[Any]):
         pgconn = self.pgconn
         deadline = None if self.patience is None else monotonic() + self.patience
         pipelined = answers != 1 or bool(commands)
+        before = len(commands)
         outcomes: list[list[PGresult]] = []
         current: list[PGresult] = []
         try:
             if pipelined:
                 pgconn.enter_pipeline_mode()
                 for sql, values in commands:
-                    pgconn.send_query_params(sql, values)
+                    if values is None:
+                        pgconn.send_query_params(sql, None)
+                    else:
+                        before += self._send_bound(sql, values)
             if send is not None:
                 send()
             if pipelined:
@@ -275,14 +285,36 @@ class PooledConnection(psycopg.Connection[Any]):
             if pgconn.notify_handler:
                 pgconn.notify_handler(notify)
         if commands:
-            self._check(outcomes[: len(commands)])
-        return outcomes[len(commands) :]
+            self._check(outcomes[:before])
+        return outcomes[before:]
+
+    def _send_bound(self, sql: bytes, values: Sequence[bytes | None]) -> int:
+        """Queue a command that has parameters, prepared where the session keeps what is; count extra answers.
+
+        It is the same for every block, and parsing it would be half of what it costs the server.
+        """
+        if self.touched or self.local or self.prepare_threshold is None:
+            self.pgconn.send_query_params(sql, values)
+            return 0
+        if name := self._known.get(sql):
+            self.pgconn.send_query_prepared(name, values)
+            return 0
+        self._known[sql] = name = b"_pgdbpool_%d" % next(_names)
+        self.pgconn.send_prepare(name, sql)
+        self.pgconn.send_query_prepared(name, values)
+        return 1
+
+    def _deallocate(self, name: bytes | None) -> PQGen[None]:
+        if name is None:  # psycopg forgets all that is prepared, after a ROLLBACK or DROP
+            self._known.clear()
+        return super()._deallocate(name)
 
     def _check(self, outcomes: list[list[PGresult]]) -> None:
         """Raise the first failure of a preamble."""
         for results in outcomes:
             for result in results:
                 if result.status == _FATAL:
+                    self._known.clear()
                     error = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
                     if self.stale:
                         # Not clean, and nobody's fault but the last borrower's: another will do.
