@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ class Connection:
     _abandoned: list[_Pools] = []
     """A parent's, kept so that nothing of them is collected, and so touched, in a child."""
     _lock = threading.Lock()
+    _all: weakref.WeakSet[_Pools] = weakref.WeakSet()
 
     @classmethod
     def init(
@@ -109,6 +111,7 @@ class Connection:
             endpoint's own reason, within the connect timeout. One endpoint of several is a warning.
         """
         pools = _Pools(load(config))
+        cls._all.add(pools)
         if wait:
             try:
                 pools.open()
@@ -211,9 +214,12 @@ class Connection:
         # The parent's connections, locks and threads are not ours: nothing of them may be closed,
         # written to or waited for. The same configuration starts anew, opened on first use.
         cls._lock = threading.Lock()
+        for old in list(cls._all):  # also those replaced or closed, which blocks may still use
+            cls._abandoned.append(old)
+            for group in old.groups.values():
+                group.abandon()
         pools = cls._pools
         if pools is not None:
-            cls._abandoned.append(pools)
             for group in pools.groups.values():
                 group.abandon()
             cls._pools = _Pools(pools.config)

@@ -83,7 +83,7 @@ class BlockCursor(psycopg.Cursor[Any]):
                 conn.bound = False
         except errors.ConnectionLostError as error:
             block.failure = error
-            block.lost = not autocommit
+            block.lost = block.lost or not autocommit
             if not error.repeatable:
                 error.maybe_executed = error.maybe_executed or autocommit
                 error.maybe_committed = error.maybe_committed or what.ends

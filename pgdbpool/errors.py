@@ -199,9 +199,10 @@ def ends_session(error: psycopg.Error) -> bool:
 
     Source: https://www.postgresql.org/docs/current/protocol-error-fields.html (field V).
     """
-    if (error.sqlstate or "").startswith("08"):
-        return True
-    return error.diag.severity_nonlocalized in ("FATAL", "PANIC")
+    severity = error.diag.severity_nonlocalized
+    if severity is not None:  # the server's word: an ERROR of class 08 is that of a foreign server
+        return severity in ("FATAL", "PANIC")
+    return (error.sqlstate or "").startswith("08")
 
 
 def one_line(error: BaseException) -> str:

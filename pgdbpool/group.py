@@ -327,6 +327,7 @@ class Group:
         except BaseException:
             if spare is not None:
                 spare.close()
+            self._pool.free(slot)  # at once: the error's traceback keeps this frame, and the slot, alive
             raise
         slot.endpoint = spare.endpoint
         spare.slot = slot
@@ -467,7 +468,7 @@ class Group:
         """Forget the parent's connections in a forked child, without touching them."""
         self._pool.abandon()
         for conn, block in self._lent.items():
-            conn.block = None
+            conn.abandon()
             block.open = False
         self._lent = {}
 

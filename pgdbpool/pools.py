@@ -79,6 +79,9 @@ class Pool(Protocol):
     def give(self, conn: PooledConnection) -> None:
         """Hand a connection to the first in the queue, else make it idle."""
 
+    def free(self, slot: Slot) -> None:
+        """Give a slot back at once, whoever still refers to it."""
+
     def claim(self) -> Slot | None:
         """Take a free slot without waiting."""
 
@@ -106,8 +109,12 @@ class _Slots:
     def live(self) -> list[Slot]:
         return [slot for ref in list(self._taken) if (slot := ref()) is not None]
 
+    def free(self, slot: Slot) -> None:
+        self._gone(weakref.ref(slot))  # equal to the one in the set
+
     def new(self) -> Slot | None:
-        if len(self._taken) >= self.limit and len(self.live()) >= self.limit:
+        # In this order: the list keeps slots alive, and one that dies with it must be seen as free.
+        if len(self.live()) >= self.limit and len(self._taken) >= self.limit:
             return None
         slot = Slot()
         self._taken.add(weakref.ref(slot, self._gone))
@@ -296,6 +303,9 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             if self._queue and not self._closed and (slot := self._slots.new()):
                 self._serve(slot)
 
+    def free(self, slot: Slot) -> None:
+        self._slots.free(slot)
+
     def claim(self) -> Slot | None:
         if not self._opened:
             self.open()
@@ -406,6 +416,9 @@ class LockFreePool:
             self._idle.popleft().retire()
         self._least_idle = len(self._idle)
         self._shrink_at = now + self._max_idle
+
+    def free(self, slot: Slot) -> None:
+        self._slots.free(slot)
 
     def claim(self) -> Slot | None:
         slot = None if self._closed else self._slots.new()

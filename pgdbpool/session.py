@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import select
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
 
 ACTIVE = pq.TransactionStatus.ACTIVE
 _BAD = pq.ConnStatus.BAD
+_INERROR = pq.TransactionStatus.INERROR
 _FATAL = pq.ExecStatus.FATAL_ERROR
 _SYNC = pq.ExecStatus.PIPELINE_SYNC
 _COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
+
+_PARENTS = "this connection belongs to the parent process: open a Handler in this one"
+_FAILED = "a statement of this transaction failed: it was rolled back, nothing was committed"
 
 _names = itertools.count(1)
 
@@ -89,6 +94,7 @@ class PooledConnection(psycopg.Connection[Any]):
     own_statements: tuple[str, ...] = ()
     """Prepared statements that belong to the session itself (`sqlprepare`)."""
 
+    abandoned: bool = False
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def watch(self) -> None:
@@ -159,7 +165,8 @@ class PooledConnection(psycopg.Connection[Any]):
 
         :returns: False where something may be left that cannot be cleaned.
         """
-        if self.tainted or self._tpc is not None or self._num_transactions or self._pipeline:
+        # A generator left open (`notifies`, `stream`) still holds the lock.
+        if self.lock.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
             return False
         if self.altered:
             for name, value in self.settled.items():
@@ -184,15 +191,44 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def wait(self, gen: PQGen[Any], interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run psycopg's generator within the deadline; errors are raised as `DBQueryError`."""
+        if self.abandoned:
+            raise errors.BlockClosedError(_PARENTS)
         patience = self.patience if timeout is None else timeout
+        status = self.pgconn.transaction_status
         try:
             return super().wait(gen, interval, patience)
         except _WaitTimeout:
             if timeout is not None:
                 raise  # the caller's own deadline, not the statement's
-            raise self._unanswered() from None
+            late = self._unanswered()
+            self._note_loss(late, status)
+            raise late from None
         except psycopg.Error as error:
-            raise self.own_error(error)  # noqa: B904  it is the same object
+            own = self.own_error(error)
+            self._note_loss(own, status)
+            raise own  # noqa: B904  it is the same object
+        except BaseException as interruption:
+            self._note_loss(interruption, status)
+            raise
+
+    def _note_loss(self, error: BaseException, status: int) -> None:
+        """Where the connection was lost, note in the block what was lost with it."""
+        block = self.block
+        if block is None or not self.closed or status == IDLE:
+            return
+        # In COPY or a pipeline the status tells only that something is under way.
+        if status != ACTIVE or block.manual or self.bound or self._num_transactions:
+            block.lost = True
+            block.failure = error if isinstance(error, Exception) else None
+
+    def close(self) -> None:
+        """Close the connection; one of the parent process is left alone."""
+        if not self.abandoned:
+            super().close()
+
+    def abandon(self) -> None:
+        """In a forked child: never touch the socket or the lock again, which are the parent's."""
+        self.abandoned, self.block, self.lock = True, None, threading.Lock()
 
     def own_error(self, error: psycopg.Error) -> errors.DBQueryError:
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
@@ -234,6 +270,9 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
         pgconn = self.pgconn
+        if self.abandoned:
+            raise errors.BlockClosedError(_PARENTS)
+        began_in = pgconn.transaction_status
         deadline = None if self.patience is None else monotonic() + self.patience
         pipelined = answers != 1 or bool(commands)
         before = len(commands)
@@ -280,6 +319,7 @@ class PooledConnection(psycopg.Connection[Any]):
                 with suppress(psycopg.Error):
                     self.cancel_safe(timeout=1.0)
             pgconn.finish()
+            self._note_loss(error, began_in)
             raise
         while notify := pgconn.notifies():
             if pgconn.notify_handler:
@@ -311,15 +351,16 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def _check(self, outcomes: list[list[PGresult]]) -> None:
         """Raise the first failure of a preamble."""
-        for results in outcomes:
+        for number, results in enumerate(outcomes):
             for result in results:
                 if result.status == _FATAL:
                     self._known.clear()
                     error = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
-                    if self.stale:
+                    if self.stale and number < len(self.cleaning):
                         # Not clean, and nobody's fault but the last borrower's: another will do.
                         self.pgconn.finish()
                         raise errors.as_query_error(error, errors.NotCleanError)
+                    self.stale = False  # the cleaning has a transaction of its own
                     raise error
         self.stale = False
 
@@ -383,15 +424,15 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
         """
         self.bound = False
-        if self.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+        if self.pgconn.transaction_status == _INERROR:
             self.rollback()
-            raise errors.TransactionAbortedError(
-                "a statement of this transaction failed: it was rolled back, nothing was committed"
-            )
+            raise errors.TransactionAbortedError(_FAILED)
         try:
             super().commit()
         except errors.ConnectionLostError as error:
             error.maybe_committed = True
+            if self.block is not None:
+                self.block.lost = False  # or committed: nobody knows, and this error says so
             raise
 
     def rollback(self) -> None:
@@ -420,7 +461,10 @@ class PooledConnection(psycopg.Connection[Any]):
         try:
             with super().transaction(savepoint_name, force_rollback) as transaction:
                 yield transaction
-                body_ended = not self.closed
+                if self.closed or (outermost and self.pgconn.transaction_status == _INERROR):
+                    # psycopg would end it in silence: COMMIT of a failed transaction is a ROLLBACK.
+                    raise errors.TransactionAbortedError(_FAILED) from block.failure
+                body_ended = True
         except errors.ConnectionLostError as error:
             error.maybe_committed = error.maybe_committed or (body_ended and outermost)
             raise

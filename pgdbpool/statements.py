@@ -19,7 +19,7 @@ _NOT_CODE = re.compile(
         | "[^"]*(?:""[^"]*)*"                 # a quoted name
         | \$([A-Za-z_]\w*)\$.*?\$\1\$         # a dollar-quoted string, with a tag
         | \$\$.*?\$\$                         # a dollar-quoted string
-        | --[^\n]*                            # a comment
+        | --[^\n\r]*                            # a comment
         | /\*.*?\*/                           # a comment; of a nested one the tail stays, as code
     """,
     re.VERBOSE | re.DOTALL,
@@ -57,7 +57,9 @@ _TOUCHES = {
 _LOCAL = {"LOCAL", "TRANSACTION", "CONSTRAINTS"}
 # Anywhere in the text, so that it is also found in a quoted name, a CTE or an EXPLAIN ANALYZE.
 _REACHES = re.compile(
-    r"set_config|advisory|\btemp\b|\btemporary\b|pg_temp|\bsetseed\b|\bwith\s+hold\b|dblink_connect", re.I
+    r"set_config|pg_settings|advisory|\btemp\b|\btemporary\b|pg_temp|\bsetseed\b|\bwith\s+hold\b"
+    r"|dblink_connect",
+    re.I,
 )
 _TAINTS = re.compile(r"\bload\b|dblink_connect", re.I)
 _PREPARES = re.compile(r"\bprepare\b", re.I)

@@ -675,3 +675,113 @@ def test_lock_free_starts_no_thread_and_threaded_a_fixed_number(start: Any, mode
             pass
     added = threading.active_count() - before
     assert added == (0 if mode == "non-threaded" else 4)  # a worker and a scheduler for each group
+
+
+# What a review with fresh eyes found.
+
+
+@pytest.mark.parametrize("how", ["executemany", "copy", "pipeline", "stream", "raw"])
+def test_work_lost_by_any_way_is_never_committed_by_halves(start: Any, admin: Any, how: str) -> None:
+    start()
+
+    def lose(db: Handler) -> None:
+        kill_backends(admin, db.connection.info.backend_pid)
+        cursor = db.connection.cursor()
+        if how == "executemany":
+            cursor.executemany("INSERT INTO t VALUES (%s)", [(2,), (3,)])
+        elif how == "copy":
+            with cursor.copy("COPY t FROM STDIN") as copy:
+                copy.write_row((2, "x"))
+        elif how == "pipeline":
+            with db.connection.pipeline():
+                cursor.execute("INSERT INTO t VALUES (2)")
+        elif how == "stream":
+            list(cursor.stream("SELECT 1"))
+        else:
+            db.connection.execute("INSERT INTO t VALUES (2)")
+
+    with pytest.raises(pgdbpool.TransactionAbortedError):
+        with Handler("manual") as db:
+            db.query("INSERT INTO t VALUES (1)")
+            with pytest.raises(pgdbpool.ConnectionLostError):
+                lose(db)
+            with pytest.raises(pgdbpool.TransactionAbortedError):
+                db.query("INSERT INTO t VALUES (4)")
+    assert values(admin) == []
+
+
+def test_a_failure_swallowed_in_a_transaction_context_raises(start: Any, admin: Any) -> None:
+    start()
+    with Handler("auto") as db:
+        with pytest.raises(pgdbpool.TransactionAbortedError) as caught, db.transaction():
+            db.query("INSERT INTO t VALUES (1)")
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                db.query("SELECT 1 / 0")
+        assert isinstance(caught.value.__cause__, psycopg.errors.DivisionByZero)
+        db.query("INSERT INTO t VALUES (2)")
+    assert values(admin) == [2]
+
+
+def test_an_error_that_is_kept_keeps_no_slot(start: Any, node: Any, mode: str, admin: Any) -> None:
+    kept = []
+    Connection.init(
+        config([server(node, user="limited")], mode, g={"connection_count": 1, "min_size": 0}), wait=False
+    )
+    for _ in range(3):
+        with pytest.raises(pgdbpool.DBConnectionError) as caught:
+            Handler("g").__enter__()
+        kept.append(caught.value)
+        assert Connection.status().groups["g"].size == 0
+    admin.execute("CREATE ROLE limited LOGIN")
+    try:
+        with Handler("g", timeout=5) as db:
+            assert db.query("SELECT 1").fetchone()[0] == 1
+    finally:
+        Connection.reset()
+        admin.execute("DROP ROLE limited")
+
+
+def test_a_generator_left_open_does_not_lock_the_next_borrower_out(start: Any) -> None:
+    start(connection_count=1)
+    with Handler("auto") as db:
+        pid = pid_of(db)
+        notifies = db.connection.notifies(timeout=30)
+        db.query("LISTEN here")
+        db.query("SELECT pg_notify('here', 'x')")
+        assert next(notifies).payload == "x"
+    with Handler("auto") as db:  # `notifies` still holds psycopg's lock of the first one
+        assert db.query("SELECT 1").fetchone()[0] == 1
+        assert pid_of(db) != pid
+    del notifies
+
+
+def test_a_child_cannot_end_its_parents_transaction(start: Any, admin: Any) -> None:
+    start()
+    with Handler("auto") as db, db.transaction():
+        db.query("INSERT INTO t VALUES (1)")
+        raw = db.connection
+        child = os.fork()
+        if child == 0:  # pragma: no cover  (in the child)
+            refused = 0
+            for use in (raw.commit, raw.rollback, lambda: raw.execute("SELECT 1"), db.commit):
+                try:
+                    use()
+                except psycopg.InterfaceError:
+                    refused += 1
+            raw.close()
+            os._exit(refused)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 4
+        db.query("INSERT INTO t VALUES (2)")
+        assert values(admin) == []
+    assert values(admin) == [1, 2]
+
+
+def test_a_foreign_servers_connection_error_is_not_our_loss(start: Any) -> None:
+    start()
+    with Handler("auto") as db:
+        pid = pid_of(db)
+        with pytest.raises(psycopg.OperationalError) as caught:
+            db.query("DO $$ BEGIN RAISE SQLSTATE '08006'; END $$")
+        assert not isinstance(caught.value, pgdbpool.ConnectionLostError)
+        assert pid_of(db) == pid
