@@ -105,7 +105,8 @@ class Connection:
 
         :param config: a mapping, the path of a YAML file or an open one, or None for the environment.
         :param wait: open `min_size` connections of each group, one at least, before returning;
-            False opens nothing until the first block needs it.
+            False opens nothing until the first block needs it. `min_size` is `connection_count`
+            where it is left out.
         :raises ConfigError: everything that is wrong with the configuration, before anything is opened.
         :raises DBConnectionError: a group none of whose endpoints can be connected to, with each
             endpoint's own reason, within the connect timeout. One endpoint of several is a warning.
@@ -116,7 +117,7 @@ class Connection:
             try:
                 pools.open()
             except BaseException:
-                pools.close(0.0)
+                pools.close(1.0)
                 raise
         with cls._lock:
             previous, cls._pools = cls._pools, pools

@@ -18,16 +18,12 @@ from psycopg._preparing import Prepare
 
 from . import errors
 from .preamble import IDLE, NOTHING, Command
-from .session import ACTIVE, OUTSIDE, PooledConnection
+from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
 from .statements import shape
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
 
-_ENDS_INSIDE = (
-    "the block has a tenant or settings, which end with the transaction: what follows a COMMIT or ROLLBACK "
-    "in the same string or pipeline would run without them; send it by itself"
-)
 _NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
     "open one with db.transaction()"
@@ -60,20 +56,22 @@ class BlockCursor(psycopg.Cursor[Any]):
         if conn.block is not block:
             raise errors.BlockClosedError(_ENDED)
         what = shape(query, conn)
+        touched = conn.touched
         if what.touches:
             conn.touch(what)
-        if what.ends and block.settings and (what.number > 1 or conn._pipeline):
-            raise errors.as_query_error(psycopg.NotSupportedError(_ENDS_INSIDE))
+        if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
+            raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+        conn.check_free()
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
         preamble = NOTHING if conn._pipeline else block.preamble(conn)
         rode = False
         try:
             if conn._pipeline:
                 super().execute(query, params, prepare=prepare, binary=binary)
-            elif not preamble:
+            elif not preamble and what.number == 1:
                 self._ride(NOTHING, query, params, prepare, binary)
             elif what.number > 1 or what.alone or (what.utility and autocommit and not block.settings):
-                with conn.ready():
+                with conn.ready(), conn.waiting_for(what.number):
                     self._ride(NOTHING, query, params, prepare, binary)
             else:
                 rode = True
@@ -81,14 +79,17 @@ class BlockCursor(psycopg.Cursor[Any]):
                 conn.bound = conn.pgconn.transaction_status != IDLE
             if what.ends:
                 conn.bound = False
+                if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
+                    raise errors.TransactionAbortedError(FAILED) from block.failure
         except errors.ConnectionLostError as error:
             block.failure = error
             block.lost = block.lost or not autocommit
             if not error.repeatable:
                 error.maybe_executed = error.maybe_executed or autocommit
                 error.maybe_committed = error.maybe_committed or what.ends
-                # Rode with its own BEGIN: nothing of it can have been committed.
-                error.repeatable = rode and block.manual
+                # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
+                # block had made its own (a lock, a temporary table) is gone, and it should know.
+                error.repeatable = rode and block.manual and not touched
             raise
         except psycopg.Error as error:
             block.failure = error
@@ -103,31 +104,27 @@ class BlockCursor(psycopg.Cursor[Any]):
         """Execute the statement once for each of the parameter sets, in one pipeline."""
         params = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         conn = self._own(query)
-        patience = conn.patience
-        if patience is not None:  # the server's statement_timeout holds for each one
-            conn.patience = patience * max(1, len(params))
-        try:
-            with conn.ready():
-                super().executemany(query, params, returning=returning)
-        finally:
-            conn.patience = patience
+        with conn.ready(), conn.waiting_for(len(params)):
+            super().executemany(query, params, returning=returning)
 
     def stream(self, query: Any, params: Any = None, **kwargs: Any) -> Iterator[Any]:
         """Iterate row by row over a result that the client does not hold as a whole."""
-        with self._own(query).ready():
+        conn = self._own(query)
+        with conn.ready(), conn.held():
             yield from super().stream(query, params, **kwargs)
 
     @contextmanager
     def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
         """Start a COPY; what the block needs first is sent before, since COPY cannot ride."""
-        with self._own(statement).ready(), super().copy(statement, params, writer=writer) as copy:
+        conn = self._own(statement)
+        with conn.ready(), conn.held(), super().copy(statement, params, writer=writer) as copy:
             yield copy
 
     @property
     def connection(self) -> PooledConnection:
         """The connection, which may then do anything: its session is cleaned after the block."""
         # psycopg's own adaptation asks for it with each statement, and does nothing to it.
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("psycopg"):
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "psycopg":
             return self._conn
         return self._conn.hand_out()
 
@@ -138,6 +135,9 @@ class BlockCursor(psycopg.Cursor[Any]):
         what = shape(query, conn)
         if what.touches:
             conn.touch(what)
+        if what.controls and self.block.settings:
+            raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+        conn.check_free()
         return conn
 
     def _ride(
@@ -152,6 +152,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         conn = self._conn
         with conn.lock:
             try:
+                conn.riding = True
                 for _ in self._start_query(query):
                     pass
                 converted = self._convert_query(query, params)
@@ -159,6 +160,8 @@ class BlockCursor(psycopg.Cursor[Any]):
                 self._exchange(preamble, converted, preparing, name, binary)
             except psycopg.Error as error:
                 raise conn.own_error(error)  # noqa: B904  it is the same object
+            finally:
+                conn.riding = False
             self._last_query = query
             if conn._prepared._to_flush:
                 conn.wait(conn._prepared.maintain_gen(conn))

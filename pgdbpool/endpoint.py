@@ -179,7 +179,8 @@ class Endpoint:
             conn.endpoint = self
             conn.watch()
             conn.autocommit = True
-            conn.prepare_threshold = group.prepare_threshold
+            # psycopg forgets what it prepared by DEALLOCATE ALL, and sqlprepare's would go with it.
+            conn.prepare_threshold = None if group.sqlprepare else group.prepare_threshold
             if self.config.pooler:  # each transaction may be on another session
                 conn.local = (("statement_timeout", str(milliseconds)),)
             self.note_role(conn)

@@ -63,7 +63,10 @@ class TenantConflictError(Error):
 
 
 class UnsafeRoleError(Error):
-    """The role that logs in bypasses row-level security, so tenants would not be kept apart."""
+    """The role that logs in bypasses row-level security, so tenants would not be kept apart.
+
+    It arrives as the reason, and the cause, of a `DBConnectionError`.
+    """
 
 
 class BlockClosedError(Error, psycopg.InterfaceError):

@@ -165,7 +165,7 @@ class Group:
         discarded = False
         try:
             if self._probe is not None:
-                self._maintain(now)
+                self._maintain(now, deadline)
             while True:
                 got = self._take(deadline, now)
                 if isinstance(got, Slot):
@@ -228,13 +228,13 @@ class Group:
             self._drop(conn, reason)
             self._pool.refill()
 
-    def _maintain(self, now: float) -> None:
+    def _maintain(self, now: float, deadline: float) -> None:
         """Do at a checkout what a thread does in threaded mode: probe, and open what is missing."""
         assert self._probe is not None
         self._probe()
         if self._pool.missing and now >= self._refill_at and (slot := self._pool.claim()):
             try:
-                self._pool.give(self._connect(slot))
+                self._pool.give(self._connect(slot, deadline))
             except DBConnectionError:  # the endpoint has noted why, and an idle one may serve
                 self._refill_at = now + REFILL_AFTER
                 self._pool.refill()

@@ -44,6 +44,10 @@ class Handler:
     :param settings: server settings for this block, over those of the group: name to value.
     :raises UnconfiguredGroupError: there is no such group.
     :raises NotInitializedError: `Connection.init` was not called.
+
+    Entering the block raises `TenantRequiredError`, `TenantConflictError` or `SettingError` before
+    anything is sent, `PoolTimeout` where no connection became free, and `DBConnectionError`
+    (`DBOfflineError` where every endpoint is down) where none could be opened.
     """
 
     __slots__ = ("__weakref__", "_block", "_conn", "_group", "_override", "_settings", "_tenant", "_timeout")

@@ -103,7 +103,9 @@ class Block:
         status = conn.pgconn.transaction_status
         if status == IDLE:
             conn.bound = False
-            if not self.settings:
+            if self.manual and conn.altered:  # psycopg's isolation_level, read_only and deferrable
+                commands = ((conn._get_tx_start_command(), None), *(self._encode(conn)[1:]))
+            elif not self.settings:
                 commands = BEGIN if self.manual else NOTHING
             else:
                 commands = self._all or self._encode(conn)

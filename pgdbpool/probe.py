@@ -10,7 +10,8 @@ import struct
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from psycopg.pq import Conninfo
+from psycopg.conninfo import make_conninfo
+from psycopg.pq import Conninfo, PGconn
 
 if TYPE_CHECKING:
     from .config import EndpointConfig
@@ -35,10 +36,13 @@ class StartupProbe:
         defaults = Conninfo.get_defaults()
         params: dict[str, Any] = {o.keyword.decode(): o.val.decode() for o in defaults if o.val}
         params.update(config.conninfo_params())
+        if "service" in params:
+            params.update(_service(params))
         self._user = str(params.get("user") or "postgres")
         self._dbname = str(params.get("dbname") or self._user)
         self._host = str(params.get("hostaddr") or params.get("host") or _SOCKET_DIRECTORY)
         self._port = int(params.get("port") or 5432)
+        self._addresses: list[tuple[int, Any]] = []
         self._socket: socket.socket | None = None
         self._sent = False
         self._reply = b""
@@ -50,21 +54,38 @@ class StartupProbe:
         """Begin to connect; a name is resolved first, which the system's resolver bounds."""
         try:
             if self._host.startswith(("/", "@")):
-                self._socket = socket.socket(socket.AF_UNIX)
-                address: Any = f"{self._host}/.s.PGSQL.{self._port}"
-                if address.startswith("@"):
-                    address = "\0" + address[1:]
+                path = f"{self._host}/.s.PGSQL.{self._port}"
+                self._addresses = [(socket.AF_UNIX, "\0" + path[1:] if path.startswith("@") else path)]
             else:
-                family, kind, proto, _, address = socket.getaddrinfo(
-                    self._host, self._port, type=socket.SOCK_STREAM
-                )[0]
-                self._socket = socket.socket(family, kind, proto)
-            self._socket.setblocking(False)
+                found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+                self._addresses = [(family, address) for family, _, _, _, address in found]
+        except OSError as error:
+            self._finish(False, str(error))
+            return
+        self._next()
+
+    def _next(self) -> None:
+        """Begin to connect to the next address."""
+        family, address = self._addresses.pop(0)
+        self._sent, self._reply = False, b""
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setblocking(False)
+        try:
             self._socket.connect(address)
         except BlockingIOError:
             pass  # under way
         except OSError as error:
-            self._finish(False, str(error))
+            self._failed(str(error))
+
+    def _failed(self, reason: str) -> None:
+        """Go on to the next address, as libpq does; after the last one, that was it."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._addresses:
+            self._next()
+        else:
+            self._finish(False, reason)
 
     def step(self) -> bool:
         """Go on as far as possible without waiting; return whether the answer is known."""
@@ -83,13 +104,13 @@ class StartupProbe:
                 self._reply += data
                 if self._read():
                     return True
-            self._finish(False, "the server closed the connection at once")
+            self._failed("the server closed the connection at once")
         except BlockingIOError:
             return False
         except OSError as error:
             if error.errno in _NOT_YET:
                 return False
-            self._finish(False, str(error))
+            self._failed(str(error))
         return self.done
 
     def run(self, timeout: float) -> None:
@@ -135,3 +156,12 @@ class StartupProbe:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _service(params: dict[str, Any]) -> dict[str, str]:
+    """Return the parameters with those of the service file, which libpq reads when it connects."""
+    pgconn = PGconn.connect_start(make_conninfo("", **params).encode())
+    try:
+        return {option.keyword.decode(): option.val.decode() for option in pgconn.info if option.val}
+    finally:
+        pgconn.finish()

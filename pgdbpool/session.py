@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import select
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import Lock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,17 @@ _COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BO
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
+ENDS_INSIDE = (
+    "the block has a tenant or settings, which end with the transaction: what follows a COMMIT or ROLLBACK "
+    "in the same string or pipeline would run without them; send it by itself"
+)
+_FOREIGN = (
+    "this cursor was not made by the block, which has something to send first (BEGIN, the tenant ...): "
+    "make it with db.connection.cursor(), or execute a statement of the block before it"
+)
+_BUSY = "a stream, COPY or notifies() of this connection is still open in this thread: end it first"
 _PARENTS = "this connection belongs to the parent process: open a Handler in this one"
-_FAILED = "a statement of this transaction failed: it was rolled back, nothing was committed"
+FAILED = "a statement of this transaction failed: it was rolled back, nothing was committed"
 
 _names = itertools.count(1)
 
@@ -95,6 +104,11 @@ class PooledConnection(psycopg.Connection[Any]):
     """Prepared statements that belong to the session itself (`sqlprepare`)."""
 
     abandoned: bool = False
+    riding: bool = False
+    """Whether a cursor of the block is sending a statement with its preamble."""
+    holder: int = 0
+    """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
+    settled: dict[str, Any] | None = None
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def watch(self) -> None:
@@ -169,7 +183,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.lock.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
             return False
         if self.altered:
-            for name, value in self.settled.items():
+            for name, value in (self.settled or {}).items():
                 setattr(self, name, value)
             self._notice_handlers.clear()
             self._notify_handlers.clear()
@@ -228,7 +242,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def abandon(self) -> None:
         """In a forked child: never touch the socket or the lock again, which are the parent's."""
-        self.abandoned, self.block, self.lock = True, None, threading.Lock()
+        self.abandoned, self.block, self.lock = True, None, Lock()
 
     def own_error(self, error: psycopg.Error) -> errors.DBQueryError:
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
@@ -244,6 +258,40 @@ class PooledConnection(psycopg.Connection[Any]):
         return errors.QueryDeadlineError(
             f"{self.endpoint.label} gave no answer within {self.patience:g} s: connection closed"
         )
+
+    def _start_query(self) -> PQGen[None]:
+        """Refuse a statement that would go round the block; every cursor of psycopg comes through here."""
+        if self.settled is not None and not self.riding and not self._pipeline:
+            if self.block is None:
+                raise errors.BlockClosedError(OUTSIDE)
+            if self.block.preamble(self):
+                raise psycopg.NotSupportedError(_FOREIGN)
+        return super()._start_query()
+
+    def check_free(self) -> None:
+        """Refuse what would wait for ever on psycopg's lock, which this thread holds itself."""
+        if self.holder and self.holder == get_ident():
+            raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Note who has the connection's lock for longer than a statement."""
+        self.holder = get_ident()
+        try:
+            yield
+        finally:
+            self.holder = 0
+
+    @contextmanager
+    def waiting_for(self, statements: int) -> Iterator[None]:
+        """Wait for so many statements: the server's statement_timeout holds for each one."""
+        patience = self.patience
+        if patience is not None:
+            self.patience = patience * max(1, statements)
+        try:
+            yield
+        finally:
+            self.patience = patience
 
     def run(self, commands: Sequence[Command]) -> None:
         """Send commands in one round trip of their own; the first that fails is raised.
@@ -423,10 +471,12 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises TransactionAbortedError: a statement of the transaction had failed.
         :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
         """
+        if self._pipeline and self.block is not None and self.block.settings:
+            raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         self.bound = False
         if self.pgconn.transaction_status == _INERROR:
             self.rollback()
-            raise errors.TransactionAbortedError(_FAILED)
+            raise errors.TransactionAbortedError(FAILED)
         try:
             super().commit()
         except errors.ConnectionLostError as error:
@@ -437,6 +487,8 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def rollback(self) -> None:
         """Roll the open transaction back, if any."""
+        if self._pipeline and self.block is not None and self.block.settings:
+            raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         self.bound = False
         super().rollback()
 
@@ -448,6 +500,7 @@ class PooledConnection(psycopg.Connection[Any]):
         block = self.block
         if block is None:
             raise errors.BlockClosedError(OUTSIDE)
+        self.altered = True  # psycopg's Transaction has the connection as an attribute
         commands = block.preamble(self)
         if self.pgconn.transaction_status == IDLE and not block.manual:
             # psycopg sends BEGIN; the settings go with the first statement after it.
@@ -463,7 +516,7 @@ class PooledConnection(psycopg.Connection[Any]):
                 yield transaction
                 if self.closed or (outermost and self.pgconn.transaction_status == _INERROR):
                     # psycopg would end it in silence: COMMIT of a failed transaction is a ROLLBACK.
-                    raise errors.TransactionAbortedError(_FAILED) from block.failure
+                    raise errors.TransactionAbortedError(FAILED) from block.failure
                 body_ended = True
         except errors.ConnectionLostError as error:
             error.maybe_committed = error.maybe_committed or (body_ended and outermost)
@@ -477,8 +530,11 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def notifies(self, **kwargs: Any) -> Generator[psycopg.Notify]:
         """Yield notifications; waiting for them is no statement, so it has no deadline of its own."""
-        patience, self.patience = self.patience, None
+        block, patience = self.block, self.patience
+        self.check_free()
+        self.patience, self.holder = None, get_ident()
         try:
             yield from super().notifies(**kwargs)
         finally:
-            self.patience = patience
+            if self.block is block:  # left open, it ends when another may have the connection
+                self.patience, self.holder = patience, 0

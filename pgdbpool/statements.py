@@ -17,8 +17,8 @@ _NOT_CODE = re.compile(
     r"""  (?<![\w$])[eE]'[^'\\]*(?:(?:\\.|'')[^'\\]*)*'   # a string with backslash escapes
         | '[^']*(?:''[^']*)*'                 # a string
         | "[^"]*(?:""[^"]*)*"                 # a quoted name
-        | \$([A-Za-z_]\w*)\$.*?\$\1\$         # a dollar-quoted string, with a tag
-        | \$\$.*?\$\$                         # a dollar-quoted string
+        | (?<![\w$])\$([A-Za-z_]\w{0,62})\$.*?\$\1\$   # a dollar-quoted string, with a tag
+        | (?<![\w$])\$\$.*?\$\$              # a dollar-quoted string
         | --[^\n\r]*                            # a comment
         | /\*.*?\*/                           # a comment; of a nested one the tail stays, as code
     """,
@@ -41,6 +41,9 @@ _UTILITY = {
     "COPY",
 }
 _ENDS = {"COMMIT", "END", "ROLLBACK", "ABORT"}
+_BEGINS = {"BEGIN", "START"}
+# What this reads differently from PostgreSQL: nested comments, and a string continued on the next line.
+_DOUBTFUL = re.compile(r"/\*(?:(?!\*/).)*?/\*|'\s*[\n\r]\s*'", re.DOTALL)
 _TOUCHES = {
     "SET",
     "RESET",
@@ -77,6 +80,10 @@ class Shape(NamedTuple):
     """It may be one that PostgreSQL refuses inside a transaction."""
     ends: bool
     """It ends a transaction."""
+    commits: bool
+    """It asks for a commit."""
+    controls: bool
+    """It begins or ends a transaction."""
     touches: bool
     """It may leave something behind in the session."""
     prepares: bool
@@ -94,6 +101,7 @@ def _known(text: str) -> Shape:
 
 def _analyse(text: str) -> Shape:
     code = _NOT_CODE.sub(" ", text)
+    doubtful = _DOUBTFUL.search(text) is not None
     heads = [
         part.split(None, 2)[:2] for part in code.replace("(", " ").split(";") if part.strip(" \t\r\n\f\v()")
     ]
@@ -103,18 +111,23 @@ def _analyse(text: str) -> Shape:
         for word, head in zip(words, heads, strict=True)
     )
     return Shape(
-        number=max(1, len(words)),
+        number=max(2 if doubtful else 1, len(words)),
         alone=any(word in _ALONE for word in words),
         utility=any(word in _UTILITY for word in words),
-        ends=any(word in _ENDS for word in words),
-        touches=touches,
+        ends=doubtful or any(word in _ENDS for word in words),
+        commits=any(word in ("COMMIT", "END") for word in words),
+        controls=doubtful or any(word in _ENDS or word in _BEGINS for word in words),
+        touches=touches or doubtful,
         prepares=touches and _PREPARES.search(text) is not None,
         taints=touches and _TAINTS.search(text) is not None,
         timeout=touches and _TIMEOUT.search(text) is not None,
     )
 
 
-UNKNOWN = Shape(1, False, False, False, touches=True, prepares=False, taints=False, timeout=False)
+UNKNOWN = Shape(
+    number=1, alone=False, utility=False, ends=False, commits=False, controls=False,
+    touches=True, prepares=False, taints=False, timeout=False,
+)  # fmt: skip
 """Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
 
 

@@ -30,6 +30,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*")
 def tenant(value: Any) -> Iterator[None]:
     """Make a tenant the current one inside the `with` block, for every Handler that names none.
 
+    It is a context variable: a new thread does not inherit it, `contextvars.copy_context()` passes it on.
+
     :param value: what `Handler(group, tenant=...)` takes, or None for no tenant.
     """
     token = _current.set(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,8 @@ def kill_backends(admin: psycopg.Connection[Any], *pids: int) -> None:
     ).fetchall()
     gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = ANY(%s)"
     wait_for(lambda: admin.execute(gone, ([pid for pid, _ in ended],)).fetchone()[0], what="backends gone")
+    # The server forgets a backend a moment before its process, and with it the socket, has ended.
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid, _ in ended), what="processes gone")
 
 
 def pools_backends(admin: psycopg.Connection[Any]) -> int:

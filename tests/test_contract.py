@@ -522,14 +522,28 @@ def test_a_transaction_context_lost_in_an_autocommit_block(start: Any, admin: An
 
 def test_the_first_statement_of_a_transaction_is_sent_again(start: Any, admin: Any) -> None:
     start()
+
+    def backend(db: Handler) -> int:
+        return int(db.query("SELECT pg_backend_pid()").fetchone()[0])
+
     with Handler("manual") as db:
-        lost = pid_of(db)
+        lost = backend(db)
+        db.rollback()
         kill_backends(admin, lost)
         db.query("INSERT INTO t VALUES (%s)", (1,))
-        assert pid_of(db) != lost
+        again = backend(db)
+        assert again != lost
         db.commit()
-        kill_backends(admin, pid_of(db))
+        kill_backends(admin, again)
         db.query("INSERT INTO t VALUES (2)")
+    assert values(admin) == [1, 2]
+    with pytest.raises(pgdbpool.ConnectionLostError), Handler("manual") as db:
+        db.query("SELECT pg_advisory_lock(1)")
+        db.commit()
+        kill_backends(
+            admin, admin.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'").fetchone()[0]
+        )
+        db.query("INSERT INTO t VALUES (3)")  # not again: the block's lock is gone with the session
     assert values(admin) == [1, 2]
 
 

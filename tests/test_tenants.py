@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from support import config, kill_backends, pid_of, server
+from support import config, kill_backends, server
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -469,7 +469,9 @@ def test_the_tenant_goes_with_the_block_to_another_connection(start: Any, known_
     with known_cluster.primary.connect() as admin:
         for group in GROUPS:
             with Handler(group, tenant=A) as db:
-                kill_backends(admin, pid_of(db))
+                pid = db.query("SELECT pg_backend_pid()").fetchone()[0]
+                db.rollback()
+                kill_backends(admin, pid)
                 if group == "auto":
                     with pytest.raises(pgdbpool.ConnectionLostError) as caught:
                         seen(db)
