@@ -159,11 +159,13 @@ class Endpoint:
         self,
         group: GroupConfig,
         timeout: float,
+        conclusive: bool,
         row_factory: Any,
         set_up: Callable[[PooledConnection], None] | None = None,
     ) -> PooledConnection:
         """Open a connection as the group wants it, within the timeout (seconds).
 
+        :param conclusive: whether no answer within the timeout means that the server is down.
         :param set_up: what the group does with each new connection.
         :raises DialError: with the server's or the network's own words.
         """
@@ -188,7 +190,7 @@ class Endpoint:
                 set_up(conn)
         except _WaitTimeout:
             error: Exception = ConnectionTimeout(f"no answer within {timeout:.1f} s")
-            raise self._failed(error, down=True) from error
+            raise self._failed(error, down=conclusive) from error
         except (psycopg.Error, Error) as error:
             if conn is not None:
                 conn.close()

@@ -43,6 +43,9 @@ MOVE_EVERY = 0.2
 """Seconds between two connections that are closed at release to even out the endpoints."""
 
 
+CONCLUSIVE = 1.0
+"""Seconds without an answer to a connect after which a server counts as down, if not less was allowed."""
+
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
 
@@ -314,7 +317,7 @@ class Group:
                     if spare is None:
                         raise self._unreachable(failures)
                     break
-                conn = self._dial(endpoint, (budget - monotonic()) / left, failures)
+                conn = self._dial(endpoint, budget - monotonic(), left, failures)
                 if conn is None:
                     continue
                 if left > 1 and endpoint.role is Role.PRIMARY and self.config.target == "prefer-standby":
@@ -335,17 +338,16 @@ class Group:
         return spare
 
     def _dial(
-        self, endpoint: Endpoint, share: float, failures: dict[Endpoint, DialError | None]
+        self, endpoint: Endpoint, budget: float, left: int, failures: dict[Endpoint, DialError | None]
     ) -> PooledConnection | None:
-        """Dial one endpoint; note why not where it fails."""
+        """Dial one endpoint, within its share of the budget; note why not where it fails."""
         failures[endpoint] = None
+        full = self._dial_timeout(endpoint)
+        timeout = max(min(budget / left, full), 0.05)
+        # A request that has hardly any time left says nothing about the server.
+        conclusive = timeout >= min(full / left, CONCLUSIVE)
         try:
-            conn = endpoint.dial(
-                self.config,
-                max(min(share, self._dial_timeout(endpoint)), 0.05),
-                self._row_factory,
-                self._set_up,
-            )
+            conn = endpoint.dial(self.config, timeout, conclusive, self._row_factory, self._set_up)
         except DialError as error:
             failures[endpoint] = error
             return None

@@ -108,12 +108,12 @@ class Block:
             elif not self.settings:
                 commands = BEGIN if self.manual else NOTHING
             else:
-                commands = self._all or self._encode(conn)
+                commands = self._encode(conn) if conn.touched or not self._all else self._all
             return conn.cleaning + commands if conn.stale else commands
         if conn.bound or status != INTRANS or not self.settings:
             return NOTHING
         # A transaction that the block did not begin itself, or one chained to the last.
-        return self._set or self._encode(conn)[-1:]
+        return self._encode(conn)[-1:] if conn.touched or not self._set else self._set
 
     def lend(self, conn: PooledConnection) -> None:
         """Take over a connection: what it must bind by itself goes before the block's settings."""
@@ -126,6 +126,7 @@ class Block:
         self.conn = conn
 
     def _encode(self, conn: PooledConnection) -> tuple[Command, ...]:
+        """Return BEGIN and the settings, in the encoding that the session has now."""
         self._set = set_local(self.settings, conn.pgconn._encoding)
         self._all = BEGIN + self._set if self.manual else self._set
         return self._all

@@ -109,6 +109,7 @@ class PooledConnection(psycopg.Connection[Any]):
     holder: int = 0
     """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
     settled: dict[str, Any] | None = None
+    client_encoding: bytes | None = None
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def watch(self) -> None:
@@ -179,6 +180,9 @@ class PooledConnection(psycopg.Connection[Any]):
 
         :returns: False where something may be left that cannot be cleaned.
         """
+        # What is sent with a cleaning is in the encoding of before it, so that must be the same after it.
+        if self.pgconn.parameter_status(b"client_encoding") != self.client_encoding:
+            return False
         # A generator left open (`notifies`, `stream`) still holds the lock.
         if self.lock.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
             return False
@@ -199,6 +203,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def settle(self) -> None:
         """Remember the connection's attributes as those that every block finds; once, when it is opened."""
+        self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
 
     # psycopg comes through here whenever it waits for the server: statements, COMMIT, COPY ...
@@ -222,6 +227,8 @@ class PooledConnection(psycopg.Connection[Any]):
             self._note_loss(own, status)
             raise own  # noqa: B904  it is the same object
         except BaseException as interruption:
+            if self.pgconn.transaction_status == ACTIVE:
+                self.close()  # psycopg could not end what was under way: where that stands is not known
             self._note_loss(interruption, status)
             raise
 
@@ -525,8 +532,20 @@ class PooledConnection(psycopg.Connection[Any]):
     @contextmanager
     def pipeline(self) -> Iterator[psycopg.Pipeline]:
         """Switch to pipeline mode; what the block needs first is sent before."""
-        with self.ready(), super().pipeline() as pipeline:
-            yield pipeline
+        with self.ready():
+            try:
+                with super().pipeline() as pipeline:
+                    yield pipeline
+            except psycopg.Error as error:
+                if isinstance(error, errors.DBQueryError):
+                    raise
+                # psycopg cannot leave the pipeline, which is how an interruption of its end shows.
+                self.close()
+                self._note_loss(error, ACTIVE)
+                cause = error.__context__
+                if cause is not None and not isinstance(cause, psycopg.Error):
+                    raise cause from None
+                raise self.own_error(error)  # noqa: B904  it is the same object
 
     def notifies(self, **kwargs: Any) -> Generator[psycopg.Notify]:
         """Yield notifications; waiting for them is no statement, so it has no deadline of its own."""

@@ -231,6 +231,18 @@ def test_a_hung_server_is_found_by_the_ping_and_costs_one_request(
     wait_for(lambda: len(use()) == 2, 15)
 
 
+def test_a_request_in_a_hurry_puts_no_endpoint_down(start: Any, known_cluster: Any, proxy_to: Any) -> None:
+    proxy = proxy_to(known_cluster.primary)
+    start([server(known_cluster.primary, port=proxy.port)], wait=False)
+    proxy.stall()
+    with pytest.raises(pgdbpool.DBConnectionError, match="no answer"), Handler("g", timeout=0.05):
+        pass
+    (endpoint,) = Connection.status().endpoints.values()
+    assert endpoint.state == "up"
+    proxy.resume()
+    use(1)
+
+
 def test_a_statement_on_a_hung_server_ends_with_its_deadline(
     start: Any, known_cluster: Any, proxy_to: Any
 ) -> None:

@@ -399,6 +399,21 @@ def test_a_name_that_is_no_setting_is_refused(start: Any, name: Any) -> None:
         Handler("auto", tenant=A, settings={name: "x"}).__enter__()
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_value_is_bound_as_it_is_whatever_the_sessions_encoding(start: Any, group: str) -> None:
+    start(connection_count=1)
+    shown = "SELECT current_setting('app.tenant') = U&'caf\\00E9', %s = U&'th\\00E9'"
+    for _ in range(2):
+        with Handler(group, tenant="caf\u00e9") as db:
+            assert db.query(shown, ("th\u00e9",)).fetchone() == (True, True)
+            db.commit()
+            db.query("SET client_encoding = 'LATIN1'")
+            db.commit()
+            assert db.query(shown, ("th\u00e9",)).fetchone() == (True, True)
+        with Handler(group, tenant="caf\u00e9") as db:
+            assert db.query(shown, ("th\u00e9",)).fetchone() == (True, True)
+
+
 # Settings.
 
 
