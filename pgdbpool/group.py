@@ -204,7 +204,7 @@ class Group:
             reason = "lost" if conn.closed else "not idle"
         elif now >= conn.expires_at:
             reason = "expired"
-        elif (conn.touched or conn.altered) and not self._tidied(conn):
+        elif conn.holder or ((conn.touched or conn.altered) and not self._tidied(conn)):
             reason = "not clean"
         elif conn.endpoint.state is not State.UP:
             reason = conn.endpoint.state.value

@@ -219,13 +219,9 @@ class PooledConnection(psycopg.Connection[Any]):
         except _WaitTimeout:
             if timeout is not None:
                 raise  # the caller's own deadline, not the statement's
-            late = self._unanswered()
-            self._note_loss(late, status)
-            raise late from None
+            raise self._unanswered(status) from None
         except psycopg.Error as error:
-            own = self.own_error(error)
-            self._note_loss(own, status)
-            raise own  # noqa: B904  it is the same object
+            raise self.own_error(error, status)  # noqa: B904  it is the same object
         except BaseException as interruption:
             if self.pgconn.transaction_status == ACTIVE:
                 self.close()  # psycopg could not end what was under way: where that stands is not known
@@ -251,20 +247,26 @@ class PooledConnection(psycopg.Connection[Any]):
         """In a forked child: never touch the socket or the lock again, which are the parent's."""
         self.abandoned, self.block, self.lock = True, None, Lock()
 
-    def own_error(self, error: psycopg.Error) -> errors.DBQueryError:
+    # An exception is never kept in a local variable of a frame that it passes: that would be a cycle, and
+    # keep the connection with its slot until the next collection of garbage.
+
+    def own_error(self, error: psycopg.Error, status: int = IDLE) -> errors.DBQueryError:
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
         if errors.ends_session(error):
             self.close()
+        self._note_loss(error, status)
         return errors.as_query_error(
             error, errors.ConnectionLostError if self.closed else errors.DBQueryError
         )
 
-    def _unanswered(self) -> errors.QueryDeadlineError:
+    def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()
         self.endpoint.suspected_at = monotonic()
-        return errors.QueryDeadlineError(
+        error = errors.QueryDeadlineError(
             f"{self.endpoint.label} gave no answer within {self.patience:g} s: connection closed"
         )
+        self._note_loss(error, status)
+        return error
 
     def _start_query(self) -> PQGen[None]:
         """Refuse a statement that would go round the block; every cursor of psycopg comes through here."""
@@ -409,15 +411,19 @@ class PooledConnection(psycopg.Connection[Any]):
         for number, results in enumerate(outcomes):
             for result in results:
                 if result.status == _FATAL:
-                    self._known.clear()
-                    error = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
-                    if self.stale and number < len(self.cleaning):
-                        # Not clean, and nobody's fault but the last borrower's: another will do.
-                        self.pgconn.finish()
-                        raise errors.as_query_error(error, errors.NotCleanError)
-                    self.stale = False  # the cleaning has a transaction of its own
-                    raise error
+                    raise self._refused(result, number)
         self.stale = False
+
+    def _refused(self, result: PGresult, number: int) -> Exception:
+        """Return the error for the part of a preamble that failed."""
+        self._known.clear()
+        error = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
+        if self.stale and number < len(self.cleaning):
+            # Not clean, and nobody's fault but the last borrower's: another will do.
+            self.pgconn.finish()
+            return errors.as_query_error(error, errors.NotCleanError)
+        self.stale = False  # the cleaning has a transaction of its own
+        return error
 
     def _await(self, poll: Callable[[float | None], Any], deadline: float | None) -> None:
         """Wait until the server has sent something, at most to the deadline."""
@@ -458,9 +464,12 @@ class PooledConnection(psycopg.Connection[Any]):
         try:
             yield
         except BaseException:
-            self.undo()
+            # A generator that was left open ends here later, when the connection may be another block's.
+            if self.block is block:
+                self.undo()
             raise
-        self.commit()
+        if self.block is block:
+            self.commit()
 
     def undo(self) -> None:
         """Roll back after an error, which is the one to see; where that fails, close."""
@@ -542,9 +551,8 @@ class PooledConnection(psycopg.Connection[Any]):
                 # psycopg cannot leave the pipeline, which is how an interruption of its end shows.
                 self.close()
                 self._note_loss(error, ACTIVE)
-                cause = error.__context__
-                if cause is not None and not isinstance(cause, psycopg.Error):
-                    raise cause from None
+                if error.__context__ is not None and not isinstance(error.__context__, psycopg.Error):
+                    raise error.__context__ from None
                 raise self.own_error(error)  # noqa: B904  it is the same object
 
     def notifies(self, **kwargs: Any) -> Generator[psycopg.Notify]:

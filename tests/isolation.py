@@ -28,6 +28,7 @@ from typing import Any
 import psycopg
 from isolation_steps import (
     INTERRUPTS,
+    SESSION,
     STEPS,
     ApplicationError,
     Leave,
@@ -51,7 +52,8 @@ SCHEMA = """
     CREATE ROLE peeker BYPASSRLS;
     CREATE ROLE app LOGIN IN ROLE peeker;
     GRANT peeker TO app WITH INHERIT FALSE;
-    CREATE TABLE docs (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, tenant text, writer text, seen text);
+    CREATE TABLE docs (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+                       tenant text, writer text, seen text);
     CREATE TABLE journal (seen text DEFAULT current_setting('app.tenant', true), writer text, unit bigint);
     CREATE FUNCTION note_tenant() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN NEW.seen := current_setting('app.tenant', true); RETURN NEW; END $$;
@@ -76,6 +78,13 @@ EXPECTED = (
     psycopg.errors.PipelineAborted,
     psycopg.transaction.OutOfOrderTransactionNesting,  # interrupted on the way into a transaction()
 )
+# What psycopg says where it was interrupted on the way into or out of a transaction() or pipeline(). It says
+# so, and the connection is closed, so nothing comes of it.
+INTERRUPTED_INSIDE = (
+    "within a Transaction context",
+    "cannot exit pipeline mode",
+    "failed to enter pipeline mode",
+)
 
 
 @dataclass
@@ -89,6 +98,10 @@ class Plan:
     seed: int = 0
     first: int = 0
     """Number of the first worker, so that those of several processes differ."""
+    port: int = 0
+    """The server's."""
+    pooler: int = 0
+    """Port of a transaction pooler before the server, which has fewer sessions than clients; 0 is none."""
 
 
 @dataclass
@@ -97,8 +110,8 @@ class Report:
 
     events: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
-    units: list[tuple[int, int, str]] = field(default_factory=list)
-    """Of each transaction its number, how many rows it wrote, and its outcome."""
+    units: list[tuple[int, int, str, str]] = field(default_factory=list)
+    """Of each transaction its number, how many rows it wrote, its outcome, and what its block did."""
     seconds: float = 0.0
 
     def add(self, other: Report) -> None:
@@ -120,17 +133,22 @@ class Worker:
         self.units: list[Unit] = []
         self.trail: list[str] = []
         """The steps of the block that is open, or was last."""
+        self.weights = {s: weight for s, weight in STEPS.items() if not (plan.pooler and s in SESSION)}
         self.tenants = [f"tenant {i}" + "'é€"[: i % 4] for i in range(plan.tenants)]
         self.ident = 0
+        self.timed = False
+        self.chance = Random(f"{plan.seed} signals")
         self.exposed = False
+        self.fired = False
         self.gate = threading.Lock()  # so that nothing is fired once a block is over
 
     def run(self, blocks: int) -> None:
         self.ident = threading.get_ident()
         for number in range(blocks):
             try:
-                self.exposed = True
+                self.exposed, self.fired = True, False
                 try:
+                    self.arm()
                     self.block()
                 finally:
                     self.calm()
@@ -140,11 +158,19 @@ class Worker:
                 self.events[f"blocks ended by {type(error).__name__}"] += 1
             except psycopg.errors.QueryCanceled as error:
                 self.note_cancel(error)
-            except Exception:
-                place = f"worker {self.number} block {number} of seed {self.plan.seed} {self.plan.mode}"
-                trail = ", ".join(self.trail)
-                self.violations.append(f"{place}: {trail}: {traceback.format_exc()}")
+            except (psycopg.ProgrammingError, psycopg.OperationalError) as error:
+                if self.fired and any(words in str(error) for words in INTERRUPTED_INSIDE):
+                    self.events["blocks ended by psycopg, interrupted"] += 1
+                else:
+                    self.violate(number)
+            except Exception:  # noqa: BLE001  whatever else it is, it is a finding
+                self.violate(number)
             self.events["blocks"] += 1
+
+    def violate(self, number: int) -> None:
+        """Report the exception that is being handled."""
+        place = f"worker {self.number} block {number} of seed {self.plan.seed} {self.plan.mode}"
+        self.violations.append(f"{place}: {', '.join(self.trail)}: {traceback.format_exc()}")
 
     def note_cancel(self, error: psycopg.Error) -> None:
         """Tell a cancel that was asked for from a timeout that nobody has set."""
@@ -159,29 +185,33 @@ class Worker:
         """Have the thread raise, at whatever it does, if it is in a block; called by another thread."""
         with self.gate:
             if self.exposed:
-                self.exposed = False
+                self.exposed, self.fired = False, True
                 self.events["interrupts by thread"] += 1
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(kind))
 
     @contextmanager
     def timer(self) -> Iterator[None]:
-        """Have signals interrupt the main thread, which this worker is."""
-        random = Random(f"{self.plan.seed} timer")
+        """Have signals interrupt the main thread, which this worker is, when `arm` asks for one."""
 
         def interrupt(*_: object) -> None:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.002, 0.05))
             if self.exposed:
-                self.exposed = False
+                self.exposed, self.fired = False, True
                 self.events["interrupts by signal"] += 1
-                raise random.choice(INTERRUPTS)
+                raise self.chance.choice(INTERRUPTS)
 
         previous = signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        self.timed = True
         try:
             yield
         finally:
+            self.timed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
+
+    def arm(self) -> None:
+        """Ask for a signal at some moment of the block, in a tenth of the blocks."""
+        if self.timed and self.chance.random() < 0.1:
+            signal.setitimer(signal.ITIMER_REAL, self.chance.uniform(0.0001, 0.01))
 
     def calm(self) -> None:
         """End the time in which the thread is interrupted; take what is under way."""
@@ -197,7 +227,7 @@ class Worker:
     # Blocks.
 
     def new_unit(self) -> Unit:
-        unit = Unit((self.plan.first + self.number) * 10**9 + len(self.units))
+        unit = Unit((self.plan.first + self.number) * 10**9 + len(self.units), self.trail)
         self.units.append(unit)
         return unit
 
@@ -240,12 +270,14 @@ class Worker:
 
     def steps(self, scene: Scene, nested: bool) -> None:
         """Take some steps; errors end the block, or are swallowed and the block goes on."""
-        for step in self.random.choices(list(STEPS), list(STEPS.values()), k=self.random.randint(1, 6)):
+        steps, weights = list(self.weights), list(self.weights.values())
+        for step in self.random.choices(steps, weights, k=self.random.randint(1, 6)):
             unit = scene.unit
             self.trail.append(step.__name__)
             try:
                 scene.hazard()
-                if not nested and self.random.random() < 0.05:
+                # A block that waits for a session inside one that has a session would wait for itself.
+                if not nested and not self.plan.pooler and self.random.random() < 0.05:
                     self.nested_block()
                 step(scene)
             except INTERRUPTS:
@@ -261,7 +293,6 @@ class Worker:
                     raise
                 self.events[f"{type(error).__name__} swallowed"] += 1
                 self.trail.append(type(error).__name__)
-
 
     def nested_block(self) -> None:
         """Open a block in the open one; it may find no connection in the little time that it waits."""
@@ -315,27 +346,33 @@ class Nemesis(threading.Thread):
 # Running.
 
 
-def groups(connections: int) -> dict[str, dict[str, Any]]:
-    """Return the groups: autocommit or not, with a tenant required or not."""
-    common = {"connection_count": connections, "min_size": 1, "timeout": 10, "prepare_threshold": 2}
-    return {
-        name + suffix: {
+def configuration(plan: Plan, name: str) -> dict[str, Any]:
+    """Return a configuration with four groups: autocommit or not, with a tenant required or not."""
+    entry = {"host": HOST, "port": plan.pooler or plan.port, "name": "postgres", "user": "app"}
+    entry["application_name"] = name
+    common = {"connection_count": plan.workers // 2 + 2, "min_size": 1, "timeout": 10}
+    if plan.pooler:
+        entry["pooler"] = "transaction"
+    else:
+        common["prepare_threshold"] = 2
+    groups = {
+        kind + suffix: {
             **common,
-            "autocommit": name == "auto",
+            "autocommit": kind == "auto",
             # The role may take another that bypasses row-level security: some blocks do, and leave it so.
             "tenant": {"setting": "app.tenant", "required": not suffix, "verify": "off"},
         }
-        for name in ("auto", "manual")
+        for kind in ("auto", "manual")
         for suffix in ("", "_open")
     }
+    return config([entry], plan.mode, **groups)
 
 
-def work(plan: Plan, port: int, victims: list[Worker]) -> Report:
+def work(plan: Plan, victims: list[Worker]) -> Report:
     """Run the plan's workers in this process, the first of them in this thread, the others as victims."""
     workers = [Worker(plan, number) for number in range(plan.workers)]
     name = f"isolation {plan.first}"
-    entry = {"host": HOST, "port": port, "name": "postgres", "user": "app", "application_name": name}
-    Connection.init(config([entry], plan.mode, **groups(plan.workers // 2 + 2)))
+    Connection.init(configuration(plan, name))
     share = plan.blocks // plan.workers
     threads = [threading.Thread(target=worker.run, args=(share,)) for worker in workers[1:]]
     began = time.monotonic()
@@ -347,16 +384,16 @@ def work(plan: Plan, port: int, victims: list[Worker]) -> Report:
             workers[0].run(plan.blocks - share * len(threads))
         for thread in threads:
             thread.join()
-        report = Report(seconds=time.monotonic() - began, violations=check_counts(name, port))
+        report = Report(seconds=time.monotonic() - began, violations=check_counts(name, plan.port))
     finally:
         Connection.close()
     for worker in workers:
-        units = [(u.number, u.rows if u.counted else -1, u.outcome) for u in worker.units]
+        units = [(u.number, u.rows if u.counted else -1, u.outcome, ", ".join(u.trail)) for u in worker.units]
         report.add(Report(worker.events, worker.violations, units))
     return report
 
 
-def work_in_processes(plan: Plan, port: int) -> Report:
+def work_in_processes(plan: Plan) -> Report:
     """Run each of the plan's workers in a process of its own."""
     report = Report()
     share = plan.blocks // plan.workers
@@ -364,7 +401,7 @@ def work_in_processes(plan: Plan, port: int) -> Report:
     for number in range(plan.workers):
         blocks = plan.blocks - share * (plan.workers - 1) if number == 0 else share
         part = asdict(replace(plan, workers=1, first=number, blocks=blocks))
-        command = [sys.executable, __file__, "--part", json.dumps(part), "--port", str(port)]
+        command = [sys.executable, __file__, "--part", json.dumps(part)]
         children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     for child in children:
         output, _ = child.communicate()
@@ -410,7 +447,7 @@ def check_counts(name: str, port: int) -> list[str]:
     return found
 
 
-def verdict(admin: psycopg.Connection[Any], units: list[tuple[int, int, str]]) -> list[str]:
+def verdict(admin: psycopg.Connection[Any], units: list[tuple[int, int, str, str]]) -> list[str]:
     """Return what a superuser finds wrong in what was written."""
     found = []
     for table, clean in (("docs", "tenant = writer AND tenant = seen"), ("journal", "writer = seen")):
@@ -418,22 +455,23 @@ def verdict(admin: psycopg.Connection[Any], units: list[tuple[int, int, str]]) -
         found += [f"{table} has {row}" for row in admin.execute(query.encode())]
     query = "SELECT unit, count(*) FROM journal WHERE unit IS NOT NULL GROUP BY unit"
     there = dict(admin.execute(query.encode()).fetchall())
-    for number, rows, outcome in units:
+    for number, rows, outcome, trail in units:
         allowed = {"committed": {rows}, "none": {0}, "unknown": {0, rows}}[outcome]
-        if rows >= 0 and there.get(number, 0) not in allowed:
-            found.append(f"transaction {number}: {outcome}, {rows} written, {there.get(number, 0)} are there")
+        if rows >= 0 and (count := there.get(number, 0)) not in allowed:
+            found.append(f"transaction {number}: {outcome}, {rows} written, {count} are there: {trail}")
     return found
 
 
 def run(plan: Plan, node: Node) -> Report:
     """Run a plan against a server, and hold what came of it against the oracle."""
+    plan = replace(plan, port=node.port)
     with node.connect() as admin:
         admin.execute(SCHEMA.encode())
         with Nemesis(node, plan.seed) as nemesis:
             if plan.mode == "threaded" or plan.workers == 1:
-                report = work(plan, node.port, nemesis.workers)
+                report = work(plan, nemesis.workers)
             else:
-                report = work_in_processes(plan, node.port)
+                report = work_in_processes(plan)
         report.add(Report(nemesis.events, verdict(admin, report.units)))
     return report
 
@@ -447,10 +485,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of what is random (the time)")
     parser.add_argument("--mode", choices=("threaded", "non-threaded", "both"), default="both")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        print(json.dumps(asdict(work(Plan(**json.loads(options.part)), options.port, []))))
+        print(json.dumps(vars(work(Plan(**json.loads(options.part)), []))))
         return 0
     failed = False
     modes = ("threaded", "non-threaded") if options.mode == "both" else (options.mode,)
@@ -464,7 +501,7 @@ def main() -> int:
             for what, count in report.events.most_common():
                 print(f"  {count:9} {what}")
             print(f"  {len(report.violations):9} violations")
-            for violation in report.violations[:2000]:
+            for violation in report.violations[:20]:
                 print(f"\n{violation}")
     return int(failed)
 

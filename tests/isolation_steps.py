@@ -37,6 +37,7 @@ LEFT_BEHIND = [
     "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY, ISOLATION LEVEL SERIALIZABLE",
     "SET client_encoding = 'LATIN1'",
     "PREPARE mine AS SELECT 1",
+    "DEALLOCATE ALL",
     "DECLARE mine CURSOR WITH HOLD FOR SELECT 1",
     "LISTEN news",
     "SELECT pg_advisory_lock_shared(1)",
@@ -82,6 +83,7 @@ class Unit:
     """One transaction: at the end all of its rows are there, or none."""
 
     number: int
+    trail: list[str]  # of its block: what it did
     rows: int = 0
     outcome: str = "none"  # committed: all of them; unknown: all or none
     counted: bool = True  # false where an interrupt came between a row and its counting
@@ -140,13 +142,14 @@ class Scene:
             unit.outcome = "unknown"
         try:
             yield
+            if unit is not None:
+                unit.outcome = "committed"
         except DBQueryError as error:
             if unit is not None and not error.maybe_committed:
                 unit.outcome = "none"
             raise
-        if unit is not None:
-            unit.outcome = "committed"
-        self.unit = self.new_unit() if self.manual else None
+        finally:
+            self.unit = self.new_unit() if self.manual else None
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -285,11 +288,11 @@ def pipeline(s: Scene) -> None:
     read(s)  # after a stream(), libpq gives the first result of a pipeline row by row
     with s.db.connection.pipeline():
         cursors = [s.db.query(READ_NOW), s.db.query(NOTE, s.mark), s.db.query(READ, (1,))]
+        s.wrote()
         s.hazard()
         if s.random.random() < 0.3:
             with suppress(psycopg.errors.DivisionByZero):
                 s.db.query("SELECT 1 / 0").fetchone()
-    s.wrote()
     for cursor in cursors:
         s.check(cursor)
 
@@ -308,6 +311,25 @@ def raw(s: Scene) -> None:
     with connection.cursor(row_factory=psycopg.rows.dict_row) as cursor:
         assert cursor.execute("SELECT 1 AS one").fetchone() == {"one": 1}
     s.check(connection.cursor(binary=True).execute(READ, (1,), prepare=True))
+
+
+def cursor_of_psycopg(s: Scene) -> None:
+    """Use a cursor that is not the block's: refused, or it has the tenant."""
+    kind = s.random.choice((psycopg.Cursor, psycopg.ClientCursor, psycopg.RawCursor))
+    with suppress(psycopg.NotSupportedError):
+        s.check(kind(s.db.connection).execute(READ_NOW))
+
+
+def commit_in_pipeline(s: Scene) -> None:
+    """End the transaction inside a pipeline: refused, since what follows would have no tenant."""
+    before = s.unit
+    read(s)  # as in pipeline()
+    with s.db.connection.pipeline():
+        with suppress(psycopg.NotSupportedError), s.ending():
+            s.random.choice((s.db.commit, lambda: s.db.query("COMMIT")))()
+        cursor = s.db.query(READ_NOW)
+    s.check(cursor)
+    s.unit = before
 
 
 # The transaction.
@@ -408,6 +430,8 @@ STEPS: dict[Callable[[Scene], None], int] = {
     pipeline: 2,
     named_cursor: 1,
     raw: 2,
+    cursor_of_psycopg: 1,
+    commit_in_pipeline: 1,
     commit: 3,
     commit_and_chain: 1,
     roll_back: 2,
@@ -415,6 +439,10 @@ STEPS: dict[Callable[[Scene], None], int] = {
     become_another: 2,
     leave_something: 2,
 }
+
+
+SESSION = {leave_something}
+"""Steps that change the session itself, which no pooler gives back as it was."""
 
 
 def mistakes(group: str, tenant: str, other: str) -> None:

@@ -171,6 +171,18 @@ def test_a_named_cursor_of_an_autocommit_block_asks_for_a_transaction(start: Any
             named.execute("SELECT 1")
 
 
+def test_a_stream_left_open_cannot_roll_back_the_next_block(start: Any) -> None:
+    start(connection_count=1, settings={"work_mem": "5MB"})
+    with pytest.raises(pgdbpool.TransactionAbortedError, match="under way"), Handler("auto", tenant=A) as db:
+        left = db.connection.cursor().stream("SELECT 1")
+        next(left)
+    with Handler("auto", tenant=A) as db, db.transaction():
+        db.query("UPDATE docs SET body = 'kept'")
+        left.close()
+    with Handler("auto", tenant=A) as db:
+        assert db.query("SELECT count(*) FROM docs WHERE body = 'kept'").fetchone()[0] == 3
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_no_statement_of_a_string_runs_after_the_tenants_transaction(start: Any, group: str) -> None:
     start()

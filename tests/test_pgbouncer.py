@@ -1,0 +1,233 @@
+"""Behind PgBouncer in transaction mode nothing counts on the session, and nothing is left in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from isolation import Plan, run
+from pgbouncer import PROGRAM, PgBouncer
+from proxy import Proxy
+from support import config, server, wait_for
+
+import pgdbpool
+from pgdbpool import Connection, Handler
+
+A, B = "a", "b"
+MODES = ["threaded", "non-threaded"]
+GROUPS = ["auto", "manual"]
+
+with_pgbouncer = pytest.mark.skipif(PROGRAM is None, reason="PgBouncer is not installed")
+
+
+@pytest.fixture
+def bouncer(known_cluster: Any) -> Iterator[Callable[..., PgBouncer]]:
+    """A function that starts PgBouncer before a primary that has a table of two tenants."""
+    known_cluster.primary.execute("""
+        CREATE ROLE app LOGIN;
+        CREATE TABLE accounts (id serial PRIMARY KEY, tenant text NOT NULL, balance int DEFAULT 100);
+        INSERT INTO accounts (tenant) SELECT t FROM unnest(ARRAY['a', 'b']) t, generate_series(1, 3);
+        ALTER TABLE accounts ENABLE ROW LEVEL SECURITY;
+        ALTER TABLE accounts FORCE ROW LEVEL SECURITY;
+        CREATE POLICY own ON accounts USING (tenant = NULLIF(current_setting('app.tenant', true), ''));
+        GRANT ALL ON accounts TO app;
+    """)
+    running: list[PgBouncer] = []
+
+    def start(pool_size: int = 1) -> PgBouncer:
+        running.append(PgBouncer(known_cluster.primary, ("app",), pool_size).__enter__())
+        return running[-1]
+
+    yield start
+    Connection.reset()
+    for each in running:
+        each.__exit__()
+
+
+def init(address: Any, mode: str = "threaded", pooler: str | None = "transaction", **changes: Any) -> None:
+    """Initialise groups `auto` and `manual` at an address."""
+    entry = server(address, user="app", pooler=pooler, query_timeout=changes.pop("query_timeout", 5000))
+    tenant = {"setting": "app.tenant", "required": False}
+    auto = {"connection_count": 3, "min_size": 1, "timeout": 5, "tenant": tenant, **changes}
+    Connection.init(config([entry], mode, auto=auto, manual={**auto, "autocommit": False}))
+
+
+def seen(db: Handler) -> Any:
+    return db.query(
+        "SELECT array_agg(DISTINCT tenant), current_setting('app.tenant') FROM accounts"
+    ).fetchone()
+
+
+@with_pgbouncer
+def test_tenants_are_kept_apart_over_two_sessions_that_all_share(known_cluster: Any) -> None:
+    with PgBouncer(known_cluster.primary, ("postgres", "app"), pool_size=2) as pooled:
+        plan = Plan("threaded", blocks=600, workers=6, tenants=20, seed=1, pooler=pooled.port)
+        report = run(plan, known_cluster.primary)
+    assert report.violations == []
+    assert report.events["blocks"] == 600
+    assert report.events["statements checked"] > 1000
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+def test_it_takes_the_round_trips_that_it_takes_without(bouncer: Any, known_cluster: Any, mode: str) -> None:
+    counts = {}
+    for pooler, address in (("transaction", bouncer()), (None, known_cluster.primary)):
+        with Proxy(address.host, address.port) as proxy:
+            init(proxy_address(proxy), mode, pooler, prepare_threshold=None)
+            counts[pooler] = list(count(proxy))
+            Connection.close()
+    assert counts["transaction"] == counts[None] == [1, 3, 2, 4, 5, 2, 1]
+
+
+def count(proxy: Proxy) -> Iterator[int]:
+    """Yield how many round trips some blocks take."""
+    for group, n in (("auto", 1), ("auto", 3), ("manual", 1), ("manual", 3)):
+        proxy.reset_counts()
+        with Handler(group, tenant=A) as db:
+            for _ in range(n):
+                assert seen(db) == ([A], A)
+        yield proxy.syncs
+    proxy.reset_counts()
+    with Handler("manual", tenant=A) as db:
+        db.query("UPDATE accounts SET balance = balance + 1")
+        db.commit()
+        for _ in range(2):
+            assert seen(db) == ([A], A)
+    yield proxy.syncs
+    proxy.reset_counts()
+    with Handler("auto", tenant=A, settings={"work_mem": "5MB"}) as db:
+        assert db.query("SHOW work_mem").fetchone()[0] == "5MB"
+        assert seen(db) == ([A], A)
+    yield proxy.syncs
+    proxy.reset_counts()
+    with Handler("auto") as db:
+        assert seen(db) == (None, "")
+    yield proxy.syncs
+
+
+def proxy_address(proxy: Proxy) -> Any:
+    """Return the proxy as what `support.server` takes for an address."""
+
+    class Address:
+        host, port = "127.0.0.1", proxy.port
+
+    return Address
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+def test_a_block_is_a_transaction(bouncer: Any, mode: str) -> None:
+    init(bouncer(), mode)
+    with Handler("manual", tenant=A) as db:
+        db.query("UPDATE accounts SET balance = 1")
+        db.rollback()
+        db.query("UPDATE accounts SET balance = balance + 5")
+    with pytest.raises(psycopg.errors.DivisionByZero), Handler("manual", tenant=A) as db:
+        db.query("UPDATE accounts SET balance = 1")
+        db.query("SELECT 1 / 0")
+    with Handler("auto", tenant=A) as db, db.transaction():
+        db.query("UPDATE accounts SET balance = balance + 5")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege), db.transaction():
+            db.query("INSERT INTO accounts (tenant) VALUES ('b')")
+    for tenant, balance in ((A, 110), (B, 100)):
+        with Handler("manual", tenant=tenant) as db:
+            assert {row["balance"] for row in db.query("SELECT balance FROM accounts")} == {balance}
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_a_block_is_left_in_the_session_that_others_get(bouncer: Any, mode: str) -> None:
+    pooled = bouncer()
+    init(pooled, mode, settings={"work_mem": "5MB"}, query_timeout=3000)
+    with pooled.connect() as other:
+        pid, *before = other.execute(LEFT).fetchone()
+        for group in GROUPS:
+            for _ in range(10):
+                with Handler(group, tenant=A) as db:
+                    assert seen(db) == ([A], A)
+                    assert db.query(LEFT).fetchone() == (pid, A, "3s", "5MB", 0)  # one session for all
+                    db.query("SELECT %s; SELECT %s", (1, 2))
+                    db.connection.cursor().executemany("SELECT %s", [(1,), (2,)])
+                assert other.execute(LEFT).fetchone() == (pid, *["", *before[1:]])
+
+
+LEFT = """SELECT pg_backend_pid(), coalesce(current_setting('app.tenant', true), ''),
+                 current_setting('statement_timeout'), current_setting('work_mem'),
+                 (SELECT count(*)::int FROM pg_prepared_statements)"""
+
+
+@with_pgbouncer
+def test_statements_are_prepared_only_where_one_asks_for_it(bouncer: Any) -> None:
+    pooled = bouncer()
+    init(pooled, prepare_threshold=1, connection_count=1)
+    with pooled.connect() as other:
+        with Handler("auto", tenant=A) as db:
+            for _ in range(3):
+                db.query("SELECT 1")
+        assert other.execute(LEFT).fetchone()[-1] > 0
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_statement_has_its_time(bouncer: Any, mode: str, group: str) -> None:
+    pooled = bouncer()
+    init(pooled, mode, query_timeout=50)
+    with pytest.raises(psycopg.errors.QueryCanceled), Handler(group, tenant=A) as db:
+        db.query("SELECT pg_sleep(5)")
+    with pytest.raises(psycopg.errors.QueryCanceled), Handler(group) as db:
+        db.query("SELECT 1; SELECT pg_sleep(5)")
+    with Handler(group, settings={"statement_timeout": "5s"}) as db:
+        db.query("SELECT pg_sleep(0.1)")
+    with pooled.connect() as other:
+        assert other.execute("SHOW statement_timeout").fetchone() == ("0",)
+
+
+@with_pgbouncer
+def test_nothing_is_asked_for_at_start_up(bouncer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pooled = bouncer()
+    monkeypatch.setenv("PGOPTIONS", "-c work_mem=7MB")
+    with pytest.raises(psycopg.OperationalError, match="startup parameter"):
+        pooled.connect()
+    init(pooled)
+    with Handler("auto", tenant=A) as db:
+        assert seen(db) == ([A], A)
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ping", ["auto", "always"])
+def test_a_restart_of_pgbouncer_costs_no_error(bouncer: Any, mode: str, ping: str) -> None:
+    pooled = bouncer()
+    init(pooled, mode, ping=ping, min_size=3)
+    for _ in range(3):
+        for group in GROUPS:
+            for tenant in (A, B):
+                with Handler(group, tenant=tenant) as db:
+                    assert seen(db) == ([tenant], tenant)
+        wait_for(
+            lambda: all(
+                group.idle == 3 or mode != "threaded" for group in Connection.status().groups.values()
+            )
+        )
+        pooled.restart()
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("db.options", {"options": {"work_mem": "5MB"}}),
+        ("db.session_tmp_buffer", {"session_tmp_buffer": 8}),
+        ("db.conninfo", {"conninfo": "options='-c work_mem=5MB'"}),
+        ("groups.g.sqlprepare", {}),
+    ],
+)
+def test_what_needs_a_session_is_refused_before_anything_is_opened(key: str, changes: dict[str, Any]) -> None:
+    entry = {"host": "127.0.0.1", "name": "postgres", "pooler": "transaction", **changes}
+    group = {"connection_count": 1, "sqlprepare": not changes}
+    with pytest.raises(pgdbpool.ConfigError, match=key.replace(".", r"\.")) as caught:
+        Connection.init({"db": entry, "groups": {"g": group}})
+    assert [problem.path for problem in caught.value.problems] == [key]
