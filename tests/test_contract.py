@@ -799,3 +799,38 @@ def test_a_foreign_servers_connection_error_is_not_our_loss(start: Any) -> None:
             db.query("DO $$ BEGIN RAISE SQLSTATE '08006'; END $$")
         assert not isinstance(caught.value, pgdbpool.ConnectionLostError)
         assert pid_of(db) == pid
+
+
+def test_a_cursor_that_the_block_did_not_make_cannot_go_round_it(start: Any, admin: Any) -> None:
+    start()
+    with Handler("manual") as db:
+        foreign = psycopg.ClientCursor(db.connection)
+        with pytest.raises(psycopg.NotSupportedError, match=r"db\.connection\.cursor"):
+            foreign.execute("INSERT INTO t VALUES (1)")
+        db.query("INSERT INTO t VALUES (2)")
+        foreign.execute("INSERT INTO t VALUES (%s)", (3,))  # in the block's transaction now
+        assert values(admin) == []
+    with pytest.raises(psycopg.InterfaceError):
+        foreign.execute("INSERT INTO t VALUES (4)")
+    assert values(admin) == [2, 3]
+
+
+def test_a_commit_in_text_of_a_failed_transaction_raises(start: Any, admin: Any) -> None:
+    start()
+    with Handler("manual") as db:
+        db.query("INSERT INTO t VALUES (1)")
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            db.query("SELECT 1 / 0")
+        with pytest.raises(pgdbpool.TransactionAbortedError):
+            db.query("COMMIT")
+    assert values(admin) == []
+
+
+def test_a_statement_inside_an_open_stream_is_refused_instead_of_hanging(start: Any) -> None:
+    start()
+    with Handler("auto") as db:
+        rows = db.connection.cursor().stream("SELECT generate_series(1, 3)")
+        next(rows)
+        with pytest.raises(psycopg.ProgrammingError, match="still open"):
+            db.query("SELECT 1")
+        rows.close()
