@@ -47,7 +47,7 @@ HOST = Node.host
 SCHEMA = """
     DROP TABLE IF EXISTS docs, journal CASCADE;
     DROP SCHEMA IF EXISTS shadow;
-    DROP FUNCTION IF EXISTS note_tenant, remember;
+    DROP FUNCTION IF EXISTS note_tenant, remember, forget;
     DROP ROLE IF EXISTS app, peeker;
     CREATE ROLE peeker BYPASSRLS;
     CREATE ROLE app LOGIN IN ROLE peeker;
@@ -60,6 +60,7 @@ SCHEMA = """
     CREATE TRIGGER note_tenant BEFORE INSERT OR UPDATE ON docs FOR EACH ROW EXECUTE FUNCTION note_tenant();
     CREATE FUNCTION remember(text) RETURNS text LANGUAGE sql AS
         $$ SELECT set_config('app.tenant', $1, false) $$;
+    CREATE FUNCTION forget() RETURNS void LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$;
     ALTER TABLE docs ENABLE ROW LEVEL SECURITY;
     ALTER TABLE docs FORCE ROW LEVEL SECURITY;
     CREATE POLICY own ON docs USING (tenant = NULLIF(current_setting('app.tenant', true), ''));
