@@ -196,27 +196,36 @@ class Group:
     def checkin(self, conn: PooledConnection) -> None:
         """Take a connection back: idle and clean it is lent again, else it is closed and replaced."""
         conn.block = None
-        if (block := self._lent.pop(conn, None)) is None:
-            return  # of a parent process, or back already
-        block.conn = None
+        try:
+            if (block := self._lent.pop(conn, None)) is None:
+                return  # of a parent process, or back already
+            block.conn = None
+            reason = self._reason_to_close(conn)
+            if reason is None:
+                self._pool.give(conn)
+                return
+            self._drop(conn, reason)
+        except BaseException:
+            if conn.lent:  # interrupted before the pool had it
+                self._drop(conn, "interrupted")
+            raise
+        self._pool.refill()
+
+    def _reason_to_close(self, conn: PooledConnection) -> str | None:
         now = conn.used_at = monotonic()
         if conn.pgconn.transaction_status != IDLE:
-            reason = "lost" if conn.closed else "not idle"
-        elif now >= conn.expires_at:
-            reason = "expired"
-        elif conn.holder or ((conn.touched or conn.altered) and not self._tidied(conn)):
-            reason = "not clean"
-        elif conn.endpoint.state is not State.UP:
-            reason = conn.endpoint.state.value
-        elif self._uneven and self._moves(conn, now):
-            reason = "rebalanced"
-        else:
-            if self._always_clean and not conn.local:
-                conn.stale = True
-            self._pool.give(conn)
-            return
-        self._drop(conn, reason)
-        self._pool.refill()
+            return "lost" if conn.closed else "not idle"
+        if now >= conn.expires_at:
+            return "expired"
+        if conn.holder or ((conn.touched or conn.altered) and not self._tidied(conn)):
+            return "not clean"
+        if conn.endpoint.state is not State.UP:
+            return conn.endpoint.state.value
+        if self._uneven and self._moves(conn, now):
+            return "rebalanced"
+        if self._always_clean and not conn.local:
+            conn.stale = True
+        return None
 
     def _tidied(self, conn: PooledConnection) -> bool:
         if self.config.reset == "never":

@@ -97,7 +97,7 @@ class Handler:
             if block.conn is not None:
                 self._group.checkin(block.conn)
             block.open = False
-            block.watch = self._conn = None
+            block.watch = block.failure = self._conn = None  # an error kept here would be kept by a cycle
 
     def __repr__(self) -> str:
         state = "open" if self._block is not None and self._block.open else "closed"

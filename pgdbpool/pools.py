@@ -280,6 +280,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             waiter = self._queue[0]
             served = waiter.got is None
             if served:
+                got.lent = False
                 waiter.got = got
             try:
                 waiter.wake.release()
@@ -294,6 +295,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         with self._lock:
             if not self._closed:
                 if not self._serve(conn):
+                    conn.lent = False  # in one breath with the next: nothing can interrupt between
                     self._pool.append(conn)
                 return
         self._close_connection(conn)
@@ -406,6 +408,7 @@ class LockFreePool:
         if self._closed:
             conn.retire()
             return
+        conn.lent = False
         self._idle.append(conn)
         if self._max_idle and conn.used_at >= self._shrink_at:
             self._shrink(conn.used_at)

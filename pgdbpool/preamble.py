@@ -122,6 +122,7 @@ class Block:
             self._set, self._all = None, NOTHING
         if self.patience != KEEP:
             conn.patience, conn.altered = self.patience, True
+        conn.lent = True
         conn.block = self
         self.conn = conn
 

@@ -62,11 +62,12 @@ _ATTRIBUTES = (
 class Slot:
     """The right to one connection of a pool, taken for as long as the object lives."""
 
-    __slots__ = ("__weakref__", "endpoint")
+    __slots__ = ("__weakref__", "endpoint", "lent")
 
     def __init__(self) -> None:
         self.endpoint: Endpoint | None = None
         """Where its connection is, or is being opened to."""
+        self.lent = False
 
 
 class PooledConnection(psycopg.Connection[Any]):
@@ -78,6 +79,8 @@ class PooledConnection(psycopg.Connection[Any]):
 
     endpoint: Endpoint
     slot: Slot | None = None
+    lent: bool = False
+    """Whether it is neither the pool's nor in the hands of who takes it from there."""
     block: Block | None = None
     patience: float | None = None
     """Seconds that one wait for the server may take; None for no bound."""
@@ -215,7 +218,7 @@ class PooledConnection(psycopg.Connection[Any]):
         patience = self.patience if timeout is None else timeout
         status = self.pgconn.transaction_status
         try:
-            return super().wait(gen, interval, patience)
+            result = super().wait(gen, interval, patience)
         except _WaitTimeout:
             if timeout is not None:
                 raise  # the caller's own deadline, not the statement's
@@ -227,6 +230,10 @@ class PooledConnection(psycopg.Connection[Any]):
                 self.close()  # psycopg could not end what was under way: where that stands is not known
             self._note_loss(interruption, status)
             raise
+        if self.closed:
+            # psycopg keeps to itself what goes wrong while it rolls back to a savepoint.
+            self._note_loss(psycopg.OperationalError("the connection was lost in a rollback"), status)
+        return result
 
     def _note_loss(self, error: BaseException, status: int) -> None:
         """Where the connection was lost, note in the block what was lost with it."""
@@ -290,6 +297,10 @@ class PooledConnection(psycopg.Connection[Any]):
             yield
         finally:
             self.holder = 0
+            if self.pgconn.transaction_status == ACTIVE and not self._pipeline:
+                # Interrupted again, while psycopg was ending what was under way.
+                self.close()
+                self._note_loss(psycopg.OperationalError("interrupted in a stream or COPY"), ACTIVE)
 
     @contextmanager
     def waiting_for(self, statements: int) -> Iterator[None]:
