@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +30,10 @@ from .errors import (
     UnsafeRoleError,
 )
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
-from .preamble import BEGIN, GRACE, IDLE, KEEP, Block, set_local
+from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .session import PooledConnection, Slot
 from .stats import GroupStatus
-from .tenant import Bound, bind_settings, bind_tenant, milliseconds
+from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
 
 if TYPE_CHECKING:
     from .config import GroupConfig
@@ -45,6 +46,11 @@ MOVE_EVERY = 0.2
 
 CONCLUSIVE = 1.0
 """Seconds without an answer to a connect after which a server counts as down, if not less was allowed."""
+
+REMEMBERED = 1000
+"""Tenants whose binding a group remembers."""
+
+_REMEMBERED = (str, int, uuid.UUID)
 
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
@@ -99,6 +105,8 @@ class Group:
         """Whether the interpreter is about to exit."""
         self._uneven = False
         self._warned = ""
+        self._bindings: dict[tuple[type, Any], Binding] = {}
+        """What tenants that were seen bind: the same values again cost one look."""
         self._move_at = 0.0
         self._refill_at = 0.0
         # What a checkout reads, as plain attributes.
@@ -134,26 +142,41 @@ class Group:
 
     # Lending.
 
-    def bind(
-        self, tenant: Any, override: bool, settings: Mapping[str, Any] | None
-    ) -> tuple[Bound, float | None]:
-        """Return what a block binds, tenant and settings, and how long its statements may take.
+    def bind(self, tenant: Any, override: bool, settings: Mapping[str, Any] | None) -> Binding:
+        """Return what a block binds: its tenant, and its and the group's settings.
 
         :raises TenantRequiredError: the group requires a tenant and there is none.
         :raises TenantConflictError: another tenant is the current one.
         :raises SettingError: a value or a name that cannot be bound.
         """
-        if self._plain and tenant is None and not settings:
-            return (), KEEP
+        if settings or override:
+            return self._bind(tenant, override, settings or {})
+        if self._plain and tenant is None:
+            return UNBOUND
+        current = current_tenant()
+        chosen = current if tenant is None else tenant
+        if type(chosen) not in _REMEMBERED or (tenant is not None and current is not None):
+            return self._bind(tenant, override, {})
+        key = (type(chosen), chosen)  # 1, True and 1.0 are equal, and not the same
+        binding = self._bindings.get(key)
+        if binding is None:
+            binding = self._bind(tenant, override, {})
+            if len(self._bindings) >= REMEMBERED:
+                self._bindings.clear()
+            if len(str(chosen)) <= 100:
+                self._bindings[key] = binding
+        return binding
+
+    def _bind(self, tenant: Any, override: bool, settings: Mapping[str, Any]) -> Binding:
         bound = bind_tenant(self.config.tenant, self.name, tenant, override)
         if not settings:
-            return bound + self._ordered, self._patience
+            return Binding(bound + self._ordered, self._patience)
         own = dict(bind_settings(settings))
         if taken := {name.lower() for name, _ in bound}.intersection(map(str.lower, own)):
             raise SettingError(f"{', '.join(taken)} is the tenant's: pass tenant= instead of settings=")
         names = set(map(str.lower, own))
         merged = tuple(pair for pair in self._settings if pair[0].lower() not in names) + tuple(own.items())
-        return bound + _role_last(merged), _patience(merged)
+        return Binding(bound + _role_last(merged), _patience(merged))
 
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
         """Lend a working connection to the block, within the timeout (seconds).
@@ -220,7 +243,7 @@ class Group:
         if conn.holder or ((conn.touched or conn.altered) and not self._tidied(conn)):
             return "not clean"
         if conn.endpoint.state is not State.UP:
-            return conn.endpoint.state.value
+            return str(conn.endpoint.state.value)
         if self._uneven and self._moves(conn, now):
             return "rebalanced"
         if self._always_clean and not conn.local:

@@ -74,8 +74,8 @@ class Handler:
             raise BlockClosedError("a Handler opens one block: make another Handler for the next")
         group = self._group = Connection.group(self._group.name)  # the process may have been forked
         caller = sys._getframe(1)
-        settings, patience = group.bind(self._tenant, self._override, self._settings)
-        block = Block(group.manual, settings, (caller.f_code, caller.f_lineno), patience)
+        binding = group.bind(self._tenant, self._override, self._settings)
+        block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
         # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler
         # still gives its connection back: by a weak reference and not by __del__, which would run at
         # the end of each block and swallow an interruption there.

@@ -65,21 +65,31 @@ def set_local(settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
     return ((f"SELECT {calls}".encode(), values),)
 
 
+class Binding:
+    """What a block binds, and the command that does it; shared by all blocks of the same tenant."""
+
+    __slots__ = ("begin_and_set", "patience", "set", "settings")
+
+    def __init__(self, settings: Bound, patience: float | None = KEEP) -> None:
+        self.settings = settings
+        self.patience = patience
+        """Seconds that the client waits for a statement; None for no bound."""
+        self.set = set_local(settings)
+        self.begin_and_set = BEGIN + self.set
+
+
+UNBOUND = Binding(())
+
+
 class Block:
     """One `with` block: what its statements need first, and who opened it where."""
 
     __slots__ = (
-        "_all", "_set", "conn", "failure", "lost", "manual", "open", "own_settings", "patience", "place",
-        "settings", "since", "thread", "watch",
+        "_all", "_set", "binding", "conn", "failure", "lost", "manual", "open", "place", "settings", "since",
+        "thread", "watch",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        manual: bool,
-        settings: Bound,
-        place: tuple[CodeType, int],
-        patience: float | None = KEEP,
-    ) -> None:
+    def __init__(self, manual: bool, binding: Binding, place: tuple[CodeType, int]) -> None:
         self.open = True
         self.watch: ref[Any] | None = None
         """Tells when its Handler is dropped."""
@@ -90,10 +100,11 @@ class Block:
         self.lost = False
         """Whether an open transaction was lost with its connection, and not yet given up."""
         self.manual = manual
-        self.settings = self.own_settings = settings
-        self.patience = patience
-        self._set: tuple[Command, ...] | None = None
-        self._all: tuple[Command, ...] = NOTHING
+        self.binding = binding
+        self.settings = binding.settings
+        """What is bound: the connection's own settings, where it has any, and the block's."""
+        self._set = binding.set
+        self._all = binding.begin_and_set if manual else binding.set
         self.since = 0.0
         self.thread = get_ident()
         self.place = place
@@ -108,20 +119,21 @@ class Block:
             elif not self.settings:
                 commands = BEGIN if self.manual else NOTHING
             else:
-                commands = self._encode(conn) if conn.touched or not self._all else self._all
+                commands = self._encode(conn) if conn.touched else self._all
             return conn.cleaning + commands if conn.stale else commands
         if conn.bound or status != INTRANS or not self.settings:
             return NOTHING
         # A transaction that the block did not begin itself, or one chained to the last.
-        return self._encode(conn)[-1:] if conn.touched or not self._set else self._set
+        return self._encode(conn)[-1:] if conn.touched else self._set
 
     def lend(self, conn: PooledConnection) -> None:
         """Take over a connection: what it must bind by itself goes before the block's settings."""
-        if conn.local or self.settings is not self.own_settings:
-            self.settings = conn.local + self.own_settings
-            self._set, self._all = None, NOTHING
-        if self.patience != KEEP:
-            conn.patience, conn.altered = self.patience, True
+        binding = self.binding
+        if conn.local or self.settings is not binding.settings or not conn.speaks_utf8:
+            self.settings = conn.local + binding.settings
+            self._encode(conn)
+        if binding.patience != KEEP:
+            conn.patience, conn.altered = binding.patience, True
         conn.lent = True
         conn.block = self
         self.conn = conn

@@ -113,6 +113,7 @@ class PooledConnection(psycopg.Connection[Any]):
     """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
     settled: dict[str, Any] | None = None
     client_encoding: bytes | None = None
+    speaks_utf8: bool = True
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def watch(self) -> None:
@@ -207,6 +208,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def settle(self) -> None:
         """Remember the connection's attributes as those that every block finds; once, when it is opened."""
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
+        self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
 
     # psycopg comes through here whenever it waits for the server: statements, COMMIT, COPY ...

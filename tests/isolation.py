@@ -79,8 +79,8 @@ EXPECTED = (
     psycopg.errors.PipelineAborted,
     psycopg.transaction.OutOfOrderTransactionNesting,  # interrupted on the way into a transaction()
 )
-# What psycopg says where it was interrupted on the way into or out of a transaction(), pipeline() or stream().
-# It says so, and the connection is closed, so nothing comes of it.
+# What psycopg says where it was interrupted on the way into or out of a transaction(), pipeline() ... It says
+# so, and the connection is closed, so nothing comes of it.
 INTERRUPTED_INSIDE = (
     "another command is already in progress",
     "within a Transaction context",
