@@ -37,7 +37,7 @@ class StartupProbe:
         params: dict[str, Any] = {o.keyword.decode(): o.val.decode() for o in defaults if o.val}
         params.update(config.conninfo_params())
         if "service" in params:
-            params.update(_service(params))
+            params.update(_service(config.conninfo_params()))  # libpq's defaults come after a service's
         self._user = str(params.get("user") or "postgres")
         self._dbname = str(params.get("dbname") or self._user)
         self._host = str(params.get("hostaddr") or params.get("host") or _SOCKET_DIRECTORY)

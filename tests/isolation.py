@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -491,6 +492,8 @@ def main() -> int:
     if options.part:
         print(json.dumps(vars(work(Plan(**json.loads(options.part)), []))))
         return 0
+    logging.disable(logging.WARNING)  # psycopg tells of each interrupted rollback
+    sys.unraisablehook = lambda _: None  # interrupts arrive in finalizers too
     failed = False
     modes = ("threaded", "non-threaded") if options.mode == "both" else (options.mode,)
     with Cluster(standbys=0, settings={"max_connections": 300}) as cluster:

@@ -1,4 +1,4 @@
-"""Tenants stay apart whatever happens: a shorter run of `isolation.py`, with the same random seed each time."""
+"""Tenants stay apart whatever happens: a shorter run of `isolation.py`, always with the same seed."""
 
 from __future__ import annotations
 
