@@ -22,6 +22,7 @@ from .errors import (
     PoolExhausted,
     PoolTimeout,
     QueryDeadlineError,
+    ReadOnlyServerError,
     SettingError,
     TargetUnavailableError,
     TenantConflictError,
@@ -30,6 +31,7 @@ from .errors import (
     TooManyWaiting,
     TransactionAbortedError,
     UnconfiguredGroupError,
+    UnknownEndpointError,
     UnsafeRoleError,
 )
 from .handler import Handler, Query
@@ -54,6 +56,7 @@ __all__ = [
     "PoolTimeout",
     "Query",
     "QueryDeadlineError",
+    "ReadOnlyServerError",
     "Row",
     "SettingError",
     "TargetUnavailableError",
@@ -63,6 +66,7 @@ __all__ = [
     "TooManyWaiting",
     "TransactionAbortedError",
     "UnconfiguredGroupError",
+    "UnknownEndpointError",
     "UnsafeRoleError",
     "__version__",
     "current_tenant",

@@ -55,6 +55,10 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
         labels = tuple(server.get("label") for server in servers)
         _check_endpoints(group.setdefault("endpoints", labels), labels, path, report)
         _check_pooler(group, servers, path, report)
+    if group.get("max_lag") and group.get("target") in ("primary", "read-write"):
+        report.add(
+            f"{path}.max_lag", f"is about standbys, and target: {group['target']} takes none; remove it"
+        )
     if "tenant" in group:
         group["tenant"] = _tenant(group["tenant"], f"{path}.tenant", report)
     group["settings"] = MappingProxyType(group.get("settings", {}))

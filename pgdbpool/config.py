@@ -26,6 +26,8 @@ from .kinds import (
     Integer,
     Label,
     Labels,
+    LagLimit,
+    MaxLag,
     Milliseconds,
     Seconds,
     Secret,
@@ -48,6 +50,14 @@ Verify = Literal["error", "warn", "off"]
 
 HOUR, DAY, YEAR = 3600, 86_400, 31_536_000
 CONNECTION_COUNT = 10
+
+KEEPALIVES: dict[str, str | int] = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""What finds a network that is gone where nothing else does; Linux alone takes 15 minutes to 2 hours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +172,7 @@ class EndpointConfig:
         Key(
             Seconds(32_767, zero="the system's", whole=True),
             "Silence before the first keepalive.",
+            default=f"``{KEEPALIVES['keepalives_idle']}`` s",
             libpq="keepalives_idle",
         ),
     ] = None
@@ -170,6 +181,7 @@ class EndpointConfig:
         Key(
             Seconds(32_767, zero="the system's", whole=True),
             "Time between keepalives that are not answered.",
+            default=f"``{KEEPALIVES['keepalives_interval']}`` s",
             libpq="keepalives_interval",
         ),
     ] = None
@@ -178,6 +190,7 @@ class EndpointConfig:
         Key(
             Integer(0, 127, zero="the system's"),
             "Unanswered keepalives after which the connection is lost.",
+            default=f"``{KEEPALIVES['keepalives_count']}``",
             libpq="keepalives_count",
         ),
     ] = None
@@ -186,6 +199,7 @@ class EndpointConfig:
         Key(
             Milliseconds(zero="the system's"),
             "Time that data may stay unacknowledged before the connection is lost.",
+            default=f"``{KEEPALIVES['tcp_user_timeout']}`` ms",
             libpq="tcp_user_timeout",
         ),
     ] = None
@@ -198,6 +212,8 @@ class EndpointConfig:
         params: dict[str, str | int] = {**conninfo_parts(self.conninfo)} if self.conninfo else {}
         params.pop("options", None)
         params.setdefault("fallback_application_name", "pgdbpool")
+        if not str(self.host or params.get("host") or "").startswith(("/", "@")):
+            params = {**KEEPALIVES, **params}
         for setting in ENDPOINT_KEYS.values():
             value = getattr(self, setting.field)
             if setting.key.libpq and value is not None:
@@ -313,6 +329,17 @@ class GroupConfig:
             "Which servers take the group's connections, by the role that they have at the time.",
         ),
     ] = "any"
+    max_lag: Annotated[
+        MaxLag | None,
+        Key(
+            LagLimit(),
+            "How far a standby may be behind the primary; one that is further behind gets no connection of "
+            "the group until it has caught up to half of that. The primary must be among the servers. It is "
+            "measured about twice a second, over one more connection to each server.",
+            default="no limit",
+            nullable=False,
+        ),
+    ] = None
     balance: Annotated[
         Balance,
         Key(Word(get_args(Balance)), "How the next connection's server is chosen; weights count in each."),
@@ -414,6 +441,11 @@ class GroupConfig:
             "may have left something in it, ``always``, or ``never``.",
         ),
     ] = "auto"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the group wants servers that take writes."""
+        return self.target in ("primary", "read-write")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

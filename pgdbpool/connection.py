@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from time import monotonic
+from time import monotonic, sleep
 from typing import IO, TYPE_CHECKING, Any
 
 import psycopg
 
 from . import rows
 from .config import Config
-from .endpoint import Endpoint
-from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError
+from .endpoint import Endpoint, Role, State
+from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError
 from .group import Group
-from .monitor import Prober
+from .monitor import Monitor
+from .observer import LOOK_TIMEOUT, Observer
 from .probe import StartupProbe
 from .sources import load
 from .stats import EndpointStatus, Status
 
 if TYPE_CHECKING:
     from .rls import Audit
+
+logger = logging.getLogger("pgdbpool")
 
 _ROW_FACTORIES: dict[Any, Any] = {
     "row": rows.row,
@@ -39,7 +43,6 @@ class _Pools:
     def __init__(self, config: Config) -> None:
         self.config = config
         lock_free = config.type == "non-threaded"
-        self.prober = Prober(threaded=not lock_free)
         self.endpoints = {e.label: Endpoint(e) for e in config.endpoints}
         self.groups = {
             name: Group(
@@ -47,26 +50,50 @@ class _Pools:
                 [self.endpoints[label] for label in group.endpoints],
                 lock_free=lock_free,
                 row_factory=_ROW_FACTORIES.get(group.row_factory, group.row_factory),
-                probe=self._probe if lock_free else None,
+                probe=self._step if lock_free else None,
             )
             for name, group in config.groups.items()
         }
+        self.monitor = Monitor(Observer(self.groups.values()), threaded=not lock_free)
         for endpoint in self.endpoints.values():
             endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
             endpoint.on_down = self._went_down
             endpoint.on_up = self._came_up
+            endpoint.on_seen = self._seen
 
-    def _probe(self) -> None:
-        self.prober.step()
+    def _step(self) -> None:
+        self.monitor.step()
 
     def _went_down(self, endpoint: Endpoint) -> None:
         for group in endpoint.groups:
-            group.drop_idle(endpoint)
-        self.prober.watch(endpoint)
+            group.drop_idle(endpoint, f"endpoint {endpoint.state.value}")
+        if endpoint.state is not State.DRAINING:
+            self.monitor.prober.watch(endpoint)
+            self.monitor.wake()
 
     def _came_up(self, endpoint: Endpoint) -> None:
         for group in endpoint.groups:
             group.welcome()
+        self.monitor.wake()
+
+    def _seen(self, endpoint: Endpoint) -> None:
+        """Hold the timelines of the servers that write against each other."""
+        if self.monitor.observer.needed:
+            self.monitor.wake()
+        kin = [e for e in self.endpoints.values() if e.timeline is not None and e.system == endpoint.system]
+        newest = max((e.timeline for e in kin if e.timeline is not None), default=0)
+        for other in kin:
+            outdated = other.timeline is not None and other.timeline < newest
+            if outdated and not other.outdated:
+                logger.warning(
+                    "endpoint %s is on timeline %s and another was promoted to %s: no writes go there",
+                    other.label,
+                    other.timeline,
+                    newest,
+                )
+            other.outdated = outdated
+        for group in self.groups.values():
+            group.note_timelines()
 
     def open(self) -> None:
         for group in self.groups.values():
@@ -78,9 +105,21 @@ class _Pools:
                 probe.run(endpoint.config.connect_timeout)
                 if not probe.accepting:
                     endpoint.mark_down(probe.reason)
+        self._await_lag()
+
+    def _await_lag(self) -> None:
+        """Wait until the lag of the standbys is known that a group limits."""
+        limited = [e for g in self.groups.values() if g.config.max_lag for e in g.endpoints]
+        deadline = monotonic() + LOOK_TIMEOUT
+        while monotonic() < deadline and any(
+            e.state is State.UP and e.role is not Role.PRIMARY and e.lag is None for e in limited
+        ):
+            if self.config.type == "non-threaded":
+                self.monitor.step()
+            sleep(0.005)
 
     def close(self, timeout: float) -> None:
-        self.prober.close()
+        self.monitor.close()
         for group in self.groups.values():
             group.close(timeout)
 
@@ -195,6 +234,36 @@ class Connection:
             return audit(conn, list(found.config.tenant.settings), tables, role, ignore=ignore)
 
     @classmethod
+    def drain(cls, label: str) -> None:
+        """Take a server out of use in this process: no block gets a connection to it from now on.
+
+        Its idle connections are closed at once, those in use when their blocks end.
+
+        :param label: the endpoint's label, as `status()` has it.
+        :raises UnknownEndpointError: there is none of that label; names those that there are.
+        """
+        cls._endpoint(label).drain()
+
+    @classmethod
+    def undrain(cls, label: str) -> None:
+        """Put a drained server back into use; the groups even out as connections come back.
+
+        :raises UnknownEndpointError: there is none of that label; names those that there are.
+        """
+        cls._endpoint(label).undrain()
+
+    @classmethod
+    def _endpoint(cls, label: str) -> Endpoint:
+        endpoints = cls._current().endpoints
+        try:
+            return endpoints[label]
+        except (KeyError, TypeError):
+            known = ", ".join(map(repr, endpoints))
+            raise UnknownEndpointError(
+                f"no endpoint {label!r} is configured; the endpoints are {known}"
+            ) from None
+
+    @classmethod
     def get_threading_model(cls) -> str:
         """Return `threaded` or `non-threaded` (1.x)."""
         return cls._current().config.type
@@ -241,6 +310,10 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         state=endpoint.state.value,
         role=endpoint.role.value if endpoint.role else None,
         weight=endpoint.weight,
+        timeline=endpoint.timeline,
+        outdated=endpoint.outdated,
+        lag_bytes=endpoint.lag.bytes if endpoint.lag else None,
+        lag_seconds=endpoint.lag.seconds if endpoint.lag else None,
         connections=endpoint.connections,
         last_error=endpoint.last_error,
         seconds_since_error=None if at is None else monotonic() - at,

@@ -89,7 +89,11 @@ class BlockCursor(psycopg.Cursor[Any]):
                 error.maybe_committed = error.maybe_committed or what.ends
                 # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
                 # block had made its own (a lock, a temporary table) is gone, and it should know.
-                error.repeatable = rode and block.manual and not touched
+                # A group that only reads can repeat any statement that is a transaction of its own.
+                first = rode and block.manual
+                error.repeatable = (
+                    first or (autocommit and conn.reads and not conn._pipeline)
+                ) and not touched
             raise
         except psycopg.Error as error:
             block.failure = error

@@ -25,6 +25,7 @@ from .errors import Error, one_line
 from .preamble import GRACE
 from .probe import StartupProbe
 from .session import PooledConnection
+from .sight import QUERY, Lag, Sight, read
 
 if TYPE_CHECKING:
     from .config import EndpointConfig, GroupConfig
@@ -79,6 +80,14 @@ class Endpoint:
         self.role: Role | None = None
         self.read_only = False
         self.role_seen_at = 0.0
+        self.timeline: int | None = None
+        """Of a primary, as it was last seen."""
+        self.system: str | None = None
+        self.outdated = False
+        """Whether another server was promoted to a higher timeline: what is written here would be lost."""
+        self.lag: Lag | None = None
+        """How far a standby is behind, where anybody asks."""
+        self.sight_at = 0.0
         self.condemned_at = 0.0
         """When it went down: connections not known to work since then are not lent."""
         self.suspected_at = 0.0
@@ -90,6 +99,7 @@ class Endpoint:
         self.opened = 0
         self.on_down: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
+        self.on_seen: Callable[[Endpoint], None] = lambda endpoint: None
         self._ids = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -123,6 +133,22 @@ class Endpoint:
             self.down_since = None
             self.on_up(self)
 
+    def drain(self) -> None:
+        """Take the endpoint out of use until `undrain`: connections in use end with their blocks."""
+        if self.state is not State.DRAINING:
+            self.state = State.DRAINING
+            logger.warning("endpoint %s is being drained", self.label)
+        self.condemned_at = monotonic()
+        self.timeline, self.outdated = None, False  # nor does it bar an older primary any more
+        self.on_down(self)
+
+    def undrain(self) -> None:
+        """Put a drained endpoint back into use; whether it is up, the next to need it finds out."""
+        if self.state is State.DRAINING:
+            self.state = State.UP
+            logger.warning("endpoint %s is in use again", self.label)
+            self.on_up(self)
+
     def note_error(self, reason: str) -> None:
         """Remember an error as evidence for messages and the status."""
         self.last_error = reason
@@ -145,13 +171,59 @@ class Endpoint:
                 (in_recovery,) = cursor.execute("SELECT pg_is_in_recovery()").fetchone() or (False,)
             role = Role.STANDBY if in_recovery else Role.PRIMARY
             conn.asked_role = role.value
+        self._note(role)
+        self.read_only = status(b"default_transaction_read_only") == b"on"
+        return role
+
+    def _note(self, role: Role) -> None:
         if role is not self.role:
             if self.role is not None:
                 logger.warning("endpoint %s was %s and is now %s", self.label, self.role.value, role.value)
-            self.role = role
-        self.read_only = status(b"default_transaction_read_only") == b"on"
+            known, self.role = self.role, role
+            if known is not None:
+                self.on_up(self)  # for groups that wait for such a role
+        if role is Role.STANDBY:
+            self.timeline, self.outdated = None, False
         self.role_seen_at = monotonic()
-        return role
+
+    def note_sight(self, sight: Sight) -> None:
+        """Learn what the server said of itself to somebody who looked."""
+        self._note(Role.STANDBY if sight.standby else Role.PRIMARY)
+        self.sight_at = sight.at
+        self.timeline, self.system = sight.timeline, sight.system
+        self.on_seen(self)
+
+    def look(self, conn: PooledConnection) -> None:
+        """Ask the server for its timeline, on a connection that is not in use yet."""
+        try:
+            with psycopg.Cursor(conn) as cursor:
+                cursor.execute(QUERY)
+                result = cursor.pgresult
+        except psycopg.errors.DatabaseError as error:
+            if conn.closed:
+                raise
+            # Not every server that speaks the protocol has a write-ahead log to tell of.
+            logger.debug("endpoint %s does not tell its timeline: %s", self.label, one_line(error))
+            return
+        assert result is not None
+        self.note_sight(read(result, monotonic()))
+
+    def refuses_writes(self, conn: PooledConnection) -> bool:
+        """Tell whether a statement was refused (SQLSTATE 25006) since the server takes no writes.
+
+        Then its idle connections are asked before they are lent again. It may as well be the
+        transaction alone that is read only.
+        """
+        status = conn.pgconn.parameter_status
+        standby = status(b"in_hot_standby")
+        if standby is None:  # before PostgreSQL 14: ask again
+            conn.asked_role = None
+        elif standby == b"on" or (status(b"default_transaction_read_only") == b"on" and not conn.touched):
+            self.note_role(conn)
+        else:
+            return False
+        self.suspected_at = monotonic()
+        return True
 
     # Opening connections.
 
@@ -174,7 +246,7 @@ class Endpoint:
         conn: PooledConnection | None = None
         try:
             pgconn = waiting.wait_conn(
-                generators.connect(self._conninfo(group)), interval=0.1, timeout=max(timeout, 0.0)
+                generators.connect(self.conninfo(group)), interval=0.1, timeout=max(timeout, 0.0)
             )
             conn = PooledConnection(pgconn)
             conn.patience = max(deadline - monotonic(), 0.1)
@@ -186,6 +258,8 @@ class Endpoint:
             if self.config.pooler:  # each transaction may be on another session
                 conn.local = (("statement_timeout", str(milliseconds)),)
             self.note_role(conn)
+            if group.writes and len(group.endpoints) > 1:
+                self.look(conn)
             if set_up is not None:
                 set_up(conn)
         except _WaitTimeout:
@@ -200,12 +274,14 @@ class Endpoint:
         conn.row_factory = row_factory
         conn.cursor_factory = BlockCursor
         conn.server_cursor_factory = BlockServerCursor
+        conn.reads = group.target in ("standby", "read-only")
         conn.settle()
         if group.max_lifetime:
             # Jitter, so that connections opened together are not all replaced together.
             conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
         self.opened = next(self._ids)
         self.mark_up()
+        self.on_seen(self)
         return conn
 
     def connect(self, group: GroupConfig) -> psycopg.Connection[Any]:
@@ -213,13 +289,14 @@ class Endpoint:
 
         :raises psycopg.Error: it could not be opened.
         """
-        return psycopg.connect(self._conninfo(group), autocommit=True)
+        return psycopg.connect(self.conninfo(group), autocommit=True)
 
     def statement_timeout(self, group: GroupConfig) -> int:
         """Return the statement_timeout of the group's connections in milliseconds; 0 is none."""
         return self.config.query_timeout if group.query_timeout is None else group.query_timeout
 
-    def _conninfo(self, group: GroupConfig) -> str:
+    def conninfo(self, group: GroupConfig) -> str:
+        """Return libpq's connection string for the group's connections."""
         params: dict[str, Any] = self.config.conninfo_params()
         # Also where it is empty: libpq would send PGOPTIONS otherwise.
         params["options"] = self.config.server_options(self.statement_timeout(group))

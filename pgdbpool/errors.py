@@ -46,6 +46,10 @@ class UnconfiguredGroupError(Error, LookupError):
     """The configuration has no group of that name."""
 
 
+class UnknownEndpointError(Error, LookupError):
+    """The configuration has no endpoint of that label."""
+
+
 class ThreadingModelError(Error, RuntimeError):
     """Two threads used a lock-free pool at the same time."""
 
@@ -151,6 +155,14 @@ class NotCleanError(ConnectionLostError):
     """What an earlier block left in the session could not be cleaned: nothing was sent after it."""
 
     repeatable = True
+
+
+class ReadOnlyServerError(DBQueryError, pg.ReadOnlySqlTransaction):
+    """The server takes no writes (it is a standby now, or read only): worth a retry in another block.
+
+    Nothing of the transaction was committed. The next block of a group with the target `primary` or
+    `read-write` gets a connection to a server that takes writes.
+    """
 
 
 class TransactionAbortedError(DBQueryError, pg.InFailedSqlTransaction):

@@ -47,6 +47,9 @@ MOVE_EVERY = 0.2
 CONCLUSIVE = 1.0
 """Seconds without an answer to a connect after which a server counts as down, if not less was allowed."""
 
+CAUGHT_UP = 0.5
+"""Share of `max_lag` at which a standby that was over it is used again."""
+
 REMEMBERED = 1000
 """Tenants whose binding a group remembers."""
 
@@ -105,6 +108,8 @@ class Group:
         """Whether the interpreter is about to exit."""
         self._uneven = False
         self._warned = ""
+        self._barred: set[Endpoint] = set()
+        """Endpoints that are up, and not to be used: too far behind, or on an older timeline."""
         self._bindings: dict[tuple[type, Any], Binding] = {}
         """What tenants that were seen bind: the same values again cost one look."""
         self._move_at = 0.0
@@ -244,6 +249,8 @@ class Group:
             return "not clean"
         if conn.endpoint.state is not State.UP:
             return str(conn.endpoint.state.value)
+        if self._barred and conn.endpoint in self._barred:
+            return "barred"
         if self._uneven and self._moves(conn, now):
             return "rebalanced"
         if self._always_clean and not conn.local:
@@ -313,19 +320,21 @@ class Group:
             return "condemned"
         if now >= conn.expires_at:
             return "expired"
+        if self._barred and endpoint in self._barred:
+            return "barred"
         if conn.poll(0) and not conn.alive():
             return "lost"
-        if (
-            not self._any_role
-            and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted
-            and not suits(self.config.target, endpoint.note_role(conn), endpoint.read_only)
-        ):
-            return "role"
         ping_due = now - conn.used_at > self._ping_after or conn.used_at <= endpoint.suspected_at
         if ping_due and not conn.ping(min(self.config.ping_timeout, deadline - now)):
             if not conn.closed:
                 endpoint.mark_down(f"no answer to a ping within {self.config.ping_timeout:g} s")
             return "ping"
+        if (  # after the ping, since a role that changed is reported with the next message
+            not self._any_role
+            and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted
+            and not suits(self.config.target, endpoint.note_role(conn), endpoint.read_only)
+        ):
+            return "role"
         return None
 
     def _drop(self, conn: PooledConnection, reason: str) -> None:
@@ -383,7 +392,11 @@ class Group:
         except DialError as error:
             failures[endpoint] = error
             return None
-        if endpoint.role is not None and suits(self.config.target, endpoint.role, endpoint.read_only):
+        if (
+            endpoint.role is not None
+            and suits(self.config.target, endpoint.role, endpoint.read_only)
+            and endpoint not in self._barred
+        ):
             return conn
         conn.close()
         return None
@@ -426,7 +439,7 @@ class Group:
 
     def _candidates(self) -> list[Candidate]:
         counts = self._counts()
-        return [Candidate(endpoint, counts[endpoint]) for endpoint in self._ring]
+        return [Candidate(e, counts[e]) for e in self._ring if e not in self._barred]
 
     def _counts(self) -> Counter[Endpoint | None]:
         return Counter(slot.endpoint for slot in self._pool.slots())
@@ -452,10 +465,57 @@ class Group:
 
     # What endpoints report.
 
-    def drop_idle(self, endpoint: Endpoint) -> None:
-        """Close the idle connections to an endpoint that went down."""
+    def drop_idle(self, endpoint: Endpoint, reason: str) -> None:
+        """Close the idle connections to an endpoint that is not to be used."""
         for conn in self._pool.remove(lambda conn: conn.endpoint is endpoint):
-            self._drop(conn, "endpoint down")
+            self._drop(conn, reason)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the group wants servers that take writes."""
+        return self.config.writes
+
+    def has_writer(self) -> bool:
+        """Tell whether a server of the group is known to be up and to take writes."""
+        return any(
+            e.state is State.UP
+            and e.role is not None
+            and suits(self.config.target, e.role, e.read_only)
+            and e not in self._barred
+            for e in self.endpoints
+        )
+
+    def note_timelines(self) -> None:
+        """Bar the servers that were left behind by a promotion, if the group writes."""
+        if not self.writes:
+            return
+        for endpoint in self.endpoints:
+            if endpoint.outdated:
+                self._bar(endpoint)
+            else:
+                self._barred.discard(endpoint)
+
+    def note_lag(self, endpoint: Endpoint) -> None:
+        """Bar a standby that is too far behind; take it back when it has caught up to half of that."""
+        limit, lag = self.config.max_lag, endpoint.lag
+        if limit is None:
+            return
+        share = max(
+            0.0 if lag is None or limit.bytes is None else lag.bytes / limit.bytes,
+            0.0 if lag is None or limit.seconds is None else lag.seconds / limit.seconds,
+        )
+        if share > 1.0 and endpoint not in self._barred:
+            logger.warning("group %s: %s is %s behind, more than max_lag", self.name, endpoint.label, lag)
+            self._bar(endpoint)
+        elif share <= CAUGHT_UP and endpoint in self._barred:
+            logger.warning("group %s: %s has caught up", self.name, endpoint.label)
+            self._barred.discard(endpoint)
+            self.welcome()
+
+    def _bar(self, endpoint: Endpoint) -> None:
+        if endpoint not in self._barred:
+            self._barred.add(endpoint)
+            self.drop_idle(endpoint, "barred")
 
     def welcome(self) -> None:
         """An endpoint is up (again): fill up to `min_size`, and even out at release."""
@@ -570,6 +630,12 @@ class Group:
             failure = failures.get(endpoint)
             if failure is not None:
                 evidence[endpoint.label] = str(failure)
+            elif endpoint.state is State.DRAINING:
+                evidence[endpoint.label] = "draining: taken out of use by Connection.drain"
+            elif endpoint in self._barred and endpoint.outdated:
+                evidence[endpoint.label] = f"is on timeline {endpoint.timeline}, another was promoted since"
+            elif endpoint in self._barred:
+                evidence[endpoint.label] = f"is {endpoint.lag} behind, more than max_lag"
             elif endpoint.state is State.UP and endpoint.role is not None:
                 role = endpoint.role.value + (" (read only)" if endpoint.read_only else "")
                 evidence[endpoint.label] = f"is a {role}, the target is {self.config.target}"

@@ -6,15 +6,18 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from .keys import Kind, Refused, nearest, show
+from .keys import Kind, Refused, nearest, show, step
 
 _DURATION = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*(ms|s|min|h)", re.ASCII)
 _UNIT_MS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
+_AMOUNT = re.compile(r"(\d{1,18})\s*(B|kB|MB|GB|TB)", re.ASCII)
+_UNIT_BYTES = {"B": 1, "kB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+DAY_SECONDS = 86_400
 DURATION_EXAMPLES = 'a string such as "500ms", "5s", "2min", "1h"'
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -247,6 +250,62 @@ class Milliseconds(Kind):
 
     def in_words(self, value: Any) -> str:
         return super().in_words(value) + (" ms" if value is not None else "")
+
+
+class MaxLag(NamedTuple):
+    """How far a standby may be behind; None is no limit."""
+
+    bytes: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class LagLimit(Kind):
+    """How far a standby may be behind, in bytes, in seconds, or in both."""
+
+    mapping: ClassVar[bool] = True
+
+    @property
+    def allowed(self) -> str:
+        return "a mapping with bytes, seconds or both, such as {bytes: 16MB, seconds: 10}"
+
+    def check(self, value: object) -> Any:
+        if not isinstance(value, Mapping) or not value:
+            raise self.refuse(value)
+        problems: list[tuple[str, str]] = []
+        limits: dict[str, Any] = {}
+        kinds: dict[str, Kind] = {"bytes": Bytes(2**60), "seconds": Seconds(DAY_SECONDS)}
+        for name, item in value.items():
+            if name not in kinds:
+                problems.append(
+                    (step(name), f"unknown key{nearest(name, kinds) or '; known are bytes, seconds'}")
+                )
+                continue
+            try:
+                limits[name] = kinds[name].read(item)
+            except Refused as refused:
+                problems += [(f".{name}", message) for _, message in refused.problems]
+        if problems:
+            raise Refused(*problems)
+        return MaxLag(limits.get("bytes"), limits.get("seconds"))
+
+
+@dataclass(frozen=True)
+class Bytes(Kind):
+    """An amount of data, above 0."""
+
+    high: int
+
+    @property
+    def allowed(self) -> str:
+        return 'a whole number of bytes above 0, or a string such as "64kB", "16MB", "1GB"'
+
+    def check(self, value: object) -> Any:
+        match = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
+        number = int(match[1]) * _UNIT_BYTES[match[2]] if match else value
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number <= self.high:
+            raise self.refuse(value)
+        return int(number)
 
 
 @dataclass(frozen=True)

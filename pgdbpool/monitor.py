@@ -1,40 +1,39 @@
-"""Probes DOWN endpoints: in one daemon thread per process, or in passing where there is no thread."""
+"""The background of a process: probes DOWN endpoints, and looks at roles and lag.
+
+Nothing in it waits for a server: one daemon thread steps it, or in lock-free mode a checkout in passing.
+"""
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Callable
 from time import monotonic
 
 from .endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
+from .observer import Observer
 from .probe import StartupProbe
+
+logger = logging.getLogger("pgdbpool")
 
 
 class Prober:
-    """Asks each DOWN endpoint at most twice a second whether it accepts sessions again.
+    """Asks each DOWN endpoint at most twice a second whether it accepts sessions again."""
 
-    `step` never waits. In threaded mode a daemon thread calls it, started by the first endpoint
-    that goes down and ended when none is; in lock-free mode a checkout does.
-    """
-
-    def __init__(self, *, threaded: bool, clock: Callable[[], float] = monotonic) -> None:
-        self._threaded = threaded
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self._due: dict[Endpoint, float] = {}
         self._flying: dict[Endpoint, tuple[StartupProbe, float]] = {}
-        self._lock = threading.Lock() if threaded else None
-        self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
+
+    @property
+    def needed(self) -> bool:
+        """Whether an endpoint is down."""
+        return bool(self._due)
 
     def watch(self, endpoint: Endpoint) -> None:
         """Probe the endpoint until it is up."""
         self._due.setdefault(endpoint, self._next())
-        if self._lock is not None:
-            with self._lock:
-                if self._thread is None and not self._closed.is_set():
-                    self._thread = threading.Thread(target=self._run, name="pgdbpool-prober", daemon=True)
-                    self._thread.start()
 
     def step(self) -> float:
         """Do what is due now; return the seconds until there may be more to do."""
@@ -69,7 +68,6 @@ class Prober:
 
     def close(self) -> None:
         """Stop probing."""
-        self._closed.set()
         self._due.clear()
 
     def _next(self) -> float:
@@ -80,10 +78,64 @@ class Prober:
         if flight := self._flying.pop(endpoint, None):
             flight[0].close()
 
+
+class Monitor:
+    """Steps the prober and the observer: in a thread while one of them is needed, or when it is called."""
+
+    def __init__(self, observer: Observer, *, threaded: bool) -> None:
+        self.prober = Prober()
+        self.observer = observer
+        self._lock = threading.Lock() if threaded else None
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
+        self._news = threading.Event()
+        self._due_at = 0.0
+
+    def step(self) -> float:
+        """Do what is due now, without waiting; return the seconds until there may be more to do."""
+        now = monotonic()
+        if now < self._due_at:
+            return self._due_at - now
+        self._due_at = soon = now + 0.01
+        pause = min(self.prober.step(), self.observer.step())
+        if self._due_at == soon:  # nobody woke it meanwhile
+            self._due_at = now + pause
+        return pause
+
+    def wake(self) -> None:
+        """There may be something due sooner; in threaded mode, see to it that the thread runs."""
+        self._due_at = 0.0
+        if self._lock is None:
+            return
+        self._news.set()
+        with self._lock:
+            if self._thread is None and not self._closed.is_set():
+                self._thread = threading.Thread(target=self._run, name="pgdbpool-monitor", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Stop; connections of its own are closed."""
+        self._closed.set()
+        self._news.set()
+        thread = self._thread
+        if thread is None:
+            self._end()
+        elif thread is not threading.current_thread():
+            thread.join(1.0)
+
+    def _end(self) -> None:
+        self.prober.close()
+        self.observer.close()
+
     def _run(self) -> None:
         assert self._lock is not None
-        while not self._closed.wait(self.step()):
+        while not self._closed.is_set():
+            pause = self.step()
+            self._news.wait(pause)
+            self._news.clear()
             with self._lock:
-                if not self._due:  # under the lock, so that `watch` starts another or is seen here
+                if not self.prober.needed and not self.observer.needed:
+                    # Under the lock, so that `wake` starts another or is seen here.
                     self._thread = None
                     return
+        self._end()

@@ -134,7 +134,7 @@ class Block:
             self._encode(conn)
         if binding.patience != KEEP:
             conn.patience, conn.altered = binding.patience, True
-        conn.lent = True
+        conn.lent, conn.wrapped = True, False
         conn.block = self
         self.conn = conn
 

@@ -109,11 +109,15 @@ class PooledConnection(psycopg.Connection[Any]):
     abandoned: bool = False
     riding: bool = False
     """Whether a cursor of the block is sending a statement with its preamble."""
+    wrapped: bool = False
+    """Whether the open transaction is there for one statement of an autocommit block, and ends with it."""
     holder: int = 0
     """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
     settled: dict[str, Any] | None = None
     client_encoding: bytes | None = None
     speaks_utf8: bool = True
+    reads: bool = False
+    """Whether its group only reads, so that any statement may be sent again."""
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def watch(self) -> None:
@@ -264,9 +268,10 @@ class PooledConnection(psycopg.Connection[Any]):
         if errors.ends_session(error):
             self.close()
         self._note_loss(error, status)
-        return errors.as_query_error(
-            error, errors.ConnectionLostError if self.closed else errors.DBQueryError
-        )
+        kind: type[errors.DBQueryError] = errors.ConnectionLostError if self.closed else errors.DBQueryError
+        if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
+            kind = errors.ReadOnlyServerError
+        return errors.as_query_error(error, kind)
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()
@@ -287,9 +292,22 @@ class PooledConnection(psycopg.Connection[Any]):
         return super()._start_query()
 
     def check_free(self) -> None:
-        """Refuse what would wait for ever on psycopg's lock, which this thread holds itself."""
-        if self.holder and self.holder == get_ident():
-            raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
+        """Refuse what would wait for ever on psycopg's lock, which this thread holds itself.
+
+        :raises ConnectionLostError: what an interruption left open could not be ended; nothing was sent.
+        """
+        if self.holder:
+            if self.holder == get_ident():
+                raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
+        elif self.wrapped and not self._pipeline:
+            # Its end was interrupted: what follows would run in it, with what was done to its settings.
+            if self.pgconn.transaction_status != IDLE:
+                self.undo()
+            self.wrapped = False
+            if self.closed:
+                error = errors.ConnectionLostError("a transaction whose end was interrupted cannot be ended")
+                error.repeatable = True
+                raise error
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -469,6 +487,7 @@ class PooledConnection(psycopg.Connection[Any]):
             cleaning = self.cleaning if self.stale else NOTHING
             commands = cleaning + BEGIN + commands[len(cleaning) :]
         if commands:
+            self.wrapped = wrap
             self.run(commands)
             self.bound = self.pgconn.transaction_status != IDLE
         if not wrap:
@@ -529,6 +548,7 @@ class PooledConnection(psycopg.Connection[Any]):
         block = self.block
         if block is None:
             raise errors.BlockClosedError(OUTSIDE)
+        self.check_free()
         self.altered = True  # psycopg's Transaction has the connection as an attribute
         commands = block.preamble(self)
         if self.pgconn.transaction_status == IDLE and not block.manual:
@@ -550,10 +570,16 @@ class PooledConnection(psycopg.Connection[Any]):
         except errors.ConnectionLostError as error:
             error.maybe_committed = error.maybe_committed or (body_ended and outermost)
             raise
+        finally:
+            left_open = self.pgconn.transaction_status not in (IDLE, pq.TransactionStatus.UNKNOWN)
+            if left_open and outermost and not block.manual and self.block is block:
+                self.wrapped = True
+                self.undo()  # psycopg was interrupted while it ended it
 
     @contextmanager
     def pipeline(self) -> Iterator[psycopg.Pipeline]:
         """Switch to pipeline mode; what the block needs first is sent before."""
+        self.check_free()
         with self.ready():
             try:
                 with super().pipeline() as pipeline:

@@ -14,6 +14,13 @@ class EndpointStatus:
     state: str
     role: str | None
     weight: int
+    timeline: int | None
+    """Of a primary that a group with the target `primary` or `read-write` uses."""
+    outdated: bool
+    """Whether another server was promoted to a higher timeline: no writes go here."""
+    lag_bytes: int | None
+    """How far a standby is behind, where a group has a `max_lag`."""
+    lag_seconds: float | None
     connections: int
     """Connections that the process has to it, over all groups."""
     last_error: str | None

@@ -25,6 +25,7 @@ from pgdbpool.config import (
     CONFIG_KEYS,
     DB_KEYS,
     GROUP_KEYS,
+    KEEPALIVES,
     TENANT_KEYS,
     Config,
     EndpointConfig,
@@ -964,7 +965,12 @@ def test_keepalives_are_libpqs() -> None:
 
 def test_parts_left_out_are_left_to_libpq() -> None:
     (server,) = config(db={}).endpoints
-    assert set(server.conninfo_params()) == {"connect_timeout", "fallback_application_name"}
+    ours = {"connect_timeout", "fallback_application_name", *KEEPALIVES}
+    assert set(server.conninfo_params()) == ours
+    (local,) = config(db={"host": "/run/postgresql"}).endpoints
+    assert set(local.conninfo_params()) == ours - {*KEEPALIVES} | {"host"}
+    (own,) = config(db={"conninfo": "tcp_user_timeout=7", "keepalives_idle": 5}).endpoints
+    assert own.conninfo_params() | {"tcp_user_timeout": 7, "keepalives_idle": 5} == own.conninfo_params()
 
 
 def test_conninfo_params_make_a_conninfo_that_libpq_takes() -> None:

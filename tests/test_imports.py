@@ -19,7 +19,8 @@ ORDER = [
     "yamlfile", "sources",
     "stats", "rows", "statements", "tenant", "preamble", "session", "cursors",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "endpoint", "balance", "pools", "group", "monitor", "connection", "handler", "pool",
+    "probe", "sight", "endpoint", "balance", "pools", "group", "observer", "monitor",
+    "connection", "handler", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants.
 LATE = {"rls", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}

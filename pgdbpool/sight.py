@@ -1,0 +1,99 @@
+"""What a server says of itself: role, timeline and position in the write-ahead log."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
+HISTORY = 600
+"""Positions of the primary that are remembered, which is five minutes of them."""
+
+# pg_control_checkpoint() tells the timeline too, but only after the first checkpoint on it.
+# https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-ADMIN-BACKUP
+QUERY = b"""
+    SELECT standby,
+           CASE WHEN NOT standby THEN
+               pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8) END,
+           (SELECT system_identifier FROM pg_catalog.pg_control_system()),
+           CASE WHEN standby
+               THEN pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_last_wal_replay_lsn(), '0/0')
+               ELSE pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), '0/0') END,
+           CASE WHEN standby THEN extract(epoch FROM
+               pg_catalog.clock_timestamp() - pg_catalog.pg_last_xact_replay_timestamp()) END
+    FROM pg_catalog.pg_is_in_recovery() AS standby"""
+
+
+class Sight(NamedTuple):
+    """What a server was at one moment."""
+
+    standby: bool
+    timeline: int | None
+    """Of a primary; each promotion begins a higher one."""
+    system: str
+    """The cluster's own number, which is the same on all of its servers."""
+    position: int | None
+    """Bytes of the write-ahead log: those that a primary wrote, or a standby replayed."""
+    replayed_before: float | None
+    """Seconds since the last transaction that a standby replayed was committed, by its own clock."""
+    at: float
+    """When the answer came, on the monotonic clock."""
+
+
+def read(result: PGresult, at: float) -> Sight:
+    """Return what a server answered to `QUERY`."""
+    standby, timeline, system, position, age = (
+        None if (value := result.get_value(0, column)) is None else value.decode() for column in range(5)
+    )
+    return Sight(
+        standby=standby == "t",
+        timeline=None if timeline is None else int(timeline, 16),
+        system=system or "",
+        position=None if position is None else int(position),
+        replayed_before=None if age is None else max(float(age), 0.0),
+        at=at,
+    )
+
+
+class Lag(NamedTuple):
+    """How far a standby is behind."""
+
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.bytes} bytes and {self.seconds:.1f} s"
+
+
+class Course:
+    """Where the primary was when, which tells how long ago a standby's position was the primary's."""
+
+    def __init__(self) -> None:
+        self._known: deque[tuple[float, int]] = deque(maxlen=HISTORY)
+
+    def note(self, at: float, position: int) -> None:
+        """Remember a position of the primary."""
+        if self._known and position < self._known[-1][1]:
+            self._known.clear()  # another primary, which did not have all of the old one's
+        self._known.append((at, position))
+
+    def lag(self, sight: Sight) -> Lag | None:
+        """Return how far a standby is behind; None where it cannot be told.
+
+        Seconds are those since the primary was first seen beyond the standby's position, by the clock
+        of this process. So a primary that writes nothing is no lag, however long ago its last
+        transaction was, and the servers' clocks need not agree.
+        """
+        if not self._known or sight.position is None:
+            return None
+        behind = self._known[-1][1] - sight.position
+        if behind <= 0:
+            return Lag(0, 0.0)
+        ahead = next(at for at, position in self._known if position > sight.position)
+        seconds = sight.at - ahead
+        if ahead == self._known[0][0] and sight.replayed_before is not None:
+            # Behind since before anybody looked: the standby's own word, until more is known.
+            seconds = max(seconds, sight.replayed_before)
+        return Lag(behind, max(seconds, 0.0))
