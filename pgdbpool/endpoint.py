@@ -12,8 +12,10 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
+from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import psycopg
 from psycopg import generators, rows, waiting
@@ -64,6 +66,25 @@ class DialError(Exception):
         self.down = down
 
 
+class Look:
+    """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object."""
+
+    __slots__ = ("__weakref__", "over")
+
+    def __init__(self) -> None:
+        self.over = Lock()
+        self.over.acquire()
+
+    def wait(self, timeout: float) -> None:
+        """Wait for the end, at most for the timeout (seconds)."""
+        if self.over.acquire(timeout=max(timeout, 0.0)):
+            self.over.release()  # for the next who waits
+
+
+def nobody() -> None:
+    """Nobody looks."""
+
+
 class Endpoint:
     """One PostgreSQL server, shared by the groups that use it.
 
@@ -83,6 +104,10 @@ class Endpoint:
         """When it went down: connections not known to work since then are not lent."""
         self.suspected_at = 0.0
         """When a statement ran into its deadline: connections idle since then are pinged first."""
+        self.doubtful = False
+        """Whether a connection was lost since it last answered or failed to."""
+        self.look: Callable[[], Look | None] = nobody
+        """Who dials it while it is doubtful, if anybody."""
         self.groups: Sequence[Group] = ()
         self.last_error: str | None = None
         self.last_error_at: float | None = None
@@ -107,6 +132,7 @@ class Endpoint:
         """Take the endpoint out of use until a probe succeeds; its idle connections are dropped."""
         self.note_error(reason)
         self.condemned_at = monotonic()
+        self.doubtful = False
         if self.state in (State.UP, State.PROBING):
             was_up = self.state is State.UP
             self.state = State.DOWN
@@ -117,11 +143,23 @@ class Endpoint:
 
     def mark_up(self) -> None:
         """Put the endpoint back into use."""
+        self.doubtful = False
         if self.state in (State.DOWN, State.PROBING):
             self.state = State.UP
             logger.warning("endpoint %s is up again", self.label)
             self.down_since = None
             self.on_up(self)
+
+    def begin_look(self) -> Look:
+        """Make the caller the one who finds out what a doubtful endpoint is about."""
+        look = Look()
+        self.look = ref(look)
+        return look
+
+    def end_look(self, look: Look) -> None:
+        """Let those go on who wait for what the look has found."""
+        self.look = nobody
+        look.over.release()
 
     def note_error(self, reason: str) -> None:
         """Remember an error as evidence for messages and the status."""

@@ -93,6 +93,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """Settings that every transaction binds, where the session itself can keep none (a pooler)."""
     bound: bool = False
     """Whether the block's settings are bound in the open transaction."""
+    reads: bool = False
+    """Whether its group is one of servers that take no writes."""
     touched: bool = False
     """Whether the block may have left something in the session."""
     altered: bool = False
