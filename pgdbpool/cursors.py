@@ -89,11 +89,11 @@ class BlockCursor(psycopg.Cursor[Any]):
                 error.maybe_committed = error.maybe_committed or what.ends
                 # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
                 # block had made its own (a lock, a temporary table) is gone, and it should know.
-                # A group that only reads can repeat any statement that is a transaction of its own.
-                first = rode and block.manual
-                error.repeatable = (
-                    first or (autocommit and conn.reads and not conn._pipeline)
-                ) and not touched
+                # Nor can a server that takes no writes have done any.
+                single = what.number == 1 and not conn._pipeline
+                error.repeatable = not touched and (
+                    (rode and block.manual) or (autocommit and conn.reads and single)
+                )
             raise
         except psycopg.Error as error:
             block.failure = error

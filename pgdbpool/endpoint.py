@@ -12,8 +12,10 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
+from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import psycopg
 from psycopg import generators, rows, waiting
@@ -65,6 +67,25 @@ class DialError(Exception):
         self.down = down
 
 
+class Look:
+    """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object."""
+
+    __slots__ = ("__weakref__", "over")
+
+    def __init__(self) -> None:
+        self.over = Lock()
+        self.over.acquire()
+
+    def wait(self, timeout: float) -> None:
+        """Wait for the end, at most for the timeout (seconds)."""
+        if self.over.acquire(timeout=max(timeout, 0.0)):
+            self.over.release()  # for the next who waits
+
+
+def nobody() -> None:
+    """Nobody looks."""
+
+
 class Endpoint:
     """One PostgreSQL server, shared by the groups that use it.
 
@@ -92,6 +113,10 @@ class Endpoint:
         """When it went down: connections not known to work since then are not lent."""
         self.suspected_at = 0.0
         """When a statement ran into its deadline: connections idle since then are pinged first."""
+        self.doubtful = False
+        """Whether a connection was lost since it last answered or failed to."""
+        self.look: Callable[[], Look | None] = nobody
+        """Who dials it while it is doubtful, if anybody."""
         self.groups: Sequence[Group] = ()
         self.last_error: str | None = None
         self.last_error_at: float | None = None
@@ -117,6 +142,7 @@ class Endpoint:
         """Take the endpoint out of use until a probe succeeds; its idle connections are dropped."""
         self.note_error(reason)
         self.condemned_at = monotonic()
+        self.doubtful = False
         if self.state in (State.UP, State.PROBING):
             was_up = self.state is State.UP
             self.state = State.DOWN
@@ -127,6 +153,7 @@ class Endpoint:
 
     def mark_up(self) -> None:
         """Put the endpoint back into use."""
+        self.doubtful = False
         if self.state in (State.DOWN, State.PROBING):
             self.state = State.UP
             logger.warning("endpoint %s is up again", self.label)
@@ -148,6 +175,17 @@ class Endpoint:
             self.state = State.UP
             logger.warning("endpoint %s is in use again", self.label)
             self.on_up(self)
+
+    def begin_look(self) -> Look:
+        """Make the caller the one who finds out what a doubtful endpoint is about."""
+        look = Look()
+        self.look = ref(look)
+        return look
+
+    def end_look(self, look: Look) -> None:
+        """Let those go on who wait for what the look has found."""
+        self.look = nobody
+        look.over.release()
 
     def note_error(self, reason: str) -> None:
         """Remember an error as evidence for messages and the status."""
@@ -193,7 +231,7 @@ class Endpoint:
         self.timeline, self.system = sight.timeline, sight.system
         self.on_seen(self)
 
-    def look(self, conn: PooledConnection) -> None:
+    def ask_timeline(self, conn: PooledConnection) -> None:
         """Ask the server for its timeline, on a connection that is not in use yet."""
         try:
             with psycopg.Cursor(conn) as cursor:
@@ -259,7 +297,7 @@ class Endpoint:
                 conn.local = (("statement_timeout", str(milliseconds)),)
             self.note_role(conn)
             if group.writes and len(group.endpoints) > 1:
-                self.look(conn)
+                self.ask_timeline(conn)
             if set_up is not None:
                 set_up(conn)
         except _WaitTimeout:

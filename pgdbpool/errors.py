@@ -148,7 +148,7 @@ class ConnectionLostError(DBQueryError, psycopg.OperationalError):
     """The connection was lost during the block; the next block, or statement, gets another."""
 
     repeatable: bool = False
-    """The statement was the first of its transaction, so sending it again can do no harm."""
+    """The statement was the first of its transaction, or a read-only server's: sent again it does no harm."""
 
 
 class NotCleanError(ConnectionLostError):

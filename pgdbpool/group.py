@@ -17,7 +17,7 @@ from weakref import ref
 import psycopg
 
 from .balance import Candidate, order, suits, worth_moving
-from .endpoint import DialError, Endpoint, Role, State
+from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
     DBConnectionError,
     DBOfflineError,
@@ -57,6 +57,9 @@ _REMEMBERED = (str, int, uuid.UUID)
 
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
+
+HURRY = 0.05
+"""Seconds that a ping or a connect may take in any case, also where a request has no time to wait."""
 
 
 def _role_last(settings: Bound) -> Bound:
@@ -98,6 +101,7 @@ class Group:
         self._ring = self.endpoints[first:] + self.endpoints[:first]
         self._row_factory = row_factory
         self._probe = probe
+        self._lock_free = lock_free
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.Lock()
         self._lent: dict[PooledConnection, Block] = {}
         self.on_drop = self._dropped
@@ -207,6 +211,8 @@ class Group:
                     conn = got
                     break
                 self._drop(got, reason)
+                if reason == "ping cut short":  # its time is up, and that is no evidence against the server
+                    raise self._hurried(got.endpoint)
                 discarded = True
                 now = monotonic()
             block.since = now
@@ -325,10 +331,16 @@ class Group:
         if conn.poll(0) and not conn.alive():
             return "lost"
         ping_due = now - conn.used_at > self._ping_after or conn.used_at <= endpoint.suspected_at
-        if ping_due and not conn.ping(min(self.config.ping_timeout, deadline - now)):
-            if not conn.closed:
-                endpoint.mark_down(f"no answer to a ping within {self.config.ping_timeout:g} s")
-            return "ping"
+        if ping_due:
+            limit = self.config.ping_timeout
+            timeout = min(limit, max(deadline - now, HURRY))
+            if not conn.ping(timeout):
+                if conn.closed:
+                    return "lost"
+                if timeout < min(limit, CONCLUSIVE):
+                    return "ping cut short"
+                endpoint.mark_down(f"no answer to a ping within {timeout:.3g} s")
+                return "ping"
         if (  # after the ping, since a role that changed is reported with the next message
             not self._any_role
             and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted
@@ -339,6 +351,8 @@ class Group:
 
     def _drop(self, conn: PooledConnection, reason: str) -> None:
         self._discarded[reason] += 1
+        if reason == "lost":
+            conn.endpoint.doubtful = True
         logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
         conn.retire()
 
@@ -374,6 +388,7 @@ class Group:
             self._pool.free(slot)  # at once: the error's traceback keeps this frame, and the slot, alive
             raise
         slot.endpoint = spare.endpoint
+        spare.reads = self.config.target in ("standby", "read-only")
         spare.slot = slot
         self._opened += 1
         return spare
@@ -384,14 +399,25 @@ class Group:
         """Dial one endpoint, within its share of the budget; note why not where it fails."""
         failures[endpoint] = None
         full = self._dial_timeout(endpoint)
-        timeout = max(min(budget / left, full), 0.05)
+        timeout = max(min(budget / left, full), HURRY)
         # A request that has hardly any time left says nothing about the server.
-        conclusive = timeout >= min(full / left, CONCLUSIVE)
+        conclusive = timeout >= 0.9 * min(full / left, CONCLUSIVE)
+        look: Look | None = None
         try:
+            if endpoint.doubtful and not self._lock_free:
+                deadline = monotonic() + timeout
+                look = self._look(endpoint, timeout)
+                if look is None:
+                    if endpoint.state is not State.UP:
+                        return None  # that is what the other has found
+                    timeout, conclusive = max(deadline - monotonic(), HURRY), False
             conn = endpoint.dial(self.config, timeout, conclusive, self._row_factory, self._set_up)
         except DialError as error:
             failures[endpoint] = error
             return None
+        finally:
+            if look is not None:
+                endpoint.end_look(look)
         if (
             endpoint.role is not None
             and suits(self.config.target, endpoint.role, endpoint.read_only)
@@ -399,6 +425,18 @@ class Group:
         ):
             return conn
         conn.close()
+        return None
+
+    def _look(self, endpoint: Endpoint, timeout: float) -> Look | None:
+        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once.
+
+        A look that is interrupted ends with its object; who waits for it already does so to the timeout.
+        """
+        with self._lock:
+            other = endpoint.look()
+            if other is None:
+                return endpoint.begin_look()
+        other.wait(timeout)
         return None
 
     def _set_up(self, conn: PooledConnection) -> None:
@@ -433,6 +471,7 @@ class Group:
             slot.endpoint = None
             best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
             left = [endpoint for endpoint in best if endpoint not in tried]
+            left.sort(key=lambda endpoint: endpoint.look() is not None)  # better one that nobody waits for
             if left:
                 slot.endpoint = left[0]
             return slot.endpoint, len(left)
@@ -466,9 +505,10 @@ class Group:
     # What endpoints report.
 
     def drop_idle(self, endpoint: Endpoint, reason: str) -> None:
-        """Close the idle connections to an endpoint that is not to be used."""
+        """Close the idle connections to an endpoint that is not to be used; others take their place."""
         for conn in self._pool.remove(lambda conn: conn.endpoint is endpoint):
             self._drop(conn, reason)
+        self._pool.refill()
 
     @property
     def writes(self) -> bool:
@@ -623,6 +663,15 @@ class Group:
             holders=holders,
         )
 
+    def _hurried(self, endpoint: Endpoint) -> DBConnectionError:
+        text = "no answer to a ping in the time that was left"
+        self._pool.refill()
+        return DBConnectionError(
+            f"group {self.name!r}: {endpoint.label}: {text}",
+            group=self.name,
+            endpoints={endpoint.label: text},
+        )
+
     def _unreachable(self, failures: dict[Endpoint, DialError | None]) -> DBConnectionError:
         """Make the error for a group none of whose endpoints could be connected to."""
         evidence: dict[str, str] = {}
@@ -655,5 +704,9 @@ class Group:
             group=self.name,
             endpoints=evidence,
         )
-        error.__cause__ = dialled[0].__cause__ if dialled else None
+        down = next((e for e in self.endpoints if e.state is not State.UP and e.last_error), None)
+        if dialled:
+            error.__cause__ = dialled[0].__cause__
+        elif down is not None:  # what the prober found, which has raised nothing
+            error.__cause__ = psycopg.OperationalError(f"{down.label}: {down.last_error}")
         return error

@@ -113,8 +113,9 @@ class Handler:
 
         :raises DBQueryError: also psycopg's own class (`psycopg.errors.UniqueViolation` ...).
         :raises ConnectionLostError: the connection was lost; `maybe_executed` tells whether the
-            statement may have taken effect. The first statement of a transaction is sent again on
-            another connection instead.
+            statement may have taken effect. The first statement of a transaction, and a statement of
+            an autocommit group whose target is `standby` or `read-only`, is sent again on another
+            connection instead, once.
         :raises TransactionAbortedError: an open transaction was lost before; `rollback()` first.
         """
         conn = self._conn
@@ -128,7 +129,7 @@ class Handler:
         except ConnectionLostError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
-            logger.debug("group %s: first statement sent again: %s", self._group.name, error)
+            logger.debug("group %s: statement sent again: %s", self._group.name, error)
         assert self._block is not None
         self._block.lost = False
         return make(self._live()).execute(statement, params)

@@ -93,6 +93,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """Settings that every transaction binds, where the session itself can keep none (a pooler)."""
     bound: bool = False
     """Whether the block's settings are bound in the open transaction."""
+    reads: bool = False
+    """Whether its group is one of servers that take no writes."""
     touched: bool = False
     """Whether the block may have left something in the session."""
     altered: bool = False
@@ -116,8 +118,6 @@ class PooledConnection(psycopg.Connection[Any]):
     settled: dict[str, Any] | None = None
     client_encoding: bytes | None = None
     speaks_utf8: bool = True
-    reads: bool = False
-    """Whether its group only reads, so that any statement may be sent again."""
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def watch(self) -> None:

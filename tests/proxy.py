@@ -110,6 +110,7 @@ class Link:
         self.down = Flow(server, client)
         self.flows = (self.up, self.down)
         self.frontend = Frontend()
+        self.cut = False  # at the server's next word
         self.asked = False  # the client has sent something that the server has not begun to answer
         self.open = True
 
@@ -123,12 +124,18 @@ class Proxy:
     burst before the client has sent the rest, that is one more. `syncs` counts the messages Query and Sync,
     each answered by one ReadyForQuery: without COPY, how often psycopg waits, and always exact; the handshake
     has none, and none are seen under TLS. `bytes_up` and `bytes_down` were read from client and server.
+
+    `cut_before(text)` resets the next connection on which the client sends the text, and the server never
+    gets it; `cut_after(text)` passes it on, and resets the connection when the server has answered, so that
+    what was asked is done and the client does not know. `cuts` counts both.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.target = (host, port)
         self.delay = 0.0  # seconds that each direction takes, order kept
         self.connections = self.round_trips = self.syncs = self.bytes_up = self.bytes_down = 0
+        self.cuts = 0
+        self._cut: tuple[bytes, bool] | None = None
         self._links: set[Link] = set()
         self._stalled = False
         self._closing = False
@@ -197,6 +204,14 @@ class Proxy:
     def close_all(self) -> None:
         """End all connections with FIN, on both sides."""
         self._call(self._close_all)
+
+    def cut_before(self, text: bytes) -> None:
+        """Reset the next connection that sends the text, in place of passing it on."""
+        self._cut = text, False
+
+    def cut_after(self, text: bytes) -> None:
+        """Reset the next connection that sends the text, in place of the server's answer to it."""
+        self._cut = text, True
 
     # From here on in the proxy's own thread, but for _call and what __init__ does before that starts
 
@@ -290,6 +305,8 @@ class Proxy:
         except OSError:
             self._drop(link, reset=True)
             return
+        if self._cuts(link, flow, data):
+            return
         if flow is link.up:
             self.bytes_up += len(data)
             self.syncs += link.frontend.feed(data)
@@ -300,6 +317,17 @@ class Proxy:
             self.round_trips += link.asked and bool(data)
             link.asked = link.asked and not data
         flow.put(data, time.monotonic() + self.delay)
+
+    def _cuts(self, link: Link, flow: Flow, data: bytes) -> bool:
+        """Reset the link where that was asked for; return whether it was."""
+        now = link.cut and flow is link.down
+        if self._cut is not None and flow is link.up and self._cut[0] in data:
+            link.cut, self._cut = self._cut[1], None
+            now = not link.cut
+        if now:
+            self.cuts += 1
+            self._drop(link, reset=True)
+        return now
 
     def _advance(self, link: Link) -> None:
         """Pass on what is due in both directions and end the link when both have ended."""

@@ -1,0 +1,203 @@
+"""Exceptions that come from outside, at any point: the pool's counts are exact afterwards.
+
+A signal's handler, KeyboardInterrupt or gevent.Timeout raises where a function is entered or a call has come
+back. `interrupt_at` does so at the n-th such point of a block, so that a test can try each one.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+from support import config, pid_of, server, wait_for
+
+from pgdbpool import Connection, Handler
+
+# What is raised in the callback of a weak reference goes nowhere: that is Python's rule for signals too.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+IDLE = psycopg.pq.TransactionStatus.IDLE
+SIZE = 2
+
+
+class Interruption(BaseException):
+    """As KeyboardInterrupt is, no Exception."""
+
+
+@pytest.fixture
+def pools(known_cluster: Any, mode: str) -> Iterator[None]:
+    known_cluster.primary.execute("CREATE TABLE t (i int)")
+    groups: dict[str, dict[str, Any]] = {
+        "auto": {"connection_count": SIZE, "settings": {"app.x": "1"}},
+        "manual": {"connection_count": SIZE, "autocommit": False},
+    }
+    Connection.init(config([server(known_cluster.primary)], mode, **groups))
+    yield
+    Connection.reset()
+
+
+def exact(group: str) -> None:
+    """Fail unless nothing is in use, and all connections that there may be can be lent at once, and work."""
+
+    def settled() -> bool:
+        status = Connection.status().groups[group]
+        return status.in_use == status.waiting == 0 and status.idle == status.size
+
+    wait_for(settled, 5, f"{Connection.status().groups[group]}")
+    with ExitStack() as stack:
+        blocks = [stack.enter_context(Handler(group, timeout=5)) for _ in range(SIZE)]
+        assert all(block.query("SELECT 1").fetchone()[0] == 1 for block in blocks)
+    status = Connection.status().groups[group]
+    assert (status.in_use, status.idle, status.size) == (0, SIZE, SIZE)
+
+
+def interrupt_at(n: int, block: Callable[[], object]) -> bool:
+    """Run the block and raise at its n-th point; return False where it has fewer."""
+    points = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal points
+        if event in ("call", "c_return"):
+            points += 1
+            if points == n:
+                sys.setprofile(None)
+                raise Interruption
+
+    try:
+        sys.setprofile(profile)
+        block()
+    except Interruption:
+        pass
+    except psycopg.Error:
+        if points < n:  # else it is what the driver has made of the interruption
+            raise
+    finally:
+        sys.setprofile(None)
+    return points >= n
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_an_interruption_at_any_point_of_a_block_leaves_the_counts_exact(
+    pools: None, group: str, measured: Any
+) -> None:
+    def block() -> None:
+        with Handler(group, timeout=5) as db:
+            db.query("INSERT INTO t VALUES (1)")
+
+    point = 1
+    while interrupt_at(point, block):
+        exact(group)
+        point += 1
+    measured("points at which a block was interrupted", point - 1, "", at_least=100)
+
+
+def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(
+    pools: None, measured: Any
+) -> None:
+    def block() -> None:
+        with Handler("manual", timeout=5) as db:
+            db.query("INSERT INTO t VALUES (1)")
+
+    point, connects = 1, 0
+    while True:
+        with ExitStack() as stack:
+            for _ in range(SIZE):
+                stack.enter_context(Handler("manual")).connection.close()
+            stack.close()
+        wait_for(lambda: Connection.status().groups["manual"].in_use == 0)
+        if not interrupt_at(point, block):
+            break
+        exact("manual")
+        point += 7
+        connects += 1
+    measured("points at which a block that connects was interrupted", connects, "", at_least=20)
+
+
+def test_an_interrupted_connection_is_never_lent_again(pools: None, known_cluster: Any) -> None:
+    """Neither while the server is still at work for whoever was interrupted, nor with what was left open."""
+
+    def alarm(*_: Any) -> None:
+        raise Interruption
+
+    previous = signal.signal(signal.SIGALRM, alarm)
+    try:
+        for group in ("auto", "manual"):
+            for use in (_sleep, _stream, _copy, _pipeline):
+                with pytest.raises(Interruption), Handler(group) as db:
+                    used = pid_of(db)
+                    signal.setitimer(signal.ITIMER_REAL, 0.05)
+                    use(db)
+                exact(group)
+                with ExitStack() as stack:
+                    for _ in range(SIZE):
+                        db = stack.enter_context(Handler(group))
+                        # psycopg may have brought the others to a clean end itself.
+                        assert use is not _sleep or pid_of(db) != used
+                        assert db.connection.pgconn.transaction_status == IDLE
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    busy = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgdbpool' AND state <> 'idle'"
+    wait_for(lambda: known_cluster.primary.execute(busy) == [], what="nothing runs on at the server")
+
+
+def _sleep(db: Handler) -> None:
+    db.query("SELECT pg_sleep(4)")
+
+
+def _stream(db: Handler) -> None:
+    for _ in db.connection.cursor().stream("SELECT i, pg_sleep(0.01) FROM generate_series(1, 400) i"):
+        pass
+
+
+def _copy(db: Handler) -> None:
+    with db.connection.cursor().copy("COPY t FROM STDIN") as copy:
+        for i in range(10_000):
+            copy.write_row((i,))
+            time.sleep(0.001)
+
+
+def _pipeline(db: Handler) -> None:
+    with db.connection.pipeline():
+        for _ in range(400):
+            db.connection.execute("SELECT pg_sleep(0.01)")
+
+
+def test_random_interruptions_lose_nothing(pools: None, known_cluster: Any, measured: Any) -> None:
+    """What was acknowledged is there once, what was not at most once, and the pool is whole."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rand = random.Random(seed)
+    acknowledged: list[int] = []
+    number = interrupted = 0
+
+    def alarm(*_: Any) -> None:
+        raise Interruption
+
+    previous = signal.signal(signal.SIGALRM, alarm)
+    try:
+        while interrupted < 300:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rand.uniform(0.0005, 0.012))
+                while True:
+                    number += 1
+                    with Handler("manual", timeout=5) as db:
+                        db.query("INSERT INTO t VALUES (%s)", (number,))
+                    acknowledged.append(number)
+            except Interruption:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    exact("manual")
+    rows = [i for (i,) in known_cluster.primary.execute("SELECT i FROM t")]
+    measured("blocks acknowledged among 300 interruptions", len(acknowledged), "", at_least=10)
+    assert len(rows) == len(set(rows))
+    assert set(acknowledged) <= set(rows)

@@ -1,0 +1,139 @@
+"""A connection that is lost with a statement or a COMMIT under way: what is sent again, what the error says.
+
+The proxy cuts it at the exact place: before the server has what was sent, or after the server has done it and
+before the client has the answer. The client cannot tell the one from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support import config, server
+
+import pgdbpool
+from pgdbpool import Connection, Handler
+
+CUTS = ["cut_before", "cut_after"]
+
+
+@pytest.fixture
+def proxy(known_cluster: Any, proxy_to: Any, mode: str) -> Iterator[Any]:
+    """The proxy to a primary with an empty table `t`, and groups `auto` and `manual` over it."""
+    known_cluster.primary.execute("CREATE TABLE t (i int)")
+    proxy = proxy_to(known_cluster.primary)
+    groups: dict[str, dict[str, Any]] = {
+        "auto": {"connection_count": 2},
+        "manual": {"connection_count": 2, "autocommit": False},
+    }
+    Connection.init(config([server(known_cluster.primary, port=proxy.port)], mode, **groups))
+    yield proxy
+    Connection.reset()
+
+
+@pytest.fixture
+def rows(known_cluster: Any, proxy: Any) -> Callable[[], list[int]]:
+    return lambda: [i for (i,) in known_cluster.primary.execute("SELECT i FROM t ORDER BY i")]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_an_autocommit_statement_is_not_sent_again_and_may_have_run(proxy: Any, rows: Any, cut: str) -> None:
+    with Handler("auto") as db:
+        getattr(proxy, cut)(b"INSERT")
+        with pytest.raises(pgdbpool.ConnectionLostError) as caught:
+            db.query("INSERT INTO t VALUES (1)")
+        assert caught.value.maybe_executed
+        assert not caught.value.maybe_committed
+        db.query("INSERT INTO t VALUES (2)")  # the block goes on, on another connection
+    assert proxy.cuts == 1
+    assert rows() == ([2] if cut == "cut_before" else [1, 2])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_first_statement_of_a_transaction_is_sent_again_and_counts_once(
+    proxy: Any, rows: Any, cut: str
+) -> None:
+    with Handler("manual") as db:
+        getattr(proxy, cut)(b"INSERT")
+        db.query("INSERT INTO t VALUES (%s)", (1,))
+        db.query("INSERT INTO t VALUES (2)")
+    assert proxy.cuts == 1
+    assert rows() == [1, 2]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_later_statement_of_a_transaction_is_not_sent_again_and_has_no_effect(
+    proxy: Any, rows: Any, cut: str
+) -> None:
+    with pytest.raises(pgdbpool.ConnectionLostError) as caught, Handler("manual") as db:
+        db.query("INSERT INTO t VALUES (1)")
+        getattr(proxy, cut)(b"VALUES (2)")
+        db.query("INSERT INTO t VALUES (2)")
+    assert not caught.value.maybe_executed
+    assert not caught.value.maybe_committed
+    assert proxy.cuts == 1
+    assert rows() == []
+
+
+@pytest.mark.parametrize("how", ["exit", "commit", "text", "transaction"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_commit_is_never_sent_again_and_may_have_happened(
+    proxy: Any, rows: Any, cut: str, how: str
+) -> None:
+    group = "auto" if how == "transaction" else "manual"
+    with pytest.raises(pgdbpool.ConnectionLostError) as caught, Handler(group) as db:
+        if how == "transaction":
+            with db.transaction():
+                db.query("INSERT INTO t VALUES (1)")
+                getattr(proxy, cut)(b"COMMIT")
+        else:
+            db.query("INSERT INTO t VALUES (1)")
+            getattr(proxy, cut)(b"COMMIT")
+            if how == "commit":
+                db.commit()
+            elif how == "text":
+                db.query("COMMIT")
+    assert caught.value.maybe_committed
+    assert proxy.cuts == 1
+    assert rows() == ([] if cut == "cut_before" else [1])
+    status = Connection.status().groups[group]
+    assert (status.in_use, status.waiting) == (0, 0)
+
+
+def test_a_statement_that_ran_into_its_deadline_is_not_sent_again(
+    proxy: Any, rows: Any, known_cluster: Any, mode: str
+) -> None:
+    entry = server(known_cluster.primary, port=proxy.port, query_timeout=100)
+    Connection.init(config([entry], mode, manual={"connection_count": 1, "autocommit": False}))
+    with pytest.raises(pgdbpool.QueryDeadlineError), Handler("manual") as db:
+        proxy.stall()
+        db.query("INSERT INTO t VALUES (1)")
+    proxy.resume()
+    assert rows() == []
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("target", ["standby", "read-only"])
+def test_a_statement_of_a_read_only_group_is_sent_again(
+    known_cluster: Any, proxy_to: Any, mode: str, target: str, cut: str
+) -> None:
+    proxy = proxy_to(known_cluster.standbys[0])
+    entry = server(known_cluster.standbys[0], port=proxy.port)
+    Connection.init(config([entry], mode, g={"connection_count": 2, "target": target}))
+    try:
+        with Handler("g") as db:
+            getattr(proxy, cut)(b"SELECT 41")
+            assert db.query("SELECT 41 + 1").fetchone()[0] == 42
+            with pytest.raises(pgdbpool.DBQueryError), db.transaction():
+                db.query("SELECT 1")
+                getattr(proxy, cut)(b"SELECT 43")
+                with pytest.raises(pgdbpool.ConnectionLostError):
+                    db.query("SELECT 43 + 1")  # what came before it in the transaction is gone
+            db.connection.execute("SET work_mem = '1MB'")
+            getattr(proxy, cut)(b"SELECT 45")
+            with pytest.raises(pgdbpool.ConnectionLostError):
+                db.query("SELECT 45 + 1")  # so is what the block has set
+        assert proxy.cuts == 3
+    finally:
+        Connection.reset()
