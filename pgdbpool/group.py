@@ -388,7 +388,6 @@ class Group:
             self._pool.free(slot)  # at once: the error's traceback keeps this frame, and the slot, alive
             raise
         slot.endpoint = spare.endpoint
-        spare.reads = self.config.target in ("standby", "read-only")
         spare.slot = slot
         self._opened += 1
         return spare
