@@ -146,7 +146,9 @@ def promotions(rounds: int, cluster: Cluster, threads: int) -> None:
             for worker in workers:
                 worker.join()
     middle, worst = statistics.median(first_commits), max(first_commits)
-    print(f"{rounds} promotions, {len(commits)} commits: first commit after {middle:.3f} s (worst {worst:.3f} s)")
+    print(
+        f"{rounds} promotions, {len(commits)} commits: the first after {middle:.3f} s, at worst {worst:.3f} s"
+    )
     print(f"meanwhile: {dict(events)}")
     assert events["writes on a standby"] == events["ReadOnlyServerError"] == 0
     assert max(first_commits) < 5  # 1 s where nothing else uses the machine
