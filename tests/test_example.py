@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 
 import psycopg
 import pytest
-from conftest import restore
+from known import restore
 from support import wait_for
 
 import pgdbpool

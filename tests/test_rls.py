@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import VERSION_VARIABLE
+from known import VERSION_VARIABLE
 from proxy import Proxy
 from psycopg.rows import dict_row
 
