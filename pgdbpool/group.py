@@ -308,7 +308,10 @@ class Group:
     def _drop(self, conn: PooledConnection, reason: str) -> None:
         self._discarded[reason] += 1
         logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
+        slot = conn.slot
         conn.retire()
+        if slot is not None:
+            self._pool.free(slot)  # at once, whatever error's traceback still holds it
 
     # Opening.
 
@@ -341,6 +344,8 @@ class Group:
                 spare.close()
             self._pool.free(slot)  # at once: the error's traceback keeps this frame, and the slot, alive
             raise
+        finally:
+            failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
         spare.slot = slot
         self._opened += 1
