@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bank_checker import Verdict, check
 from bank_client import Desk
-from bank_nemesis import Nemesis
+from nemesis import Nemesis
 from proxy import Proxy
 
 from pgdbpool.cluster import Cluster, Node
@@ -172,11 +172,11 @@ def run(plan: Plan, directory: Path) -> Verdict:
             return all(history.successes.get(number, 0.0) >= since for number in range(processes))
 
         recovery = BOUNDS["query"] + SLACK
-        nemesis = Nemesis(cluster, proxies, random, history.note, recovered, recovery)
+        nemesis = Nemesis(cluster, proxies, "teller", random, history.note)
         try:
             while not recovered(began) and time.monotonic() < began + 20:
                 time.sleep(0.02)
-            nemesis.run(began + plan.seconds)
+            nemesis.run(began + plan.seconds, recovered, recovery)
             until = time.monotonic()
             # A transfer has a few calls, each within its bound.
             codes = end(clients, sum(BOUNDS.values()) + 2 * BOUNDS["query"] + SLACK)

@@ -1,4 +1,4 @@
-"""What goes wrong at the bank: one fault after the other, at random, each mended before the next."""
+"""What goes wrong with two servers and their network: one fault at a time, each mended before the next."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from proxy import Proxy
 
 from pgdbpool.cluster import Cluster, ClusterError, Node
 
-VICTIM = b"SELECT pid FROM pg_stat_activity WHERE usename = 'teller' ORDER BY random() LIMIT 1"
-ALL_ENDED = b"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'teller'"
+VICTIM = "SELECT pid FROM pg_stat_activity WHERE usename = %s ORDER BY random() LIMIT 1"
+ALL_ENDED = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s"
 
 
 class Nemesis:
@@ -28,41 +28,46 @@ class Nemesis:
     nothing, since it waits for a standby too. Nothing cancels statements: a COMMIT that is cancelled while it
     waits for the standby is a success with a warning, and may be lost in the next failover.
 
-    :param note: writes a line to the history.
-    :param recovered: tells whether every process had a success since then.
+    :param user: whose backends it ends.
+    :param note: writes a line to a history.
     """
 
     def __init__(
         self,
         cluster: Cluster,
         proxies: Mapping[Node, Proxy],
+        user: str,
         random: Random,
         note: Callable[..., None],
-        recovered: Callable[[float], bool],
-        patience: float,
     ) -> None:
         self.cluster = cluster
         self.proxies = proxies
+        self.user = user
         self.random = random
         self.note = note
-        self.recovered = recovered
-        self.patience = patience
 
-    def run(self, until: float) -> None:
-        """Go through all faults in random order, again and again; end with everything mended."""
+    def run(self, until: float, recovered: Callable[[float], bool], patience: float) -> None:
+        """Go through all faults in random order, again and again; end with everything mended.
+
+        After each, wait until `recovered` says that all have recovered since then, or for the `patience`.
+        """
         deck: list[Callable[[Nemesis], None]] = []
         while time.monotonic() < until:
             if not deck:
                 deck = self.random.sample(FAULTS, len(FAULTS))
-            fault = deck.pop()
-            self.note("fault", at=time.monotonic(), fault=fault.__name__, primary=self.primary.name)
-            fault(self)
-            self.mend()
-            mended = time.monotonic()
-            self.note("healed", at=mended, fault=fault.__name__, primary=self.primary.name)
-            while not self.recovered(mended) and time.monotonic() < mended + self.patience:
+            mended = self.strike(deck.pop())
+            while not recovered(mended) and time.monotonic() < mended + patience:
                 time.sleep(0.02)
             time.sleep(self.random.uniform(0.1, 1.0))
+
+    def strike(self, fault: Callable[[Nemesis], None]) -> float:
+        """Break something and mend it again; return when that was, on the monotonic clock."""
+        self.note("fault", at=time.monotonic(), fault=fault.__name__, primary=self.primary.name)
+        fault(self)
+        self.mend()
+        mended = time.monotonic()
+        self.note("healed", at=mended, fault=fault.__name__, primary=self.primary.name)
+        return mended
 
     @property
     def primary(self) -> Node:
@@ -110,7 +115,7 @@ class Nemesis:
         if not self.primary.running or self.primary.paused:
             return
         with suppress(psycopg.OperationalError):
-            for (pid,) in self.primary.execute(VICTIM.decode()):
+            for (pid,) in self.primary.execute(VICTIM, (self.user,)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signum)
 
@@ -143,7 +148,7 @@ class Nemesis:
     def terminate_backends(self) -> None:
         for _ in range(self.random.randint(1, 5)):
             with suppress(psycopg.OperationalError):
-                self.primary.execute(ALL_ENDED.decode())
+                self.primary.execute(ALL_ENDED, (self.user,))
             time.sleep(self.random.uniform(0.0, 0.2))
 
     def terminate_what_waits_for_the_standby(self) -> None:
@@ -245,3 +250,14 @@ FAULTS = [
     Nemesis.fail_over_without_network,
     Nemesis.fail_over_to_a_standby_that_was_away,
 ]
+QUICK = [
+    Nemesis.kill_the_primary,
+    Nemesis.kill_the_standby,
+    Nemesis.kill_a_backend,
+    Nemesis.restart_the_primary,
+    Nemesis.restart_the_standby,
+    Nemesis.terminate_backends,
+    Nemesis.refuse,
+    Nemesis.reset_connections,
+]
+"""Those that leave the roles and take a moment."""
