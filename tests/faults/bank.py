@@ -74,6 +74,8 @@ class Plan:
     seed: int
     balance: int = 1000
     accounts: int = 50
+    version: int | None = int(os.environ.get("PGDBPOOL_TEST_PG_VERSION", "0")) or None
+    """PostgreSQL's, if not the newest."""
     log_statements: bool = False
     """Whether the servers log every statement, with its transaction."""
 
@@ -145,7 +147,7 @@ def run(plan: Plan, directory: Path) -> Verdict:
     processes, tellers = plan.shape
     clients: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(standbys=1, settings=settings))
+        cluster = stack.enter_context(Cluster(standbys=1, version=plan.version, settings=settings))
         cluster.primary.execute(SCHEMA.format(balance=plan.balance, accounts=plan.accounts))
         proxies = {node: stack.enter_context(Proxy(node.host, node.port)) for node in cluster.nodes}
         history = History(directory / "history.jsonl")

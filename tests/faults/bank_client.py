@@ -222,7 +222,7 @@ class Teller:
         try:
             with self.block(group) as db:
                 with self.timed("query"):
-                    found = db.query("SELECT sum(balance)::bigint FROM accounts").fetchone()[0]
+                    ((found,),) = db.query("SELECT sum(balance)::bigint FROM accounts").fetchall()
         except (DBQueryError, DBConnectionError) as raised:
             error = raised
         name = None if error is None else type(error).__name__
