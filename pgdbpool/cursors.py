@@ -82,7 +82,7 @@ class BlockCursor(psycopg.Cursor[Any]):
                 if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
                     raise errors.TransactionAbortedError(FAILED) from block.failure
         except errors.ConnectionLostError as error:
-            block.failure = error
+            block.failure = errors.without_frames(error)
             block.lost = block.lost or not autocommit
             if not error.repeatable:
                 error.maybe_executed = error.maybe_executed or autocommit
@@ -96,7 +96,7 @@ class BlockCursor(psycopg.Cursor[Any]):
                 )
             raise
         except psycopg.Error as error:
-            block.failure = error
+            block.failure = errors.without_frames(error)
             if conn.pgconn.transaction_status == ACTIVE:
                 # psycopg leaves a COPY that it refuses under way: where that ends is not known.
                 conn.close()

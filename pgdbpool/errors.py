@@ -209,6 +209,16 @@ def as_query_error(error: psycopg.Error, own: type[DBQueryError] = DBQueryError)
     return error  # type: ignore[return-value]
 
 
+def without_frames(error: Exception) -> Exception:
+    """Return a copy of an error to keep for later, when what the frames of its traceback hold may be gone.
+
+    A block that kept the error itself would hold its own Handler, which could not be dropped then.
+    """
+    twin = type(error).__new__(type(error), *error.args)
+    twin.__dict__.update(error.__dict__)
+    return twin
+
+
 def ends_session(error: psycopg.Error) -> bool:
     """Tell whether the server ended the session with this error (severity FATAL or PANIC, class 08).
 

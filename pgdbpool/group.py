@@ -354,7 +354,10 @@ class Group:
         if reason == "lost":
             conn.endpoint.doubtful = True
         logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
+        slot = conn.slot
         conn.retire()
+        if slot is not None:
+            self._pool.free(slot)  # at once, whatever error's traceback still holds it
 
     # Opening.
 
@@ -387,6 +390,8 @@ class Group:
                 spare.close()
             self._pool.free(slot)  # at once: the error's traceback keeps this frame, and the slot, alive
             raise
+        finally:
+            failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
         spare.slot = slot
         self._opened += 1

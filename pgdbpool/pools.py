@@ -37,6 +37,10 @@ Dial = Callable[[Slot], PooledConnection]
 """Opens a connection in a slot in the background; raises `Error` where it cannot."""
 
 
+RETRY_AFTER = 1.0
+"""Seconds after which a connection that could not be opened in the background is tried again."""
+
+
 class NoConnection(Exception):
     """Nothing became free in time; `reason` is one of the class's constants."""
 
@@ -160,6 +164,13 @@ class _Open(MaintenanceTask):
         pool.open_in(slot)
 
 
+class _Retry(MaintenanceTask):
+    """Tries again, some time after a connection could not be opened, whether there are `min_size`."""
+
+    def _run(self, pool: Any) -> None:
+        pool.retry()
+
+
 class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     """A pool for many threads: a fair queue, and workers that keep `min_size` connections.
 
@@ -181,6 +192,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         self._dial = dial
         self.taken = 0
         self.missing = False  # but when it was just opened; a worker opens what is
+        self._retrying = False
         self._slots = _Slots(max_size, self._slot_freed)
         self._queue: deque[_Waiter] = deque()
         super().__init__(
@@ -322,13 +334,24 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             while self.size < self._min_size and (slot := self._slots.new()):
                 self.run_task(_Open(self, slot))
 
-    def open_in(self, slot: Slot) -> None:
-        """Open a connection in a worker."""
+    def open_in(self, slot: Slot) -> bool:
+        """Open a connection in a worker; return whether that worked."""
         try:
             conn = self._dial(slot)
-        except Error:
-            return  # the endpoint has noted why; the next request tries again
+        except Error:  # the endpoint has noted why; a request that needs a connection tries by itself
+            with self._lock:
+                retrying, self._retrying = self._retrying, True
+            if not retrying:
+                self.run_task(Schedule(self, _Retry(self), RETRY_AFTER))
+            return False
         self.give(conn)
+        return True
+
+    def retry(self) -> None:
+        """Open one connection of those that are missing in a worker, and if that worked, the others."""
+        self._retrying = False
+        if self.size < self._min_size and (slot := self.claim()) and self.open_in(slot):
+            self.refill()
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         with self._lock:

@@ -249,7 +249,7 @@ class PooledConnection(psycopg.Connection[Any]):
         # In COPY or a pipeline the status tells only that something is under way.
         if status != ACTIVE or block.manual or self.bound or self._num_transactions:
             block.lost = True
-            block.failure = error if isinstance(error, Exception) else None
+            block.failure = errors.without_frames(error) if isinstance(error, Exception) else None
 
     def close(self) -> None:
         """Close the connection; one of the parent process is left alone."""
