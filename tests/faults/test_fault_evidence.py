@@ -172,7 +172,7 @@ def test_a_ping_past_its_deadline_is_evidence(start: Any, known_cluster: Any, pr
     proxy.stall()
     assert isinstance(call().error, pgdbpool.DBOfflineError)
     assert state() in ("down", "probing")
-    assert Connection.status().groups["g"].size == 0  # none of them is lent again
+    wait_for(lambda: Connection.status().groups["g"].size == 0, what="none of them is lent again")
 
 
 def test_a_server_that_takes_no_sessions_is_evidence(start: Any, known_cluster: Any) -> None:

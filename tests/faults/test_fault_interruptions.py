@@ -55,7 +55,7 @@ def exact(group: str) -> None:
         blocks = [stack.enter_context(Handler(group, timeout=5)) for _ in range(SIZE)]
         assert all(block.query("SELECT 1").fetchone()[0] == 1 for block in blocks)
     status = Connection.status().groups[group]
-    assert (status.in_use, status.idle, status.size) == (0, SIZE, SIZE)
+    assert (status.in_use, status.idle, status.size) == (0, SIZE, SIZE), status
 
 
 def interrupt_at(n: int, block: Callable[[], object]) -> bool:
@@ -166,7 +166,7 @@ def _copy(db: Handler) -> None:
 
 def _pipeline(db: Handler) -> None:
     with db.connection.pipeline():
-        for _ in range(400):
+        for _ in range(50):
             db.connection.execute("SELECT pg_sleep(0.01)")
 
 

@@ -79,7 +79,9 @@ def test_an_outage_under_load(
     measured("most attempts in any later second", worst, "", at_most=3)  # two, and the edges of a window
     measured("calls refused", len(refused), "", at_least=100)
     measured("calls lost while they were at the server", len(others), "", at_most=12)
-    measured("slowest refusal", max(each.took for each in refused) * 1000, "ms", at_most=1000)
+    waits = sorted(each.took for each in refused)
+    measured("a refusal, 99 of 100", waits[len(waits) * 99 // 100] * 1000, "ms", at_most=200)
+    measured("slowest refusal, with a timeout of 30 s", waits[-1], at_most=5)  # the machine may stall
     measured("first success after recovery", load.good_since(up)[0].ended - up, "s", at_most=2)
     status = Connection.status().groups["g"]
     assert (status.waiting, status.in_use) == (0, 0)
