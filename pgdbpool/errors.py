@@ -47,7 +47,10 @@ class UnconfiguredGroupError(Error, LookupError):
 
 
 class ThreadingModelError(Error, RuntimeError):
-    """Two threads used a lock-free pool at the same time."""
+    """Two threads used a lock-free pool at once, or the process's threads are not what the pools need.
+
+    That is a monkey patch of gevent that came too late, or `install_signal_handlers` outside the main thread.
+    """
 
 
 class SettingError(Error, ValueError):
