@@ -53,6 +53,12 @@ def check() -> None:
         raise ThreadingModelError(f"gevent has patched this process after psycopg was imported: {REMEDY}")
 
 
+def in_hub() -> bool:
+    """Tell whether this is gevent's hub, which must not wait: where its signal handlers run mostly."""
+    gevent = sys.modules.get("gevent")
+    return gevent is not None and patched("threading") and gevent.getcurrent() is gevent.get_hub()
+
+
 def polls(fd: int) -> tuple[Poll, Poll]:
     """Return two functions that poll the descriptor for input: one to look without waiting, one to wait.
 

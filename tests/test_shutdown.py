@@ -192,7 +192,7 @@ class Program:
                 "type": "{mode}",
                 "db": {{"host": "{node.host}", "port": {node.port}, "user": "postgres", "name": "postgres",
                         "query_timeout": 60000}},
-                "groups": {{"g": {{"connection_count": 3}}, "m": {{"connection_count": 3, "autocommit": False}}}},
+                "groups": {{name: {{"connection_count": 3, "autocommit": name == "g"}} for name in "gm"}},
             }})
         """
         program = "\n".join(map(textwrap.dedent, (before, start, body)))
@@ -492,7 +492,12 @@ def test_signals_end_a_gevent_process(program: Any, known_cluster: Any) -> None:
     "body",
     [
         "import atexit; atexit.register(Connection.close)",
-        "import atexit; atexit.register(Connection.terminate); keep = Handler('m').__enter__(); keep.query('SELECT 1')",
+        """
+        import atexit
+        atexit.register(Connection.terminate)
+        keep = Handler("m").__enter__()
+        keep.query("SELECT 1")
+        """,
         """
         import atexit
         @atexit.register
