@@ -222,7 +222,7 @@ class Group:
         if conn.holder or ((conn.touched or conn.altered) and not self._tidied(conn)):
             return "not clean"
         if conn.endpoint.state is not State.UP:
-            return conn.endpoint.state.value
+            return str(conn.endpoint.state.value)
         if self._uneven and self._moves(conn, now):
             return "rebalanced"
         if self._always_clean and not conn.local:
