@@ -39,7 +39,7 @@ class ConfigError(Error, ValueError):
 
 
 class NotInitializedError(Error, RuntimeError):
-    """`Connection.init()` was not called, or `Connection.close()` was."""
+    """`Connection.init()` was not called, or `close`, `terminate` or a signal has ended the pools."""
 
 
 class UnconfiguredGroupError(Error, LookupError):

@@ -1,4 +1,4 @@
-"""Under gevent's monkey patch waits let others run, interruptions lose nothing, and a late patch is refused."""
+"""Under gevent's patch waits let others run, interruptions lose nothing, and a late patch is refused."""
 
 from __future__ import annotations
 
