@@ -272,7 +272,9 @@ def test_a_killed_worker_takes_only_its_own_requests_along(
 ) -> None:
     server = serve(*arguments, **variables)
     before = server.ask_often(40)
+    all_right(before)  # each has a process then
     killed = before[0].pid
+    assert killed in server.workers
     own = {backend for answer in before if answer.pid == killed for backend in answer.backends}
     with ThreadPoolExecutor(1) as pool:
         during = pool.submit(server.ask_often, 80, sleep=0.05)
