@@ -5,15 +5,18 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
+import sys
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from time import monotonic, sleep
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
 
 import psycopg
 
-from . import rows
+from . import greenlets, rows
 from .config import Config
 from .endpoint import Endpoint, Role, State
 from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError
@@ -26,6 +29,10 @@ from .stats import EndpointStatus, Status
 
 if TYPE_CHECKING:
     from .rls import Audit
+    from .shutdown import SignalHandlers
+
+CUT_WITHIN = 0.5
+"""Seconds that cancelling what runs may take, where connections are closed under their blocks."""
 
 logger = logging.getLogger("pgdbpool")
 
@@ -116,12 +123,29 @@ class _Pools:
         ):
             if self.config.type == "non-threaded":
                 self.monitor.step()
-            sleep(0.005)
+            time.sleep(0.005)
 
     def close(self, timeout: float) -> None:
+        """Close the idle connections, and those in use as their blocks end."""
         self.monitor.close()
+        deadline = monotonic() + timeout
         for group in self.groups.values():
-            group.close(timeout)
+            group.close(max(deadline - monotonic(), 0.05))
+
+    def drain(self, timeout: float, but: int = 0, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Wait until no block is open but those of that thread."""
+        deadline = monotonic() + timeout
+        while any(group.busy(but) for group in self.groups.values()):
+            if monotonic() >= deadline or hurry():
+                return
+            time.sleep(0.01)  # for checkin to tell would be work in every block
+
+    def terminate(self, but: int = 0) -> None:
+        """Close all connections now, also those in use but by that thread."""
+        self.close(CUT_WITHIN)  # first, so that no block goes on with another connection
+        deadline = monotonic() + CUT_WITHIN
+        for group in self.groups.values():
+            group.sever(deadline, but)
 
 
 class Connection:
@@ -130,8 +154,13 @@ class Connection:
     _pools: _Pools | None = None
     _abandoned: list[_Pools] = []
     """A parent's, kept so that nothing of them is collected, and so touched, in a child."""
-    _lock = threading.Lock()
+    _lock = threading.RLock()
+    """Re-entrant, since a signal handler may close what it interrupts the opening of."""
     _all: weakref.WeakSet[_Pools] = weakref.WeakSet()
+    _closed = False
+    _handlers: SignalHandlers | None = None
+    _pid = os.getpid()
+    _noticing = threading.Lock()
 
     @classmethod
     def init(
@@ -149,7 +178,10 @@ class Connection:
         :raises ConfigError: everything that is wrong with the configuration, before anything is opened.
         :raises DBConnectionError: a group none of whose endpoints can be connected to, with each
             endpoint's own reason, within the connect timeout. One endpoint of several is a warning.
+        :raises ThreadingModelError: gevent has patched the process too late, or in part.
         """
+        greenlets.check()
+        cls._notice_fork()
         pools = _Pools(load(config))
         cls._all.add(pools)
         if wait:
@@ -160,25 +192,73 @@ class Connection:
                 raise
         with cls._lock:
             previous, cls._pools = cls._pools, pools
+            cls._closed = False
         if previous is not None:
             previous.close(5.0)
 
     @classmethod
     def close(cls, timeout: float = 5.0) -> None:
-        """Close all pools; connections in use are closed as their blocks end.
+        """Refuse new blocks, wait for those that are open, and close all pools.
 
-        :param timeout: seconds to wait for the pools' threads.
+        A block that is still open after the timeout finds its connection lost, as after `terminate`. The
+        calling thread's own blocks are not waited for: their connections are closed as they end.
+
+        :param timeout: seconds to wait for blocks.
         """
-        with cls._lock:
-            pools, cls._pools = cls._pools, None
+        pools = cls._refuse()
         if pools is not None:
-            pools.close(timeout)
+            me = threading.get_ident()
+            pools.drain(timeout, me)
+            pools.terminate(me)
+
+    @classmethod
+    def terminate(cls) -> None:
+        """Close all pools now, within about a second: what runs is cancelled, and its blocks fail."""
+        cls._refuse()
+        for pools in list(cls._all):  # also those that a `close` waits for, or an `init` has replaced
+            pools.terminate()
+
+    @classmethod
+    def is_closing(cls) -> bool:
+        """Tell whether new blocks are refused since `close`, `terminate` or a signal ended the pools."""
+        return cls._closed
+
+    @classmethod
+    def install_signal_handlers(cls, *signals: int, timeout: float = 5.0) -> None:
+        """Make signals, SIGTERM and SIGINT if none are named, end the pools before they do what they did.
+
+        From the first signal on new blocks are refused, and those that are open have `timeout` seconds to
+        end. Then the pools are closed and the earlier handler is called, or the process ends where there
+        was none.
+        A second signal ends the wait. For processes of your own: servers have hooks, see
+        `pgdbpool.contrib.gunicorn`.
+
+        :param timeout: seconds to wait for blocks.
+        :raises ThreadingModelError: this is not the main thread.
+        """
+        from .shutdown import SignalHandlers  # nothing but this needs it
+
+        if cls._handlers is not None:
+            cls._handlers.uninstall()
+        cls._handlers = SignalHandlers(_Leaving(), timeout)
+        cls._handlers.install(signals or (signal.SIGTERM, signal.SIGINT))
+
+    @classmethod
+    def _refuse(cls) -> _Pools | None:
+        cls._notice_fork()
+        with cls._lock:
+            pools, cls._pools, cls._closed = cls._pools, None, True
+        return pools
 
     @classmethod
     def reset(cls) -> None:
         """Forget everything, as before the first `init`: for tests."""
         cls.close(timeout=1.0)
         cls._abandoned.clear()
+        cls._closed = False
+        if cls._handlers is not None:
+            cls._handlers.uninstall()
+            cls._handlers = None
 
     @classmethod
     def group(cls, name: str) -> Group:
@@ -189,7 +269,7 @@ class Connection:
         """
         pools = cls._pools
         if pools is None:
-            raise NotInitializedError("call pgdbpool.Connection.init(config) before the first Handler")
+            raise cls._refusal()
         try:
             return pools.groups[name]
         except (KeyError, TypeError):
@@ -275,24 +355,44 @@ class Connection:
 
     @classmethod
     def _current(cls) -> _Pools:
+        cls._notice_fork()
         if cls._pools is None:
             raise NotInitializedError("call pgdbpool.Connection.init(config) first")
         return cls._pools
 
     @classmethod
+    def _refusal(cls) -> NotInitializedError:
+        """Return the error for a block that may not begin."""
+        if cls._handlers is not None:
+            cls._handlers.wait()
+        if cls._closed:
+            return NotInitializedError("the pools are closed: no block can begin before the next init")
+        return NotInitializedError("call pgdbpool.Connection.init(config) before the first Handler")
+
+    @classmethod
     def _after_fork_in_child(cls) -> None:
         # The parent's connections, locks and threads are not ours: nothing of them may be closed,
         # written to or waited for. The same configuration starts anew, opened on first use.
-        cls._lock = threading.Lock()
+        cls._lock = threading.RLock()
+        if cls._handlers is not None:
+            cls._handlers.forked()
         for old in list(cls._all):  # also those replaced or closed, which blocks may still use
             cls._abandoned.append(old)
             for group in old.groups.values():
                 group.abandon()
-        pools = cls._pools
-        if pools is not None:
-            for group in pools.groups.values():
-                group.abandon()
-            cls._pools = _Pools(pools.config)
+        cls._all = weakref.WeakSet()
+        if cls._pools is not None:
+            cls._pools = _Pools(cls._pools.config)
+            cls._all.add(cls._pools)  # for a child of this child
+        cls._pid = os.getpid()
+
+    @classmethod
+    def _notice_fork(cls) -> None:
+        """Do after a fork what Python was to do: uWSGI forks without it, but for `py-call-osafterfork`."""
+        if cls._pid != os.getpid():
+            with cls._noticing:  # in the child only, so never held by a thread of the parent
+                if cls._pid != os.getpid():
+                    cls._after_fork_in_child()
 
     @classmethod
     def _at_exit(cls) -> None:
@@ -301,6 +401,27 @@ class Connection:
         if cls._pools is not None:
             for group in cls._pools.groups.values():
                 group.ending = True
+
+
+class _Leaving:
+    """The pools that a signal ends."""
+
+    def __init__(self) -> None:
+        self._pools: _Pools | None = None
+
+    def refuse(self) -> None:
+        self._pools = Connection._refuse()
+
+    def finish(self, timeout: float, hurry: Callable[[], bool], main: int) -> None:
+        if self._pools is not None:
+            self._pools.drain(timeout, hurry=hurry)
+            self._pools.terminate(main)
+
+    def holds(self, thread: int) -> bool:
+        return self._pools is not None and any(g.held_by(thread) for g in self._pools.groups.values())
+
+    def end(self) -> None:
+        Connection.terminate()
 
 
 def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
@@ -320,5 +441,14 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
     )
 
 
+def _group_of_this_process(cls: type[Connection], name: str) -> Group:
+    cls._notice_fork()
+    found: Group = _group(cls, name)
+    return found
+
+
 os.register_at_fork(after_in_child=Connection._after_fork_in_child)
+if "uwsgi" in sys.modules:  # elsewhere no block pays for it
+    _group = Connection.group.__func__  # type: ignore[attr-defined]
+    Connection.group = classmethod(_group_of_this_process)  # type: ignore[method-assign,assignment]
 atexit.register(Connection._at_exit)

@@ -39,7 +39,7 @@ class ConfigError(Error, ValueError):
 
 
 class NotInitializedError(Error, RuntimeError):
-    """`Connection.init()` was not called, or `Connection.close()` was."""
+    """`Connection.init()` was not called, or `close`, `terminate` or a signal has ended the pools."""
 
 
 class UnconfiguredGroupError(Error, LookupError):
@@ -51,7 +51,10 @@ class UnknownEndpointError(Error, LookupError):
 
 
 class ThreadingModelError(Error, RuntimeError):
-    """Two threads used a lock-free pool at the same time."""
+    """Two threads used a lock-free pool at once, or the process's threads are not what the pools need.
+
+    That is a monkey patch of gevent that came too late, or `install_signal_handlers` outside the main thread.
+    """
 
 
 class SettingError(Error, ValueError):

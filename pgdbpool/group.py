@@ -16,6 +16,7 @@ from weakref import ref
 
 import psycopg
 
+from . import greenlets
 from .balance import Candidate, order, suits, worth_moving
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
@@ -100,8 +101,9 @@ class Group:
         first = random.randrange(len(self.endpoints))
         self._ring = self.endpoints[first:] + self.endpoints[:first]
         self._row_factory = row_factory
-        self._probe = probe
         self._lock_free = lock_free
+        self._probe: Callable[[], None] | None = self._first_use
+        self._later_probe = probe
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.Lock()
         self._lent: dict[PooledConnection, Block] = {}
         self.on_drop = self._dropped
@@ -278,14 +280,24 @@ class Group:
 
     def _maintain(self, now: float, deadline: float) -> None:
         """Do at a checkout what a thread does in threaded mode: probe, and open what is missing."""
-        assert self._probe is not None
-        self._probe()
+        probe = self._probe
+        assert probe is not None
+        probe()
+        if self._probe is None:
+            return  # threaded: that was the first use
         if self._pool.missing and now >= self._refill_at and (slot := self._pool.claim()):
             try:
                 self._pool.give(self._connect(slot, deadline))
             except DBConnectionError:  # the endpoint has noted why, and an idle one may serve
                 self._refill_at = now + REFILL_AFTER
                 self._pool.refill()
+
+    def _first_use(self) -> None:
+        """Before the group's first checkout in a process: refuse one where a wait would stop all others."""
+        greenlets.check()
+        self._probe = self._later_probe
+        if self._probe is not None:
+            self._probe()
 
     def _dropped(self, handler: ref[Any]) -> None:
         """A Handler is gone that did not leave its block: take its connection back."""
@@ -598,9 +610,24 @@ class Group:
                 return
             self._pool.give(conn)
 
+    def busy(self, but: int = 0) -> bool:
+        """Tell whether a block has a connection, or gets one, of any thread but that one."""
+        pool = self._pool
+        return pool.waiting > 0 or pool.size - pool.idle > self.held_by(but)
+
+    def held_by(self, thread: int) -> int:
+        """Return how many connections blocks of the thread have."""
+        return sum(block.thread == thread for block in self._blocks())
+
     def close(self, timeout: float) -> None:
         """Close the pool; connections in use are closed as they come back."""
         self._pool.close(timeout)
+
+    def sever(self, deadline: float, but: int = 0) -> None:
+        """Cut the connections that are in use, but those of that thread; their statements are cancelled."""
+        for conn, block in list(self._lent.items()):
+            if block.thread != but:
+                conn.sever(deadline)
 
     def abandon(self) -> None:
         """Forget the parent's connections in a forked child, without touching them."""

@@ -85,7 +85,7 @@ class Monitor:
     def __init__(self, observer: Observer, *, threaded: bool) -> None:
         self.prober = Prober()
         self.observer = observer
-        self._lock = threading.Lock() if threaded else None
+        self._lock = threading.RLock() if threaded else None  # a signal handler may come back to it
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
         self._news = threading.Event()

@@ -19,6 +19,7 @@ from psycopg import generators, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.waiting import Wait
 
+from . import greenlets
 from .endpoint import Endpoint, Role, State
 from .errors import one_line
 from .sight import QUERY, Course, Sight, read
@@ -76,7 +77,7 @@ class Look:
     @staticmethod
     def _ready(fileno: int, wait: int) -> int:
         """Return which of the events that are waited for are there."""
-        poller = select.poll()
+        poller = greenlets.poller()
         events = (select.POLLIN if wait & Wait.R else 0) | (select.POLLOUT if wait & Wait.W else 0)
         poller.register(fileno, events)
         found = poller.poll(0)

@@ -7,7 +7,9 @@ pinned for that.
 from __future__ import annotations
 
 import itertools
+import os
 import select
+import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +21,7 @@ import psycopg
 from psycopg import pq
 from psycopg.errors import _WaitTimeout
 
-from . import errors
+from . import errors, greenlets
 from .preamble import BEGIN, CLEANING, IDLE, NOTHING, Block, Command, deallocate
 from .statements import Shape
 from .tenant import Bound
@@ -121,12 +123,11 @@ class PooledConnection(psycopg.Connection[Any]):
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def watch(self) -> None:
-        """Prepare `poll`; to be called once, when the connection is open."""
-        poller = select.poll()
-        poller.register(self.pgconn.socket, select.POLLIN)
+        """Prepare `poll` and `wait_readable`; to be called once, when the connection is open."""
         self._known: dict[bytes, bytes] = {}
         """The preamble's commands that are prepared, by text."""
-        self.poll: Callable[[float | None], list[tuple[int, int]]] = poller.poll
+        # One and the same but under gevent: `poll` looks and never waits.
+        self.poll, self.wait_readable = greenlets.polls(self.pgconn.socket)
         self.used_at = monotonic()
 
     def retire(self) -> None:
@@ -159,7 +160,7 @@ class PooledConnection(psycopg.Connection[Any]):
             pgconn.send_query(b"")
             pgconn.flush()
             while pgconn.is_busy():
-                if not self.poll(max(0.0, deadline - monotonic()) * 1000):
+                if not self.wait_readable(max(0.0, deadline - monotonic()) * 1000):
                     return False
                 pgconn.consume_input()
             while pgconn.get_result():
@@ -255,6 +256,23 @@ class PooledConnection(psycopg.Connection[Any]):
         """Close the connection; one of the parent process is left alone."""
         if not self.abandoned:
             super().close()
+
+    def sever(self, deadline: float) -> None:
+        """Cancel what runs, within the deadline, and cut the connection under its block, from any thread.
+
+        The block finds it lost. To close it would take its socket's number from under a wait for it.
+        """
+        if self.abandoned:
+            return
+        with suppress(psycopg.Error, OSError):
+            number = self.pgconn.socket
+            with socket.socket(fileno=os.dup(number)) as own:
+                left = deadline - monotonic()
+                if self.pgconn.transaction_status == ACTIVE and left > 0:
+                    with suppress(psycopg.Error):
+                        self.cancel_safe(timeout=left)
+                if self.pgconn.socket == number:  # raises where it was closed: the number may be another's
+                    own.shutdown(socket.SHUT_RDWR)
 
     def abandon(self) -> None:
         """In a forked child: never touch the socket or the lock again, which are the parent's."""
@@ -382,7 +400,7 @@ class PooledConnection(psycopg.Connection[Any]):
                 self._flush(deadline)
             while True:
                 while pgconn.is_busy():
-                    self._await(self.poll, deadline)
+                    self._await(self.wait_readable, deadline)
                     pgconn.consume_input()
                 result = pgconn.get_result()
                 if result is not None:

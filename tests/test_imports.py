@@ -17,13 +17,13 @@ PACKAGE = Path(pgdbpool.__file__).parent
 ORDER = [
     "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
     "yamlfile", "sources",
-    "stats", "rows", "statements", "tenant", "preamble", "session", "cursors",
+    "stats", "rows", "statements", "tenant", "preamble", "greenlets", "session", "cursors",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "probe", "sight", "endpoint", "balance", "pools", "group", "observer", "monitor",
-    "connection", "handler", "pool",
+    "shutdown", "connection", "handler", "pool",
 ]  # fmt: skip
-# Of these, imported only when they are needed: at a connect, for a group with tenants.
-LATE = {"rls", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
+# Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
+LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
 

@@ -144,7 +144,8 @@ def test_importing_is_cheap_and_starts_nothing() -> None:
         import threading, sys
         import pgdbpool
         assert threading.active_count() == 1
-        for name in ("wsgi", "cli", "cluster", "demo", "rls"):
+        assert not any(name.partition(".")[0] in ("gevent", "greenlet") for name in sys.modules)
+        for name in ("wsgi", "cli", "cluster", "demo", "rls", "shutdown", "contrib"):
             assert f"pgdbpool.{name}" not in sys.modules, name
     """
     subprocess.run(
@@ -153,3 +154,105 @@ def test_importing_is_cheap_and_starts_nothing() -> None:
         timeout=20,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+
+
+def test_a_child_of_a_child_leaves_both_alone(known_cluster: Any, mode: str) -> None:
+    done, _ = run(
+        known_cluster.primary,
+        mode,
+        """
+        import gc
+        def pid():
+            with Handler("g") as db:
+                return db.query("SELECT pg_backend_pid()").fetchone()[0]
+        def fork(work):
+            r, w = os.pipe()
+            if (child := os.fork()) == 0:
+                os.write(w, " ".join(map(str, work())).encode())
+                gc.collect()
+                sys.exit(0)   # with all of the interpreter's clean-up
+            os.close(w)
+            assert os.waitpid(child, 0)[1] == 0
+            return [int(p) for p in os.read(r, 1000).split()]
+        def child():
+            mine = {pid() for _ in range(6)}
+            with Handler("g") as db:   # and one that is in use
+                own = db.query("SELECT pg_backend_pid()").fetchone()[0]
+                found = fork(lambda: {pid() for _ in range(6)})
+                assert db.query("SELECT pg_backend_pid()").fetchone()[0] == own
+            mine |= {own, *(pid() for _ in range(6))}
+            assert not mine.intersection(found)
+            assert Connection.status().groups["g"].discarded == {}
+            return [*mine, *found]
+        mine = {pid() for _ in range(6)}
+        assert not mine.intersection(fork(child))
+        for _ in range(3):
+            pid()
+        assert Connection.status().groups["g"].discarded == {}
+        print("fine")
+        """,
+    )
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done
+
+
+@pytest.mark.parametrize("lock", ["pool", "group", "process"])
+def test_a_lock_that_another_thread_holds_at_the_fork_does_not_stop_the_child(
+    known_cluster: Any, lock: str
+) -> None:
+    done, _ = run(
+        known_cluster.primary,
+        "threaded",
+        f"""
+        group = Connection.group("g")
+        with Handler("g") as db:
+            db.query("SELECT 1")
+        lock = {{"pool": group._pool._lock, "group": group._lock, "process": Connection._lock}}["{lock}"]
+        held, go = threading.Event(), threading.Event()
+        def hold():
+            with lock:
+                held.set()
+                go.wait()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        if (child := os.fork()) == 0:
+            for _ in range(2):
+                with Handler("g", timeout=5) as db:
+                    assert db.query("SELECT 1").fetchone()[0] == 1
+            Connection.close(1)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        go.set()
+        thread.join()
+        with Handler("g") as db:
+            db.query("SELECT 1")
+        print(status)
+        """,
+    )
+    assert (done.returncode, done.stdout) == (0, "0\n"), done
+
+
+def test_multiprocessing_by_fork(known_cluster: Any, mode: str) -> None:
+    done, _ = run(
+        known_cluster.primary,
+        mode,
+        """
+        import multiprocessing
+        def work(token):
+            with Handler("m") as db:
+                answer, backend = db.query("SELECT %s::text, pg_backend_pid()", (token,)).fetchone()
+            assert answer == token
+            return os.getpid(), backend
+        mine = work("parent")[1]
+        with multiprocessing.get_context("fork").Pool(3) as processes:
+            seen = processes.map(work, [f"token {n}" for n in range(60)], chunksize=1)
+        owners = {}
+        for process, backend in seen:
+            owners.setdefault(backend, set()).add(process)
+        assert all(len(processes) == 1 for processes in owners.values()), owners
+        assert mine not in owners
+        assert work("parent")[0] == os.getpid()
+        print("fine", Connection.status().groups["m"].discarded)
+        """,
+    )
+    assert (done.returncode, done.stdout) == (0, "fine {}\n"), done

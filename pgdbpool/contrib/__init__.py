@@ -1,0 +1,1 @@
+"""What fits the pools into other people's programs; nothing of the core imports it."""

@@ -1,0 +1,33 @@
+"""Hooks for gunicorn.conf.py, which end what a worker leaves running at the servers when it has to go.
+
+A worker that is forked needs no hook, and neither does one that ends in time:
+
+    from pgdbpool.contrib.gunicorn import worker_abort, worker_exit, worker_int
+
+gunicorn knows them by these names. With the gevent worker, patch first: the import brings psycopg along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import greenlets
+from ..connection import Connection
+
+__all__ = ["worker_abort", "worker_exit", "worker_int"]
+
+
+def worker_abort(worker: Any) -> None:
+    """A worker that timed out (SIGABRT): cancel its statements, before gunicorn kills it."""
+    if not greenlets.in_hub():  # there gunicorn's sys.exit goes to the main greenlet, and so to worker_exit
+        Connection.terminate()
+
+
+def worker_int(worker: Any) -> None:
+    """A quick shutdown (SIGINT, SIGQUIT): cancel what runs, which the worker's threads would wait for."""
+    Connection.terminate()
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """A worker that ends: close its pools; requests that overstayed `graceful_timeout` are cancelled."""
+    Connection.close(timeout=0.0)
