@@ -18,6 +18,7 @@ from .endpoint import Endpoint
 from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError
 from .group import Group
 from .monitor import Prober
+from .oneshots import OneShots
 from .probe import StartupProbe
 from .sources import load
 from .stats import EndpointStatus, Status
@@ -85,7 +86,7 @@ class _Pools:
             group.close(timeout)
 
 
-class Connection:
+class Connection(OneShots):
     """The pools of the process; all methods are class methods."""
 
     _pools: _Pools | None = None

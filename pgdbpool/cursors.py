@@ -3,7 +3,7 @@
 `BlockCursor._ride` is psycopg's own execution of one statement with the preamble sent before it. It
 uses these private parts of psycopg, for which the minor version is pinned: `Cursor._start_query`,
 `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
-`_set_results` and `Connection._prepared`.
+`_set_results` and `Connection._prepared`; `has_rows` uses `Cursor._fetch_pipeline` and `_results`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import psycopg
 from psycopg._preparing import Prepare
 
 from . import errors
-from .preamble import IDLE, NOTHING, Command
+from .preamble import COMMIT, IDLE, NOTHING, Command
 from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
-from .statements import shape
+from .statements import Shape, shape
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
+    from psycopg.pq.abc import PGresult
 
 _NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
     "open one with db.transaction()"
 )
+_NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
 _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 
 
@@ -36,6 +38,8 @@ class BlockCursor(psycopg.Cursor[Any]):
 
     __slots__ = ("block",)
     _conn: PooledConnection
+    after: tuple[Command, ...] = NOTHING
+    """What follows the statement in its pipeline."""
 
     def __init__(self, connection: PooledConnection, *, row_factory: Any = None) -> None:
         if connection.block is None:
@@ -182,14 +186,22 @@ class BlockCursor(psycopg.Cursor[Any]):
                 self._send_prepare(name, query)
             self._send_query_prepared(name, query, binary=binary)
 
-        answers = self._conn.exchange(preamble, send, 2 if preparing is Prepare.SHOULD else 1)
+        number = 2 if preparing is Prepare.SHOULD else 1
+        answers = self._conn.exchange(preamble, send, number, self.after)
         self._check_results(answers[0])
         # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
         key = self._conn._prepared.maybe_add_to_cache(query, preparing, name)
         if key is not None:
-            self._conn._prepared.validate(key, preparing, name, answers[-1])
-        self._check_results(answers[-1])
-        self._set_results(answers[-1])
+            self._conn._prepared.validate(key, preparing, name, answers[number - 1])
+        self._check_results(answers[number - 1])
+        self._set_results(answers[number - 1])
+        if self.after:
+            self._check_after(answers[number:])
+
+    def _check_after(self, answers: list[list[PGresult]]) -> None:
+        """Raise where what followed the statement failed."""
+        for answer in answers:
+            self._check_results(answer)
 
 
 class BlockServerCursor(psycopg.ServerCursor[Any]):
@@ -219,6 +231,8 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
         what = shape(query, conn)
         if what.touches:
             conn.touch(what)
+        if self.withhold:
+            conn.touched = True  # it outlives its transaction, and may outlive the block
         with conn.ready():
             super().execute(query, params, **kwargs)
         return self
@@ -235,3 +249,49 @@ class BlockClientCursor(psycopg.ClientCursor[Any], BlockCursor):
     """A block's cursor that binds parameters at the client: several statements may share them."""
 
     __slots__ = ()
+
+
+class CommittingCursor(BlockCursor):
+    """A cursor whose one statement is committed in its own round trip, for a block of no other.
+
+    PostgreSQL skips the COMMIT where anything before it failed, since there is no Sync between.
+    """
+
+    __slots__ = ()
+    after = COMMIT
+
+    def execute(
+        self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> CommittingCursor:
+        """Execute and commit a statement that can ride; nothing is committed where it fails.
+
+        :raises ConnectionLostError: with `maybe_committed`, since the COMMIT was under way.
+        """
+        try:
+            super().execute(query, params, prepare=prepare, binary=binary)
+        except errors.NotCleanError:
+            raise  # all that followed was skipped
+        except errors.ConnectionLostError as error:
+            error.maybe_committed, error.repeatable = True, False
+            self.block.lost = False  # or committed: this error says that nobody knows
+            raise
+        return self
+
+    def _check_after(self, answers: list[list[PGresult]]) -> None:
+        super()._check_after(answers)
+        if [result.command_status for result in answers[-1]] != [b"COMMIT"]:
+            raise errors.TransactionAbortedError(FAILED)
+
+
+def commits_with(what: Shape) -> bool:
+    """Tell whether a COMMIT can ride with the statement."""
+    return what.number == 1 and not (what.alone or what.controls)
+
+
+def has_rows(cursor: psycopg.Cursor[Any]) -> bool:
+    """Go to the last statement's result, waiting for it in a pipeline, and tell whether it has rows."""
+    cursor._fetch_pipeline()
+    if cursor._execmany_returning is None and len(cursor._results) > 1:
+        cursor.set_result(-1)
+    # Of one that failed it says yes: fetching then raises.
+    return cursor.pgresult is None or cursor.pgresult.status not in _NO_ROWS

@@ -17,6 +17,7 @@ from .connection import Connection
 from .cursors import BlockClientCursor, BlockCursor
 from .errors import BlockClosedError, ConnectionLostError, QueryDeadlineError, TransactionAbortedError
 from .preamble import IDLE, Block
+from .queries import Queries
 from .session import PooledConnection
 from .statements import shape
 
@@ -25,7 +26,7 @@ logger = logging.getLogger("pgdbpool")
 _ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
 
 
-class Handler:
+class Handler(Queries):
     """A unit of work on one connection of a group.
 
     >>> with Handler("read") as db:                                     # doctest: +SKIP

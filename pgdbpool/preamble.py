@@ -31,6 +31,7 @@ Command = tuple[bytes, Sequence[bytes | None] | None]
 
 NOTHING: tuple[Command, ...] = ()
 BEGIN: tuple[Command, ...] = ((b"BEGIN", None),)
+COMMIT: tuple[Command, ...] = ((b"COMMIT", None),)
 
 # DISCARD ALL without what may stay (plans, psycopg's prepared statements): it is refused in a pipeline.
 # In a transaction of its own, so that nothing of it is undone with the borrower's, and so that the

@@ -325,7 +325,11 @@ class PooledConnection(psycopg.Connection[Any]):
                 raise self.own_error(error)  # noqa: B904  it is the same object
 
     def exchange(
-        self, commands: Sequence[Command], send: Callable[[], None] | None = None, answers: int = 0
+        self,
+        commands: Sequence[Command],
+        send: Callable[[], None] | None = None,
+        answers: int = 0,
+        after: Sequence[Command] = NOTHING,
     ) -> list[list[PGresult]]:
         """Send commands, and a statement after them, and wait; return the statement's answers.
 
@@ -335,6 +339,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
         :param send: sends the statement.
         :param answers: how many answers it has.
+        :param after: commands without parameters that follow the statement; their answers follow its own.
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
         pgconn = self.pgconn
@@ -342,7 +347,7 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.BlockClosedError(_PARENTS)
         began_in = pgconn.transaction_status
         deadline = None if self.patience is None else monotonic() + self.patience
-        pipelined = answers != 1 or bool(commands)
+        pipelined = answers != 1 or bool(commands or after)
         before = len(commands)
         outcomes: list[list[PGresult]] = []
         current: list[PGresult] = []
@@ -357,6 +362,8 @@ class PooledConnection(psycopg.Connection[Any]):
             if send is not None:
                 send()
             if pipelined:
+                for sql, _ in after:
+                    pgconn.send_query_params(sql, None)
                 pgconn.pipeline_sync()
             if pgconn.flush():
                 self._flush(deadline)
@@ -470,7 +477,12 @@ class PooledConnection(psycopg.Connection[Any]):
             self.run(commands)
             self.bound = self.pgconn.transaction_status != IDLE
         if not wrap:
-            yield
+            try:
+                yield
+            except Exception as error:
+                if self.block is block:
+                    block.failure = error  # the cause, where it is swallowed and the block then ends
+                raise
             return
         try:
             yield

@@ -17,9 +17,9 @@ PACKAGE = Path(pgdbpool.__file__).parent
 ORDER = [
     "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
     "yamlfile", "sources",
-    "stats", "rows", "statements", "tenant", "preamble", "session", "cursors",
+    "stats", "rows", "statements", "tenant", "preamble", "session", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "endpoint", "balance", "pools", "group", "monitor", "connection", "handler", "pool",
+    "probe", "endpoint", "balance", "pools", "group", "oneshots", "monitor", "connection", "handler", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants.
 LATE = {"rls", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
