@@ -52,6 +52,7 @@ class CopyOutOptions(CopyOptions, total=False):
 
 
 _CSV_ONLY = {"quote", "escape", "force_quote", "force_null", "force_not_null"}
+_SWITCHES = {"header", "freeze", "force_quote"}
 _NOT_BINARY = {"delimiter", "null", "header", *_CSV_ONLY}
 
 
@@ -253,7 +254,11 @@ def _options(allowed: frozenset[str], given: Mapping[str, Any]) -> sql.Composabl
     if unknown := sorted(given.keys() - allowed):
         known = ", ".join(sorted(allowed))
         raise TypeError(f"COPY has no option {unknown[0]!r} in this direction; it has {known}")
-    chosen = {key: value for key, value in given.items() if value is not None and value is not False}
+    chosen = {
+        key: value
+        for key, value in given.items()
+        if value is not None and not (value is False and key in _SWITCHES)
+    }
     form = chosen.get("format", "text")
     parts = []
     for key, value in chosen.items():
@@ -266,7 +271,7 @@ def _options(allowed: frozenset[str], given: Mapping[str, Any]) -> sql.Composabl
 def _value(key: str, value: Any, allowed: frozenset[str]) -> sql.Composable:
     if key.startswith("force_"):
         return sql.SQL("*") if value is True else _names(key, value)
-    if key in ("header", "freeze"):
+    if key in _SWITCHES:
         if value is True:
             return sql.SQL("true")
         if key == "header" and value == "match" and "freeze" in allowed:
