@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict
 from weakref import ref
@@ -91,10 +91,9 @@ class OneShots:
         cls, group: str, statement: Any, params_seq: Iterable[Any], **block: Unpack[BlockOptions]
     ) -> int:
         """Execute a statement once for each set of parameters, in one transaction; return the rows in all."""
+        sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         with _OneShot(cls.group(group), **block) as one:
-            cursor = BlockCursor(one.conn)
-            cursor.executemany(statement, params_seq)
-            return cursor.rowcount
+            return one.executemany(statement, sets)
 
 
 class _OneShot:
@@ -123,21 +122,39 @@ class _OneShot:
     def execute(self, statement: Any, params: Any) -> BlockCursor:
         """Execute the statement, with its COMMIT where that can ride."""
         params = params or None
-        what = shape(statement, self.conn)
-        make: type[BlockCursor] = BlockCursor
-        if self.block.manual and commits_with(what):
-            make = CommittingCursor
-        elif params is not None and what.number > 1:
-            make = BlockClientCursor
         try:
-            return make(self.conn).execute(statement, params)
+            return self._cursor(statement, params).execute(statement, params)
         except ConnectionLostError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
+        self._replace()
+        return self._cursor(statement, params).execute(statement, params)
+
+    def executemany(self, statement: Any, sets: Sequence[Any]) -> int:
+        """Execute the statement for each of the parameter sets, with the COMMIT where that can ride."""
+        cursor = self._cursor(statement, None)
+        try:
+            cursor.executemany(statement, sets)
+            return cursor.rowcount
+        except ConnectionLostError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+        self._replace()
+        cursor = self._cursor(statement, None)
+        cursor.executemany(statement, sets)
+        return cursor.rowcount
+
+    def _cursor(self, statement: Any, params: Any) -> BlockCursor:
+        what = shape(statement, self.conn)
+        if self.block.manual and commits_with(what):
+            return CommittingCursor(self.conn)
+        return (BlockClientCursor if params is not None and what.number > 1 else BlockCursor)(self.conn)
+
+    def _replace(self) -> None:
+        """Go on with another connection: nothing of the statement can have taken effect."""
         self.block.lost = False
         self.group.discard(self.conn, "lost")
         self.conn = self.group.checkout(self.block, self.timeout)
-        return make(self.conn).execute(statement, params)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None

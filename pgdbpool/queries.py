@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -11,6 +11,7 @@ import psycopg
 from . import rows
 from .copying import Copying
 from .cursors import BlockCursor, has_rows
+from .errors import ConnectionLostError, QueryDeadlineError
 
 if TYPE_CHECKING:
     from .rows import Row
@@ -25,6 +26,8 @@ class Queries(Copying):
     if TYPE_CHECKING:
 
         def query(self, statement: Any, params: Any = None) -> psycopg.Cursor[Any]: ...
+
+        def rollback(self) -> None: ...
 
         def _live(self) -> PooledConnection: ...
 
@@ -54,8 +57,7 @@ class Queries(Copying):
 
         It is one transaction, and all sets travel in one pipeline.
         """
-        cursor = BlockCursor(self._live())
-        cursor.executemany(statement, params_seq, returning=True)
+        cursor = self._many(statement, params_seq, returning=True)
         return [row for result in cursor.results() if has_rows(result) for row in result]
 
     def executemany(self, statement: Any, params_seq: Iterable[Any]) -> int:
@@ -63,9 +65,21 @@ class Queries(Copying):
 
         It is one transaction, and all sets travel in one pipeline.
         """
+        return self._many(statement, params_seq, returning=False).rowcount
+
+    def _many(self, statement: Any, params_seq: Iterable[Any], *, returning: bool) -> BlockCursor:
+        sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        try:
+            cursor = BlockCursor(self._live())
+            cursor.executemany(statement, sets, returning=returning)
+            return cursor
+        except ConnectionLostError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+        self.rollback()  # as `query` does: nothing of it can have been committed
         cursor = BlockCursor(self._live())
-        cursor.executemany(statement, params_seq)
-        return cursor.rowcount
+        cursor.executemany(statement, sets, returning=returning)
+        return cursor
 
     def execute(self, statement: Any, params: Any = None) -> str:
         """Execute a statement and return its command tag, such as `INSERT 0 1`."""

@@ -576,6 +576,9 @@ class PooledConnection(psycopg.Connection[Any]):
                 self._note_loss(error, ACTIVE)
                 if error.__context__ is not None and not isinstance(error.__context__, psycopg.Error):
                     raise error.__context__ from None
+                if isinstance(error.__context__, psycopg.Error) and error.__context__.sqlstate:
+                    # What the server says at the end of an implicit transaction (a deferred constraint).
+                    raise errors.as_query_error(error.__context__) from None
                 raise self.own_error(error)  # noqa: B904  it is the same object
 
     def notifies(self, **kwargs: Any) -> Generator[psycopg.Notify]:
