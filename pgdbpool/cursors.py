@@ -3,7 +3,8 @@
 `BlockCursor._ride` is psycopg's own execution of one statement with the preamble sent before it. It
 uses these private parts of psycopg, for which the minor version is pinned: `Cursor._start_query`,
 `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
-`_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`; `has_rows` uses `Cursor._fetch_pipeline` and `_results`.
+`_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`. `has_rows` uses
+`Cursor._fetch_pipeline` and `_results`.
 """
 
 from __future__ import annotations

@@ -186,6 +186,95 @@ def test_a_broken_iterable_of_parameters_sends_nothing(start: Any, admin: Any) -
     assert values(admin) == [2]
 
 
+@pytest.mark.parametrize("group", ["auto", "auto_t"])
+def test_a_constraint_that_fails_at_the_end_of_a_pipeline_is_that_error(
+    start: Any, admin: Any, group: str
+) -> None:
+    start()
+    admin.execute("CREATE TABLE child (i int REFERENCES t DEFERRABLE INITIALLY DEFERRED)")
+    use = {"tenant": "a"} if group == "auto_t" else {}
+    with Handler(group, **use) as db:
+        for method in (db.executemany, db.fetchmany):
+            with pytest.raises(psycopg.errors.ForeignKeyViolation) as caught:
+                method("INSERT INTO child VALUES (%s) RETURNING i", [(8,), (9,)])
+            assert isinstance(caught.value, pgdbpool.DBQueryError)
+            assert not isinstance(caught.value, pgdbpool.ConnectionLostError)
+        with pytest.raises(psycopg.errors.ForeignKeyViolation) as caught, db.pipeline():
+            db.query("INSERT INTO child VALUES (9)")
+        assert isinstance(caught.value, pgdbpool.DBQueryError)
+        assert db.fetchval("SELECT count(*) FROM child") == 0
+
+
+def test_many_are_prepared_once_for_each_combination_of_types(start: Any) -> None:
+    start()
+    with Handler("auto") as db:
+        sets = [(1,), (2,), ("x",), (None,), (100_000,), (3,)] * 3
+        rows = db.fetchmany("SELECT %s AS many", sets)
+        assert [row.many for row in rows] == [value for (value,) in sets]
+        prepared = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '%AS many'"
+        count = db.fetchval(prepared)
+        assert 2 <= count <= 4
+        assert len(db.fetchmany("SELECT %s AS many", sets)) == len(sets)
+        assert db.fetchval(prepared) == count
+    start(prepare_threshold=None)
+    with Handler("auto") as db:
+        assert db.fetchmany("SELECT %s AS many", sets) == rows
+        assert db.fetchval(prepared) == 0
+
+
+@pytest.mark.parametrize("method", ["executemany", "fetchmany"])
+def test_a_bad_set_of_parameters_sends_nothing_and_keeps_the_connection(
+    start: Any, admin: Any, method: str
+) -> None:
+    start()
+    with Handler("auto") as db:
+        pid = db.fetchval("SELECT pg_backend_pid()")
+        for sets, error in (
+            ([("1",), ("2\0",)], psycopg.DataError),
+            ([(1,), (2, 3)], psycopg.ProgrammingError),
+            ([(1,), (object(),)], psycopg.ProgrammingError),
+            ([(1,), None], psycopg.ProgrammingError),
+        ):
+            with pytest.raises(error):
+                getattr(db, method)("INSERT INTO t VALUES (%s)", sets)
+        assert db.fetchval("SELECT pg_backend_pid()") == pid
+    assert values(admin) == []
+
+
+@pytest.mark.parametrize("method", ["executemany", "fetchmany"])
+def test_what_cannot_ride_is_executed_many_times_as_well(start: Any, admin: Any, method: str) -> None:
+    start()
+    admin.execute("CREATE PROCEDURE add(n int) LANGUAGE sql AS 'INSERT INTO t VALUES (n)'")
+    for group in ("auto", "manual"):
+        with Handler(group) as db:
+            getattr(db, method)("CALL add(%s)", [(1,), (2,)])
+        assert values(admin) == [1, 2]
+        with Handler(group) as db, db.pipeline():
+            getattr(db, method)("DELETE FROM t WHERE i = %s RETURNING i", [(1,), (2,)])
+        assert values(admin) == []
+
+
+@pytest.mark.parametrize("method", ["executemany", "fetchmany"])
+def test_many_that_lose_their_connection_say_so(start: Any, admin: Any, method: str) -> None:
+    start()
+    lose = "SELECT pg_terminate_backend(pg_backend_pid()), %s"
+    with Handler("auto") as db:
+        with pytest.raises(pgdbpool.ConnectionLostError) as caught:
+            getattr(db, method)(lose, [(1,)])
+        assert caught.value.maybe_executed
+        assert db.fetchval("SELECT 1") == 1
+    with pytest.raises(pgdbpool.TransactionAbortedError), Handler("manual") as db:
+        db.execute("INSERT INTO t VALUES (1)")
+        with pytest.raises(pgdbpool.ConnectionLostError) as caught:
+            getattr(db, method)(lose, [(1,)])
+        assert not caught.value.maybe_executed
+    admin.execute("CREATE SEQUENCE s; GRANT ALL ON s TO public")
+    once = "SELECT CASE WHEN nextval('s') = 1 THEN pg_terminate_backend(pg_backend_pid()) END, %s"
+    with Handler("manual") as db:  # as the first of its transaction it is sent again
+        getattr(db, method)(once, [(1,), (2,)])
+    assert admin.execute("SELECT last_value FROM s").fetchone() >= (3,)
+
+
 def test_a_failure_of_many_that_is_swallowed_raises_at_the_end(start: Any, admin: Any) -> None:
     start()
     for method in ("executemany", "fetchmany"):
