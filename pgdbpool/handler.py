@@ -51,7 +51,17 @@ class Handler(Queries):
     (`DBOfflineError` where every endpoint is down) where none could be opened.
     """
 
-    __slots__ = ("__weakref__", "_block", "_conn", "_group", "_override", "_settings", "_tenant", "_timeout")
+    __slots__ = (
+        "__weakref__",
+        "_block",
+        "_conn",
+        "_failure",
+        "_group",
+        "_override",
+        "_settings",
+        "_tenant",
+        "_timeout",
+    )
 
     def __init__(
         self,
@@ -64,6 +74,7 @@ class Handler(Queries):
     ) -> None:
         self._block: Block | None = None
         self._conn: PooledConnection | None = None
+        self._failure: Exception | None = None
         self._group = Connection.group(group)
         self._timeout = timeout
         self._tenant = tenant
@@ -98,7 +109,7 @@ class Handler(Queries):
             if block.conn is not None:
                 self._group.checkin(block.conn)
             block.open = False
-            block.watch = block.failure = self._conn = None  # an error kept here would be kept by a cycle
+            block.watch = self._failure = self._conn = None  # an error kept here would be kept by a cycle
 
     def __repr__(self) -> str:
         state = "open" if self._block is not None and self._block.open else "closed"

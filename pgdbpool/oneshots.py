@@ -99,7 +99,7 @@ class OneShots:
 class _OneShot:
     """A block of one statement, without the parts of a Handler that only more of them need."""
 
-    __slots__ = ("__weakref__", "block", "conn", "group", "timeout")
+    __slots__ = ("__weakref__", "_failure", "block", "conn", "group", "timeout")
 
     def __init__(
         self,
@@ -110,6 +110,7 @@ class _OneShot:
         timeout: float | None = None,
     ) -> None:
         self.group, self.timeout = group, timeout
+        self._failure: Exception | None = None
         caller = sys._getframe(2)
         bound, patience = group.bind(tenant, tenant_override, settings)
         self.block = Block(group.manual, bound, (caller.f_code, caller.f_lineno), patience)
@@ -171,4 +172,4 @@ class _OneShot:
             if block.conn is not None:
                 self.group.checkin(block.conn)
             block.open = False
-            block.watch = block.failure = None
+            block.watch = self._failure = None

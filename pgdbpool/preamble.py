@@ -70,7 +70,7 @@ class Block:
     """One `with` block: what its statements need first, and who opened it where."""
 
     __slots__ = (
-        "_all", "_set", "conn", "failure", "lost", "manual", "open", "own_settings", "patience", "place",
+        "_all", "_set", "conn", "lost", "manual", "open", "own_settings", "patience", "place",
         "settings", "since", "thread", "watch",
     )  # fmt: skip
 
@@ -86,8 +86,6 @@ class Block:
         """Tells when its Handler is dropped."""
         self.conn: PooledConnection | None = None
         """The connection that is lent to it."""
-        self.failure: Exception | None = None
-        """The last error of a statement: the cause, where the transaction cannot be committed."""
         self.lost = False
         """Whether an open transaction was lost with its connection, and not yet given up."""
         self.manual = manual
@@ -98,6 +96,21 @@ class Block:
         self.since = 0.0
         self.thread = get_ident()
         self.place = place
+
+    @property
+    def failure(self) -> Exception | None:
+        """The last error of a statement: the cause, where the transaction cannot be committed.
+
+        The Handler keeps it. An error leads to the frames that it passed, and so to the Handler, which
+        could never be dropped if the group, which knows the block, led to the error.
+        """
+        owner = self.watch and self.watch()
+        return owner._failure if owner else None
+
+    @failure.setter
+    def failure(self, error: Exception | None) -> None:
+        if self.watch and (owner := self.watch()):
+            owner._failure = error
 
     def preamble(self, conn: PooledConnection) -> tuple[Command, ...]:
         """Return what must be sent before the next statement on the connection; mostly nothing."""
