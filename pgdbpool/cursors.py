@@ -87,7 +87,7 @@ class BlockCursor(psycopg.Cursor[Any]):
                 if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
                     raise errors.TransactionAbortedError(FAILED) from block.failure
         except errors.ConnectionLostError as error:
-            self._note_loss(error, autocommit, what.ends, rode and not touched)
+            self._note_loss(error, autocommit, what.ends, rode, touched)
             raise
         except psycopg.Error as error:
             block.failure = error
@@ -98,7 +98,9 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise
         return self
 
-    def _note_loss(self, error: errors.ConnectionLostError, autocommit: bool, ends: bool, rode: bool) -> None:
+    def _note_loss(
+        self, error: errors.ConnectionLostError, autocommit: bool, ends: bool, rode: bool, touched: bool
+    ) -> None:
         """Note in the block, and in the error, what was lost with the connection."""
         block = self.block
         block.failure = error
@@ -108,7 +110,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             error.maybe_committed = error.maybe_committed or ends
             # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
             # block had made its own (a lock, a temporary table) is gone, and it should know.
-            error.repeatable = rode and block.manual
+            error.repeatable = rode and block.manual and not touched
 
     def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
         """Execute the statement once for each of the parameter sets, in one pipeline with the preamble."""
@@ -127,7 +129,7 @@ class BlockCursor(psycopg.Cursor[Any]):
                 self._ride(preamble, query, None, None, None, many=(sets, returning))
             conn.bound = conn.pgconn.transaction_status != IDLE
         except errors.ConnectionLostError as error:
-            self._note_loss(error, autocommit, False, bool(preamble) and not touched)
+            self._note_loss(error, autocommit, False, bool(preamble), touched)
             raise
         except psycopg.Error as error:
             block.failure = error
