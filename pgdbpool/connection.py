@@ -23,6 +23,7 @@ from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, Un
 from .group import Group
 from .monitor import Monitor
 from .observer import LOOK_TIMEOUT, Observer
+from .oneshots import OneShots
 from .probe import StartupProbe
 from .sources import load
 from .stats import EndpointStatus, Status
@@ -148,7 +149,7 @@ class _Pools:
             group.sever(deadline, but)
 
 
-class Connection:
+class Connection(OneShots):
     """The pools of the process; all methods are class methods."""
 
     _pools: _Pools | None = None

@@ -3,7 +3,8 @@
 `BlockCursor._ride` is psycopg's own execution of one statement with the preamble sent before it. It
 uses these private parts of psycopg, for which the minor version is pinned: `Cursor._start_query`,
 `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
-`_set_results` and `Connection._prepared`.
+`_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`. `has_rows` uses
+`Cursor._fetch_pipeline` and `_results`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ import psycopg
 from psycopg._preparing import Prepare
 
 from . import errors
-from .preamble import IDLE, NOTHING, Command
+from .preamble import COMMIT, IDLE, NOTHING, Command
 from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
-from .statements import shape
+from .statements import Shape, shape
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
+    from psycopg.pq.abc import PGresult
 
 _NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
     "open one with db.transaction()"
 )
+_NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
 _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 
 
@@ -36,6 +39,8 @@ class BlockCursor(psycopg.Cursor[Any]):
 
     __slots__ = ("block",)
     _conn: PooledConnection
+    after: tuple[Command, ...] = NOTHING
+    """What follows the statement in its pipeline."""
 
     def __init__(self, connection: PooledConnection, *, row_factory: Any = None) -> None:
         if connection.block is None:
@@ -82,18 +87,8 @@ class BlockCursor(psycopg.Cursor[Any]):
                 if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
                     raise errors.TransactionAbortedError(FAILED) from block.failure
         except errors.ConnectionLostError as error:
-            block.failure = errors.without_frames(error)
-            block.lost = block.lost or not autocommit
-            if not error.repeatable:
-                error.maybe_executed = error.maybe_executed or autocommit
-                error.maybe_committed = error.maybe_committed or what.ends
-                # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
-                # block had made its own (a lock, a temporary table) is gone, and it should know.
-                # Nor can a server that takes no writes have done any.
-                single = what.number == 1 and not conn._pipeline
-                error.repeatable = not touched and (
-                    (rode and block.manual) or (autocommit and conn.reads and single)
-                )
+            single = what.number == 1 and not conn._pipeline
+            self._note_loss(error, autocommit, what.ends, rode, touched, single)
             raise
         except psycopg.Error as error:
             block.failure = errors.without_frames(error)
@@ -104,12 +99,51 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise
         return self
 
+    def _note_loss(
+        self,
+        error: errors.ConnectionLostError,
+        autocommit: bool,
+        ends: bool,
+        rode: bool,
+        touched: bool,
+        single: bool,
+    ) -> None:
+        """Note in the block, and in the error, what was lost with the connection."""
+        block = self.block
+        block.failure = errors.without_frames(error)
+        block.lost = block.lost or not autocommit
+        if not error.repeatable:
+            error.maybe_executed = error.maybe_executed or autocommit
+            error.maybe_committed = error.maybe_committed or ends
+            # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
+            # block had made its own (a lock, a temporary table) is gone, and it should know.
+            # Nor can a server that takes no writes have done any.
+            error.repeatable = not touched and (
+                (rode and block.manual) or (autocommit and self._conn.reads and single)
+            )
+
     def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
-        """Execute the statement once for each of the parameter sets, in one pipeline."""
-        params = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
-        conn = self._own(query)
-        with conn.ready(), conn.waiting_for(len(params)):
-            super().executemany(query, params, returning=returning)
+        """Execute the statement once for each of the parameter sets, in one pipeline with the preamble."""
+        sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        block, touched = self.block, self._conn.touched
+        conn, what = self._own(query), shape(query, self._conn)
+        autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
+        alone = what.number > 1 or what.alone or what.controls
+        if conn._pipeline or alone or (what.utility and autocommit and not block.settings):
+            with conn.ready(), conn.waiting_for(len(sets)):
+                super().executemany(query, sets, returning=returning)
+            return
+        preamble = block.preamble(conn) if sets else NOTHING
+        try:
+            with conn.waiting_for(len(sets)):
+                self._ride(preamble, query, None, None, None, many=(sets, returning))
+            conn.bound = conn.pgconn.transaction_status != IDLE
+        except errors.ConnectionLostError as error:
+            self._note_loss(error, autocommit, False, bool(preamble), touched, single=False)
+            raise
+        except psycopg.Error as error:
+            block.failure = errors.without_frames(error)
+            raise
 
     def stream(self, query: Any, params: Any = None, **kwargs: Any) -> Iterator[Any]:
         """Iterate row by row over a result that the client does not hold as a whole."""
@@ -151,6 +185,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         params: Any,
         prepare: bool | None,
         binary: bool | None,
+        many: tuple[Sequence[Any], bool] | None = None,
     ) -> None:
         """Send the statement, with the preamble before it, as psycopg sends it alone."""
         conn = self._conn
@@ -159,9 +194,12 @@ class BlockCursor(psycopg.Cursor[Any]):
                 conn.riding = True
                 for _ in self._start_query(query):
                     pass
-                converted = self._convert_query(query, params)
-                preparing, name = conn._prepared.get(converted, prepare)
-                self._exchange(preamble, converted, preparing, name, binary)
+                if many is None:
+                    converted = self._convert_query(query, params)
+                    preparing, name = conn._prepared.get(converted, prepare)
+                    self._exchange(preamble, converted, preparing, name, binary)
+                else:
+                    self._exchange_many(preamble, query, *many)
             except psycopg.Error as error:
                 raise conn.own_error(error)  # noqa: B904  it is the same object
             finally:
@@ -186,14 +224,59 @@ class BlockCursor(psycopg.Cursor[Any]):
                 self._send_prepare(name, query)
             self._send_query_prepared(name, query, binary=binary)
 
-        answers = self._conn.exchange(preamble, send, 2 if preparing is Prepare.SHOULD else 1)
+        number = 2 if preparing is Prepare.SHOULD else 1
+        answers = self._conn.exchange(preamble, send, number, self.after)
         self._check_results(answers[0])
         # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
         key = self._conn._prepared.maybe_add_to_cache(query, preparing, name)
         if key is not None:
-            self._conn._prepared.validate(key, preparing, name, answers[-1])
-        self._check_results(answers[-1])
-        self._set_results(answers[-1])
+            self._conn._prepared.validate(key, preparing, name, answers[number - 1])
+        self._check_results(answers[number - 1])
+        self._set_results(answers[number - 1])
+        if self.after or len(answers) > number:
+            self._check_after(answers[number:])
+
+    def _exchange_many(
+        self, preamble: Sequence[Command], query: Any, sets: Sequence[Any], returning: bool
+    ) -> None:
+        self._execmany_returning, self._rowcount = returning, 0
+        if not sets:
+            return
+        prepared = self._conn._prepared
+        names: dict[Any, tuple[Prepare, bytes]] = {}
+        plan = []
+        for params in sets:  # before anything is sent, since this is where a parameter may be refused
+            converted = self._convert_query(query, params)
+            key = converted.query, converted.types
+            how, name = names.get(key) or self._get_prepared(converted, True)
+            names[key] = Prepare.YES if how is Prepare.SHOULD else how, name
+            plan.append((converted, how, name))
+
+        def send() -> None:
+            for converted, how, name in plan:
+                if how is Prepare.NO:
+                    self._execute_send(converted, force_extended=True)
+                    continue
+                if how is Prepare.SHOULD:
+                    self._send_prepare(name, converted)
+                self._send_query_prepared(name, converted)
+
+        number = len(plan) + sum(how is Prepare.SHOULD for _, how, _ in plan)
+        answers = iter(self._conn.exchange(preamble, send, number, self.after))
+        for converted, how, name in plan:
+            if how is Prepare.SHOULD:
+                self._check_results(next(answers))
+            answer = next(answers)
+            self._check_results(answer)
+            if how is Prepare.SHOULD and (entry := prepared.maybe_add_to_cache(converted, how, name)):
+                prepared.validate(entry, how, name, answer)
+            self._set_results(answer)
+        self._check_after(list(answers))
+
+    def _check_after(self, answers: list[list[PGresult]]) -> None:
+        """Raise where what followed the statement failed: a COMMIT, or the one that a Sync implies."""
+        for answer in answers:
+            self._check_results(answer)
 
 
 class BlockServerCursor(psycopg.ServerCursor[Any]):
@@ -223,6 +306,8 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
         what = shape(query, conn)
         if what.touches:
             conn.touch(what)
+        if self.withhold:
+            conn.touched = True  # it outlives its transaction, and may outlive the block
         with conn.ready():
             super().execute(query, params, **kwargs)
         return self
@@ -239,3 +324,60 @@ class BlockClientCursor(psycopg.ClientCursor[Any], BlockCursor):
     """A block's cursor that binds parameters at the client: several statements may share them."""
 
     __slots__ = ()
+
+
+class CommittingCursor(BlockCursor):
+    """A cursor whose one statement is committed in its own round trip, for a block of no other.
+
+    PostgreSQL skips the COMMIT where anything before it failed, since there is no Sync between.
+    """
+
+    __slots__ = ()
+    after = COMMIT
+
+    def execute(
+        self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool | None = None
+    ) -> CommittingCursor:
+        """Execute and commit a statement that can ride; nothing is committed where it fails.
+
+        :raises ConnectionLostError: with `maybe_committed`, since the COMMIT was under way.
+        """
+        with self._committing():
+            super().execute(query, params, prepare=prepare, binary=binary)
+        return self
+
+    def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
+        """Execute a statement for each of the parameter sets and commit, as `execute` does."""
+        with self._committing():
+            super().executemany(query, params_seq, returning=returning)
+
+    @contextmanager
+    def _committing(self) -> Iterator[None]:
+        try:
+            with self._conn.waiting_for(2):  # for the COMMIT as well
+                yield
+        except errors.NotCleanError:
+            raise  # all that followed was skipped
+        except errors.ConnectionLostError as error:
+            error.maybe_committed, error.repeatable = True, False
+            self.block.lost = False  # or committed: this error says that nobody knows
+            raise
+
+    def _check_after(self, answers: list[list[PGresult]]) -> None:
+        super()._check_after(answers)
+        if [result.command_status for result in answers[-1]] != [b"COMMIT"]:
+            raise errors.TransactionAbortedError(FAILED)
+
+
+def commits_with(what: Shape) -> bool:
+    """Tell whether a COMMIT can ride with the statement."""
+    return what.number == 1 and not (what.alone or what.controls)
+
+
+def has_rows(cursor: psycopg.Cursor[Any]) -> bool:
+    """Go to the last statement's result, waiting for it in a pipeline, and tell whether it has rows."""
+    cursor._fetch_pipeline()
+    if cursor._execmany_returning is None and len(cursor._results) > 1:
+        cursor.set_result(-1)
+    # Of one that failed it says yes: fetching then raises.
+    return cursor.pgresult is None or cursor.pgresult.status not in _NO_ROWS

@@ -217,6 +217,8 @@ def without_frames(error: Exception) -> Exception:
 
     A block that kept the error itself would hold its own Handler, which could not be dropped then.
     """
+    if not isinstance(error, psycopg.Error):
+        return psycopg.Error(f"{type(error).__name__}: {error}")
     twin = type(error).__new__(type(error), *error.args)
     twin.__dict__.update(error.__dict__)
     return twin

@@ -17,6 +17,7 @@ from .connection import Connection
 from .cursors import BlockClientCursor, BlockCursor
 from .errors import BlockClosedError, ConnectionLostError, QueryDeadlineError, TransactionAbortedError
 from .preamble import IDLE, Block
+from .queries import Queries
 from .session import PooledConnection
 from .statements import shape
 
@@ -25,7 +26,7 @@ logger = logging.getLogger("pgdbpool")
 _ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
 
 
-class Handler:
+class Handler(Queries):
     """A unit of work on one connection of a group.
 
     >>> with Handler("read") as db:                                     # doctest: +SKIP
@@ -50,7 +51,16 @@ class Handler:
     (`DBOfflineError` where every endpoint is down) where none could be opened.
     """
 
-    __slots__ = ("__weakref__", "_block", "_conn", "_group", "_override", "_settings", "_tenant", "_timeout")
+    __slots__ = (
+        "__weakref__",
+        "_block",
+        "_conn",
+        "_group",
+        "_override",
+        "_settings",
+        "_tenant",
+        "_timeout",
+    )
 
     def __init__(
         self,
@@ -97,7 +107,7 @@ class Handler:
             if block.conn is not None:
                 self._group.checkin(block.conn)
             block.open = False
-            block.watch = block.failure = self._conn = None  # an error kept here would be kept by a cycle
+            block.watch = block.failure = self._conn = None
 
     def __repr__(self) -> str:
         state = "open" if self._block is not None and self._block.open else "closed"

@@ -31,6 +31,7 @@ Command = tuple[bytes, Sequence[bytes | None] | None]
 
 NOTHING: tuple[Command, ...] = ()
 BEGIN: tuple[Command, ...] = ((b"BEGIN", None),)
+COMMIT: tuple[Command, ...] = ((b"COMMIT", None),)
 
 # DISCARD ALL without what may stay (plans, psycopg's prepared statements): it is refused in a pipeline.
 # In a transaction of its own, so that nothing of it is undone with the borrower's, and so that the
@@ -95,8 +96,6 @@ class Block:
         """Tells when its Handler is dropped."""
         self.conn: PooledConnection | None = None
         """The connection that is lent to it."""
-        self.failure: Exception | None = None
-        """The last error of a statement: the cause, where the transaction cannot be committed."""
         self.lost = False
         """Whether an open transaction was lost with its connection, and not yet given up."""
         self.manual = manual
@@ -105,6 +104,8 @@ class Block:
         """What is bound: the connection's own settings, where it has any, and the block's."""
         self._set = binding.set
         self._all = binding.begin_and_set if manual else binding.set
+        self.failure: Exception | None = None
+        """The last error of a statement: the cause, where the transaction cannot be committed."""
         self.since = 0.0
         self.thread = get_ident()
         self.place = place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import _tuplegetter  # type: ignore[attr-defined]  # what namedtuple has for a field
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,31 +12,42 @@ if TYPE_CHECKING:
     from psycopg.rows import RowMaker
 
 
-class Row(tuple[Any, ...]):
-    """A row of a result: ``row[0]``, ``row["name"]``, ``dict(row)``, ``"name" in row``, unpacking.
+_item = tuple.__getitem__
 
-    Of several columns with the same name the last one answers to it.
+
+class Row(tuple[Any, ...]):
+    """A row of a result: ``row[0]``, ``row["name"]``, ``row.name``, ``dict(row)``, unpacking.
+
+    It is a tuple, and equal to one with the same values; ``in`` looks for a column's name. Of several
+    columns with the same name the last one answers to it. As an attribute, a column answers to its name
+    where that is an identifier, does not begin with an underscore, and is no attribute of tuples or of
+    this class (``count``, ``index``, ``keys`` ...).
     """
 
     __slots__ = ()
     _names: ClassVar[tuple[str, ...]] = ()
-    _index: ClassVar[dict[str, int]] = {}
+    _at: ClassVar[dict[Any, str]] = {}
+    """The attribute that has the value, by the name and the index of the column."""
 
     def __getitem__(self, key: Any) -> Any:
-        if type(key) is str:
-            try:
-                key = self._index[key]
-            except KeyError:
+        # getattr finds a descriptor written in C, which takes half the time of tuple.__getitem__ from here.
+        try:
+            return getattr(self, self._at[key])
+        except (KeyError, TypeError):  # no such column, or a slice
+            if isinstance(key, str):
                 raise KeyError(f"no column {key!r}; the columns are {', '.join(self._names)}") from None
-        return tuple.__getitem__(self, key)
+        return _item(self, key)
+
+    if TYPE_CHECKING:  # the columns
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index
+        return name in self._names
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value of the column, or the default where there is no such column."""
-        index = self._index.get(name)
-        return default if index is None else tuple.__getitem__(self, index)
+        return getattr(self, self._at[name]) if name in self._names else default
 
     def keys(self) -> tuple[str, ...]:
         """Return the column names in order."""
@@ -63,8 +75,17 @@ def _named(names: tuple[bytes, ...], encoding: str) -> type[Row]:
 
 @lru_cache(maxsize=512)
 def _row_class(names: tuple[str, ...]) -> type[Row]:
-    index = {name: position for position, name in enumerate(names)}
-    return type("Row", (Row,), {"__slots__": (), "_names": names, "_index": index})
+    values = [_tuplegetter(position, "") for position in range(len(names))]
+    at: dict[Any, str] = {}
+    for position, name in enumerate(names):
+        at[name] = at[position] = at[position - len(names)] = f"_{position}"
+    fields = {
+        name: value
+        for name, value in zip(names, values, strict=True)
+        if name.isidentifier() and not name.startswith("_") and not hasattr(Row, name)
+    }
+    positions = {f"_{position}": value for position, value in enumerate(values)}
+    return type("Row", (Row,), {"__slots__": (), "_names": names, "_at": at, **fields, **positions})
 
 
 def _make(names: tuple[str, ...], values: Sequence[Any]) -> Row:

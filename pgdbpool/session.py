@@ -363,7 +363,11 @@ class PooledConnection(psycopg.Connection[Any]):
                 raise self.own_error(error)  # noqa: B904  it is the same object
 
     def exchange(
-        self, commands: Sequence[Command], send: Callable[[], None] | None = None, answers: int = 0
+        self,
+        commands: Sequence[Command],
+        send: Callable[[], None] | None = None,
+        answers: int = 0,
+        after: Sequence[Command] = NOTHING,
     ) -> list[list[PGresult]]:
         """Send commands, and a statement after them, and wait; return the statement's answers.
 
@@ -373,6 +377,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
         :param send: sends the statement.
         :param answers: how many answers it has.
+        :param after: commands without parameters that follow the statement; their answers follow its own.
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
         pgconn = self.pgconn
@@ -380,7 +385,7 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.BlockClosedError(_PARENTS)
         began_in = pgconn.transaction_status
         deadline = None if self.patience is None else monotonic() + self.patience
-        pipelined = answers != 1 or bool(commands)
+        pipelined = answers != 1 or bool(commands or after)
         before = len(commands)
         outcomes: list[list[PGresult]] = []
         current: list[PGresult] = []
@@ -395,6 +400,8 @@ class PooledConnection(psycopg.Connection[Any]):
             if send is not None:
                 send()
             if pipelined:
+                for sql, _ in after:
+                    pgconn.send_query_params(sql, None)
                 pgconn.pipeline_sync()
             if pgconn.flush():
                 self._flush(deadline)
@@ -509,7 +516,14 @@ class PooledConnection(psycopg.Connection[Any]):
             self.run(commands)
             self.bound = self.pgconn.transaction_status != IDLE
         if not wrap:
-            yield
+            try:
+                yield
+            except Exception as error:
+                if self.block is block:
+                    block.failure = errors.without_frames(
+                        error
+                    )  # the cause, where it is swallowed and the block then ends
+                raise
             return
         try:
             yield
@@ -610,6 +624,9 @@ class PooledConnection(psycopg.Connection[Any]):
                 self._note_loss(error, ACTIVE)
                 if error.__context__ is not None and not isinstance(error.__context__, psycopg.Error):
                     raise error.__context__ from None
+                if isinstance(error.__context__, psycopg.Error) and error.__context__.sqlstate:
+                    # What the server says at the end of an implicit transaction (a deferred constraint).
+                    raise errors.as_query_error(error.__context__) from None
                 raise self.own_error(error)  # noqa: B904  it is the same object
 
     def notifies(self, **kwargs: Any) -> Generator[psycopg.Notify]:

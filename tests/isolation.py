@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import logging
 import signal
@@ -431,6 +432,7 @@ def check_counts(name: str, port: int) -> list[str]:
             or not group.idle == group.size == sum(group.connections.values()) <= group.max_size
         ]
 
+    gc.collect()  # a Handler that was interrupted on its way out, and that an error leads to
     with suppress(AssertionError):  # connections that are being replaced
         wait_for(lambda: not wrong(), timeout=5)
     with psycopg.connect(host=HOST, port=port, user="postgres", dbname="postgres") as admin:

@@ -332,6 +332,99 @@ def commit_in_pipeline(s: Scene) -> None:
     s.unit = before
 
 
+# The methods under asyncpg's names, and the one-shots.
+
+
+def fetches(s: Scene) -> None:
+    for row in s.db.fetch(READ, (s.random.randrange(9),)):
+        s.check_row(*row[:2])
+    row = s.db.fetchrow(READ_NOW)
+    assert row is not None
+    s.check_row(*row[:2])
+    s.check_row(s.db.fetchval(READ_NOW), [])
+    rows = s.db.fetchmany(READ, [(1,), (2,)])
+    for row in rows:
+        s.check_row(*row[:2])
+
+
+def executes(s: Scene) -> None:
+    assert s.db.execute(NOTE, s.mark) == "INSERT 0 1"
+    s.wrote()
+    s.hazard()
+    assert s.db.executemany(NOTE, [s.mark] * 2) == 2
+    s.wrote(2)
+    for row in s.db.fetchmany(NOTE, [s.mark] * 2):
+        s.wrote()
+        s.check_row(*row)
+
+
+def copies(s: Scene) -> None:
+    def marks() -> Iterator[tuple[str, int | None]]:
+        for _ in range(3):
+            yield s.mark
+            s.hazard()
+
+    assert s.db.copy_records_to_table("journal", marks(), columns=["writer", "unit"]) == "COPY 3"
+    s.wrote(3)
+    found: list[bytes] = []
+
+    def keep(data: bytes) -> None:
+        found.append(data)
+        s.hazard()
+
+    s.db.copy_from_query("SELECT DISTINCT tenant FROM docs", output=keep)
+    s.db.copy_from_query("SELECT current_setting('app.tenant', true)", output=keep)
+    for data in found:
+        s.check_row(data.decode().removesuffix("\n"), [])
+
+
+def own_cursor_and_pipeline(s: Scene) -> None:
+    with s.transaction(), s.db.cursor("mine") as cursor:
+        cursor.execute(READ_NOW)
+        s.hazard()
+        s.check(cursor)
+    read(s)  # as in pipeline()
+    with s.db.pipeline():
+        cursors = [s.db.query(READ_NOW), s.db.query(NOTE, s.mark)]
+        s.wrote()
+        s.hazard()
+        s.check_row(s.db.fetchval(READ_NOW), [])
+    for each in cursors:
+        s.check(each)
+
+
+def one_shot(s: Scene) -> None:
+    """Read or write in a block of its own, for the same tenant, and hold what it says of its outcome."""
+    group = s.db._group.name
+    use: Any = {"tenant": s.tenant or None, "tenant_override": True, "timeout": 0.05}
+    unit = s.new_unit()
+    try:
+        if s.random.random() < 0.5:
+            rows = pgdbpool.Connection.fetch(group, READ, (3,), **use)
+        else:
+            mark = s.tenant, unit.number
+            unit.rows, unit.outcome = 2, "unknown"
+            if s.random.random() < 0.5:
+                with_two = NOTE.replace("(%s, %s)", "(%s, %s), (%s, %s)")
+                rows = pgdbpool.Connection.fetch(group, with_two, (*mark, *mark), **use)
+            else:
+                pgdbpool.Connection.executemany(group, NOTE, [mark, mark], **use)
+                rows = []
+            unit.outcome = "committed"
+        for row in rows:
+            s.check_row(*row[:2])
+        s.events["one-shots"] += 1
+    except DBQueryError as error:
+        if not (error.maybe_committed or error.maybe_executed):
+            unit.outcome = "none"
+        raise
+    except pgdbpool.DBOfflineError:
+        raise
+    except pgdbpool.DBConnectionError:
+        unit.outcome = "none"
+        s.events["one-shots without a connection"] += 1
+
+
 # The transaction.
 
 
@@ -432,6 +525,11 @@ STEPS: dict[Callable[[Scene], None], int] = {
     raw: 2,
     cursor_of_psycopg: 1,
     commit_in_pipeline: 1,
+    fetches: 3,
+    executes: 2,
+    copies: 2,
+    own_cursor_and_pipeline: 1,
+    one_shot: 3,
     commit: 3,
     commit_and_chain: 1,
     roll_back: 2,

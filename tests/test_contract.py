@@ -149,6 +149,21 @@ def test_a_handler_that_is_dropped_gives_its_connection_back_and_warns(start: An
         assert db.query("SELECT 1").fetchone()[0] == 1
 
 
+def test_a_handler_that_is_dropped_after_a_failure_gives_its_connection_back(start: Any) -> None:
+    start(connection_count=1)
+
+    def fail() -> None:
+        handler = Handler("manual").__enter__()
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            handler.query("SELECT 1 / 0")  # which leads to the handler by its traceback
+
+    fail()
+    with pytest.warns(ResourceWarning, match="dropped without"):
+        gc.collect()
+    with Handler("manual", timeout=5) as db:
+        assert db.query("SELECT 1").fetchone()[0] == 1
+
+
 def test_status_tells_what_is_in_use(start: Any, mode: str) -> None:
     start()
     with Handler("auto"):

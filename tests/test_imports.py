@@ -18,8 +18,9 @@ ORDER = [
     "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
     "yamlfile", "sources",
     "stats", "rows", "statements", "tenant", "preamble", "greenlets", "session", "cursors",
+    "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "endpoint", "balance", "pools", "group", "observer", "monitor",
+    "probe", "sight", "endpoint", "balance", "pools", "group", "oneshots", "observer", "monitor",
     "shutdown", "connection", "handler", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from support import config, server
 
@@ -120,3 +121,83 @@ def test_a_connection_idle_for_long_is_pinged_once(counted: Any) -> None:
         with Handler("auto") as db:
             db.query("SELECT 1")
     assert trips(proxy) == 3
+
+
+# The query methods and the one-shots.
+
+ONE_SHOTS = {
+    "fetch": lambda group, **use: Connection.fetch(group, "SELECT %s::int", (1,), **use),
+    "fetchrow": lambda group, **use: Connection.fetchrow(group, "SELECT %s::int", (1,), **use),
+    "fetchval": lambda group, **use: Connection.fetchval(group, "SELECT 1", **use),
+    "execute": lambda group, **use: Connection.execute(group, "CREATE TABLE IF NOT EXISTS t (i int)", **use),
+    "executemany": lambda group, **use: Connection.executemany(
+        group, "SELECT %s::int", [(i,) for i in range(100)], **use
+    ),
+}
+TENANT = {"tenant": {"setting": "app.tenant", "verify": "off"}}
+WITH_TENANT = pytest.mark.parametrize("tenant", [False, True], ids=["plain", "tenant"])
+
+
+def with_tenant(tenant: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a group and what a block has then."""
+    settings = {"settings": {"work_mem": "5MB"}}
+    return (TENANT, {"tenant": "a", **settings}) if tenant else ({}, {})
+
+
+@pytest.mark.parametrize("method", list(ONE_SHOTS))
+@pytest.mark.parametrize("group", ["auto", "manual"])
+@WITH_TENANT
+def test_a_one_shot_takes_one(counted: Any, method: str, group: str, tenant: bool) -> None:
+    changes, use = with_tenant(tenant)
+    proxy = counted(**changes, prepare_threshold=2)
+    for _ in range(4):  # also where it is prepared, and after that
+        ONE_SHOTS[method](group, **use)
+        assert trips(proxy) == 1
+
+
+@WITH_TENANT
+def test_a_one_shot_that_fails_takes_one_more_to_roll_back(counted: Any, tenant: bool) -> None:
+    changes, use = with_tenant(tenant)
+    proxy = counted(**changes)
+    for group, expected in (("auto", 1), ("manual", 2)):
+        for _ in range(3):
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                Connection.fetch(group, "SELECT 1 / 0", **use)
+            assert trips(proxy) == expected
+    later = "REFERENCES child DEFERRABLE INITIALLY DEFERRED"
+    Connection.execute("auto", f"CREATE TABLE child (i int PRIMARY KEY, j int {later})", **use)
+    proxy.reset_counts()
+    for group in ("auto", "manual"):
+        with pytest.raises(psycopg.errors.ForeignKeyViolation):
+            Connection.execute(group, "INSERT INTO child VALUES (1, 2)", **use)
+        assert trips(proxy) == 1  # rolled back by its own COMMIT
+
+
+@WITH_TENANT
+def test_a_one_shot_that_cannot_ride_takes_the_ordinary_way(counted: Any, tenant: bool) -> None:
+    changes, use = with_tenant(tenant)
+    proxy = counted(**changes)
+    for group, expected in (("auto", 3 if tenant else 1), ("manual", 3)):
+        for statement in ("SELECT 1; SELECT 2", "DO $$ BEGIN END $$"):
+            Connection.execute(group, statement, **use)
+            assert trips(proxy) == expected
+
+
+@WITH_TENANT
+def test_the_methods_of_a_block_take_one_each(counted: Any, tenant: bool) -> None:
+    changes, use = with_tenant(tenant)
+    proxy = counted(**changes)
+    for group in ("auto", "manual"):
+        with Handler(group, **use) as db:
+            db.fetch("SELECT %s::int", (1,))
+            db.fetchrow("SELECT 1")
+            db.fetchval("SELECT 1")
+            db.execute("SELECT 1")
+            db.executemany("SELECT %s::int", [(1,), (2,)])
+            db.fetchmany("SELECT %s::int", [(1,), (2,)])
+            db.executemany("SELECT %s::int", [])
+            assert trips(proxy) == 6
+        assert trips(proxy) == (group == "manual")
+    with Handler("manual", **use) as db:  # the preamble rides
+        db.fetchmany("SELECT %s::int", [(1,), (2,)])
+    assert trips(proxy) == 2

@@ -1,0 +1,174 @@
+"""One statement in a block of its own: `Connection.fetch(group, ...)` and its like."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypedDict
+from weakref import ref
+
+from .cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
+from .errors import ConnectionLostError, QueryDeadlineError
+from .preamble import IDLE, Block
+from .queries import all_rows, command_tag, first_row, first_value
+from .statements import shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .group import Group
+    from .rows import Row
+
+
+class BlockOptions(TypedDict, total=False):
+    """What a block may be given besides its group; see `Handler`."""
+
+    tenant: Any
+    tenant_override: bool
+    settings: Mapping[str, Any] | None
+    timeout: float | None
+
+
+class OneShots:
+    """The methods of `Connection` that execute one statement in a block of its own."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def group(cls, name: str) -> Group: ...
+
+    @classmethod
+    def fetch(
+        cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]
+    ) -> list[Row]:
+        """Execute one statement in a block of its own, and return its rows.
+
+        In a manual-commit group, `BEGIN`, the tenant, the statement and the COMMIT take one round trip;
+        where any of them fails, nothing is committed. It raises what entering a `Handler`, `query` and
+        `commit` do.
+
+        :param block: `tenant`, `tenant_override`, `settings` and `timeout`, as for a `Handler`.
+        :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
+            another: the statement may or may not have taken effect.
+        """
+        with _OneShot(cls.group(group), **block) as one:
+            return all_rows(one.execute(statement, params))
+
+    @classmethod
+    def fetchrow(
+        cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]
+    ) -> Row | None:
+        """Execute one statement in a block of its own, and return its first row, or None; see `fetch`."""
+        with _OneShot(cls.group(group), **block) as one:
+            row: Row | None = first_row(one.execute(statement, params))
+            return row
+
+    @classmethod
+    def fetchval(
+        cls,
+        group: str,
+        statement: Any,
+        params: Any = None,
+        column: int | str = 0,
+        **block: Unpack[BlockOptions],
+    ) -> Any:
+        """Execute one statement in a block of its own, and return a value of its first row; see `fetch`.
+
+        :raises LookupError: there is no such column; what the statement did has been committed.
+        """
+        with _OneShot(cls.group(group), **block) as one:
+            return first_value(one.execute(statement, params), column)
+
+    @classmethod
+    def execute(cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]) -> str:
+        """Execute one statement in a block of its own, and return its command tag; see `fetch`."""
+        with _OneShot(cls.group(group), **block) as one:
+            return command_tag(one.execute(statement, params))
+
+    @classmethod
+    def executemany(
+        cls, group: str, statement: Any, params_seq: Iterable[Any], **block: Unpack[BlockOptions]
+    ) -> int:
+        """Execute a statement once for each set of parameters, in one transaction; return the rows in all."""
+        sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        with _OneShot(cls.group(group), **block) as one:
+            return one.executemany(statement, sets)
+
+
+class _OneShot:
+    """A block of one statement, without the parts of a Handler that only more of them need."""
+
+    __slots__ = ("__weakref__", "block", "conn", "group", "timeout")
+
+    def __init__(
+        self,
+        group: Group,
+        tenant: Any = None,
+        tenant_override: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self.group, self.timeout = group, timeout
+        caller = sys._getframe(2)
+        binding = group.bind(tenant, tenant_override, settings)
+        self.block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
+        self.block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler
+
+    def __enter__(self) -> _OneShot:
+        self.conn = self.group.checkout(self.block, self.timeout)
+        return self
+
+    def execute(self, statement: Any, params: Any) -> BlockCursor:
+        """Execute the statement, with its COMMIT where that can ride."""
+        params = params or None
+        try:
+            return self._cursor(statement, params).execute(statement, params)
+        except ConnectionLostError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+        self._replace()
+        return self._cursor(statement, params).execute(statement, params)
+
+    def executemany(self, statement: Any, sets: Sequence[Any]) -> int:
+        """Execute the statement for each of the parameter sets, with the COMMIT where that can ride."""
+        cursor = self._cursor(statement, None)
+        try:
+            cursor.executemany(statement, sets)
+            return cursor.rowcount
+        except ConnectionLostError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+        self._replace()
+        cursor = self._cursor(statement, None)
+        cursor.executemany(statement, sets)
+        return cursor.rowcount
+
+    def _cursor(self, statement: Any, params: Any) -> BlockCursor:
+        what = shape(statement, self.conn)
+        if self.block.manual and commits_with(what):
+            return CommittingCursor(self.conn)
+        return (BlockClientCursor if params is not None and what.number > 1 else BlockCursor)(self.conn)
+
+    def _replace(self) -> None:
+        """Go on with another connection: nothing of the statement can have taken effect."""
+        self.block.lost = False
+        self.group.discard(self.conn, "lost")
+        self.conn = self.group.checkout(self.block, self.timeout)
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        block, conn = self.block, self.conn
+        try:
+            if conn.pgconn.transaction_status != IDLE:
+                # The COMMIT did not ride, or the statement failed.
+                if exc is None:
+                    conn.commit()
+                else:
+                    conn.undo()
+        finally:
+            if block.conn is not None:
+                self.group.checkin(block.conn)
+            block.open = False
+            block.watch = block.failure = None
