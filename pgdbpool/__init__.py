@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+from .categories import Category
 from .connection import Connection
+from .deadlines import deadline, time_left
 from .errors import (
     BlockClosedError,
     ConfigError,
@@ -16,12 +18,14 @@ from .errors import (
     DBConnectionError,
     DBOfflineError,
     DBQueryError,
+    DeadlineExceeded,
     Error,
     NotCleanError,
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
     QueryDeadlineError,
+    RateLimitExceeded,
     SettingError,
     TargetUnavailableError,
     TenantConflictError,
@@ -31,8 +35,10 @@ from .errors import (
     TransactionAbortedError,
     UnconfiguredGroupError,
     UnsafeRoleError,
+    classify,
 )
 from .handler import Handler, Query
+from .retry import retrying, run
 from .rows import Row
 from .tenant import current_tenant, tenant
 
@@ -40,12 +46,14 @@ __version__ = "2.0.0.dev0"
 
 __all__ = [
     "BlockClosedError",
+    "Category",
     "ConfigError",
     "Connection",
     "ConnectionLostError",
     "DBConnectionError",
     "DBOfflineError",
     "DBQueryError",
+    "DeadlineExceeded",
     "Error",
     "Handler",
     "NotCleanError",
@@ -54,6 +62,7 @@ __all__ = [
     "PoolTimeout",
     "Query",
     "QueryDeadlineError",
+    "RateLimitExceeded",
     "Row",
     "SettingError",
     "TargetUnavailableError",
@@ -65,6 +74,11 @@ __all__ = [
     "UnconfiguredGroupError",
     "UnsafeRoleError",
     "__version__",
+    "classify",
     "current_tenant",
+    "deadline",
+    "retrying",
+    "run",
     "tenant",
+    "time_left",
 ]

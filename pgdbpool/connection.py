@@ -14,6 +14,7 @@ import psycopg
 
 from . import rows
 from .config import Config
+from .deadlines import deadline
 from .endpoint import Endpoint
 from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError
 from .group import Group
@@ -93,6 +94,8 @@ class Connection:
     """A parent's, kept so that nothing of them is collected, and so touched, in a child."""
     _lock = threading.Lock()
     _all: weakref.WeakSet[_Pools] = weakref.WeakSet()
+
+    deadline = staticmethod(deadline)
 
     @classmethod
     def init(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg._preparing import Prepare
 
-from . import errors
+from . import deadlines, errors
 from .preamble import IDLE, NOTHING, Command
 from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
 from .statements import shape
@@ -57,13 +57,20 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise errors.BlockClosedError(_ENDED)
         what = shape(query, conn)
         touched = conn.touched
-        if what.touches:
+        if what.touches or what.timeout:
             conn.touch(what)
         if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         conn.check_free()
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
-        preamble = NOTHING if conn._pipeline else block.preamble(conn)
+        first = preamble = NOTHING if conn._pipeline else block.preamble(conn)
+        if deadlines.in_use:
+            deadlines.check()
+            if what.number == 1 and not (
+                conn._pipeline or what.alone or what.controls
+                or (what.utility and autocommit and not block.settings)
+            ):  # fmt: skip
+                preamble = conn.limit(preamble)
         rode = False
         try:
             if conn._pipeline:
@@ -74,15 +81,18 @@ class BlockCursor(psycopg.Cursor[Any]):
                 with conn.ready(), conn.waiting_for(what.number):
                     self._ride(NOTHING, query, params, prepare, binary)
             else:
-                rode = True
+                rode = first != NOTHING
                 self._ride(preamble, query, params, prepare, binary)
-                conn.bound = conn.pgconn.transaction_status != IDLE
+                if rode:
+                    conn.bound = conn.pgconn.transaction_status != IDLE
             if what.ends:
                 conn.bound = False
+                block.committed = True
                 if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
                     raise errors.TransactionAbortedError(FAILED) from block.failure
         except errors.ConnectionLostError as error:
             block.failure = error
+            block.committed = block.committed or what.ends
             block.lost = block.lost or not autocommit
             if not error.repeatable:
                 error.maybe_executed = error.maybe_executed or autocommit
@@ -93,6 +103,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise
         except psycopg.Error as error:
             block.failure = error
+            block.committed = block.committed or (what.ends and what.number > 1)
             if conn.pgconn.transaction_status == ACTIVE:
                 # psycopg leaves a COPY that it refuses under way: where that ends is not known.
                 conn.close()
@@ -133,7 +144,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         if conn.block is not self.block:
             raise errors.BlockClosedError(_ENDED)
         what = shape(query, conn)
-        if what.touches:
+        if what.touches or what.timeout:
             conn.touch(what)
         if what.controls and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
@@ -217,7 +228,7 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
         if block.settings and not block.manual and conn.pgconn.transaction_status == IDLE:
             raise errors.as_query_error(psycopg.NotSupportedError(_NAMED))
         what = shape(query, conn)
-        if what.touches:
+        if what.touches or what.timeout:
             conn.touch(what)
         with conn.ready():
             super().execute(query, params, **kwargs)

@@ -69,8 +69,8 @@ class Block:
     """One `with` block: what its statements need first, and who opened it where."""
 
     __slots__ = (
-        "_all", "_set", "conn", "failure", "lost", "manual", "open", "own_settings", "patience", "place",
-        "settings", "since", "thread", "watch",
+        "_all", "_set", "committed", "conn", "failure", "high", "lost", "manual", "open", "own_settings",
+        "patience", "place", "settings", "since", "thread", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +89,10 @@ class Block:
         """The last error of a statement: the cause, where the transaction cannot be committed."""
         self.lost = False
         """Whether an open transaction was lost with its connection, and not yet given up."""
+        self.committed = False
+        """Whether a part of it was committed, or may have been; of a manual-commit block only."""
+        self.high = False
+        """Whether it may take the group's reserved connections."""
         self.manual = manual
         self.settings = self.own_settings = settings
         self.patience = patience

@@ -15,11 +15,13 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # A module imports only what stands before it. What is not listed may import all of these, and none of
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
+    "categories",
     "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
     "yamlfile", "sources",
-    "stats", "rows", "statements", "tenant", "preamble", "session", "cursors",
+    "stats", "rows", "statements", "tenant", "deadlines", "preamble", "session", "cursors",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "endpoint", "balance", "pools", "group", "monitor", "connection", "handler", "pool",
+    "probe", "endpoint", "balance", "pools", "ratelimit", "group", "monitor", "connection", "handler",
+    "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants.
 LATE = {"rls", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
