@@ -55,6 +55,12 @@ SECTIONS: list[tuple[str, str, str, Mapping[str, Setting]]] = [
         config.GROUP_KEYS,
     ),
     (
+        "Rate limits",
+        "groups.rate_limit.",
+        "The keys of a group's `rate_limit`. Each process counts for itself.",
+        config.RATE_KEYS,
+    ),
+    (
         "Tenants",
         "groups.tenant.",
         "The keys of a group's `tenant`. Its value comes from ``Handler(name, tenant=...)`` or "

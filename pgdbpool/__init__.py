@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+from .categories import Category
 from .connection import Connection
+from .deadlines import deadline, time_left
 from .errors import (
     BlockClosedError,
     ConfigError,
@@ -16,12 +18,14 @@ from .errors import (
     DBConnectionError,
     DBOfflineError,
     DBQueryError,
+    DeadlineExceeded,
     Error,
     NotCleanError,
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
     QueryDeadlineError,
+    RateLimitExceeded,
     ReadOnlyServerError,
     SettingError,
     TargetUnavailableError,
@@ -33,8 +37,10 @@ from .errors import (
     UnconfiguredGroupError,
     UnknownEndpointError,
     UnsafeRoleError,
+    classify,
 )
 from .handler import Handler, Query
+from .retry import retrying, run
 from .rows import Row
 from .tenant import current_tenant, tenant
 
@@ -42,12 +48,14 @@ __version__ = "2.0.0.dev0"
 
 __all__ = [
     "BlockClosedError",
+    "Category",
     "ConfigError",
     "Connection",
     "ConnectionLostError",
     "DBConnectionError",
     "DBOfflineError",
     "DBQueryError",
+    "DeadlineExceeded",
     "Error",
     "Handler",
     "NotCleanError",
@@ -56,6 +64,7 @@ __all__ = [
     "PoolTimeout",
     "Query",
     "QueryDeadlineError",
+    "RateLimitExceeded",
     "ReadOnlyServerError",
     "Row",
     "SettingError",
@@ -69,6 +78,11 @@ __all__ = [
     "UnknownEndpointError",
     "UnsafeRoleError",
     "__version__",
+    "classify",
     "current_tenant",
+    "deadline",
+    "retrying",
+    "run",
     "tenant",
+    "time_left",
 ]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .config import CONFIG_KEYS, CONNECTION_COUNT, GROUP_KEYS, TENANT_KEYS, TenantConfig, TenantType
+from .config import (
+    CONFIG_KEYS,
+    CONNECTION_COUNT,
+    GROUP_KEYS,
+    RATE_KEYS,
+    TENANT_KEYS,
+    RateLimit,
+    TenantConfig,
+    TenantType,
+)
 from .keys import Refused, Unreadable, nearest, show, step
 from .kinds import Label
 from .setting_kinds import twice
@@ -51,6 +61,9 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
         if group.setdefault("min_size", count) > count:
             message = f"must be at most connection_count ({count}), not {group['min_size']}"
             report.add(f"{path}.min_size", message)
+        if group.get("reserved", 0) >= count:
+            message = f"must be below connection_count ({count}), not {group['reserved']}"
+            report.add(f"{path}.reserved", message)
     if not refused(entry, group, "endpoints"):
         labels = tuple(server.get("label") for server in servers)
         _check_endpoints(group.setdefault("endpoints", labels), labels, path, report)
@@ -61,6 +74,8 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
         )
     if "tenant" in group:
         group["tenant"] = _tenant(group["tenant"], f"{path}.tenant", report)
+    if "rate_limit" in group:
+        group["rate_limit"] = _rate_limit(group["rate_limit"], f"{path}.rate_limit", report)
     group["settings"] = MappingProxyType(group.get("settings", {}))
     _check_settings(group, path, report)
     return group
@@ -101,6 +116,27 @@ def _check_settings(group: Mapping[str, Any], path: str, report: Report) -> None
             report.add(where, "is the setting of the tenant, which each block gives; remove it here")
         elif name.lower() == "statement_timeout" and group.get("query_timeout") is not None:
             report.add(where, "contradicts query_timeout, which sets it too; keep one of the two")
+
+
+def _rate_limit(entry: object, path: str, report: Report) -> RateLimit | None:
+    """Return what the key `rate_limit` says; None where it says nothing that can be used."""
+    if not isinstance(entry, (Mapping, str)) and entry is not None:
+        try:
+            entry = {"per_second": RATE_KEYS["per_second"].read(entry)}
+        except Refused as error:
+            report.refused(path, error)
+            return None
+    if not isinstance(entry, Mapping):
+        hint = "; leave it out for no limit" if entry is None else ""
+        report.add(path, f"must be {GROUP_KEYS['rate_limit'].key.kind.allowed}, not {show(entry)}{hint}")
+        return None
+    fields = read(RATE_KEYS, entry, path, report)
+    if "per_second" not in entry:
+        report.add(path, "must have the key per_second")
+    if refused(entry, fields, *RATE_KEYS) or "per_second" not in fields:
+        return None
+    fields.setdefault("burst", math.ceil(fields["per_second"]))
+    return RateLimit(**fields)
 
 
 def _tenant(entry: object, path: str, report: Report) -> TenantConfig | None:

@@ -29,6 +29,7 @@ from .kinds import (
     LagLimit,
     MaxLag,
     Milliseconds,
+    Number,
     Seconds,
     Secret,
     Section,
@@ -295,6 +296,32 @@ class TenantConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RateLimit:
+    """How often blocks of a group may begin, in each process."""
+
+    per_second: Annotated[
+        float,
+        Key(Number(1_000_000), "Blocks that may begin in a second, in the long run.", default="required"),
+    ]
+    burst: Annotated[
+        int,
+        Key(
+            Integer(1, 1_000_000),
+            "Blocks that may begin at once after a quiet time.",
+            default="`per_second`, rounded up",
+        ),
+    ]
+    max_wait: Annotated[
+        float,
+        Key(
+            Seconds(DAY, zero="refused at once"),
+            "Longest wait for a block's turn; where it would be longer, `RateLimitExceeded` is raised at "
+            "once.",
+        ),
+    ] = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupConfig:
     """One named pool: how many connections, to which servers, and how they are lent."""
 
@@ -352,6 +379,24 @@ class GroupConfig:
             "Most threads that wait for a connection at a time; one more is refused at once.",
         ),
     ] = 0
+    reserved: Annotated[
+        int,
+        Key(
+            Integer(0, 9999, zero="none"),
+            "Connections that only ``Handler(name, priority='high')`` may take when no more are left; below "
+            "`connection_count`.",
+        ),
+    ] = 0
+    rate_limit: Annotated[
+        RateLimit | None,
+        Key(
+            Section("a mapping, or blocks per second"),
+            "How often blocks may begin, in each process. Its keys are below; a number alone is short for "
+            "``{per_second: number}``.",
+            default="no limit",
+            nullable=False,
+        ),
+    ] = None
     max_lifetime: Annotated[
         float,
         Key(Seconds(YEAR, zero="never"), "Age at which a connection is replaced, once it is not in use."),
@@ -486,6 +531,7 @@ GROUP_KEYS = settings_of(GroupConfig)
 _IGNORED_KEY = Key(Ignored(), "Taken from version 1 and ignored, with a `DeprecationWarning`.")
 _IGNORED = Setting("connection_retry_sleep", "connection_retry_sleep", _IGNORED_KEY, "not set", nullable=True)
 DB_KEYS = {**ENDPOINT_KEYS, _IGNORED.name: _IGNORED}
+RATE_KEYS = settings_of(RateLimit)
 TENANT_KEYS = {**settings_of(TenantSetting), **settings_of(TenantConfig)}
 
 

@@ -18,6 +18,7 @@ import psycopg
 
 from . import greenlets, rows
 from .config import Config
+from .deadlines import deadline
 from .endpoint import Endpoint, Role, State
 from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError
 from .group import Group
@@ -162,6 +163,8 @@ class Connection(OneShots):
     _handlers: SignalHandlers | None = None
     _pid = os.getpid()
     _noticing = threading.Lock()
+
+    deadline = staticmethod(deadline)
 
     @classmethod
     def init(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg._preparing import Prepare
 
-from . import errors
+from . import deadlines, errors
 from .preamble import COMMIT, IDLE, NOTHING, Command
 from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
 from .statements import Shape, shape
@@ -62,13 +62,20 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise errors.BlockClosedError(_ENDED)
         what = shape(query, conn)
         touched = conn.touched
-        if what.touches:
+        if what.touches or what.timeout:
             conn.touch(what)
         if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         conn.check_free()
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
-        preamble = NOTHING if conn._pipeline else block.preamble(conn)
+        first = preamble = NOTHING if conn._pipeline else block.preamble(conn)
+        if deadlines.in_use:
+            deadlines.check()
+            if what.number == 1 and not (
+                conn._pipeline or what.alone or what.controls
+                or (what.utility and autocommit and not block.settings)
+            ):  # fmt: skip
+                preamble = conn.limit(preamble)
         rode = False
         try:
             if conn._pipeline:
@@ -79,19 +86,23 @@ class BlockCursor(psycopg.Cursor[Any]):
                 with conn.ready(), conn.waiting_for(what.number):
                     self._ride(NOTHING, query, params, prepare, binary)
             else:
-                rode = True
+                rode = first != NOTHING
                 self._ride(preamble, query, params, prepare, binary)
-                conn.bound = conn.pgconn.transaction_status != IDLE
+                if rode:
+                    conn.bound = conn.pgconn.transaction_status != IDLE
             if what.ends:
                 conn.bound = False
+                block.committed = True
                 if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
                     raise errors.TransactionAbortedError(FAILED) from block.failure
         except errors.ConnectionLostError as error:
             single = what.number == 1 and not conn._pipeline
+            block.committed = block.committed or what.ends
             self._note_loss(error, autocommit, what.ends, rode, touched, single)
             raise
         except psycopg.Error as error:
             block.failure = errors.without_frames(error)
+            block.committed = block.committed or (what.ends and what.number > 1)
             if conn.pgconn.transaction_status == ACTIVE:
                 # psycopg leaves a COPY that it refuses under way: where that ends is not known.
                 conn.close()
@@ -133,13 +144,17 @@ class BlockCursor(psycopg.Cursor[Any]):
             with conn.ready(), conn.waiting_for(len(sets)):
                 super().executemany(query, sets, returning=returning)
             return
-        preamble = block.preamble(conn) if sets else NOTHING
+        first = preamble = block.preamble(conn) if sets else NOTHING
+        if deadlines.in_use:
+            deadlines.check()
+            preamble = conn.limit(preamble) if sets else NOTHING
         try:
             with conn.waiting_for(len(sets)):
                 self._ride(preamble, query, None, None, None, many=(sets, returning))
-            conn.bound = conn.pgconn.transaction_status != IDLE
+            if first:
+                conn.bound = conn.pgconn.transaction_status != IDLE
         except errors.ConnectionLostError as error:
-            self._note_loss(error, autocommit, False, bool(preamble), touched, single=False)
+            self._note_loss(error, autocommit, False, bool(first), touched, single=False)
             raise
         except psycopg.Error as error:
             block.failure = errors.without_frames(error)
@@ -171,7 +186,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         if conn.block is not self.block:
             raise errors.BlockClosedError(_ENDED)
         what = shape(query, conn)
-        if what.touches:
+        if what.touches or what.timeout:
             conn.touch(what)
         if what.controls and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
@@ -304,7 +319,7 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
         if block.settings and not block.manual and conn.pgconn.transaction_status == IDLE:
             raise errors.as_query_error(psycopg.NotSupportedError(_NAMED))
         what = shape(query, conn)
-        if what.touches:
+        if what.touches or what.timeout:
             conn.touch(what)
         if self.withhold:
             conn.touched = True  # it outlives its transaction, and may outlive the block

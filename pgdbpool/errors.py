@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import errors as pg
 
+from .categories import Category, by_class, by_sqlstate
+
 
 class Error(Exception):
     """The base of everything that the package raises by itself."""
+
+    category: Category | None = Category.USAGE
+    """What `classify` says of the class; None where the SQLSTATE says it."""
 
 
 class Problem(NamedTuple):
@@ -64,9 +69,13 @@ class SettingError(Error, ValueError):
 class TenantRequiredError(Error):
     """The group requires a tenant, and the block has none: nothing was sent."""
 
+    category = Category.PERMISSION
+
 
 class TenantConflictError(Error):
     """The block names a tenant that is not the current one: nothing was sent."""
+
+    category = Category.PERMISSION
 
 
 class UnsafeRoleError(Error):
@@ -75,6 +84,8 @@ class UnsafeRoleError(Error):
     It arrives as the reason, and the cause, of a `DBConnectionError`.
     """
 
+    category = Category.PERMISSION
+
 
 class BlockClosedError(Error, psycopg.InterfaceError):
     """A Handler, a cursor or a connection was used outside its `with` block."""
@@ -82,6 +93,8 @@ class BlockClosedError(Error, psycopg.InterfaceError):
 
 class DBConnectionError(Error, psycopg.OperationalError):
     """No connection could be had; `endpoints` gives each endpoint's own last error by label."""
+
+    category = Category.UNAVAILABLE
 
     def __init__(
         self, *args: Any, group: str = "", endpoints: Mapping[str, str] | None = None, **kwargs: Any
@@ -101,6 +114,8 @@ class TargetUnavailableError(DBOfflineError):
 
 class PoolTimeout(DBConnectionError):
     """No connection became free within `timeout`; `holders` says who has them."""
+
+    category = Category.RESOURCE
 
     def __init__(
         self,
@@ -126,6 +141,22 @@ class TooManyWaiting(PoolTimeout):
     """`max_waiting` requests are in the group's queue already."""
 
 
+class RateLimitExceeded(DBConnectionError):
+    """The group's `rate_limit` is reached; after `retry_after` seconds there is room for this one."""
+
+    category = Category.RESOURCE
+
+    def __init__(self, *args: Any, retry_after: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(DBConnectionError, TimeoutError):
+    """The time of `deadline()` is up, so nothing was sent."""
+
+    category = Category.TIMEOUT
+
+
 class DBQueryError(Error):
     """A statement failed; the instance is also psycopg's own class, with `sqlstate` and `diag`.
 
@@ -133,6 +164,7 @@ class DBQueryError(Error):
     so it may or may not have taken effect. `maybe_committed`: the same of a COMMIT.
     """
 
+    category: Category | None = None
     maybe_executed: bool = False
     maybe_committed: bool = False
 
@@ -149,6 +181,8 @@ class DBQueryError(Error):
 
 class ConnectionLostError(DBQueryError, psycopg.OperationalError):
     """The connection was lost during the block; the next block, or statement, gets another."""
+
+    category = Category.CONNECTION_LOST
 
     repeatable: bool = False
     """The statement was the first of its transaction, or a read-only server's: sent again it does no harm."""
@@ -178,6 +212,8 @@ class QueryDeadlineError(ConnectionLostError):
     The deadline is `query_timeout` and a second of grace, in which the server's own
     `statement_timeout` would have answered.
     """
+
+    category = Category.TIMEOUT
 
 
 _mixed_classes: dict[tuple[type[DBQueryError], type[psycopg.Error]], type[DBQueryError]] = {}
@@ -233,6 +269,19 @@ def ends_session(error: psycopg.Error) -> bool:
     if severity is not None:  # the server's word: an ERROR of class 08 is that of a foreign server
         return severity in ("FATAL", "PANIC")
     return (error.sqlstate or "").startswith("08")
+
+
+def classify(error: BaseException) -> Category:
+    """Return what sort of failure an error is: by the package's own class, else by SQLSTATE, else by class.
+
+    A `TransactionAbortedError` is what its cause is.
+    """
+    if isinstance(error, TransactionAbortedError) and isinstance(error.__cause__, psycopg.Error):
+        return classify(error.__cause__)
+    if isinstance(error, Error) and error.category is not None:
+        return error.category
+    sqlstate = error.sqlstate if isinstance(error, psycopg.Error) else None
+    return by_sqlstate(sqlstate) if sqlstate else by_class(error)
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from weakref import ref
 
 import psycopg
 
-from . import greenlets
+from . import deadlines, greenlets
 from .balance import Candidate, order, suits, worth_moving
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
@@ -32,6 +32,7 @@ from .errors import (
 )
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
+from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
 from .stats import GroupStatus
 from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
@@ -122,6 +123,9 @@ class Group:
         self._refill_at = 0.0
         # What a checkout reads, as plain attributes.
         self._timeout = config.timeout
+        self.limiter = (
+            RateLimiter(config.rate_limit, self.name, lock_free=lock_free) if config.rate_limit else None
+        )
         self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
         self._always_clean = config.reset == "always"
         self._settings = bind_settings(config.settings)
@@ -134,6 +138,7 @@ class Group:
             "min_size": config.min_size,
             "max_size": config.connection_count,
             "max_idle": config.max_idle,
+            "reserved": config.reserved,
         }
         self._pool: Pool = (
             LockFreePool(**size)
@@ -195,16 +200,19 @@ class Group:
         :raises PoolTimeout: none became free in time; names who has them.
         :raises DBOfflineError: none can be opened, since all endpoints are down.
         :raises DBConnectionError: none can be opened, with each endpoint's own reason.
+        :raises DeadlineExceeded: the current deadline has passed already.
         """
         now = monotonic()
         deadline = now + (self._timeout if timeout is None else timeout)
+        if deadlines.in_use:
+            deadline = deadlines.earlier(deadline, self.name)
         conn: PooledConnection | None = None
         discarded = False
         try:
             if self._probe is not None:
                 self._maintain(now, deadline)
             while True:
-                got = self._take(deadline, now)
+                got = self._take(deadline, now, block.high)
                 if isinstance(got, Slot):
                     conn = self._connect(got, deadline)
                     break
@@ -315,21 +323,22 @@ class Group:
                     stacklevel=2,
                 )
 
-    def _take(self, deadline: float, now: float) -> PooledConnection | Slot:
+    def _take(self, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
         try:
-            return self._pool.take(0.0)
+            return self._pool.take(0.0, high)
         except NoConnection as none:
             if none.reason == NoConnection.CLOSED:
                 raise NotInitializedError(f"group {self.name!r} was closed") from None
-            if none.reason == NoConnection.EXHAUSTED or self._mine_alone():
-                raise self._exhausted(PoolExhausted, 0.0) from None
+            if none.reason == NoConnection.EXHAUSTED or self._mine_alone(high):
+                raise self._exhausted(PoolExhausted, 0.0, high) from None
         try:
-            return self._pool.take(deadline - now)
+            return self._pool.take(deadline - now, high)
         except NoConnection as none:
             if none.reason == NoConnection.CLOSED:
                 raise NotInitializedError(f"group {self.name!r} was closed") from None
             queue_full = none.reason == NoConnection.QUEUE_FULL
-            raise self._exhausted(TooManyWaiting if queue_full else PoolTimeout, deadline - now) from None
+            kind = TooManyWaiting if queue_full else PoolTimeout
+            raise self._exhausted(kind, deadline - now, high) from None
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None: no round trip unless it is due."""
@@ -658,10 +667,11 @@ class Group:
 
     # Evidence for errors.
 
-    def _mine_alone(self) -> bool:
+    def _mine_alone(self, high: bool) -> bool:
         """Tell whether every connection is held by this thread, so that waiting would be in vain."""
         blocks, me = self._blocks(), threading.get_ident()
-        return len(blocks) >= self.config.connection_count and all(block.thread == me for block in blocks)
+        limit = self.config.connection_count - (0 if high else self.config.reserved)
+        return len(blocks) >= limit and all(block.thread == me for block in blocks)
 
     def _blocks(self) -> list[Block]:
         return list(self._lent.values())
@@ -675,7 +685,7 @@ class Group:
             for block in self._blocks()
         )
 
-    def _exhausted(self, kind: type[PoolTimeout], waited: float) -> PoolTimeout:
+    def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
         self._timeouts += 1
         pool, holders, limit = self._pool, self._holders(), self.config.connection_count
         what = {
@@ -683,8 +693,9 @@ class Group:
             TooManyWaiting: f"{pool.waiting} requests wait already (max_waiting)",
         }.get(kind, f"no connection became free within {waited:g} s")
         errors = {e.label: e.last_error for e in self.endpoints if e.last_error}
+        share = "" if high or not self.config.reserved else f" ({self.config.reserved} for high priority)"
         return kind(
-            f"group {self.name!r}: {what}; {len(holders)} of {limit} in use, {pool.idle} idle, "
+            f"group {self.name!r}: {what}; {len(holders)} of {limit}{share} in use, {pool.idle} idle, "
             f"{pool.waiting} waiting; held by " + ("; ".join(holders) or "nobody"),
             group=self.name,
             endpoints=errors,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 from weakref import ref
 
 import psycopg
@@ -16,7 +16,7 @@ from psycopg import rows
 from .connection import Connection
 from .cursors import BlockClientCursor, BlockCursor
 from .errors import BlockClosedError, ConnectionLostError, QueryDeadlineError, TransactionAbortedError
-from .preamble import IDLE, Block
+from .preamble import IDLE, Block, is_high
 from .queries import Queries
 from .session import PooledConnection
 from .statements import shape
@@ -43,24 +43,19 @@ class Handler(Queries):
         out, the current one of `pgdbpool.tenant()`.
     :param tenant_override: allow a tenant that is not the current one.
     :param settings: server settings for this block, over those of the group: name to value.
+    :param priority: ``high`` goes before those that wait, and may take the group's `reserved` connections.
     :raises UnconfiguredGroupError: there is no such group.
     :raises NotInitializedError: `Connection.init` was not called.
 
     Entering the block raises `TenantRequiredError`, `TenantConflictError` or `SettingError` before
     anything is sent, `PoolTimeout` where no connection became free, and `DBConnectionError`
-    (`DBOfflineError` where every endpoint is down) where none could be opened.
+    (`DBOfflineError` where every endpoint is down) where none could be opened; `RateLimitExceeded`
+    where the group has a `rate_limit`, and `DeadlineExceeded` after the current deadline.
     """
 
     __slots__ = (
-        "__weakref__",
-        "_block",
-        "_conn",
-        "_group",
-        "_override",
-        "_settings",
-        "_tenant",
-        "_timeout",
-    )
+        "__weakref__", "_block", "_conn", "_group", "_high", "_override", "_settings", "_tenant", "_timeout",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -70,6 +65,7 @@ class Handler(Queries):
         tenant: Any = None,
         tenant_override: bool = False,
         settings: Mapping[str, Any] | None = None,
+        priority: Literal["high", "normal"] = "normal",
     ) -> None:
         self._block: Block | None = None
         self._conn: PooledConnection | None = None
@@ -78,6 +74,7 @@ class Handler(Queries):
         self._tenant = tenant
         self._override = tenant_override
         self._settings = settings
+        self._high = is_high(priority)
 
     def __enter__(self) -> Handler:
         if self._block is not None:
@@ -86,6 +83,9 @@ class Handler(Queries):
         caller = sys._getframe(1)
         binding = group.bind(self._tenant, self._override, self._settings)
         block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
+        block.high = self._high
+        if group.limiter is not None:
+            group.limiter.acquire()
         # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler
         # still gives its connection back: by a weak reference and not by __del__, which would run at
         # the end of each block and swallow an interruption there.

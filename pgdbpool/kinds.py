@@ -197,6 +197,22 @@ class Integer(Kind):
 
 
 @dataclass(frozen=True)
+class Number(Kind):
+    """A number above 0, whole or not."""
+
+    high: int
+
+    @property
+    def allowed(self) -> str:
+        return f"a number above 0 up to {self.high}"
+
+    def check(self, value: object) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= self.high:
+            return float(value)
+        raise self.refuse(value)
+
+
+@dataclass(frozen=True)
 class Seconds(Kind):
     """A duration in seconds; 0 is allowed where `zero` says what it means."""
 

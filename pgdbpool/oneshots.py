@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from weakref import ref
 
 from .cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
 from .errors import ConnectionLostError, QueryDeadlineError
-from .preamble import IDLE, Block
+from .preamble import IDLE, Block, is_high
 from .queries import all_rows, command_tag, first_row, first_value
 from .statements import shape
 
@@ -28,6 +28,7 @@ class BlockOptions(TypedDict, total=False):
     tenant_override: bool
     settings: Mapping[str, Any] | None
     timeout: float | None
+    priority: Literal["high", "normal"]
 
 
 class OneShots:
@@ -48,7 +49,7 @@ class OneShots:
         where any of them fails, nothing is committed. It raises what entering a `Handler`, `query` and
         `commit` do.
 
-        :param block: `tenant`, `tenant_override`, `settings` and `timeout`, as for a `Handler`.
+        :param block: `tenant`, `tenant_override`, `settings`, `timeout` and `priority`, as for a `Handler`.
         :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
             another: the statement may or may not have taken effect.
         """
@@ -108,11 +109,15 @@ class _OneShot:
         tenant_override: bool = False,
         settings: Mapping[str, Any] | None = None,
         timeout: float | None = None,
+        priority: Literal["high", "normal"] = "normal",
     ) -> None:
         self.group, self.timeout = group, timeout
         caller = sys._getframe(2)
         binding = group.bind(tenant, tenant_override, settings)
         self.block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
+        self.block.high = is_high(priority)
+        if group.limiter is not None:
+            group.limiter.acquire()
         self.block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler
 
     def __enter__(self) -> _OneShot:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from threading import Lock, get_ident
 from time import monotonic
@@ -74,9 +74,10 @@ class Pool(Protocol):
     def slots(self) -> list[Slot]:
         """Return the slots that are taken."""
 
-    def take(self, timeout: float) -> PooledConnection | Slot:
+    def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         """Take the connection that is idle longest, or a slot for the caller to fill.
 
+        :param high: whether it may be one of those reserved, and goes before those who may not.
         :raises NoConnection: when neither became free within the timeout (seconds).
         """
 
@@ -129,6 +130,25 @@ class _Slots:
         self._freed()
 
 
+class _Queue:
+    """Those who wait: first come, first served, but those of high priority before the others."""
+
+    def __init__(self) -> None:
+        self.high: deque[_Waiter] = deque()
+        self.normal: deque[_Waiter] = deque()
+
+    def __len__(self) -> int:
+        return len(self.high) + len(self.normal)
+
+    def __iter__(self) -> Iterator[_Waiter]:
+        yield from (*self.high, *self.normal)
+
+    def clear(self) -> None:
+        """Forget all; called by psycopg_pool, which tells them that the pool is closed."""
+        self.high.clear()
+        self.normal.clear()
+
+
 class _Waiter:
     """A place in the queue; the pool's lock guards `got`, and `wake` is held until there is news.
 
@@ -176,6 +196,9 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     `_lock` guards `_pool`, `_queue` and the slots; it is never held while anything waits. It is
     re-entrant, since a slot may be freed by the collection of garbage anywhere.
+
+    Of `reserved` connections the last ones go to those of high priority alone: who is not waits until
+    more than so many are free, which is looked at whenever one becomes so.
     """
 
     def __init__(
@@ -188,13 +211,15 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         max_waiting: int,
         num_workers: int,
         dial: Dial,
+        reserved: int = 0,
     ) -> None:
         self._dial = dial
+        self._reserved = reserved
         self.taken = 0
         self.missing = False  # but when it was just opened; a worker opens what is
         self._retrying = False
         self._slots = _Slots(max_size, self._slot_freed)
-        self._queue: deque[_Waiter] = deque()
+        self._queue = _Queue()
         super().__init__(
             name=f"pgdbpool-{name}",
             connection_class=PooledConnection,
@@ -243,43 +268,49 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     def slots(self) -> list[Slot]:
         return self._slots.live()
 
-    def take(self, timeout: float) -> PooledConnection | Slot:
+    def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         if not self._opened:
             self.open()
         with self._lock:
             if self._closed:
                 raise NoConnection(NoConnection.CLOSED)
-            if self._pool:
-                self.taken += 1
-                if len(self._pool) <= self._nconns_min:  # what psycopg_pool shrinks by
-                    self._nconns_min = len(self._pool) - 1
-                return self._pool.popleft()
-            if slot := self._slots.new():
-                self.taken += 1
-                return slot
+            if high or not self._reserved or self._free() > self._reserved:
+                if self._pool:
+                    self.taken += 1
+                    if len(self._pool) <= self._nconns_min:  # what psycopg_pool shrinks by
+                        self._nconns_min = len(self._pool) - 1
+                    return self._pool.popleft()
+                if slot := self._slots.new():
+                    self.taken += 1
+                    return slot
             if timeout <= 0:
                 raise NoConnection(NoConnection.TIMEOUT)
             if self.max_waiting and len(self._queue) >= self.max_waiting:
                 raise NoConnection(NoConnection.QUEUE_FULL)
             waiter = _Waiter()
-            self._queue.append(waiter)
+            queue = self._queue.high if high else self._queue.normal
+            queue.append(waiter)
         try:
             waiter.wake.acquire(timeout=timeout)
         except BaseException:
-            self._leave_queue(waiter)
+            self._leave_queue(queue, waiter)
             if isinstance(waiter.got, PooledConnection):
                 self.give(waiter.got)  # a slot is free again when the waiter is gone
             raise
-        self._leave_queue(waiter)
+        self._leave_queue(queue, waiter)
         if waiter.got is None:
             raise NoConnection(NoConnection.CLOSED if waiter.closed else NoConnection.TIMEOUT)
         self.taken += 1
         return waiter.got
 
-    def _leave_queue(self, waiter: _Waiter) -> None:
+    def _leave_queue(self, queue: deque[_Waiter], waiter: _Waiter) -> None:
         with self._lock:
-            if waiter in self._queue:
-                self._queue.remove(waiter)
+            if waiter in queue:
+                queue.remove(waiter)
+
+    def _free(self) -> int:
+        """Return how many are neither lent nor being opened; the caller must hold `_lock`."""
+        return self._slots.limit - self._nconns + len(self._pool)
 
     def _serve(self, got: PooledConnection | Slot) -> bool:
         """Hand something to the first in the queue, if any; the caller must hold `_lock`.
@@ -288,8 +319,12 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         an interruption could come in: afterwards it leaves one that is served at the head, for the next
         to take out, and no one who is forgotten.
         """
-        while self._queue:
-            waiter = self._queue[0]
+        waiting = self._queue
+        # What is handed over counts as lent: it goes to a normal one where the reserved share is left free.
+        while queue := waiting.high or (
+            waiting.normal if not self._reserved or self._free() >= self._reserved else None
+        ):
+            waiter = queue[0]
             served = waiter.got is None
             if served:
                 got.lent = False
@@ -298,7 +333,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 waiter.wake.release()
             except RuntimeError:
                 served = False  # roused before
-            self._queue.popleft()
+            queue.popleft()
             if served:
                 return True
         return False
@@ -314,7 +349,11 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def _slot_freed(self) -> None:
         with self._lock:
-            if self._queue and not self._closed and (slot := self._slots.new()):
+            # Only where it is taken: one that is not would come back here at once.
+            wanted = self._queue.high or (
+                self._queue.normal and (not self._reserved or self._free() > self._reserved)
+            )
+            if wanted and not self._closed and (slot := self._slots.new()):
                 self._serve(slot)
 
     def free(self, slot: Slot) -> None:
@@ -380,7 +419,8 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 class LockFreePool:
     """A pool for one thread: a deque and its slots, no lock, no thread of its own."""
 
-    def __init__(self, *, min_size: int, max_size: int, max_idle: float) -> None:
+    def __init__(self, *, min_size: int, max_size: int, max_idle: float, reserved: int = 0) -> None:
+        self._reserved = reserved
         self._idle: deque[PooledConnection] = deque()
         self._slots = _Slots(max_size, lambda: None)
         self._min_size = min_size
@@ -407,7 +447,7 @@ class LockFreePool:
     def slots(self) -> list[Slot]:
         return self._slots.live()
 
-    def take(self, timeout: float) -> PooledConnection | Slot:
+    def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         if self._closed:
             raise NoConnection(NoConnection.CLOSED)
         if self._owner != (me := get_ident()):
@@ -417,6 +457,8 @@ class LockFreePool:
                     "Set `type: threaded`, or keep each process to one thread (gunicorn: threads = 1)"
                 )
             self._owner = me
+        if self._reserved and not high and self._free() <= self._reserved:
+            raise NoConnection(NoConnection.EXHAUSTED)
         if self._idle:
             self.taken += 1
             if len(self._idle) <= self._least_idle:
@@ -426,6 +468,9 @@ class LockFreePool:
             self.taken += 1
             return slot
         raise NoConnection(NoConnection.EXHAUSTED)  # only this thread could release one
+
+    def _free(self) -> int:
+        return self._slots.limit - self.size + len(self._idle)
 
     def give(self, conn: PooledConnection) -> None:
         if self._closed:

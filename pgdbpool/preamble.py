@@ -86,8 +86,8 @@ class Block:
     """One `with` block: what its statements need first, and who opened it where."""
 
     __slots__ = (
-        "_all", "_set", "binding", "conn", "failure", "lost", "manual", "open", "place", "settings", "since",
-        "thread", "watch",
+        "_all", "_set", "binding", "committed", "conn", "failure", "high", "lost", "manual", "open", "place",
+        "settings", "since", "thread", "watch",
     )  # fmt: skip
 
     def __init__(self, manual: bool, binding: Binding, place: tuple[CodeType, int]) -> None:
@@ -98,6 +98,10 @@ class Block:
         """The connection that is lent to it."""
         self.lost = False
         """Whether an open transaction was lost with its connection, and not yet given up."""
+        self.committed = False
+        """Whether a part of it was committed, or may have been; of a manual-commit block only."""
+        self.high = False
+        """Whether it may take the group's reserved connections."""
         self.manual = manual
         self.binding = binding
         self.settings = binding.settings
@@ -144,6 +148,16 @@ class Block:
         self._set = set_local(self.settings, conn.pgconn._encoding)
         self._all = BEGIN + self._set if self.manual else self._set
         return self._all
+
+
+def is_high(priority: str) -> bool:
+    """Tell whether a block of that priority may take the group's reserved connections.
+
+    :raises ValueError: there is no such priority.
+    """
+    if priority not in ("normal", "high"):
+        raise ValueError(f"priority={priority!r} is neither 'high' nor 'normal'")
+    return priority == "high"
 
 
 def deallocate(keep: Sequence[str]) -> bytes:

@@ -21,8 +21,8 @@ import psycopg
 from psycopg import pq
 from psycopg.errors import _WaitTimeout
 
-from . import errors, greenlets
-from .preamble import BEGIN, CLEANING, IDLE, NOTHING, Block, Command, deallocate
+from . import deadlines, errors, greenlets
+from .preamble import BEGIN, CLEANING, GRACE, IDLE, INTRANS, NOTHING, Block, Command, deallocate, set_local
 from .statements import Shape
 from .tenant import Bound
 
@@ -38,6 +38,9 @@ _INERROR = pq.TransactionStatus.INERROR
 _FATAL = pq.ExecStatus.FATAL_ERROR
 _SYNC = pq.ExecStatus.PIPELINE_SYNC
 _COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
+
+MARGIN = 0.1
+"""Seconds that the server's statement_timeout comes before the deadline of the request, at most."""
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
@@ -57,7 +60,8 @@ _names = itertools.count(1)
 
 _ATTRIBUTES = (
     "patience", "row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max",
-    "_autocommit", "_adapters", "_isolation_level", "_read_only", "_deferrable", "_begin_statement",
+    "own_timeout", "_autocommit", "_adapters", "_isolation_level", "_read_only", "_deferrable",
+    "_begin_statement",
 )  # fmt: skip
 
 
@@ -86,6 +90,12 @@ class PooledConnection(psycopg.Connection[Any]):
     block: Block | None = None
     patience: float | None = None
     """Seconds that one wait for the server may take; None for no bound."""
+    own_timeout: bool = False
+    """Whether the block has set a statement_timeout by itself."""
+    limited: bool = False
+    """Whether a deadline has bound a statement_timeout in the open transaction."""
+    ending: bool = False
+    """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
     used_at: float = 0.0
     """When the connection was last known to work, on the monotonic clock."""
     expires_at: float = float("inf")
@@ -171,13 +181,13 @@ class PooledConnection(psycopg.Connection[Any]):
         return True
 
     def touch(self, what: Shape) -> None:
-        """Note what a statement may leave behind."""
-        self.touched = True
+        """Note what a statement may leave behind, or in its transaction."""
+        self.touched = self.touched or what.touches
         self.prepares = self.prepares or what.prepares
         self.tainted = self.tainted or what.taints
         if what.timeout:
             # How long a statement may take is the server's to say from here on.
-            self.patience, self.altered = None, True
+            self.patience, self.own_timeout, self.altered = None, True, True
 
     def hand_out(self) -> PooledConnection:
         """Give the connection itself to the block, which may then do anything with it."""
@@ -223,7 +233,12 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.abandoned:
             raise errors.BlockClosedError(_PARENTS)
         patience = self.patience if timeout is None else timeout
+        if deadlines.in_use and timeout is None:
+            patience = self._within_deadline(patience)
         status = self.pgconn.transaction_status
+        if patience is not None and patience <= 0:
+            # psycopg would still take what has arrived, and a stream that flows would never end.
+            raise self._unanswered(status)
         try:
             result = super().wait(gen, interval, patience)
         except _WaitTimeout:
@@ -294,11 +309,44 @@ class PooledConnection(psycopg.Connection[Any]):
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()
         self.endpoint.suspected_at = monotonic()
-        error = errors.QueryDeadlineError(
-            f"{self.endpoint.label} gave no answer within {self.patience:g} s: connection closed"
-        )
+        left = deadlines.time_left() if deadlines.in_use and self.block is not None else None
+        cut = left is not None and left <= 0
+        within = "before the deadline" if cut else f"within {self.patience:g} s"
+        error = errors.QueryDeadlineError(f"{self.endpoint.label} gave no answer {within}: connection closed")
         self._note_loss(error, status)
         return error
+
+    # The deadline of the request. Where it has passed, what would begin is refused (`deadlines.check`), and
+    # what is under way ends with its connection.
+
+    def _within_deadline(self, patience: float | None) -> float | None:
+        """Return how long a wait may take that would have this long without the current deadline."""
+        left = deadlines.time_left()
+        if left is None or self.block is None:  # opening a connection has a bound that knows of it
+            return patience
+        left = max(left, GRACE if self.ending else 0.0)
+        return left if patience is None else min(patience, left)
+
+    def limit(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
+        """Add the statement_timeout that the current deadline leaves to what goes before a statement.
+
+        A little less than what is left, so that the server's answer is there before the client gives up.
+        """
+        status = self.pgconn.transaction_status
+        if status == IDLE:
+            self.limited = False
+        left = deadlines.time_left()
+        if self.own_timeout or status not in (IDLE, INTRANS):
+            return preamble
+        usual = None if self.patience is None else self.patience - GRACE
+        allowed = usual
+        if left is not None and (usual is None or left < usual):
+            self.limited, allowed = True, left - min(MARGIN, left / 2)
+        elif not self.limited:
+            return preamble
+        # 0 is no bound. In a transaction what an earlier statement has bound is put back.
+        milliseconds = 0 if allowed is None else max(1, round(allowed * 1000))
+        return preamble + set_local((("statement_timeout", str(milliseconds)),))
 
     def _start_query(self) -> PQGen[None]:
         """Refuse a statement that would go round the block; every cursor of psycopg comes through here."""
@@ -384,7 +432,10 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.abandoned:
             raise errors.BlockClosedError(_PARENTS)
         began_in = pgconn.transaction_status
-        deadline = None if self.patience is None else monotonic() + self.patience
+        patience = self.patience
+        if deadlines.in_use:
+            patience = self._within_deadline(patience)
+        deadline = None if patience is None else monotonic() + patience
         pipelined = answers != 1 or bool(commands or after)
         before = len(commands)
         outcomes: list[list[PGresult]] = []
@@ -503,6 +554,8 @@ class PooledConnection(psycopg.Connection[Any]):
         block = self.block
         if block is None:
             raise errors.BlockClosedError(OUTSIDE)
+        if deadlines.in_use:
+            deadlines.check()
         if self._pipeline:
             yield
             return
@@ -511,6 +564,8 @@ class PooledConnection(psycopg.Connection[Any]):
         if wrap:
             cleaning = self.cleaning if self.stale else NOTHING
             commands = cleaning + BEGIN + commands[len(cleaning) :]
+        if commands and deadlines.in_use:
+            commands = self.limit(commands)
         if commands:
             self.wrapped = wrap
             self.run(commands)
@@ -554,23 +609,44 @@ class PooledConnection(psycopg.Connection[Any]):
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         self.bound = False
-        if self.pgconn.transaction_status == _INERROR:
+        block, status = self.block, self.pgconn.transaction_status
+        if status == _INERROR:
             self.rollback()
             raise errors.TransactionAbortedError(FAILED)
+        if deadlines.in_use and status != IDLE:
+            self._check_deadline()
+        self.ending = True
         try:
             super().commit()
         except errors.ConnectionLostError as error:
             error.maybe_committed = True
-            if self.block is not None:
-                self.block.lost = False  # or committed: nobody knows, and this error says so
+            if block is not None:
+                block.lost = False  # or committed: nobody knows, and this error says so
+                block.committed = True
             raise
+        finally:
+            self.ending = False
+        if block is not None and status != IDLE:
+            block.committed = True
 
     def rollback(self) -> None:
         """Roll the open transaction back, if any."""
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         self.bound = False
-        super().rollback()
+        self.ending = True
+        try:
+            super().rollback()
+        finally:
+            self.ending = False
+
+    def _check_deadline(self) -> None:
+        """Roll back instead of a COMMIT that would begin after the deadline."""
+        try:
+            deadlines.check()
+        except errors.DeadlineExceeded:
+            self.rollback()
+            raise
 
     @contextmanager
     def transaction(
@@ -580,6 +656,8 @@ class PooledConnection(psycopg.Connection[Any]):
         block = self.block
         if block is None:
             raise errors.BlockClosedError(OUTSIDE)
+        if deadlines.in_use:
+            deadlines.check()
         self.check_free()
         self.altered = True  # psycopg's Transaction has the connection as an attribute
         commands = block.preamble(self)
@@ -594,7 +672,12 @@ class PooledConnection(psycopg.Connection[Any]):
         body_ended = False
         try:
             with super().transaction(savepoint_name, force_rollback) as transaction:
-                yield transaction
+                try:
+                    yield transaction
+                finally:
+                    self.ending = True
+                if deadlines.in_use:
+                    deadlines.check()  # it is rolled back then
                 if self.closed or (outermost and self.pgconn.transaction_status == _INERROR):
                     # psycopg would end it in silence: COMMIT of a failed transaction is a ROLLBACK.
                     raise errors.TransactionAbortedError(FAILED) from block.failure
@@ -603,6 +686,7 @@ class PooledConnection(psycopg.Connection[Any]):
             error.maybe_committed = error.maybe_committed or (body_ended and outermost)
             raise
         finally:
+            self.ending = False
             left_open = self.pgconn.transaction_status not in (IDLE, pq.TransactionStatus.UNKNOWN)
             if left_open and outermost and not block.manual and self.block is block:
                 self.wrapped = True
@@ -633,6 +717,10 @@ class PooledConnection(psycopg.Connection[Any]):
         """Yield notifications; waiting for them is no statement, so it has no deadline of its own."""
         block, patience = self.block, self.patience
         self.check_free()
+        left = deadlines.time_left() if deadlines.in_use else None
+        if left is not None:  # it ends with the request's time, as with a timeout of its own
+            given = kwargs.get("timeout")
+            kwargs["timeout"] = max(0.0, left if given is None else min(given, left))
         self.patience, self.holder = None, get_ident()
         try:
             yield from super().notifies(**kwargs)

@@ -120,7 +120,8 @@ def _analyse(text: str) -> Shape:
         touches=touches or doubtful,
         prepares=touches and _PREPARES.search(text) is not None,
         taints=touches and _TAINTS.search(text) is not None,
-        timeout=touches and _TIMEOUT.search(text) is not None,
+        # SET LOCAL too, which leaves nothing behind.
+        timeout=(touches or "SET" in words) and _TIMEOUT.search(text) is not None,
     )
 
 

@@ -1,4 +1,4 @@
-"""WSGI middleware: the tenant of a request, bound for all that runs on its behalf."""
+"""WSGI middlewares: the tenant and the deadline of a request, bound for all that runs on its behalf."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any
 
+from . import deadlines
 from .tenant import set_current
 
 if TYPE_CHECKING:
@@ -65,6 +66,31 @@ class TenantMiddleware:
             return _answer(start_response, self._missing, "this request needs a tenant")
         context = copy_context()
         context.run(set_current, tenant)
+        return _Body(context, context.run(self._app, environ, start_response))
+
+
+class DeadlineMiddleware:
+    """Gives each request, its response body included, so many seconds; see `pgdbpool.deadline`.
+
+    :param app: the WSGI application. `DeadlineExceeded` is its own to answer, as any error of the database.
+    :param seconds: the time of a request, or a function of the environ that returns it, None for no
+        deadline.
+    """
+
+    def __init__(
+        self, app: WSGIApplication, seconds: float | Callable[[WSGIEnvironment], float | None]
+    ) -> None:
+        if not callable(seconds) and not seconds > 0:
+            raise ValueError(f"seconds={seconds!r} is no time for a request")
+        self._app = app
+        self._seconds = seconds
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        seconds = self._seconds(environ) if callable(self._seconds) else self._seconds
+        if seconds is None:
+            return self._app(environ, start_response)
+        context = copy_context()
+        context.run(deadlines.set_current, seconds)
         return _Body(context, context.run(self._app, environ, start_response))
 
 

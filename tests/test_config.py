@@ -26,10 +26,12 @@ from pgdbpool.config import (
     DB_KEYS,
     GROUP_KEYS,
     KEEPALIVES,
+    RATE_KEYS,
     TENANT_KEYS,
     Config,
     EndpointConfig,
     GroupConfig,
+    RateLimit,
     TenantConfig,
     TenantSetting,
 )
@@ -199,6 +201,8 @@ def test_defaults() -> None:
         balance="round-robin",
         timeout=10.0,
         max_waiting=0,
+        reserved=0,
+        rate_limit=None,
         max_lifetime=3600.0,
         max_idle=600.0,
         num_workers=1,
@@ -221,6 +225,21 @@ def test_the_connect_timeout_is_5_seconds_and_10_where_there_is_one_server_only(
     assert config(db=[{"host": "a"}]).endpoints[0].connect_timeout == 10.0
     assert config(db={"host": "a"}).endpoints[0].connect_timeout == 10.0
     assert config(db={"host": "a", "connect_timeout": 3}).endpoints[0].connect_timeout == 3.0
+
+
+def test_a_rate_limit_is_a_mapping_or_a_number() -> None:
+    assert group(rate_limit=2.5).rate_limit == RateLimit(per_second=2.5, burst=3, max_wait=1.0)
+    given = {"per_second": 10, "burst": 1, "max_wait": "200ms"}
+    assert group(rate_limit=given).rate_limit == RateLimit(per_second=10.0, burst=1, max_wait=0.2)
+    variables = {"DATABASE_URL": "postgresql://h/d", "PGDBPOOL_RATE_LIMIT": "{per_second: 5, burst: 7}"}
+    loaded = load(None, variables).groups["default"]
+    assert loaded.rate_limit == RateLimit(per_second=5.0, burst=7, max_wait=1.0)
+
+
+def test_the_reserved_share_is_below_connection_count() -> None:
+    assert group(connection_count=3, reserved=2).reserved == 2
+    found = problems({"db": {"host": "h"}, "groups": {"g": {"connection_count": 3, "reserved": 3}}})
+    assert found == {"groups.g.reserved": "must be below connection_count (3), not 3"}
 
 
 def test_min_size_is_connection_count_unless_given() -> None:
@@ -1533,7 +1552,9 @@ def test_the_processes_environment_is_the_default_and_is_left_alone(monkeypatch:
 # The declarations.
 
 
-DECLARED = [item for keys in (CONFIG_KEYS, DB_KEYS, GROUP_KEYS, TENANT_KEYS) for item in keys.items()]
+DECLARED = [
+    item for keys in (CONFIG_KEYS, DB_KEYS, GROUP_KEYS, RATE_KEYS, TENANT_KEYS) for item in keys.items()
+]
 
 
 @pytest.mark.parametrize(("name", "setting"), DECLARED)
@@ -1548,6 +1569,7 @@ def test_every_field_is_declared_but_those_that_are_no_keys() -> None:
         (Config, CONFIG_KEYS),
         (EndpointConfig, DB_KEYS),
         (GroupConfig, GROUP_KEYS),
+        (RateLimit, RATE_KEYS),
         (TenantSetting, TENANT_KEYS),
         (TenantConfig, TENANT_KEYS),
     ]

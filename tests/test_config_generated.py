@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pgdbpool.config import DB_KEYS, GROUP_KEYS, TENANT_KEYS
+from pgdbpool.config import DB_KEYS, GROUP_KEYS, RATE_KEYS, TENANT_KEYS
 from pgdbpool.errors import ConfigError
 from pgdbpool.sources import load
 
@@ -54,7 +54,14 @@ BASES: list[dict[str, Any]] = [
             {"host": "b", "pass": SECRET, "connect_timeout": 2.5, "application_name": "shop"},
             {"host": "c", "pass": SECRET, "keepalives_idle": 30},
         ],
-        "groups": {"jobs": {"ping": "always", "max_lifetime": 600, "row_factory": "tuple"}},
+        "groups": {
+            "jobs": {
+                "ping": "always",
+                "max_lifetime": 600,
+                "row_factory": "tuple",
+                "rate_limit": {"per_second": 2.5, "burst": 10, "max_wait": "500ms"},
+            }
+        },
     },
     {
         "db": [
@@ -110,7 +117,8 @@ SERVER_KEYS = {
 }
 POOL_KEYS = {
     **dict.fromkeys(
-        ["connection_count", "min_size", "max_waiting", "num_workers", "prepare_threshold"], "integer"
+        ["connection_count", "min_size", "max_waiting", "reserved", "num_workers", "prepare_threshold"],
+        "integer",
     ),
     **dict.fromkeys(["timeout", "max_lifetime", "max_idle", "connect_timeout"], "seconds"),
     **dict.fromkeys(["ping_after", "ping_timeout"], "seconds"),
@@ -119,9 +127,11 @@ POOL_KEYS = {
     "query_timeout": "milliseconds",
     "endpoints": "labels",
     "settings": "settings",
+    "rate_limit": "rate",
     "tenant": "tenant",
     "max_lag": "lag",
 }
+LIMIT_KEYS = {"per_second": "number", "burst": "integer", "max_wait": "seconds"}
 OWNER_KEYS = {
     **dict.fromkeys(["setting", "pattern"], "text"),
     **dict.fromkeys(["type", "verify"], "word"),
@@ -159,6 +169,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
         *({"setting": "app.t", "type": "regex"}, {"setting": "app.t", "pattern": "x"}, {"app.t": "uuid"}),
         *({"settings": {"app.t": 5}}, {"settings": {"app.t": "uuid", "APP.T": "uuid"}}, {"pass": SECRET}),
     ],
+    "rate": [True, None, "", "fast", [], {}, [5], -1, float("nan"), {"burst": 5}, {"pass": SECRET}],
+    "number": [*CONTAINERS, "5", "", True, False, "5s"],
     "types": [5, "app.t", True, None, [], {}, {"t": "uuid"}, {"app.t": "uid"}, {"app.t": [SECRET]}, {1: 2}],
 }
 # In a dict these are no text either; in YAML they are text as they stand.
@@ -175,6 +187,10 @@ RANGES: dict[str, list[Any]] = {
     "connection_count": [0, -1, 10_001, 10**400],
     "min_size": [-1, 10_001],
     "max_waiting": [-1, 10**9],
+    "reserved": [-1, 10_000],
+    "per_second": [0, -0.1, 10**7, float("nan"), float("inf"), 10**400],
+    "burst": [0, -1, 10**7],
+    "max_wait": [-1, 86_401, "25h"],
     "num_workers": [0, 65],
     "prepare_threshold": [-1, 10**9],
     "timeout": [0, -0.1, 86_401, "25h", float("-inf")],
@@ -208,6 +224,8 @@ def entries(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any], Mapping[str
         found.append((f"groups.{name}", group, POOL_KEYS))
         if "tenant" in group:
             found.append((f"groups.{name}.tenant", group["tenant"], OWNER_KEYS))
+        if "rate_limit" in group:
+            found.append((f"groups.{name}.rate_limit", group["rate_limit"], LIMIT_KEYS))
     return found
 
 
@@ -282,6 +300,10 @@ def contradiction(rng: random.Random, tree: dict[str, Any]) -> Wrong:
             ({"settings": {"app.t": "uuid"}}, "setting"),
             ({"type": "int", "pattern": "x"}, "pattern"),
         ]
+    elif keys is LIMIT_KEYS:
+        entry.pop("per_second", None)
+        changes = [({"burst": 5}, "rate_limit")]
+        path, _, _ = path.rpartition(".")
     elif keys is POOL_KEYS:
         servers = tree["db"] if isinstance(tree["db"], list) else [tree["db"]]
         servers[-1].update(label="last", pooler="transaction")
@@ -289,6 +311,7 @@ def contradiction(rng: random.Random, tree: dict[str, Any]) -> Wrong:
             servers[-1].pop(unpooled, None)
         changes = [
             ({"connection_count": 3, "min_size": 4}, "min_size"),
+            ({"connection_count": 3, "min_size": 1, "reserved": 3}, "reserved"),
             ({"endpoints": ["nowhere"]}, "endpoints[0]"),
             ({"endpoints": ["last"], "sqlprepare": True}, "sqlprepare"),
             ({"settings": {"statement_timeout": 5}, "query_timeout": 5}, "settings.statement_timeout"),
@@ -464,6 +487,7 @@ def test_every_key_can_be_made_wrong_here() -> None:
     assert SERVER_KEYS.keys() == DB_KEYS.keys() - {"connection_retry_sleep"}
     assert POOL_KEYS.keys() == GROUP_KEYS.keys()
     assert OWNER_KEYS.keys() == TENANT_KEYS.keys()
+    assert LIMIT_KEYS.keys() == RATE_KEYS.keys()
     assert len(FAULTS) * EACH == 1000
 
 

@@ -433,6 +433,16 @@ def test_a_slow_statement_is_cancelled_and_the_connection_lives_on(start: Any) -
         assert pid in pids
 
 
+@pytest.mark.parametrize("set_it", ["SET", "SET LOCAL"])
+def test_a_statement_timeout_of_the_block_itself_is_the_clients_as_well(start: Any, set_it: str) -> None:
+    start({"query_timeout": 100})
+    with Handler("manual") as db:
+        db.query(f"{set_it} statement_timeout = '10s'")
+        db.query("SELECT pg_sleep(1.3)")  # longer than query_timeout and the client's second of grace
+    with pytest.raises(psycopg.errors.QueryCanceled), Handler("manual") as db:
+        db.query("SELECT pg_sleep(5)")
+
+
 def test_settings_of_the_configuration_are_the_sessions_own(start: Any, node: Any) -> None:
     before = os.environ.get("PGOPTIONS")
     start({"session_tmp_buffer": 16, "options": {"work_mem": "7MB", "search_path": '"a b", public'}})

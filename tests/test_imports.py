@@ -15,13 +15,14 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # A module imports only what stands before it. What is not listed may import all of these, and none of
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
+    "categories",
     "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
     "yamlfile", "sources",
-    "stats", "rows", "statements", "tenant", "preamble", "greenlets", "session", "cursors",
+    "stats", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets", "session", "cursors",
     "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "endpoint", "balance", "pools", "group", "oneshots", "observer", "monitor",
-    "shutdown", "connection", "handler", "pool",
+    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots", "observer", "monitor",
+    "shutdown", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
 LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
