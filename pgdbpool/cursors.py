@@ -77,6 +77,9 @@ class BlockCursor(psycopg.Cursor[Any]):
             ):  # fmt: skip
                 preamble = conn.limit(preamble)
         rode = False
+        if what.ends:
+            # Also where it is interrupted at its end: what it chains to has no tenant yet.
+            conn.bound, block.committed = False, block.committed or what.commits
         try:
             if conn._pipeline:
                 super().execute(query, params, prepare=prepare, binary=binary)
@@ -88,7 +91,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             else:
                 rode = first != NOTHING
                 self._ride(preamble, query, params, prepare, binary)
-                if rode:
+                if rode and not what.ends:
                     conn.bound = conn.pgconn.transaction_status != IDLE
             if what.ends:
                 conn.bound = False

@@ -37,6 +37,11 @@ def pools(known_cluster: Any, mode: str) -> Iterator[None]:
     groups: dict[str, dict[str, Any]] = {
         "auto": {"connection_count": SIZE, "settings": {"app.x": "1"}},
         "manual": {"connection_count": SIZE, "autocommit": False},
+        "tenants": {
+            "connection_count": SIZE,
+            "autocommit": False,
+            "tenant": {"setting": "app.tenant", "verify": "off", "required": False},
+        },
     }
     Connection.init(config([server(known_cluster.primary)], mode, **groups))
     yield
@@ -96,6 +101,28 @@ def test_an_interruption_at_any_point_of_a_block_leaves_the_counts_exact(
         exact(group)
         point += 1
     measured("points at which a block was interrupted", point - 1, "", at_least=100)
+
+
+@pytest.mark.parametrize("end", ["COMMIT AND CHAIN", "ROLLBACK AND CHAIN"])
+@pytest.mark.parametrize("first", [True, False])
+def test_whatever_is_interrupted_the_next_statement_has_the_tenant(
+    pools: None, end: str, first: bool, measured: Any
+) -> None:
+    point, going = 1, True
+    while going:
+        with Handler("tenants", tenant="one", timeout=5) as db:
+            if not first:
+                db.query("SELECT 1")
+            going = interrupt_at(point, lambda db=db: db.query(end))  # type: ignore[misc]
+            point += 1
+            try:
+                row = db.query("SELECT current_setting('app.tenant', true)").fetchone()
+            except psycopg.Error:  # the connection was closed
+                db.rollback()
+                row = db.query("SELECT current_setting('app.tenant', true)").fetchone()
+            assert row == ("one",), point
+        exact("tenants")
+    measured("points at which the end of a transaction was interrupted", point - 1, "", at_least=20)
 
 
 def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(
