@@ -27,7 +27,7 @@ from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
 from .probe import StartupProbe
 from .sources import load
-from .stats import EndpointStatus, Status
+from .stats import EndpointStatus, Histogram, Status
 
 if TYPE_CHECKING:
     from .rls import Audit
@@ -442,6 +442,9 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         connections=endpoint.connections,
         last_error=endpoint.last_error,
         seconds_since_error=None if at is None else monotonic() - at,
+        failovers=endpoint.failovers,
+        use=Histogram.of(group.uses[endpoint] for group in endpoint.groups),
+        connect=Histogram.of(group.connects[endpoint] for group in endpoint.groups),
     )
 
 
