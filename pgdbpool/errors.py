@@ -20,6 +20,8 @@ class Error(Exception):
 
     category: Category | None = Category.USAGE
     """What `classify` says of the class; None where the SQLSTATE says it."""
+    correlation_id: str | None = None
+    """That of the block which it came from; see `correlation`."""
 
 
 class Problem(NamedTuple):
@@ -214,6 +216,14 @@ class QueryDeadlineError(ConnectionLostError):
     """
 
     category = Category.TIMEOUT
+
+
+class HoldExceededError(QueryDeadlineError):
+    """The block had its connection for longer than the group's `max_hold`: it was taken away.
+
+    What it was doing was cancelled. An open transaction was rolled back; an autocommit statement that was
+    under way may have taken effect.
+    """
 
 
 _mixed_classes: dict[tuple[type[DBQueryError], type[psycopg.Error]], type[DBQueryError]] = {}

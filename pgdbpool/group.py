@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import uuid
@@ -16,12 +15,13 @@ from weakref import ref
 
 import psycopg
 
-from . import deadlines, greenlets
+from . import deadlines, events, greenlets, tracing
 from .balance import Candidate, order, suits, worth_moving
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
     DBConnectionError,
     DBOfflineError,
+    Error,
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
@@ -29,6 +29,7 @@ from .errors import (
     TargetUnavailableError,
     TooManyWaiting,
     UnsafeRoleError,
+    one_line,
 )
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
@@ -36,11 +37,10 @@ from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
 from .stats import GroupStatus, Histogram, count, new_tally
 from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
+from .timing import TimedConnection
 
 if TYPE_CHECKING:
     from .config import GroupConfig
-
-logger = logging.getLogger("pgdbpool")
 
 MOVE_EVERY = 0.2
 """Seconds between two connections that are closed at release to even out the endpoints."""
@@ -136,6 +136,11 @@ class Group:
         self._settings = bind_settings(config.settings)
         self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
         self._plain = config.tenant is None and not self._settings
+        self._slow_block = float("inf") if config.slow_block is None else config.slow_block
+        self._kind = PooledConnection if config.slow_query is None else TimedConnection
+        self.on_first_use: Callable[[], None] = lambda: None
+        if config.leak_stack:
+            tracing.use()
         self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
         self._any_role = config.target in ("any", "prefer-standby")
         self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
@@ -199,6 +204,19 @@ class Group:
         merged = tuple(pair for pair in self._settings if pair[0].lower() not in names) + tuple(own.items())
         return Binding(bound + _role_last(merged), _patience(merged))
 
+    def admit(self, block: Block) -> None:
+        """Wait for the block's turn, where the group has a rate limit.
+
+        :raises RateLimitExceeded: that would take too long.
+        :raises DeadlineExceeded: the current deadline has passed already.
+        """
+        assert self.limiter is not None
+        try:
+            self.limiter.acquire()
+        except Error as error:
+            tracing.mark(error, block)
+            raise
+
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
         """Lend a working connection to the block, within the timeout (seconds).
 
@@ -238,10 +256,11 @@ class Group:
             block.since = now
             block.lend(conn)
             self._lent[conn] = block
-        except BaseException:
+        except BaseException as error:
             if conn is not None:
                 self._lent.pop(conn, None)
                 self._drop(conn, "interrupted")
+            tracing.mark(error, block)
             raise
         if discarded or self._pool.missing:
             self._pool.refill()
@@ -252,12 +271,16 @@ class Group:
         conn.block = None
         try:
             if (block := self._lent.pop(conn, None)) is None:
+                if conn.cut:
+                    conn.close()
                 return  # of a parent process, or back already
             block.conn = None
             reason = self._reason_to_close(conn)
             held, uses = conn.used_at - block.since, conn.uses
             uses[int(held * 1_000_000).bit_length()] += 1  # `stats.count`, without a call
             uses[-1] += held
+            if held >= self._slow_block:
+                self._note_slow_block(conn, block, held)
             if reason is None:
                 self._pool.give(conn)
                 return
@@ -317,6 +340,7 @@ class Group:
     def _first_use(self) -> None:
         """Before the group's first checkout in a process: refuse one where a wait would stop all others."""
         greenlets.check()
+        self.on_first_use()
         self._probe = self._later_probe
         if self._probe is not None:
             self._probe()
@@ -388,7 +412,11 @@ class Group:
         self._discarded[reason] += 1
         if reason == "lost":
             conn.endpoint.doubtful = True
-        logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
+        label = conn.endpoint.label
+        events.CONNECTION_CLOSED(
+            "group %s: connection to %s closed: %s", self.name, label, reason,
+            group=self.name, endpoint=label, reason=reason,
+        )  # fmt: skip
         slot = conn.slot
         conn.retire()
         if slot is not None:
@@ -429,6 +457,13 @@ class Group:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
         spare.slot, spare.uses = slot, self.uses[spare.endpoint]
+        if self.config.annotate:
+            spare.annotates = True
+            spare.own_name = (spare.pgconn.parameter_status(b"application_name") or b"").decode(
+                "ascii", "replace"
+            )
+        if isinstance(spare, TimedConnection) and self.config.slow_query is not None:
+            spare.slow_after, spare.on_slow = self.config.slow_query, self.note_slow_statement
         self._opened += 1
         return spare
 
@@ -451,8 +486,15 @@ class Group:
                         return None  # that is what the other has found
                     timeout, conclusive = max(deadline - monotonic(), HURRY), False
             began = monotonic()
-            conn = endpoint.dial(self.config, timeout, conclusive, self._row_factory, self._set_up)
-            count(self.connects[endpoint], monotonic() - began)
+            conn = endpoint.dial(
+                self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
+            )
+            took = monotonic() - began
+            count(self.connects[endpoint], took)
+            events.CONNECTION_OPENED(
+                "group %s: connection to %s opened in %.3f s", self.name, endpoint.label, took,
+                group=self.name, endpoint=endpoint.label, seconds=took,
+            )  # fmt: skip
         except DialError as error:
             failures[endpoint] = error
             return None
@@ -504,7 +546,9 @@ class Group:
             raise UnsafeRoleError(f"tenants of group {self.name!r} are not kept apart: {text}")
         if text != self._warned:
             self._warned = text
-            logger.warning("tenants of group %s are not kept apart: %s", self.name, text)
+            events.GROUP_UNSAFE_ROLE(
+                "tenants of group %s are not kept apart: %s", self.name, text, group=self.name, reason=text
+            )
 
     def _reserve(self, slot: Slot, tried: dict[Endpoint, DialError | None]) -> tuple[Endpoint | None, int]:
         """Place the slot on the best endpoint not yet tried; also return how many are left."""
@@ -586,10 +630,18 @@ class Group:
             0.0 if lag is None or limit.seconds is None else lag.seconds / limit.seconds,
         )
         if share > 1.0 and endpoint not in self._barred:
-            logger.warning("group %s: %s is %s behind, more than max_lag", self.name, endpoint.label, lag)
+            events.GROUP_LAG(
+                "group %s: %s is %s behind, more than max_lag", self.name, endpoint.label, lag,
+                group=self.name, endpoint=endpoint.label,
+                lag_bytes=lag and lag.bytes, lag_seconds=lag and lag.seconds,
+            )  # fmt: skip
             self._bar(endpoint)
         elif share <= CAUGHT_UP and endpoint in self._barred:
-            logger.warning("group %s: %s has caught up", self.name, endpoint.label)
+            events.GROUP_CAUGHT_UP(
+                "group %s: %s has caught up", self.name, endpoint.label,
+                group=self.name, endpoint=endpoint.label,
+                lag_bytes=lag and lag.bytes, lag_seconds=lag and lag.seconds,
+            )  # fmt: skip
             self._barred.discard(endpoint)
             self.welcome()
 
@@ -628,9 +680,10 @@ class Group:
             except DBConnectionError as error:
                 if not self._pool.idle:
                     raise
-                logger.warning(
+                events.GROUP_SHORT(
                     "group %s starts with %d of %d connections: %s",
                     self.name, self._pool.idle, self.config.min_size, error,
+                    group=self.name, reason=one_line(error),
                 )  # fmt: skip
                 return
             self._pool.give(conn)
@@ -692,6 +745,85 @@ class Group:
             connect={endpoint.label: Histogram.of([self.connects[endpoint]]) for endpoint in self.endpoints},
         )
 
+    # What is told of blocks.
+
+    def held(self) -> list[tuple[PooledConnection, Block]]:
+        """Return the connections in use with their blocks."""
+        return list(self._lent.items())
+
+    def note_retry(self, block: Block | None, error: psycopg.Error) -> None:
+        """Count a statement that is sent again."""
+        self.retries += 1
+        events.STATEMENT_RETRIED(
+            "group %s: statement sent again: %s", self.name, error, group=self.name,
+            correlation_id=None if block is None else tracing.id_of(block),
+            reason=one_line(error), sqlstate=error.sqlstate,
+        )  # fmt: skip
+
+    def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> None:
+        """Warn of a block that has its connection for longer than `leak_after`."""
+        self.leaks += 1
+        text, fields = self._told(conn, block, seconds)
+        events.BLOCK_LEAKED("group %s: a connection is not given back: %s", self.name, text, **fields)
+
+    def _note_slow_block(self, conn: PooledConnection, block: Block, seconds: float) -> None:
+        self.slow_blocks += 1
+        text, fields = self._told(conn, block, seconds)
+        events.BLOCK_SLOW("group %s: slow block: %s", self.name, text, **fields)
+
+    def note_slow_statement(self, conn: PooledConnection, statement: Any, seconds: float) -> None:
+        """Log a statement that took longer than `slow_query`."""
+        block = conn.block
+        if block is None:
+            return  # not a block's, but the set-up of a connection
+        self.slow_statements += 1
+        _, fields = self._told(conn, block, seconds)
+        fields["statement"] = text = tracing.text_of(statement)
+        events.STATEMENT_SLOW("group %s: slow statement: %.3f s: %s", self.name, seconds, text, **fields)
+
+    def _told(self, conn: PooledConnection, block: Block, seconds: float) -> tuple[str, dict[str, Any]]:
+        """Return what is told of a block, in words and as fields of a log record."""
+        names = tracing.thread_names()
+        fields = {
+            "group": self.name,
+            "endpoint": conn.endpoint.label,
+            "correlation_id": tracing.id_of(block),
+            "seconds": seconds,
+            **tracing.place_of(block, names),
+            "statement": tracing.text_of(getattr(block, "statement", None)),
+        }
+        return tracing.describe(block, seconds, names), fields
+
+    def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> bool:
+        """Take the connection from a block that has it for longer than `max_hold`, in any thread.
+
+        What runs is cancelled within the deadline. The connection is not closed but cut: its own thread,
+        which may be waiting for it, closes it. Returns False where the block has just given it back.
+        """
+        if self._lent.get(conn) is not block or (owner := self._lent.pop(conn, None)) is None:
+            return False
+        if owner is not block:  # given back and lent again, between the two
+            self._lent[conn] = owner
+            if conn.block is not owner and self._lent.pop(conn, None) is not None:  # and given back again
+                self._drop(conn, "interrupted")
+            return False
+        # Whoever took it out of `_lent` has it: the block's own end finds nothing to give back.
+        conn.cut = True
+        seconds = monotonic() - block.since
+        self.overdue += 1
+        self._discarded["max_hold"] += 1
+        count(conn.uses, seconds)
+        text, fields = self._told(conn, block, seconds)
+        events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
+        conn.sever(deadline)
+        if conn.block is None:
+            conn.close()
+        slot, conn.slot = conn.slot, None
+        if slot is not None:
+            self._pool.free(slot)
+        self._pool.refill()
+        return True
+
     # Evidence for errors.
 
     def _mine_alone(self, high: bool) -> bool:
@@ -704,13 +836,8 @@ class Group:
         return list(self._lent.values())
 
     def _holders(self) -> tuple[str, ...]:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        now = monotonic()
-        return tuple(
-            f"thread {names.get(block.thread, block.thread)} for {now - block.since:.1f} s, "
-            f"from {block.place[0].co_filename}:{block.place[1]} in {block.place[0].co_name}"
-            for block in self._blocks()
-        )
+        now, names = monotonic(), tracing.thread_names()
+        return tuple(tracing.describe(block, now - block.since, names) for block in self._blocks())
 
     def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
         self._timeouts += 1

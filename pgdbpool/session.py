@@ -21,7 +21,7 @@ import psycopg
 from psycopg import pq
 from psycopg.errors import _WaitTimeout
 
-from . import deadlines, errors, greenlets
+from . import deadlines, errors, greenlets, tracing
 from .preamble import BEGIN, CLEANING, GRACE, IDLE, INTRANS, NOTHING, Block, Command, deallocate, set_local
 from .statements import Shape
 from .stats import Tally
@@ -95,6 +95,14 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether the block has set a statement_timeout by itself."""
     limited: bool = False
     """Whether a deadline has bound a statement_timeout in the open transaction."""
+    annotates: bool = False
+    """Whether its group shows the blocks' correlation ids at the server."""
+    annotated: bool = False
+    """Whether that was done in the open transaction."""
+    own_name: str = ""
+    """The session's application_name."""
+    cut: bool = False
+    """Whether it was taken from its block, which finds it lost; see `max_hold`."""
     ending: bool = False
     """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
     used_at: float = 0.0
@@ -301,13 +309,18 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def own_error(self, error: psycopg.Error, status: int = IDLE) -> errors.DBQueryError:
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
-        if errors.ends_session(error):
+        if errors.ends_session(error) or self.cut:
             self.close()
         self._note_loss(error, status)
         kind: type[errors.DBQueryError] = errors.ConnectionLostError if self.closed else errors.DBQueryError
         if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
             kind = errors.ReadOnlyServerError
-        return errors.as_query_error(error, kind)
+        if self.cut:
+            kind = errors.HoldExceededError
+        own = errors.as_query_error(error, kind)
+        if self.block is not None and own.correlation_id is None:
+            own.correlation_id = tracing.id_of(self.block)
+        return own
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()
@@ -316,6 +329,8 @@ class PooledConnection(psycopg.Connection[Any]):
         cut = left is not None and left <= 0
         within = "before the deadline" if cut else f"within {self.patience:g} s"
         error = errors.QueryDeadlineError(f"{self.endpoint.label} gave no answer {within}: connection closed")
+        if self.block is not None:
+            error.correlation_id = tracing.id_of(self.block)
         self._note_loss(error, status)
         return error
 
@@ -350,6 +365,21 @@ class PooledConnection(psycopg.Connection[Any]):
         # 0 is no bound. In a transaction what an earlier statement has bound is put back.
         milliseconds = 0 if allowed is None else max(1, round(allowed * 1000))
         return preamble + set_local((("statement_timeout", str(milliseconds)),))
+
+    def annotate(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
+        """Add the block's correlation id, as a part of application_name, once in each transaction.
+
+        Not to the statement's text, since that is what plans are known by: with a comment of its own, each
+        block's would be parsed and planned anew, at the server and in psycopg.
+        """
+        block, status = self.block, self.pgconn.transaction_status
+        if status == IDLE:
+            self.annotated = False
+        if block is None or self.annotated or status not in (IDLE, INTRANS):
+            return preamble
+        self.annotated = True
+        name = tracing.application_name(self.own_name, tracing.id_of(block))
+        return preamble + set_local((("application_name", name),))
 
     def _start_query(self) -> PQGen[None]:
         """Refuse a statement that would go round the block; every cursor of psycopg comes through here."""
@@ -569,6 +599,8 @@ class PooledConnection(psycopg.Connection[Any]):
             commands = cleaning + BEGIN + commands[len(cleaning) :]
         if commands and deadlines.in_use:
             commands = self.limit(commands)
+        if commands and self.annotates:
+            commands = self.annotate(commands)
         if commands:
             self.wrapped = wrap
             self.run(commands)
@@ -613,6 +645,8 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         self.bound = False
         block, status = self.block, self.pgconn.transaction_status
+        if self.cut and status != IDLE:
+            raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
         if status == _INERROR:
             self.rollback()
             raise errors.TransactionAbortedError(FAILED)
