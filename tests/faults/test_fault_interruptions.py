@@ -16,9 +16,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.transaction import OutOfOrderTransactionNesting
 from support import config, pid_of, server, wait_for
 
-from pgdbpool import Connection, Handler
+from pgdbpool import Connection, Handler, TransactionAbortedError
 
 # What is raised in the callback of a weak reference goes nowhere: that is Python's rule for signals too.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -123,6 +124,24 @@ def test_whatever_is_interrupted_the_next_statement_has_the_tenant(
             assert row == ("one",), point
         exact("tenants")
     measured("points at which the end of a transaction was interrupted", point - 1, "", at_least=20)
+
+
+def test_transactions_that_are_ended_crosswise_leave_nothing_to_commit(
+    pools: None, known_cluster: Any
+) -> None:
+    with Handler("manual") as db:
+        outer = db.transaction()
+        outer.__enter__()
+        db.query("INSERT INTO t VALUES (1)")
+        inner = db.transaction()
+        inner.__enter__()
+        with pytest.raises(OutOfOrderTransactionNesting):
+            outer.__exit__(None, None, None)
+        with pytest.raises(TransactionAbortedError):
+            db.commit()
+        db.rollback()
+        assert db.query("SELECT count(*) FROM t").fetchone() == (0,)
+    exact("manual")
 
 
 def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(
