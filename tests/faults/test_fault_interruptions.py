@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -142,6 +143,19 @@ def test_transactions_that_are_ended_crosswise_leave_nothing_to_commit(
         db.rollback()
         assert db.query("SELECT count(*) FROM t").fetchone() == (0,)
     exact("manual")
+
+
+def test_who_waits_for_an_interrupted_look_at_a_server_goes_on_at_once(pools: None, mode: str) -> None:
+    if mode != "threaded":
+        pytest.skip("nobody waits for another in lock-free mode")
+    group = Connection.group("manual")
+    endpoint = group.endpoints[0]
+    looks = [endpoint.begin_look()]
+    waiter = threading.Thread(target=group._look, args=(endpoint, 60))
+    waiter.start()
+    looks.clear()  # as the frames of the interrupted one do
+    waiter.join(10)
+    assert not waiter.is_alive()
 
 
 def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(
