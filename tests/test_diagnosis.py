@@ -327,7 +327,8 @@ def test_a_slow_commit_is_logged_as_one(start: Any, records: Any) -> None:
     with Handler("manual") as db:
         db.query("""
             CREATE TABLE slow (i int);
-            CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.1); RETURN NULL; END';
+            CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql
+                AS 'BEGIN PERFORM pg_sleep(0.1); RETURN NULL; END';
             CREATE CONSTRAINT TRIGGER t AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
                 FOR EACH ROW EXECUTE FUNCTION wait()""")
     before = len(records("statement.slow"))
