@@ -279,17 +279,18 @@ class Group:
             held, uses = conn.used_at - block.since, conn.uses
             uses[int(held * 1_000_000).bit_length()] += 1  # `stats.count`, without a call
             uses[-1] += held
-            if held >= self._slow_block:
-                self._note_slow_block(conn, block, held)
             if reason is None:
                 self._pool.give(conn)
-                return
-            self._drop(conn, reason)
+            else:
+                self._drop(conn, reason)
         except BaseException:
             if conn.lent:  # interrupted before the pool had it
                 self._drop(conn, "interrupted")
             raise
-        self._pool.refill()
+        if reason is not None:
+            self._pool.refill()
+        if held >= self._slow_block:  # last, since a log may be kept in a database
+            self._note_slow_block(conn, block, held)
 
     def _reason_to_close(self, conn: PooledConnection) -> str | None:
         now = conn.used_at = monotonic()
