@@ -764,12 +764,12 @@ class Group:
     def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> None:
         """Warn of a block that has its connection for longer than `leak_after`."""
         self.leaks += 1
-        text, fields = self._told(conn, block, seconds)
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         events.BLOCK_LEAKED("group %s: a connection is not given back: %s", self.name, text, **fields)
 
     def _note_slow_block(self, conn: PooledConnection, block: Block, seconds: float) -> None:
         self.slow_blocks += 1
-        text, fields = self._told(conn, block, seconds)
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         events.BLOCK_SLOW("group %s: slow block: %s", self.name, text, **fields)
 
     def note_slow_statement(self, conn: PooledConnection, statement: Any, seconds: float) -> None:
@@ -778,22 +778,9 @@ class Group:
         if block is None:
             return  # not a block's, but the set-up of a connection
         self.slow_statements += 1
-        _, fields = self._told(conn, block, seconds)
+        _, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         fields["statement"] = text = tracing.text_of(statement)
         events.STATEMENT_SLOW("group %s: slow statement: %.3f s: %s", self.name, seconds, text, **fields)
-
-    def _told(self, conn: PooledConnection, block: Block, seconds: float) -> tuple[str, dict[str, Any]]:
-        """Return what is told of a block, in words and as fields of a log record."""
-        names = tracing.thread_names()
-        fields = {
-            "group": self.name,
-            "endpoint": conn.endpoint.label,
-            "correlation_id": tracing.id_of(block),
-            "seconds": seconds,
-            **tracing.place_of(block, names),
-            "statement": tracing.text_of(getattr(block, "statement", None)),
-        }
-        return tracing.describe(block, seconds, names), fields
 
     def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> bool:
         """Take the connection from a block that has it for longer than `max_hold`, in any thread.
@@ -814,7 +801,7 @@ class Group:
         self.overdue += 1
         self._discarded["max_hold"] += 1
         count(conn.uses, seconds)
-        text, fields = self._told(conn, block, seconds)
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
         conn.sever(deadline)
         if conn.block is None:

@@ -485,8 +485,13 @@ def test_a_promotion_is_counted_as_a_failover(known_cluster: Any, records: Any, 
     nodes = [server(primary, label="one"), server(standby, label="two")]
     Connection.init(config(nodes, mode, write={"target": "primary", "connection_count": 1}))
     try:
-        with Handler("write") as db:
-            assert db.endpoint == "one"
+
+        def known() -> bool:
+            with Handler("write") as db:
+                assert db.endpoint == "one"
+            return Connection.status().endpoints["two"].role == "standby"
+
+        wait_for(known)
         primary.stop()
         standby.promote()
 
