@@ -35,7 +35,7 @@ from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
-from .stats import GroupStatus, Histogram, count, new_tally
+from .stats import BATCH, GroupStatus, Histogram, Tally
 from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
 from .timing import TimedConnection
 
@@ -112,10 +112,10 @@ class Group:
         self._opened = 0
         self._timeouts = 0
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
-        self._waits = new_tally()
+        self._waits = Tally()
         """Of those who waited in the queue; the others took no time."""
-        self.uses = {endpoint: new_tally() for endpoint in self.endpoints}
-        self.connects = {endpoint: new_tally() for endpoint in self.endpoints}
+        self.uses = {endpoint: Tally() for endpoint in self.endpoints}
+        self.connects = {endpoint: Tally() for endpoint in self.endpoints}
         self.ending = False
         """Whether the interpreter is about to exit."""
         self._uneven = False
@@ -276,9 +276,11 @@ class Group:
                 return  # of a parent process, or back already
             block.conn = None
             reason = self._reason_to_close(conn)
-            held, uses = conn.used_at - block.since, conn.uses
-            uses[int(held * 1_000_000).bit_length()] += 1  # `stats.count`, without a call
-            uses[-1] += held
+            held = conn.used_at - block.since
+            recent = conn.uses.recent
+            recent.append(held)  # `Tally.add`, without a call
+            if len(recent) >= BATCH:
+                conn.uses.count()
             if reason is None:
                 self._pool.give(conn)
             else:
@@ -320,7 +322,7 @@ class Group:
         conn.block = None
         if (block := self._lent.pop(conn, None)) is not None:
             block.conn = None
-            count(conn.uses, monotonic() - block.since)
+            conn.uses.add(monotonic() - block.since)
             self._drop(conn, reason)
             self._pool.refill()
 
@@ -376,7 +378,7 @@ class Group:
             queue_full = none.reason == NoConnection.QUEUE_FULL
             kind = TooManyWaiting if queue_full else PoolTimeout
             raise self._exhausted(kind, deadline - now, high) from None
-        count(self._waits, monotonic() - now)
+        self._waits.add(monotonic() - now)
         return got
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
@@ -491,7 +493,7 @@ class Group:
                 self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
             )
             took = monotonic() - began
-            count(self.connects[endpoint], took)
+            self.connects[endpoint].add(took)
             events.CONNECTION_OPENED(
                 "group %s: connection to %s opened in %.3f s", self.name, endpoint.label, took,
                 group=self.name, endpoint=endpoint.label, seconds=took,
@@ -719,6 +721,7 @@ class Group:
     def status(self) -> GroupStatus:
         """Return a snapshot."""
         pool, counts = self._pool, self._counts()
+        waits = Histogram.of([self._waits]).count
         return GroupStatus(
             name=self.name,
             size=pool.size,
@@ -733,7 +736,7 @@ class Group:
             opened=self._opened,
             discarded=dict(self._discarded),
             holders=self._holders(),
-            waits=sum(self._waits[:-1]),
+            waits=waits,
             retries=self.retries,
             failovers=sum(endpoint.failovers for endpoint in self.endpoints),
             rate_limited=self.limiter.refused if self.limiter else 0,
@@ -741,7 +744,7 @@ class Group:
             overdue=self.overdue,
             slow_blocks=self.slow_blocks,
             slow_statements=self.slow_statements,
-            wait=Histogram.of([self._waits], max(0, pool.taken - sum(self._waits[:-1]))),
+            wait=Histogram.of([self._waits], max(0, pool.taken - waits)),
             use={endpoint.label: Histogram.of([self.uses[endpoint]]) for endpoint in self.endpoints},
             connect={endpoint.label: Histogram.of([self.connects[endpoint]]) for endpoint in self.endpoints},
         )
@@ -800,7 +803,7 @@ class Group:
         seconds = monotonic() - block.since
         self.overdue += 1
         self._discarded["max_hold"] += 1
-        count(conn.uses, seconds)
+        conn.uses.add(seconds)
         text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
         conn.sever(deadline)
