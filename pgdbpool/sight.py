@@ -67,6 +67,18 @@ class Lag(NamedTuple):
         return f"{self.bytes} bytes and {self.seconds:.1f} s"
 
 
+def behind(primary: Sight, standby: Sight) -> Lag | None:
+    """Return how far a standby is behind, from one look at each; None where it cannot be told.
+
+    Seconds are since the last transaction that it replayed, by its own clock: those since the primary was
+    ahead take more than one look, see `Course`.
+    """
+    if primary.position is None or standby.position is None or primary.system != standby.system:
+        return None
+    missing = max(primary.position - standby.position, 0)
+    return Lag(missing, (standby.replayed_before or 0.0) if missing else 0.0)
+
+
 class Course:
     """Where the primary was when, which tells how long ago a standby's position was the primary's."""
 
