@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ class Sight(NamedTuple):
 
 def read(result: PGresult, at: float) -> Sight:
     """Return what a server answered to `QUERY`."""
-    standby, timeline, system, position, age = (
-        None if (value := result.get_value(0, column)) is None else value.decode() for column in range(5)
-    )
+    values = (result.get_value(0, column) for column in range(5))
+    return parse([None if value is None else value.decode() for value in values], at)
+
+
+def parse(values: Sequence[str | None], at: float) -> Sight:
+    """Return what the columns of an answer to `QUERY` say."""
+    standby, timeline, system, position, age = values
     return Sight(
         standby=standby == "t",
         timeline=None if timeline is None else int(timeline, 16),

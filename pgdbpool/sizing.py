@@ -12,12 +12,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import psycopg
+from psycopg import generators
+from psycopg.pq import ExecStatus
+
 from .check_servers import default_label
 
 if TYPE_CHECKING:
-    import psycopg
-
     from .config import Config, EndpointConfig, GroupConfig
+    from .session import PooledConnection
 
 __all__ = ["Demand", "GroupSize", "Recommendation", "Server", "demand", "recommend"]
 
@@ -27,7 +30,7 @@ HEADROOM = 0.1
 BUSY = 0.5
 """Share of a block's time in which the server works for it, where nothing else is known."""
 
-LIMITS = """
+LIMITS = b"""
     SELECT pg_catalog.current_setting('max_connections')::int,
            pg_catalog.current_setting('superuser_reserved_connections')::int
                + coalesce(pg_catalog.current_setting('reserved_connections', true), '0')::int,
@@ -257,12 +260,17 @@ def _observed(config: Config, label: str) -> bool:
     )
 
 
-def ask(conn: psycopg.Connection[Any], cores: int | None = None) -> Server:
+def ask(conn: PooledConnection, cores: int | None = None) -> Server:
     """Ask a server what it admits, in one round trip; raises psycopg.Error."""
-    import psycopg
+    most, reserved, role, database = (None if value is None else int(value) for value in answer(conn, LIMITS))
+    return Server(most or 0, reserved or 0, cores, role, database)
 
-    with psycopg.Cursor(conn, row_factory=psycopg.rows.tuple_row) as cursor:
-        row = cursor.execute(LIMITS, prepare=False).fetchone()
-    assert row is not None
-    most, reserved, role, database = row
-    return Server(most, reserved, cores, role, database)
+
+def answer(conn: PooledConnection, query: bytes) -> list[str | None]:
+    """Return the one row of a query as text, on a connection that no block has; raises psycopg.Error."""
+    conn.pgconn.send_query_params(query, None)
+    (result,) = conn.wait(generators.execute(conn.pgconn))
+    if result.status != ExecStatus.TUPLES_OK:
+        raise psycopg.OperationalError(result.get_error_message())
+    values = (result.get_value(0, column) for column in range(result.nfields))
+    return [None if value is None else value.decode() for value in values]

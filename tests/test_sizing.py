@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support import config, server
 
 from pgdbpool import Connection
@@ -63,20 +62,12 @@ def test_what_cannot_fit_is_told_with_what_would_be_needed() -> None:
     assert {size.limited_by for size in found.groups.values()} == {"threads"}
 
 
-@given(
-    st.dictionaries(st.sampled_from("ghijk"), st.sets(st.sampled_from("ab"), min_size=1), min_size=1),
-    st.integers(1, 500), st.integers(1, 500), st.integers(0, 5), st.integers(1, 40), st.integers(1, 40),
-    st.one_of(st.none(), st.integers(1, 64)),
-)  # fmt: skip
-def test_what_is_recommended_has_room_on_each_server(
-    groups: dict[str, set[str]],
-    a: int,
-    b: int,
-    reserved: int,
-    processes: int,
-    threads: int,
-    cores: int | None,
-) -> None:
+@pytest.mark.parametrize("seed", range(300))
+def test_what_is_recommended_has_room_on_each_server(seed: int) -> None:
+    rng = random.Random(seed)
+    groups = {name: set(rng.choices("ab", k=2)) for name in "ghijk"[: rng.randint(1, 5)]}
+    a, b, reserved = rng.randint(1, 500), rng.randint(1, 500), rng.randint(0, 5)
+    processes, threads, cores = rng.randint(1, 40), rng.randint(1, 40), rng.choice([None, rng.randint(1, 64)])
     servers = {"a": Server(a, reserved, cores), "b": Server(b, reserved)}
     found = recommend(groups, servers, processes=processes, threads=threads)
     for name, each in servers.items():
@@ -176,11 +167,10 @@ def test_init_warns_of_the_roles_limit(known_cluster: Any, caplog: pytest.LogCap
     assert "CONNECTION LIMIT 3 of the role" in message
 
 
-def test_without_the_number_of_processes_nothing_is_asked(
-    known_cluster: Any, proxy_to: Any, caplog: pytest.LogCaptureFixture
+def test_without_the_number_of_processes_there_is_no_warning(
+    known_cluster: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    proxy = proxy_to(known_cluster.primary)
-    Connection.init(config([server(proxy)], g={"connection_count": 1000, "min_size": 1}))
+    Connection.init(config([known_cluster.primary], g={"connection_count": 1000, "min_size": 1}))
     assert not caplog.messages
 
 
