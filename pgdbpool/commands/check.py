@@ -22,8 +22,8 @@ mended, each with its remedy. Nothing is changed.
   pgdbpool check pgdbpool.yaml --json | jq .status
 
 The columns: CONNECT is the time for a new connection, login included; ROUND TRIP that of one question. OPENS
-is what all processes can open, and when it alone is left, of what the server admits this role; IN USE counts
-everybody's sessions now.
+is what all processes can open there, with every server up and with this one alone left, of what it admits
+this role; IN USE counts everybody's sessions now.
 """
 EXITS = """\
 0 all is well, or there are hints (info) only; 3 every group has a server, and there are
@@ -94,7 +94,7 @@ def _row(server: ServerFacts) -> tuple[str, ...]:
         lag = f"{server.lag_bytes} B, {server.lag_seconds or 0:.1f} s"
     opens = "-" if server.usable is None else f"? of {server.usable}"
     if server.opens is not None:
-        opens = f"{server.opens}, {server.opens_at_most} of {output.optional(server.usable)}"
+        opens = f"{server.opens} to {server.opens_at_most} of {output.optional(server.usable)}"
     return (
         server.label,
         "yes" if server.reachable else "no",

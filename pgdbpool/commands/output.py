@@ -52,12 +52,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """Print findings with their remedies."""
-    for finding in findings:
-        print(f"\n{paint(finding.severity)} {finding.code}: {paint(finding.subject, BOLD)}")
-        print(f"    {finding.message}")
-        if finding.remedy:
-            print(f"    remedy: {finding.remedy}")
+    """Print findings with their remedies; what is the same for several servers once."""
+    same: dict[tuple[str, str, str, str], list[str]] = {}
+    for found in findings:
+        same.setdefault((found.severity, found.code, found.message, found.remedy), []).append(found.subject)
+    for (severity, code, message, remedy), subjects in same.items():
+        print(f"\n{paint(severity)} {code}: {paint(', '.join(subjects), BOLD)}")
+        print(f"    {message}")
+        if remedy:
+            print(f"    remedy: {remedy}")
 
 
 def show_json(value: Any) -> None:
