@@ -115,10 +115,11 @@ class Look:
                 wait = executing.send((yield pgconn.socket, wait))
         except StopIteration as end:
             (result,) = end.value
-        self.answered = True
-        if result.status != pq.ExecStatus.TUPLES_OK:
-            raise psycopg.OperationalError(result.get_error_message())
-        self.sight = read(result, monotonic())
+        self.answered = pgconn.status == pq.ConnStatus.OK
+        if result.status == pq.ExecStatus.TUPLES_OK:
+            self.sight = read(result, monotonic())
+        else:
+            self.failure = one_line(psycopg.OperationalError(result.get_error_message()))
 
 
 class Observer:

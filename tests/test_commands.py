@@ -20,8 +20,13 @@ from pgbouncer import PROGRAM, PgBouncer
 from support import config, server
 
 from pgdbpool import Connection
+from pgdbpool.advice import advise
 from pgdbpool.cli import main
 from pgdbpool.cluster import Cluster
+from pgdbpool.inspection import Facts, GroupFacts, ServerFacts
+from pgdbpool.sources import load
+
+DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 
 Run = Callable[..., tuple[int, str]]
 
@@ -208,17 +213,37 @@ def test_check_sees_a_pooler(known_cluster: Cluster, run: Run, write: Any) -> No
     assert "no-pooler" in codes(json.loads(run("check", write(entries), "--json")[1]))
 
 
-@pytest.mark.parametrize("verify", [False, True])
-def test_check_tells_tls(run: Run, write: Any, verify: bool) -> None:
-    with Cluster(standbys=0, tls=True) as cluster:
-        tls = (
-            {"ssl": "verify-full", "sslrootcert": str(cluster.tls_certificate)}
-            if verify
-            else {"ssl": "require"}
-        )
-        report = json.loads(run("check", write([server(cluster.primary, **tls)]), "--json")[1])
+@pytest.mark.skipif(not DEBIAN_15.exists(), reason="the packaged servers have no TLS")
+def test_check_tells_tls(run: Run, write: Any) -> None:
+    with Cluster(standbys=0, bin_dir=DEBIAN_15, tls=True) as cluster:
+        tls = {"ssl": "verify-full", "sslrootcert": str(cluster.tls_certificate)}
+        status, text = run("check", write([server(cluster.primary, **tls)]))
+        assert status == 0
+        assert "TLSv1." in text
+        report = json.loads(run("check", write([server(cluster.primary, ssl="disable")]), "--json")[1])
     (endpoint,) = report["endpoints"].values()
-    assert endpoint["tls"].startswith("TLSv1.")
+    assert (endpoint["reachable"], endpoint["tls"]) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("host", "tls", "mode", "expected"),
+    [
+        ("db1.example.com", None, None, "not-encrypted"),
+        ("db1.example.com", "TLSv1.3", "require", "not-verified"),
+        ("db1.example.com", "TLSv1.3", "verify-full", None),
+        ("127.0.0.1", None, None, None),
+        ("::1", None, None, None),
+        ("/var/run/postgresql", None, None, None),
+    ],
+)
+def test_traffic_to_other_machines_should_be_encrypted(
+    host: str, tls: str | None, mode: str | None, expected: str | None
+) -> None:
+    entry = {"host": host, "label": "a", **({"ssl": mode} if mode else {})}
+    loaded = load({"db": entry, "groups": {"g": {}}})
+    server = ServerFacts("a", reachable=True, tls=tls)
+    facts = Facts(None, {"a": server}, {"g": GroupFacts("g", "any", 10, ["a"])})
+    assert [finding.code for finding in advise(loaded, facts)] == [expected] * (expected is not None)
 
 
 # ping
@@ -263,6 +288,14 @@ def test_ping_of_an_unknown_group(known_cluster: Cluster, run: Run, write: Any) 
     status, text = run("ping", write(known_cluster.nodes), "--group", "x", "--json")
     assert status == 1
     assert "no group 'x'" in json.loads(text)["error"]
+
+
+def test_a_configuration_may_come_from_the_environment(
+    known_cluster: Cluster, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", f"postgresql://postgres@{known_cluster.primary.label}/postgres")
+    assert run("check")[0] == 0
+    assert json.loads(run("ping", "--json")[1])["groups"]["default"]["status"] == "healthy"
 
 
 # size
@@ -324,18 +357,21 @@ def test_each_command_teaches(command: str, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     "words",
     [
-        ["check"],
+        ["check", "x", "y"],
         ["check", "x", "--processes", "0"],
         ["ping", "x", "--timeout", "0"],
         ["ping", "x", "--wait", "soon"],
         ["size", "--busy", "2"],
         ["size", "--threads", "-1"],
+        ["size", "--processes", "4"],
+        ["size", "--busy", "0", "--max-connections", "9"],
     ],
 )
 def test_wrong_arguments_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
+    assert "usage: pgdbpool" in capsys.readouterr().err
 
 
 def on_a_terminal(path: Path, room: Path, **more: str) -> str:

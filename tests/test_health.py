@@ -144,6 +144,20 @@ def test_a_server_that_admits_no_more_serves_on(known_cluster: Any) -> None:
     assert "too many connections" in report["endpoints"][known_cluster.primary.label]["error"]
 
 
+def test_a_server_that_does_not_tell_its_role_keeps_its_connection(known_cluster: Any) -> None:
+    known_cluster.primary.execute("CREATE ROLE app LOGIN")
+    known_cluster.primary.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM public")
+    try:
+        Connection.init(config([server(known_cluster.primary, user="app")], g={"connection_count": 1}))
+        for _ in range(2):
+            report = Connection.health()
+        assert report["status"] == "healthy"
+        assert report["endpoints"][known_cluster.primary.label]["role"] == "primary"
+        assert Connection.status().groups["g"].discarded == {}
+    finally:
+        known_cluster.primary.execute("GRANT EXECUTE ON FUNCTION pg_control_system() TO public")
+
+
 def test_a_drained_server_is_degraded(known_cluster: Any) -> None:
     init(known_cluster)
     label = known_cluster.standbys[0].label

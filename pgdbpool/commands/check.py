@@ -37,7 +37,9 @@ def add(commands: output.Commands) -> None:
     parser = output.new_parser(
         commands, "check", run, brief="look at a configuration and its servers", text=TEXT, exits=EXITS
     )
-    parser.add_argument("config", metavar="CONFIG", help="the pgdbpool.yaml")
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="the pgdbpool.yaml (what the environment says)"
+    )
     parser.add_argument(
         "--processes", type=output.whole(1, 100_000), metavar="N",
         help="processes that use it (`processes` of the configuration)",
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         _show(facts)
         output.show_findings(findings)
-        print(f"\n{options.config}: {output.paint(state)}")
+        print(f"\n{config.origin}: {output.paint(state)}")
     return output.EXIT[state]
 
 

@@ -27,7 +27,9 @@ def add(commands: output.Commands) -> None:
     parser = output.new_parser(
         commands, "ping", run, brief="ask whether every group can be served", text=TEXT, exits=EXITS
     )
-    parser.add_argument("config", metavar="CONFIG", help="the pgdbpool.yaml")
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="the pgdbpool.yaml (what the environment says)"
+    )
     parser.add_argument(
         "--group", action="append", metavar="GROUP", help="this group only; may be given several times"
     )

@@ -67,6 +67,7 @@ def add(commands: output.Commands) -> None:
         help="slots reserved for superusers and others; with --max-connections (3)",
     )  # fmt: skip
     parser.add_argument("--groups", default="default", metavar="NAMES", help="without CONFIG: their names")
+    parser.set_defaults(usage=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         groups = {group.name: list(group.endpoints) for group in config.groups.values()}
         servers = _servers(config, options)
     elif options.max_connections is None:
-        raise ConfigError("name a CONFIG whose servers can be asked, or --max-connections")
+        options.usage("name a CONFIG whose servers can be asked, or --max-connections")
     else:
         groups = {name.strip(): ["the server"] for name in options.groups.split(",") if name.strip()}
         servers = {"the server": Server(options.max_connections, options.reserved, options.cores)}
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             busy=options.busy,
         )  # fmt: skip
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        options.usage(str(error))
     now = {g.name: g.connection_count for g in config.groups.values()} if config else {}
     over = [
         name
