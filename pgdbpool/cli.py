@@ -40,9 +40,9 @@ And these look at your own:
 `pgdbpool COMMAND --help` has examples.
 """
 EPILOG = """\
-Exit status: 0 done, or stopped by a signal as intended; 1 something failed, the message says what, or `rls`
-has findings; 2 wrong arguments, or the extra is missing (pip install 'pgdbpool[demo]'); 128 + n if
-`demo --check` was stopped by signal n. `check` and `ping` also have 3: degraded, but it works.
+Exit status: 0 done, or `demo` or `cluster` was stopped by a signal as intended; 1 something failed, the
+message says what, or `rls` has findings; 2 wrong arguments, or the extra is missing (pip install
+'pgdbpool[demo]'); 3 degraded (`check`, `ping`); 128 + n if anything else was stopped by signal n.
 """
 
 COMMANDS = (check_command, ping, size, configuration)
@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command(options)
     except Stopped as stopped:
         print(f"pgdbpool: stopped by {stopped}, nothing is left", file=sys.stderr)
-        return 128 + stopped.signum if getattr(options, "check", False) else 0
+        endless = command in (demo, cluster) and not getattr(options, "check", False)
+        return 0 if endless else 128 + stopped.signum
     except MissingExtra as error:
         print(f"pgdbpool: {error}", file=sys.stderr)
         return 2

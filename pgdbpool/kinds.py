@@ -18,6 +18,8 @@ _UNIT_MS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
 _AMOUNT = re.compile(r"(\d{1,18})\s*(B|kB|MB|GB|TB)", re.ASCII)
 _UNIT_BYTES = {"B": 1, "kB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 DAY_SECONDS = 86_400
+VARIABLE = {"$ref": "#/definitions/variable"}
+"""The JSON Schema of ``${VAR}`` in a file, which may stand for any scalar."""
 DURATION_SCHEMA = {
     "type": "string",
     "pattern": r"^\s*[0-9]{1,15}(\.[0-9]{1,9})?\s*(ms|s|min|h)\s*$",
@@ -325,7 +327,8 @@ class LagLimit(Kind):
 
     @property
     def schema(self) -> dict[str, Any]:
-        limits = {"bytes": Bytes(2**60).schema, "seconds": Seconds(DAY_SECONDS).schema}
+        amounts = {"bytes": Bytes(2**60).schema, "seconds": Seconds(DAY_SECONDS).schema}
+        limits = {name: {"anyOf": [*each["anyOf"], VARIABLE]} for name, each in amounts.items()}
         return {"type": "object", "properties": limits, "additionalProperties": False, "minProperties": 1}
 
     def check(self, value: object) -> Any:

@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 
 from . import config
 from .keys import Key, Setting
-from .kinds import DURATION_EXAMPLES, Section
+from .kinds import DURATION_EXAMPLES, VARIABLE, Section
 
 PUBLISHED = Path(__file__).with_name("pgdbpool.schema.json")
 """The schema as a file, installed with the package."""
-
-VARIABLE = {"$ref": "#/definitions/variable"}
 
 
 class Part(NamedTuple):
@@ -97,7 +95,7 @@ def _property(setting: Setting) -> dict[str, Any]:
     value = _SECTIONS[key]() if key in _SECTIONS else copy.deepcopy(key.kind.schema)
     if value and not isinstance(key.kind, Section):
         choices = value.pop("anyOf", None) or [value]
-        choices += [] if key.kind.mapping or choices[0] == {"type": "string"} else [VARIABLE]
+        choices += [] if key.kind.mapping or choices[0].get("type") == "string" else [VARIABLE]
         choices += [{"type": "null"}] if setting.nullable else []
         value = choices[0] if len(choices) == 1 else {"anyOf": choices}
     default = plain(setting.default)

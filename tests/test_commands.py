@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import empty_room, environment
+from commands import Running, empty_room, environment
 from pgbouncer import PROGRAM, PgBouncer
 from support import config, server
 
@@ -275,6 +277,16 @@ def test_ping_waits_until_a_group_is_served(known_cluster: Cluster, run: Run, wr
         assert run("ping", path, "--wait", 30)[0] in (0, 3)
     finally:
         starter.join()
+
+
+def test_ping_that_is_stopped_does_not_say_that_all_is_well(write: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, empty_room() as room:
+        silent.settimeout(20)
+        path = write([{"host": "127.0.0.1", "port": silent.getsockname()[1]}])
+        with Running("ping", str(path), "--wait", "60", room=room) as ping:
+            silent.accept()[0].close()  # it asks
+            ping.process.send_signal(signal.SIGTERM)
+            assert ping.process.wait(15) == 128 + signal.SIGTERM
 
 
 def test_ping_gives_up_at_last(known_cluster: Cluster, run: Run, write: Any) -> None:

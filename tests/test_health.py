@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -16,6 +22,7 @@ import pgdbpool
 from pgdbpool import Connection, Handler
 from pgdbpool.wsgi import HealthApp
 
+ROOT = Path(pgdbpool.__file__).parents[1]
 MODES = ["threaded", "non-threaded"]
 
 
@@ -267,3 +274,47 @@ def test_only_get_and_head_are_answered(known_cluster: Any) -> None:
 def test_wrong_arguments_of_the_app_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         HealthApp(**wrong)
+
+
+APPLICATION = """
+import pgdbpool
+from pgdbpool.wsgi import HealthApp
+pgdbpool.Connection.init()
+application = HealthApp(max_age=0)
+"""
+
+
+@pytest.mark.parametrize("worker", [["sync"], ["gthread", "--threads", "4", "--preload"]])
+def test_probes_of_a_real_server(known_cluster: Any, tmp_path: Path, worker: list[str]) -> None:
+    (tmp_path / "probed.py").write_text(APPLICATION)
+    log = tmp_path / "log"
+    options = ["--bind", "127.0.0.1:0", "--workers", "2", "--worker-class", *worker]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    url = f"postgresql://postgres@{known_cluster.primary.label}/postgres"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", *options, "probed"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, "DATABASE_URL": url},
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+    try:
+        listening = r"Listening at: http://(127.0.0.1:\d+)"
+        found = wait_for(lambda: re.search(listening, log.read_text()), 20, "gunicorn listens")
+
+        def probe(path: str) -> int:
+            connection = http.client.HTTPConnection(found[1], timeout=20)
+            try:
+                connection.request("GET", path)
+                return connection.getresponse().status
+            finally:
+                connection.close()
+
+        assert [probe("/ready") for _ in range(8)] == [200] * 8
+        known_cluster.primary.kill()
+        assert [probe("/ready") for _ in range(8)] == [503] * 8
+        assert probe("/live") == 200
+        known_cluster.primary.start()
+        wait_for(lambda: [probe("/ready") for _ in range(8)] == [200] * 8, what="ready again")
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -130,7 +130,14 @@ def test_the_samples_of_the_documentation_pass(sample: Any) -> None:
 
 
 def test_variables_stand_for_any_scalar() -> None:
-    group = {"connection_count": "${COUNT:-5}", "autocommit": "${AUTO}", "timeout": "${T}", "target": "${X}"}
+    group: dict[str, Any] = {
+        "connection_count": "${COUNT:-5}",
+        "autocommit": "${AUTO}",
+        "timeout": "${T}",
+        "target": "${X}",
+    }
+    group |= {"max_lag": {"bytes": "${B}"}, "settings": {"work_mem": "${M}"}, "rate_limit": "${R}"}
+    group |= {"tenant": {"setting": "app.t", "type": "${TYPE}"}}
     tree = {"db": {"host": "${HOST}", "port": "${PORT}"}, "groups": {"g": group}, "processes": "${N}"}
     assert VALIDATOR.is_valid(tree)
 
