@@ -102,7 +102,7 @@ class _Visit:
                 self._lent[0].give_back(self._lent[1], "interrupted")
 
     def report(self, unwanted: str | None, primaries: list[Sight]) -> dict[str, Any]:
-        """Return the endpoint's part of the report; `unwanted` says why no group uses it, if none does."""
+        """Return the endpoint's part of the report; `unwanted` says why a group does without it."""
         endpoint, sight, asked = self.endpoint, self.sight, self.look.asked_at
         lag: Lag | None = endpoint.lag
         if sight is not None and sight.standby and lag is None:
@@ -167,11 +167,9 @@ def _wait(visits: list[_Visit], began: float, deadline: float) -> None:
 
 
 def _unwanted(visit: _Visit) -> str | None:
-    """Return why no group uses a server that answers; a role that none asks for is no reason to worry."""
-    endpoint = visit.endpoint
-    reasons = [group.refusal(endpoint, visit.role) for group in endpoint.groups]
-    unused = endpoint.state is State.DRAINING or endpoint.outdated or endpoint.lag is not None
-    return reasons[0] if unused and all(reasons) else None
+    """Return why a group does without a server that answers, for another reason than its role."""
+    refusals = (group.refusal(visit.endpoint, None) for group in visit.endpoint.groups)
+    return next((reason for reason in refusals if reason is not None), None)
 
 
 def _group(group: Group, visits: Mapping[str, _Visit]) -> dict[str, Any]:
@@ -186,7 +184,7 @@ def _group(group: Group, visits: Mapping[str, _Visit]) -> dict[str, Any]:
         else:
             reasons[endpoint.label] = reason
     pool = group.status()
-    lost = any(visits[label].failure or visits[label].endpoint.state is State.DRAINING for label in reasons)
+    lost = any(visits[e.label].failure or group.refusal(e, None) for e in group.endpoints)
     available = pool.max_size - pool.in_use
     full = available <= 0 and pool.waiting > 0
     return {

@@ -175,6 +175,21 @@ def test_a_drained_server_is_degraded(known_cluster: Any) -> None:
     assert Connection.health()["status"] == "healthy"
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_after_a_failover_the_new_primary_serves_and_the_old_one_does_not(
+    known_cluster: Any, mode: str
+) -> None:
+    init(known_cluster, mode)
+    old, new = known_cluster.primary, known_cluster.standbys[0]
+    new.promote()
+    report = Connection.health()
+    assert report["groups"]["write"]["served_by"] == [new.label]
+    assert "another was promoted" in report["groups"]["write"]["not_served_by"][old.label]
+    assert report["status"] == "degraded"
+    with Handler("write") as db:
+        assert db.connection.info.port == new.port
+
+
 def test_another_thread_does_not_touch_a_lock_free_pool(known_cluster: Any) -> None:
     Connection.init(config([known_cluster.primary], "non-threaded", g={"connection_count": 1}))
     with Handler("g") as db:

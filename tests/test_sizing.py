@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import logging
 import random
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from support import config, server
 
-from pgdbpool import Connection
+from pgdbpool import Connection, sizing
 from pgdbpool.sizing import Server, demand, recommend
 from pgdbpool.sources import load
 
@@ -30,6 +31,10 @@ def test_a_group_needs_no_more_than_the_process_has_threads() -> None:
     assert {size.limited_by for size in found.groups.values()} == {"threads"}
     assert (found.fits, found.type) == (True, "threaded")
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+
+
+def test_the_example_of_the_module_holds() -> None:
+    assert doctest.testmod(sizing) == (0, 2)
 
 
 def test_one_thread_is_lock_free_with_one_connection() -> None:
