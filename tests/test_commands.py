@@ -208,6 +208,8 @@ def test_check_sees_a_pooler(known_cluster: Cluster, run: Run, write: Any) -> No
         report = json.loads(run("check", write([server(bouncer, pooler="transaction")]), "--json")[1])
         assert report["endpoints"][f"{bouncer.host}:{bouncer.port}"]["pooler"] is True
         assert report["status"] == "ok"
+        said = json.loads(run("size", write([server(bouncer, pooler="transaction")]), "--json")[1])
+        assert "max_client_conn counts" in said["error"]
         entries, preparing = [server(bouncer, pooler="transaction")], {"g": {"prepare_threshold": 5}}
         report = json.loads(run("check", write(entries, **preparing), "--json")[1])
         assert codes(report, "warning") == {"prepared-statements"}

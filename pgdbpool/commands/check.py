@@ -94,7 +94,7 @@ def _row(server: ServerFacts) -> tuple[str, ...]:
     lag = "-"
     if server.lag_bytes is not None:
         lag = f"{server.lag_bytes} B, {server.lag_seconds or 0:.1f} s"
-    opens = "-" if server.usable is None else f"? of {server.usable}"
+    opens = "-" if server.usable is None or server.pooler else f"? of {server.usable}"
     if server.opens is not None:
         opens = f"{server.opens} to {server.opens_at_most} of {output.optional(server.usable)}"
     return (

@@ -117,8 +117,11 @@ def _servers(config: Config, options: argparse.Namespace) -> dict[str, Server]:
         facts: Facts = inspect(config, progress=progress)
     servers: dict[str, Server] = {}
     problems = []
+    pooled = {endpoint.label for endpoint in config.endpoints if endpoint.pooler}
     for label, server in facts.endpoints.items():
-        if label in used and server.limits is None:
+        if label in used and (label in pooled or server.pooler):
+            problems.append(Problem(label, "is behind a pooler, whose max_client_conn counts"))
+        elif label in used and server.limits is None:
             problems.append(Problem(label, server.error or "does not tell what it admits"))
         elif label in used and server.limits is not None:
             known = server.limits
