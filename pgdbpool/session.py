@@ -388,7 +388,7 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
 
     def cut(self) -> None:
-        """Close the connection whatever loop is open over it: who left that open holds psycopg's lock for good."""
+        """Close the connection, whatever loop is open over it and holds psycopg's lock for good."""
         self.close()
         if self.lock.locked():
             self.lock, self.holder = Lock(), 0
