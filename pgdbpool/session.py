@@ -110,7 +110,7 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether that was done in the open transaction."""
     own_name: str = ""
     """The session's application_name."""
-    cut: bool = False
+    taken_away: bool = False
     """Whether it was taken from its block, which finds it lost; see `max_hold`."""
     ending: bool = False
     """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
@@ -318,13 +318,13 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def own_error(self, error: psycopg.Error, status: int = IDLE) -> errors.DBQueryError:
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
-        if errors.ends_session(error) or self.cut:
+        if errors.ends_session(error) or self.taken_away:
             self.close()
         self._note_loss(error, status)
         kind: type[errors.DBQueryError] = errors.ConnectionLostError if self.closed else errors.DBQueryError
         if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
             kind = errors.ReadOnlyServerError
-        if self.cut:
+        if self.taken_away:
             kind = errors.HoldExceededError
         own = errors.as_query_error(error, kind)
         if self.block is not None and own.correlation_id is None:
@@ -665,7 +665,7 @@ class PooledConnection(psycopg.Connection[Any]):
             self._check_held()
         self.bound = False
         block, status = self.block, self.pgconn.transaction_status
-        if self.cut and status != IDLE:
+        if self.taken_away and status != IDLE:
             raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
         if status == _INERROR:
             self.rollback()
