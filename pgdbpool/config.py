@@ -30,6 +30,8 @@ from .kinds import (
     MaxLag,
     Milliseconds,
     Number,
+    Provided,
+    ProvidedSecret,
     Seconds,
     Secret,
     Section,
@@ -84,19 +86,31 @@ class EndpointConfig:
     ] = None
     port: Annotated[int | None, Key(Integer(1, 65535), "Port of the server.", libpq="port")] = None
     dbname: Annotated[str | None, Key(Text(), "Database.", name="name", libpq="dbname")] = None
-    user: Annotated[str | None, Key(Text(), "Role that logs in.", libpq="user")] = None
-    password: Annotated[
-        str | None,
+    user: Annotated[
+        str | Callable[[], str] | None,
         Key(
-            Secret(or_empty=True),
-            "Password. Better places are `pass_file`, ``${VARIABLE}`` and libpq's password file.",
+            Provided(),
+            "Role that logs in; a function without parameters is called for each new connection.",
+            libpq="user",
+        ),
+    ] = None
+    password: Annotated[
+        str | Callable[[], str] | None,
+        Key(
+            ProvidedSecret(or_empty=True),
+            "Password; a function without parameters is called for each new connection, and once more where "
+            "the server refuses what it gave. Better places for a fixed one are `pass_file`, ``${VARIABLE}`` "
+            "and libpq's password file.",
             name="pass",
             libpq="password",
         ),
     ] = field(default=None, repr=False)
     pass_file: Annotated[
         str | None,
-        Key(File(), "File with the password alone, read once at start; the newline at its end is dropped."),
+        Key(
+            File(),
+            "File with the password alone, read anew when it has changed; the newline at its end is dropped.",
+        ),
     ] = None
     conninfo: Annotated[
         str | None,
@@ -208,7 +222,8 @@ class EndpointConfig:
     def conninfo_params(self) -> dict[str, str | int]:
         """Return libpq's parameters for `psycopg.conninfo.make_conninfo`, all but `options`.
 
-        Parts left out are absent, so that libpq's own defaults hold for them.
+        Parts left out are absent, so that libpq's own defaults hold for them; so are those that a function
+        gives.
         """
         params: dict[str, str | int] = {**conninfo_parts(self.conninfo)} if self.conninfo else {}
         params.pop("options", None)
@@ -217,7 +232,7 @@ class EndpointConfig:
             params = {**KEEPALIVES, **params}
         for setting in ENDPOINT_KEYS.values():
             value = getattr(self, setting.field)
-            if setting.key.libpq and value is not None:
+            if setting.key.libpq and value is not None and not callable(value):
                 # libpq takes integers only: true is 1, and a fraction of a second counts as a whole one.
                 params[setting.key.libpq] = value if isinstance(value, str) else math.ceil(value)
         return params

@@ -25,7 +25,6 @@ from .group import Group
 from .monitor import Monitor
 from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
-from .probe import StartupProbe
 from .sources import load
 from .stats import EndpointStatus, Status
 
@@ -110,7 +109,7 @@ class _Pools:
         for endpoint in self.endpoints.values():
             # Not needed for `min_size`, so nobody has asked yet whether it is there.
             if endpoint.groups and endpoint.opened == 0 and endpoint.last_error is None:
-                probe = StartupProbe(endpoint.config)
+                probe = endpoint.probe()
                 probe.run(endpoint.config.connect_timeout)
                 if not probe.accepting:
                     endpoint.mark_down(probe.reason)

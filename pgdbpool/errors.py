@@ -87,6 +87,16 @@ class UnsafeRoleError(Error):
     category = Category.PERMISSION
 
 
+class CredentialError(Error):
+    """The function that gives a server's user or password failed: nothing was sent.
+
+    It arrives as the reason, and the cause, of a `DBConnectionError`. What the function raised is named by
+    its class and place alone, since its text may hold a secret.
+    """
+
+    category = Category.UNAVAILABLE
+
+
 class BlockClosedError(Error, psycopg.InterfaceError):
     """A Handler, a cursor or a connection was used outside its `with` block."""
 

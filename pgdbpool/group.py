@@ -521,6 +521,7 @@ class Group:
 
         :raises DBConnectionError: no endpoint is up.
         :raises psycopg.Error: it could not be opened.
+        :raises CredentialError: its user and password could not be had.
         """
         best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
         if not best:

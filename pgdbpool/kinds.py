@@ -76,6 +76,32 @@ class Secret(Text):
 
 
 @dataclass(frozen=True)
+class Provided(Text):
+    """Text, or a function that returns it when it is needed.
+
+    Its name is in a mapping: as plain text it could be a password.
+    """
+
+    @property
+    def allowed(self) -> str:
+        return f'{super().allowed}, a callable, or {{call: "package.module:function"}}'
+
+    def check(self, value: object) -> Any:
+        if callable(value):
+            return value
+        if isinstance(value, Mapping) and list(value) == ["call"]:
+            return Factory(()).read(value["call"])
+        return super().check(value)
+
+
+@dataclass(frozen=True)
+class ProvidedSecret(Provided):
+    """The same, and no message and no repr shows it."""
+
+    secret: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Label(Text):
     """A name as logs and status pages print it."""
 
@@ -358,7 +384,8 @@ class Factory(Kind):
 
     @property
     def allowed(self) -> str:
-        return f'one of {", ".join(self.choices)}, a callable, or its name as "package.module:function"'
+        words = f"one of {', '.join(self.choices)}, " if self.choices else ""
+        return f'{words}a callable, or its name as "package.module:function"'
 
     def check(self, value: object) -> Any:
         if callable(value) or (isinstance(value, str) and value in self.choices):

@@ -49,7 +49,7 @@ class Prober:
                 if now < due:
                     continue
                 endpoint.state = State.PROBING
-                flight = self._flying[endpoint] = StartupProbe(endpoint.config), now + PROBE_TIMEOUT
+                flight = self._flying[endpoint] = endpoint.probe(), now + PROBE_TIMEOUT
             probe, deadline = flight
             if not probe.step() and now < deadline:
                 continue

@@ -21,7 +21,7 @@ from psycopg.waiting import Wait
 
 from . import greenlets
 from .endpoint import Endpoint, Role, State
-from .errors import one_line
+from .errors import CredentialError, one_line
 from .sight import QUERY, Course, Sight, read
 
 if TYPE_CHECKING:
@@ -166,10 +166,14 @@ class Observer:
             if endpoint.state is not State.UP:  # that is the prober's
                 self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
                 return
-            self._looks[endpoint] = (
-                Look(self._conninfo(endpoint), self._kept.pop(endpoint, None)),
-                now + LOOK_TIMEOUT,
-            )
+            kept = self._kept.pop(endpoint, None)
+            try:
+                conninfo = "" if kept else self._conninfo(endpoint)
+            except CredentialError as error:
+                logger.debug("endpoint %s: no look: %s", endpoint.label, error)
+                self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
+                return
+            self._looks[endpoint] = Look(conninfo, kept), self._clock() + LOOK_TIMEOUT
         look, deadline = self._looks[endpoint]
         if not look.step() and now < deadline:
             return

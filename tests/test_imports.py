@@ -16,7 +16,7 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
     "categories",
-    "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
+    "errors", "keys", "kinds", "setting_kinds", "config", "credentials", "validation", "check_servers", "check_groups",
     "yamlfile", "sources",
     "stats", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets", "session", "cursors",
     "copying", "queries",
