@@ -74,18 +74,25 @@ class DialError(Exception):
 
 
 class Look:
-    """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object."""
+    """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object.
 
-    __slots__ = ("__weakref__", "over")
+    So those who wait for an end hold its lock alone: whoever is interrupted on the way ends it too.
+    """
+
+    __slots__ = ("__weakref__", "ended", "over")
 
     def __init__(self) -> None:
         self.over = Lock()
         self.over.acquire()
+        self.ended = False
 
-    def wait(self, timeout: float) -> None:
-        """Wait for the end, at most for the timeout (seconds)."""
-        if self.over.acquire(timeout=max(timeout, 0.0)):
-            self.over.release()  # for the next who waits
+    def end(self) -> None:
+        """Let those go on who wait; once, since one of them may hold the lock then."""
+        if not self.ended:
+            self.ended = True
+            self.over.release()
+
+    __del__ = end
 
 
 def nobody() -> None:
@@ -192,7 +199,7 @@ class Endpoint:
     def end_look(self, look: Look) -> None:
         """Let those go on who wait for what the look has found."""
         self.look = nobody
-        look.over.release()
+        look.end()
 
     def note_error(self, reason: str) -> None:
         """Remember an error as evidence for messages and the status."""

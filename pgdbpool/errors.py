@@ -263,9 +263,10 @@ def without_frames(error: Exception) -> Exception:
 
     A block that kept the error itself would hold its own Handler, which could not be dropped then.
     """
-    if not isinstance(error, psycopg.Error):
+    try:
+        twin = type(error).__new__(type(error), *error.args)
+    except TypeError:  # an application's own, with a constructor of its own
         return psycopg.Error(f"{type(error).__name__}: {error}")
-    twin = type(error).__new__(type(error), *error.args)
     twin.__dict__.update(error.__dict__)
     return twin
 

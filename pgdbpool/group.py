@@ -453,15 +453,15 @@ class Group:
         return None
 
     def _look(self, endpoint: Endpoint, timeout: float) -> Look | None:
-        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once.
-
-        A look that is interrupted ends with its object; who waits for it already does so to the timeout.
-        """
+        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once."""
         with self._lock:
             other = endpoint.look()
             if other is None:
                 return endpoint.begin_look()
-        other.wait(timeout)
+            over = other.over
+            del other
+        if over.acquire(timeout=max(timeout, 0.0)):
+            over.release()  # for the next who waits
         return None
 
     def _set_up(self, conn: PooledConnection) -> None:

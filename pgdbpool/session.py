@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import pq
 from psycopg.errors import _WaitTimeout
+from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets
 from .preamble import BEGIN, CLEANING, GRACE, IDLE, INTRANS, NOTHING, Block, Command, deallocate, set_local
@@ -684,6 +685,13 @@ class PooledConnection(psycopg.Connection[Any]):
                 body_ended = True
         except errors.ConnectionLostError as error:
             error.maybe_committed = error.maybe_committed or (body_ended and outermost)
+            raise
+        except OutOfOrderTransactionNesting as error:
+            # Two were ended crosswise, or one was interrupted on its way in. psycopg leaves the savepoint and
+            # what was done in it, which the block must not commit.
+            if self.block is block and not outermost:
+                self.close()
+                self._note_loss(error, ACTIVE)
             raise
         finally:
             self.ending = False
