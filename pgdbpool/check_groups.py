@@ -72,6 +72,9 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
         report.add(
             f"{path}.max_lag", f"is about standbys, and target: {group['target']} takes none; remove it"
         )
+    if group.get("on_failover") is not None and group.get("target") not in ("primary", "read-write"):
+        message = "is about the server that takes the writes, which only the targets primary and read-write"
+        report.add(f"{path}.on_failover", f"{message} follow; remove it, or set the target")
     if "tenant" in group:
         group["tenant"] = _tenant(group["tenant"], f"{path}.tenant", report)
     if "rate_limit" in group:

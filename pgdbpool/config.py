@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
+import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from .keys import Key, Setting, settings_of
@@ -35,6 +36,7 @@ from .kinds import (
     Seconds,
     Secret,
     Section,
+    Subclass,
     Text,
     Word,
 )
@@ -423,6 +425,13 @@ class GroupConfig:
             "Idle time after which a connection above `min_size` is closed.",
         ),
     ] = 600.0
+    max_uses: Annotated[
+        int,
+        Key(
+            Integer(0, 1_000_000_000, zero="no bound"),
+            "Blocks after which a connection is replaced.",
+        ),
+    ] = 0
     num_workers: Annotated[
         int, Key(Integer(1, 64), "Threads that open connections in the background; threaded model only.")
     ] = 1
@@ -467,6 +476,53 @@ class GroupConfig:
             "of psycopg.",
         ),
     ] = "row"
+    connection_class: Annotated[
+        type[psycopg.Connection[Any]] | None,
+        Key(
+            Subclass(psycopg.Connection),
+            "Class of the connections: what it adds to psycopg's is there on ``db.connection``.",
+            default="psycopg's",
+        ),
+    ] = None
+    configure: Annotated[
+        Callable[[Any], object] | None,
+        Key(
+            Factory(()),
+            "Called with each new connection before it is lent, such as to register type adapters. Where it "
+            "fails, the connection is closed and could not be opened.",
+        ),
+    ] = None
+    on_checkout: Annotated[
+        Callable[[Any], object] | None,
+        Key(
+            Factory(()),
+            "Called with the connection as a block gets it. Where it fails, the block raises `HookError` and "
+            "the connection is replaced.",
+        ),
+    ] = None
+    on_checkin: Annotated[
+        Callable[[Any], object] | None,
+        Key(
+            Factory(()),
+            "Called with the connection as a block gives it back. Where it fails, the connection is replaced, "
+            "and the block does not notice.",
+        ),
+    ] = None
+    on_discard: Annotated[
+        Callable[[Any, str], object] | None,
+        Key(
+            Factory(()),
+            "Called with a connection that is about to be closed, and the reason. That it fails is logged.",
+        ),
+    ] = None
+    on_failover: Annotated[
+        Callable[[str, str], object] | None,
+        Key(
+            Factory(()),
+            "Called with the labels of the old server and the new one when another server takes the group's "
+            "writes; for the targets ``primary`` and ``read-write``. That it fails is logged.",
+        ),
+    ] = None
     sqlprepare: Annotated[
         bool,
         Key(

@@ -102,6 +102,8 @@ class _Pools:
             other.outdated = outdated
         for group in self.groups.values():
             group.note_timelines()
+        for group in endpoint.groups:
+            group.note_writer(endpoint)
 
     def open(self) -> None:
         for group in self.groups.values():

@@ -25,10 +25,10 @@ from psycopg.errors import ConnectionTimeout, _WaitTimeout
 
 from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
-from .errors import CredentialError, Error, one_line
+from .errors import CredentialError, Error, HookError, one_line
 from .preamble import GRACE
 from .probe import StartupProbe
-from .session import PooledConnection
+from .session import PooledConnection, pooled
 from .sight import QUERY, Lag, Sight, read
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class Endpoint:
 
         try:
             pgconn = self._log_in(group, opening)
-            conn = PooledConnection(pgconn)
+            conn = pooled(group.connection_class)(pgconn)
             conn.patience = max(deadline - monotonic(), 0.1)
             conn.endpoint = self
             conn.watch()
@@ -330,7 +330,8 @@ class Endpoint:
         except (psycopg.Error, Error) as error:
             if conn is not None:
                 conn.close()
-            down = isinstance(error, psycopg.Error) and self._is_down(deadline)
+            told = error.__cause__ if isinstance(error, HookError) else error
+            down = isinstance(told, psycopg.Error) and self._is_down(deadline)
             raise self._failed(error, down) from error
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
         conn.row_factory = row_factory

@@ -22,6 +22,7 @@ from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
     DBConnectionError,
     DBOfflineError,
+    HookError,
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
@@ -30,6 +31,7 @@ from .errors import (
     TooManyWaiting,
     UnsafeRoleError,
 )
+from .hooks import Hooks
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
@@ -117,11 +119,15 @@ class Group:
         self._warned = ""
         self._barred: set[Endpoint] = set()
         """Endpoints that are up, and not to be used: too far behind, or on an older timeline."""
+        self._writer: Endpoint | None = None
+        """The server that takes the group's writes, where a hook is told when it is another one."""
         self._bindings: dict[tuple[type, Any], Binding] = {}
         """What tenants that were seen bind: the same values again cost one look."""
         self._move_at = 0.0
         self._refill_at = 0.0
+        self._hooks = Hooks(config)
         # What a checkout reads, as plain attributes.
+        self._on_checkout, self._at_checkin = self._hooks.on_checkout, self._hooks.at_checkin
         self._timeout = config.timeout
         self.limiter = (
             RateLimiter(config.rate_limit, self.name, lock_free=lock_free) if config.rate_limit else None
@@ -138,6 +144,7 @@ class Group:
             "min_size": config.min_size,
             "max_size": config.connection_count,
             "max_idle": config.max_idle,
+            "drop": self._drop,
             "reserved": config.reserved,
         }
         self._pool: Pool = (
@@ -228,6 +235,15 @@ class Group:
             block.since = now
             block.lend(conn)
             self._lent[conn] = block
+            if self._on_checkout is not None:
+                self._on_checkout(conn)
+        except HookError:
+            assert conn is not None
+            block.conn = conn.block = None
+            self._lent.pop(conn, None)
+            self._drop(conn, "on_checkout failed")
+            self._pool.refill()
+            raise
         except BaseException:
             if conn is not None:
                 self._lent.pop(conn, None)
@@ -245,6 +261,8 @@ class Group:
                 return  # of a parent process, or back already
             block.conn = None
             reason = self._reason_to_close(conn)
+            if self._at_checkin is not None:
+                reason = self._at_checkin(conn, reason)
             if reason is None:
                 self._pool.give(conn)
                 return
@@ -283,6 +301,8 @@ class Group:
         conn.block = None
         if (block := self._lent.pop(conn, None)) is not None:
             block.conn = None
+            if self._at_checkin is not None and not self.ending:
+                self._at_checkin(conn, reason)
             self._drop(conn, reason)
             self._pool.refill()
 
@@ -376,9 +396,13 @@ class Group:
             conn.endpoint.doubtful = True
         logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
         slot = conn.slot
-        conn.retire()
-        if slot is not None:
-            self._pool.free(slot)  # at once, whatever error's traceback still holds it
+        try:
+            if self._hooks.on_discard is not None and not self.ending:
+                self._hooks.on_discard(conn, reason)
+        finally:
+            conn.retire()
+            if slot is not None:
+                self._pool.free(slot)  # at once, whatever error's traceback still holds it
 
     # Opening.
 
@@ -471,6 +495,8 @@ class Group:
             cursor.execute('SELECT * FROM "SQLPrepare"."PrepareQueries"()')
             cursor.execute("SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql")
             conn.own_statements = tuple(name for (name,) in cursor.fetchall())
+        if self._hooks.configure is not None:
+            self._hooks.configure(conn)
         if self.config.tenant is not None and self.config.tenant.verify != "off":
             self._verify(conn)
 
@@ -543,13 +569,27 @@ class Group:
 
     def has_writer(self) -> bool:
         """Tell whether a server of the group is known to be up and to take writes."""
-        return any(
-            e.state is State.UP
-            and e.role is not None
-            and suits(self.config.target, e.role, e.read_only)
-            and e not in self._barred
-            for e in self.endpoints
+        return any(map(self._takes_writes, self.endpoints))
+
+    def _takes_writes(self, endpoint: Endpoint) -> bool:
+        return (
+            endpoint.state is State.UP
+            and endpoint.role is not None
+            and suits(self.config.target, endpoint.role, endpoint.read_only)
+            and endpoint not in self._barred
         )
+
+    def note_writer(self, endpoint: Endpoint) -> None:
+        """Tell the hook where this server takes the group's writes, and another one did before."""
+        if self._hooks.on_failover is None or not self._takes_writes(endpoint):
+            return
+        with self._lock:
+            old = self._writer
+            if old is not None and (old is endpoint or self._takes_writes(old)):
+                return
+            self._writer = endpoint
+        if old is not None and old.label != endpoint.label:
+            self._hooks.on_failover(old.label, endpoint.label)
 
     def note_timelines(self) -> None:
         """Bar the servers that were left behind by a promotion, if the group writes."""

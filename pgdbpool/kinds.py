@@ -407,6 +407,23 @@ class Factory(Kind):
         return found
 
 
+@dataclass(frozen=True)
+class Subclass(Kind):
+    """A class that is derived from another one, or a dotted name that imports it."""
+
+    of: type[Any]
+
+    @property
+    def allowed(self) -> str:
+        return f'a subclass of {self.of.__module__}.{self.of.__qualname__}, or its name as "package.module:class"'
+
+    def check(self, value: object) -> Any:
+        found = Factory(()).check(value) if isinstance(value, str) else value
+        if not isinstance(found, type) or not issubclass(found, self.of):
+            raise self.refuse(value)
+        return found
+
+
 def _duration(value: object, unit_ms: int) -> int | float | Decimal | None:
     """Return a duration as a number of units of `unit_ms` milliseconds, or None where it is none."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):

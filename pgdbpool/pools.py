@@ -36,6 +36,9 @@ from .session import PooledConnection, Slot
 Dial = Callable[[Slot], PooledConnection]
 """Opens a connection in a slot in the background; raises `Error` where it cannot."""
 
+Drop = Callable[[PooledConnection, str], None]
+"""Closes a connection, for a reason, and gives its slot back."""
+
 
 RETRY_AFTER = 1.0
 """Seconds after which a connection that could not be opened in the background is tried again."""
@@ -211,9 +214,11 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         max_waiting: int,
         num_workers: int,
         dial: Dial,
+        drop: Drop,
         reserved: int = 0,
     ) -> None:
         self._dial = dial
+        self._drop = drop
         self._reserved = reserved
         self.taken = 0
         self.missing = False  # but when it was just opened; a worker opens what is
@@ -400,7 +405,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         return removed
 
     def _close_connection(self, conn: PooledConnection) -> None:
-        conn.retire()
+        self._drop(conn, "closed" if self._closed else "idle")
 
     def close(self, timeout: float = 5.0) -> None:
         if self._opened:
@@ -419,7 +424,10 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 class LockFreePool:
     """A pool for one thread: a deque and its slots, no lock, no thread of its own."""
 
-    def __init__(self, *, min_size: int, max_size: int, max_idle: float, reserved: int = 0) -> None:
+    def __init__(
+        self, *, min_size: int, max_size: int, max_idle: float, drop: Drop, reserved: int = 0
+    ) -> None:
+        self._drop = drop
         self._reserved = reserved
         self._idle: deque[PooledConnection] = deque()
         self._slots = _Slots(max_size, lambda: None)
@@ -474,7 +482,7 @@ class LockFreePool:
 
     def give(self, conn: PooledConnection) -> None:
         if self._closed:
-            conn.retire()
+            self._drop(conn, "closed")
             return
         conn.lent = False
         self._idle.append(conn)
@@ -484,7 +492,7 @@ class LockFreePool:
     def _shrink(self, now: float) -> None:
         """Close one connection where more than needed were idle all through `max_idle`."""
         if self._least_idle > 0 and self.size > self._min_size:
-            self._idle.popleft().retire()
+            self._drop(self._idle.popleft(), "idle")
         self._least_idle = len(self._idle)
         self._shrink_at = now + self._max_idle
 
@@ -509,7 +517,7 @@ class LockFreePool:
     def close(self, timeout: float = 0.0) -> None:
         self._closed = True
         while self._idle:
-            self._idle.popleft().retire()
+            self._drop(self._idle.popleft(), "closed")
 
     def abandon(self) -> None:
         self._closed = True

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import pq
+from psycopg.adapt import AdaptersMap
 from psycopg.errors import _WaitTimeout
 from psycopg.transaction import OutOfOrderTransactionNesting
 
@@ -100,6 +101,8 @@ class PooledConnection(psycopg.Connection[Any]):
     used_at: float = 0.0
     """When the connection was last known to work, on the monotonic clock."""
     expires_at: float = float("inf")
+    uses: int = 0
+    """Blocks that it was lent to, where anybody counts."""
     asked_role: str | None = None
     """The role of a server that does not report it (before PostgreSQL 14), asked once."""
     local: Bound = ()
@@ -209,6 +212,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.altered:
             for name, value in (self.settled or {}).items():
                 setattr(self, name, value)
+            self._own_adapters()
             self._notice_handlers.clear()
             self._notify_handlers.clear()
             self._notifies_backlog = deque()
@@ -226,6 +230,12 @@ class PooledConnection(psycopg.Connection[Any]):
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
+        self._own_adapters()
+
+    def _own_adapters(self) -> None:
+        """Give the next block a copy of what `configure` registered, so that what it adds ends with it."""
+        if self._adapters is not None:
+            self._adapters = AdaptersMap(self._adapters)
 
     # psycopg comes through here whenever it waits for the server: statements, COMMIT, COPY ...
 
@@ -735,3 +745,16 @@ class PooledConnection(psycopg.Connection[Any]):
         finally:
             if self.block is block:  # left open, it ends when another may have the connection
                 self.patience, self.holder = patience, 0
+
+
+_classes: dict[type[Any], type[PooledConnection]] = {}
+
+
+def pooled(cls: type[psycopg.Connection[Any]] | None) -> type[PooledConnection]:
+    """Return the class of a group's connections: with what a class of the application adds."""
+    if cls is None or issubclass(cls, PooledConnection):
+        return cls or PooledConnection
+    if cls not in _classes:
+        # Its methods come first, and their `super()` is the pool's connection.
+        _classes[cls] = type(cls.__name__, (cls, PooledConnection), {"__module__": cls.__module__})
+    return _classes[cls]

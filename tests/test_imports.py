@@ -21,7 +21,7 @@ ORDER = [
     "stats", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets", "session", "cursors",
     "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots", "observer", "monitor",
+    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots", "observer", "monitor",
     "shutdown", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
