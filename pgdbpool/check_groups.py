@@ -57,17 +57,11 @@ def check_groups(
 def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Report) -> dict[str, Any]:
     group = read(GROUP_KEYS, entry, path, report)
     if not refused(entry, group, "connection_count"):
-        count = group.setdefault("connection_count", CONNECTION_COUNT)
-        if group.setdefault("min_size", count) > count:
-            message = f"must be at most connection_count ({count}), not {group['min_size']}"
-            report.add(f"{path}.min_size", message)
-        if group.get("reserved", 0) >= count:
-            message = f"must be below connection_count ({count}), not {group['reserved']}"
-            report.add(f"{path}.reserved", message)
+        check_sizes(group, path, report)
     if not refused(entry, group, "endpoints"):
         labels = tuple(server.get("label") for server in servers)
         _check_endpoints(group.setdefault("endpoints", labels), labels, path, report)
-        _check_pooler(group, servers, path, report)
+        check_pooler(group, servers, path, report)
     if group.get("max_lag") and group.get("target") in ("primary", "read-write"):
         report.add(
             f"{path}.max_lag", f"is about standbys, and target: {group['target']} takes none; remove it"
@@ -84,6 +78,17 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
     return group
 
 
+def check_sizes(group: dict[str, Any], path: str, report: Report) -> None:
+    """Report sizes that do not fit together; those that are left out get their defaults."""
+    count = group.setdefault("connection_count", CONNECTION_COUNT)
+    if group.setdefault("min_size", count) > count:
+        message = f"must be at most connection_count ({count}), not {group['min_size']}"
+        report.add(f"{path}.min_size", message)
+    if group.get("reserved", 0) >= count:
+        message = f"must be below connection_count ({count}), not {group['reserved']}"
+        report.add(f"{path}.reserved", message)
+
+
 def _check_endpoints(
     endpoints: tuple[str, ...], labels: tuple[str | None, ...], path: str, report: Report
 ) -> None:
@@ -97,7 +102,7 @@ def _check_endpoints(
             report.add(f"{path}.endpoints[{index}]", message)
 
 
-def _check_pooler(group: dict[str, Any], servers: list[dict[str, Any]], path: str, report: Report) -> None:
+def check_pooler(group: dict[str, Any], servers: list[dict[str, Any]], path: str, report: Report) -> None:
     """Leave out what a transaction pooler may not keep; report what it cannot."""
     pooled = [server.get("label") for server in servers if server.get("pooler")]
     through = [label for label in group["endpoints"] if label is not None and label in pooled]

@@ -504,8 +504,8 @@ class GroupConfig:
         Callable[[Any], object] | None,
         Key(
             Factory(()),
-            "Called with the connection as a block gives it back. Where it fails, the connection is replaced, "
-            "and the block does not notice.",
+            "Called with the connection as a block gives it back. Where it fails, the connection is "
+            "replaced, and the block does not notice.",
         ),
     ] = None
     on_discard: Annotated[
@@ -519,7 +519,7 @@ class GroupConfig:
         Callable[[str, str], object] | None,
         Key(
             Factory(()),
-            "Called with the labels of the old server and the new one when another server takes the group's "
+            "Called with the labels of the old server and the new one when another one takes the group's "
             "writes; for the targets ``primary`` and ``read-write``. That it fails is logged.",
         ),
     ] = None

@@ -12,6 +12,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from time import monotonic
@@ -46,6 +47,10 @@ PROBE_AFTER = (0.5, 0.75)
 
 PROBE_TIMEOUT = 2.0
 """Seconds that a server has to answer a probe."""
+
+
+CHANGING = ("weight", "connect_timeout", "password", "pass_file")
+"""Keys of a server that may change while its connections stay."""
 
 
 class State(enum.Enum):
@@ -189,6 +194,20 @@ class Endpoint:
             self.state = State.UP
             logger.warning("endpoint %s is in use again", self.label)
             self.on_up(self)
+
+    def fits(self, config: EndpointConfig) -> bool:
+        """Tell whether connections made before a change to that configuration are as good as new ones."""
+        return replace(config, **{key: getattr(self.config, key) for key in CHANGING}) == self.config
+
+    def apply(self, config: EndpointConfig) -> None:
+        """Take over a changed configuration that `fits`: it counts for the next connection."""
+        if config != self.config:
+            self.config, self.weight, self.login = config, config.weight, Login(config)
+
+    def remove(self) -> None:
+        """Take the endpoint out of use for good: it is not in the configuration any more."""
+        logger.warning("endpoint %s was removed, or is another server now", self.label)
+        self.state = State.DRAINING  # so that no probe, and no connect under way, takes it for up
 
     def begin_look(self) -> Look:
         """Make the caller the one who finds out what a doubtful endpoint is about."""

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -54,6 +55,15 @@ CONCLUSIVE = 1.0
 CAUGHT_UP = 0.5
 """Share of `max_lag` at which a standby that was over it is used again."""
 
+EXPIRED = float("-inf")
+"""When a connection has expired that is to be replaced, whatever its age."""
+
+LASTING = (
+    "target", "row_factory", "prepare_threshold", "sqlprepare", "query_timeout", "connection_class",
+    "configure", "tenant",
+)  # fmt: skip
+"""Keys that a connection has from when it was opened: where one changes, it is replaced."""
+
 REMEMBERED = 1000
 """Tenants whose binding a group remembers."""
 
@@ -96,14 +106,7 @@ class Group:
         row_factory: Any,
         probe: Callable[[], None] | None = None,
     ) -> None:
-        self.config = config
         self.name = config.name
-        self.manual = not config.autocommit
-        self.endpoints = tuple(endpoints)
-        # Where endpoints tie, processes that have few connections each begin at different ones.
-        first = random.randrange(len(self.endpoints))
-        self._ring = self.endpoints[first:] + self.endpoints[:first]
-        self._row_factory = row_factory
         self._lock_free = lock_free
         self._probe: Callable[[], None] | None = self._first_use
         self._later_probe = probe
@@ -121,25 +124,13 @@ class Group:
         """Endpoints that are up, and not to be used: too far behind, or on an older timeline."""
         self._writer: Endpoint | None = None
         """The server that takes the group's writes, where a hook is told when it is another one."""
-        self._bindings: dict[tuple[type, Any], Binding] = {}
-        """What tenants that were seen bind: the same values again cost one look."""
+        self._generation = 0
+        """How often connections were expired: one that was being opened meanwhile is of the old sort too."""
         self._move_at = 0.0
         self._refill_at = 0.0
-        self._hooks = Hooks(config)
-        # What a checkout reads, as plain attributes.
-        self._on_checkout, self._at_checkin = self._hooks.on_checkout, self._hooks.at_checkin
-        self._timeout = config.timeout
-        self.limiter = (
-            RateLimiter(config.rate_limit, self.name, lock_free=lock_free) if config.rate_limit else None
-        )
-        self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
-        self._always_clean = config.reset == "always"
-        self._settings = bind_settings(config.settings)
-        self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
-        self._plain = config.tenant is None and not self._settings
-        self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
-        self._any_role = config.target in ("any", "prefer-standby")
-        self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
+        self.config = config
+        self.limiter = self._make_limiter()
+        self._take_over(config, endpoints, row_factory)
         size: dict[str, Any] = {
             "min_size": config.min_size,
             "max_size": config.connection_count,
@@ -158,6 +149,35 @@ class Group:
                 **size,
             )
         )
+
+    def _take_over(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
+        """Set what follows from the configuration; other threads see one part after the other."""
+        self.config = config
+        self.manual: bool = not config.autocommit
+        self.endpoints: tuple[Endpoint, ...] = tuple(endpoints)
+        # Where endpoints tie, processes that have few connections each begin at different ones.
+        first = random.randrange(len(self.endpoints))
+        self._ring = self.endpoints[first:] + self.endpoints[:first]
+        self._row_factory = row_factory
+        self._hooks = Hooks(config)
+        # What a checkout reads, as plain attributes.
+        self._on_checkout, self._at_checkin = self._hooks.on_checkout, self._hooks.at_checkin
+        self._timeout = config.timeout
+        self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
+        self._always_clean = config.reset == "always"
+        self._settings = bind_settings(config.settings)
+        self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
+        self._plain = config.tenant is None and not self._settings
+        self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
+        self._any_role = config.target in ("any", "prefer-standby")
+        self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
+        # The last: a block that still found the old settings remembers them in the old dict.
+        self._bindings: dict[tuple[type, Any], Binding] = {}
+        """What tenants that were seen bind: the same values again cost one look."""
+
+    def _make_limiter(self) -> RateLimiter | None:
+        limit = self.config.rate_limit
+        return RateLimiter(limit, self.name, lock_free=self._lock_free) if limit else None
 
     def __repr__(self) -> str:
         pool = self._pool
@@ -181,13 +201,14 @@ class Group:
         if type(chosen) not in _REMEMBERED or (tenant is not None and current is not None):
             return self._bind(tenant, override, {})
         key = (type(chosen), chosen)  # 1, True and 1.0 are equal, and not the same
-        binding = self._bindings.get(key)
+        remembered = self._bindings
+        binding = remembered.get(key)
         if binding is None:
             binding = self._bind(tenant, override, {})
-            if len(self._bindings) >= REMEMBERED:
-                self._bindings.clear()
+            if len(remembered) >= REMEMBERED:
+                remembered.clear()
             if len(str(chosen)) <= 100:
-                self._bindings[key] = binding
+                remembered[key] = binding
         return binding
 
     def _bind(self, tenant: Any, override: bool, settings: Mapping[str, Any]) -> Binding:
@@ -285,8 +306,8 @@ class Group:
             return str(conn.endpoint.state.value)
         if self._barred and conn.endpoint in self._barred:
             return "barred"
-        if self._uneven and self._moves(conn, now):
-            return "rebalanced"
+        if self._uneven and (reason := self._moves(conn, now)):
+            return reason
         if self._always_clean and not conn.local:
             conn.stale = True
         return None
@@ -413,6 +434,7 @@ class Group:
             budget = min(budget, deadline)
         failures: dict[Endpoint, DialError | None] = {}
         spare: PooledConnection | None = None
+        generation = self._generation
         try:
             while True:
                 endpoint, left = self._reserve(slot, failures)
@@ -439,6 +461,9 @@ class Group:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
         spare.slot = slot
+        slot.conn = ref(spare)
+        if generation != self._generation:
+            spare.expires_at = EXPIRED
         self._opened += 1
         return spare
 
@@ -628,17 +653,63 @@ class Group:
         self._uneven = True
         self._pool.refill()
 
-    def _moves(self, conn: PooledConnection, now: float) -> bool:
-        if now < self._move_at:
-            return False
+    def _moves(self, conn: PooledConnection, now: float) -> str | None:
+        """Return why a connection would be better closed: too many there, or too many at all."""
+        size = self._pool.size
+        if size > self.config.connection_count:
+            return "surplus"
+        if now < self._move_at or size < self.config.min_size:  # those that are missing even it out
+            return None
         candidates = self._candidates()
         held = Candidate(conn.endpoint, self.connections_to(conn.endpoint))
         if worth_moving(held, candidates, self.config.target):
             self._move_at = now + MOVE_EVERY
-            return True
+            return "rebalanced"
         target = self.config.target
         self._uneven = any(worth_moving(c, candidates, target) for c in candidates if c.connections)
-        return False
+        return None
+
+    # Change.
+
+    def apply(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
+        """Take over a changed configuration; connections that fit it are kept."""
+        old, before = self.config, self.endpoints
+        self._take_over(config, endpoints, row_factory)
+        if old.rate_limit != config.rate_limit:
+            self.limiter = self._make_limiter()
+        if (old.target, old.max_lag) == (config.target, config.max_lag):
+            self._barred = self._barred.intersection(self.endpoints)
+        else:
+            self._barred = {e for e in self.endpoints if self.writes and e.outdated}
+        if any(getattr(old, key) != getattr(config, key) for key in LASTING) or (
+            config.tenant is not None and old.settings != config.settings  # the role may be among them
+        ):
+            self.expire()
+        elif set(before) != set(self.endpoints):
+            self.expire(lambda conn: conn.endpoint not in self.endpoints)
+        self._pool.adjust(
+            min_size=config.min_size,
+            max_size=config.connection_count,
+            max_idle=config.max_idle,
+            max_waiting=config.max_waiting,
+            reserved=config.reserved,
+        )
+        numbers, surplus = count(1), self._pool.size - config.connection_count
+        for conn in self._pool.remove(lambda conn: next(numbers) <= surplus):
+            self._drop(conn, "surplus")
+        self._uneven = True  # what is in use still has to follow
+        self._pool.refill()
+
+    def expire(self, unwanted: Callable[[PooledConnection], bool] = lambda conn: True) -> None:
+        """Replace the connections that there are: idle ones now, those in use when their blocks end."""
+        self._generation += 1  # first: one that is being opened is either seen below, or sees this
+        for slot in self._pool.slots():
+            conn = slot.conn() if slot.conn is not None else None
+            if conn is not None and unwanted(conn):
+                conn.expires_at = EXPIRED
+        for conn in self._pool.remove(lambda conn: conn.expires_at == EXPIRED):
+            self._drop(conn, "expired")
+        self._pool.refill()
 
     # Life.
 

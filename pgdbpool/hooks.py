@@ -17,7 +17,7 @@ logger = logging.getLogger("pgdbpool")
 
 
 class Hooks:
-    """The hooks of a group; each attribute is None where there is nothing to do, so that a test is all it costs.
+    """The hooks of a group; each attribute is None where there is nothing to do: a test is all it costs.
 
     They are called without a lock, in whichever thread is about it.
     """

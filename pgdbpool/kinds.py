@@ -415,7 +415,8 @@ class Subclass(Kind):
 
     @property
     def allowed(self) -> str:
-        return f'a subclass of {self.of.__module__}.{self.of.__qualname__}, or its name as "package.module:class"'
+        name = f"{self.of.__module__}.{self.of.__qualname__}"
+        return f'a subclass of {name}, or its name as "package.module:class"'
 
     def check(self, value: object) -> Any:
         found = Factory(()).check(value) if isinstance(value, str) else value

@@ -115,6 +115,9 @@ class Observer:
     ) -> None:
         self._writing: dict[Endpoint, list[Group]] = {}
         self._limiting: dict[Endpoint, list[Group]] = {}
+        groups = list(groups)
+        self.plan = {(e, g.name, g.writes, g.config.max_lag) for g in groups for e in g.endpoints}
+        """What it looks at, and for whom."""
         everyone: dict[Endpoint, Group] = {}
         limited = False
         for group in groups:

@@ -40,6 +40,9 @@ Drop = Callable[[PooledConnection, str], None]
 """Closes a connection, for a reason, and gives its slot back."""
 
 
+LOOK_AFTER = 3600.0
+"""Seconds after which a pool whose connections stay, however long they are idle, looks whether that holds."""
+
 RETRY_AFTER = 1.0
 """Seconds after which a connection that could not be opened in the background is tried again."""
 
@@ -98,6 +101,11 @@ class Pool(Protocol):
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         """Take idle connections out, for the caller to close."""
+
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        """Change the sizes; who waits gets what there is more of, what is too much is left to the group."""
 
     def close(self, timeout: float) -> None:
         """Close the idle connections and refuse further use; those lent are closed as they come back."""
@@ -221,6 +229,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         self._drop = drop
         self._reserved = reserved
         self.taken = 0
+        self._shrinks = max_idle > 0
         self.missing = False  # but when it was just opened; a worker opens what is
         self._retrying = False
         self._slots = _Slots(max_size, self._slot_freed)
@@ -230,7 +239,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             connection_class=PooledConnection,
             min_size=min_size,
             max_size=max_size,
-            max_idle=max_idle,
+            max_idle=max_idle or LOOK_AFTER,
             max_waiting=max_waiting,
             num_workers=num_workers,
             open=False,
@@ -254,9 +263,12 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         super()._start_workers()
 
     def _start_initial_tasks(self) -> None:
-        if self.max_idle:
-            self.run_task(Schedule(self, ShrinkPool(self), self.max_idle))
+        self.run_task(Schedule(self, ShrinkPool(self), self.max_idle))
         self.missing = True
+
+    def _shrink_pool(self) -> None:
+        if self._shrinks:
+            super()._shrink_pool()
 
     @property
     def size(self) -> int:
@@ -404,6 +416,16 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 self._pool.remove(conn)
         return removed
 
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        with self._lock:
+            self._min_size, self._max_size, self._slots.limit = min_size, max_size, max_size
+            self._shrinks, self.max_idle = max_idle > 0, max_idle or LOOK_AFTER
+            self.max_waiting, self._reserved = max_waiting, reserved
+        for _ in range(self.waiting):
+            self._slot_freed()
+
     def _close_connection(self, conn: PooledConnection) -> None:
         self._drop(conn, "closed" if self._closed else "idle")
 
@@ -513,6 +535,12 @@ class LockFreePool:
         for conn in removed:
             self._idle.remove(conn)
         return removed
+
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        self._min_size, self._slots.limit, self._reserved = min_size, max_size, reserved
+        self._max_idle, self._shrink_at = max_idle, monotonic() + max_idle
 
     def close(self, timeout: float = 0.0) -> None:
         self._closed = True

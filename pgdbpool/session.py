@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from threading import Lock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import psycopg
 from psycopg import pq
@@ -70,9 +71,11 @@ _ATTRIBUTES = (
 class Slot:
     """The right to one connection of a pool, taken for as long as the object lives."""
 
-    __slots__ = ("__weakref__", "endpoint", "lent")
+    __slots__ = ("__weakref__", "conn", "endpoint", "lent")
 
     def __init__(self) -> None:
+        self.conn: ref[PooledConnection] | None = None
+        """Its connection, whoever has that."""
         self.endpoint: Endpoint | None = None
         """Where its connection is, or is being opened to."""
         self.lent = False

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.types.string import TextLoader
-from support import config, kill_backends, pid_of, pools_backends, server, wait_for
+from support import config, kill_backends, pid_of, pools_backends, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -349,5 +349,7 @@ def test_hooks_are_named_in_a_file() -> None:
     group = {**dict.fromkeys(keys, "builtins:print"), "on_failover": "builtins:print", "target": "primary"}
     loaded = load({"db": {"host": "h"}, "groups": {"g": group}}).groups["g"]
     assert {getattr(loaded, key) for key in (*keys, "on_failover")} == {print}
-    with pytest.raises(pgdbpool.ConfigError, match='must be a callable, or its name as "package.module:fun'):
+    with pytest.raises(
+        pgdbpool.ConfigError, match=r'must be a callable, or its name as "package\.module:fun'
+    ):
         load({"db": {"host": "h"}, "groups": {"g": {"on_checkout": "print"}}})

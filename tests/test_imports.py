@@ -16,13 +16,13 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
     "categories",
-    "errors", "keys", "kinds", "setting_kinds", "config", "credentials", "validation", "check_servers", "check_groups",
-    "yamlfile", "sources",
+    "errors", "keys", "kinds", "setting_kinds", "config", "credentials", "validation", "check_servers",
+    "check_groups", "yamlfile", "sources",
     "stats", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets", "session", "cursors",
     "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots", "observer", "monitor",
-    "shutdown", "connection", "handler", "retry", "pool",
+    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots", "observer",
+    "monitor", "changes", "shutdown", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
 LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
