@@ -1,7 +1,7 @@
 """The connection as a block sees it: it reaches the server only while a block has it.
 
-`PooledConnection.tidy` resets what psycopg has no public setter for; the minor version of psycopg is
-pinned for that.
+`PooledConnection.tidy` resets what psycopg has no public setter for, and `pipeline` replaces a pipeline's
+`result_queue`; the minor version of psycopg is pinned for that.
 """
 
 from __future__ import annotations
@@ -79,6 +79,14 @@ class Slot:
         self.endpoint: Endpoint | None = None
         """Where its connection is, or is being opened to."""
         self.lent = False
+
+
+class _Answers(deque[Any]):
+    """What psycopg waits for in a pipeline; a COMMIT implied by its Sync that fails is one answer more."""
+
+    def popleft(self) -> Any:
+        """Return what the next answer is for, None for an answer of no cursor."""
+        return super().popleft() if self else None
 
 
 class PooledConnection(psycopg.Connection[Any]):
@@ -720,10 +728,14 @@ class PooledConnection(psycopg.Connection[Any]):
         with self.ready():
             try:
                 with super().pipeline() as pipeline:
+                    if not isinstance(pipeline.result_queue, _Answers):
+                        pipeline.result_queue = _Answers(pipeline.result_queue)
                     yield pipeline
             except psycopg.Error as error:
                 if isinstance(error, errors.DBQueryError):
                     raise
+                if not self.pgconn.pipeline_status and not self.closed:
+                    raise self.own_error(error)  # noqa: B904  it is the same object
                 # psycopg cannot leave the pipeline, which is how an interruption of its end shows.
                 self.close()
                 self._note_loss(error, ACTIVE)
