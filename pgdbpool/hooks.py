@@ -19,7 +19,7 @@ logger = logging.getLogger("pgdbpool")
 class Hooks:
     """The hooks of a group; each attribute is None where there is nothing to do: a test is all it costs.
 
-    They are called without a lock, in whichever thread is about it.
+    They are called without a lock of the group, in whichever thread is about it.
     """
 
     def __init__(self, config: GroupConfig) -> None:
