@@ -11,6 +11,7 @@ import logging
 import random
 import select
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +43,22 @@ LOOK_TIMEOUT = 2.0
 """Seconds that a server has for its answer."""
 
 
+def _events(wait: int) -> int:
+    """Return what poll() calls what psycopg waits for."""
+    return (select.POLLIN if wait & Wait.R else 0) | (select.POLLOUT if wait & Wait.W else 0)
+
+
 class Look:
     """One look at a server, step by step; its connection may serve for the next one."""
 
-    def __init__(self, conninfo: str, pgconn: pq.abc.PGconn | None = None) -> None:
+    def __init__(self, conninfo: Callable[[], str], pgconn: pq.abc.PGconn | None = None) -> None:
         self.pgconn = pgconn
         self.sight: Sight | None = None
         self.failure = ""
+        self.asked_at: float | None = None
+        """When it had a connection, and asked."""
+        self.answered = False
+        """Whether the server answered the question, if only by an error."""
         self._steps = self._look(conninfo)
         self._waits: tuple[int, int] | None = None
 
@@ -61,11 +71,17 @@ class Look:
                 self._waits = self._steps.send(ready)
         except StopIteration:
             return True
-        except psycopg.Error as error:
+        except (psycopg.Error, CredentialError) as error:
             self.failure = one_line(error)
             self.close()
             return True
         return False
+
+    def register(self, poller: select.poll) -> None:
+        """Have the poller wait for what this waits for."""
+        if self._waits is not None:
+            fileno, wait = self._waits
+            poller.register(fileno, _events(wait))
 
     def close(self) -> None:
         """Give up, and close the connection."""
@@ -78,8 +94,7 @@ class Look:
     def _ready(fileno: int, wait: int) -> int:
         """Return which of the events that are waited for are there."""
         poller = greenlets.poller()
-        events = (select.POLLIN if wait & Wait.R else 0) | (select.POLLOUT if wait & Wait.W else 0)
-        poller.register(fileno, events)
+        poller.register(fileno, _events(wait))
         found = poller.poll(0)
         if not found:
             return 0
@@ -87,11 +102,12 @@ class Look:
         ready = (Wait.R if event & ~select.POLLOUT else 0) | (Wait.W if event & ~select.POLLIN else 0)
         return ready & wait
 
-    def _look(self, conninfo: str) -> Generator[tuple[int, int], int, None]:
+    def _look(self, conninfo: Callable[[], str]) -> Generator[tuple[int, int], int, None]:
         if self.pgconn is None:
-            connecting: Any = generators.connect(conninfo)
+            connecting: Any = generators.connect(conninfo())
             self.pgconn = yield from connecting
         pgconn: Any = self.pgconn
+        self.asked_at = monotonic()
         pgconn.send_query_params(QUERY, None)
         executing: Any = generators.execute(pgconn)
         try:
@@ -100,9 +116,11 @@ class Look:
                 wait = executing.send((yield pgconn.socket, wait))
         except StopIteration as end:
             (result,) = end.value
-        if result.status != pq.ExecStatus.TUPLES_OK:
-            raise psycopg.OperationalError(result.get_error_message())
-        self.sight = read(result, monotonic())
+        self.answered = pgconn.status == pq.ConnStatus.OK
+        if result.status == pq.ExecStatus.TUPLES_OK:
+            self.sight = read(result, monotonic())
+        else:
+            self.failure = one_line(psycopg.OperationalError(result.get_error_message()))
 
 
 class Observer:
@@ -170,13 +188,7 @@ class Observer:
                 self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
                 return
             kept = self._kept.pop(endpoint, None)
-            try:
-                conninfo = "" if kept else self._conninfo(endpoint)
-            except CredentialError as error:
-                logger.debug("endpoint %s: no look: %s", endpoint.label, error)
-                self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
-                return
-            self._looks[endpoint] = Look(conninfo, kept), self._clock() + LOOK_TIMEOUT
+            self._looks[endpoint] = Look(partial(self._conninfo, endpoint), kept), now + LOOK_TIMEOUT
         look, deadline = self._looks[endpoint]
         if not look.step() and now < deadline:
             return

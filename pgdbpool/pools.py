@@ -107,6 +107,9 @@ class Pool(Protocol):
     ) -> None:
         """Change the sizes; who waits gets what there is more of, what is too much is left to the group."""
 
+    def mine(self) -> bool:
+        """Tell whether the calling thread may take connections out."""
+
     def close(self, timeout: float) -> None:
         """Close the idle connections and refuse further use; those lent are closed as they come back."""
 
@@ -426,6 +429,9 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         for _ in range(self.waiting):
             self._slot_freed()
 
+    def mine(self) -> bool:
+        return True
+
     def _close_connection(self, conn: PooledConnection) -> None:
         self._drop(conn, "closed" if self._closed else "idle")
 
@@ -541,6 +547,9 @@ class LockFreePool:
     ) -> None:
         self._min_size, self._slots.limit, self._reserved = min_size, max_size, reserved
         self._max_idle, self._shrink_at = max_idle, monotonic() + max_idle
+
+    def mine(self) -> bool:
+        return self._owner in (0, get_ident())
 
     def close(self, timeout: float = 0.0) -> None:
         self._closed = True

@@ -276,6 +276,17 @@ def test_an_observer_without_a_password_harms_no_request(start: Any) -> None:
     assert Connection.status().endpoints.popitem()[1].state == "up"
 
 
+def test_health_asks_too_and_tells_that_there_is_no_password(start: Any, admin: Any) -> None:
+    password = Asked(FIRST, OSError(FIRST))
+    start(**{"pass": password})
+    assert Connection.health()["status"] == "healthy"
+    assert password.times == 1
+    health = Connection.health()
+    assert health["status"] == "unhealthy"
+    assert "the function for `pass` of " in str(health)
+    assert FIRST not in str(health)
+
+
 def test_a_probe_calls_no_function(start: Any, node: Any, proxy_to: Any) -> None:
     proxy = proxy_to(node)
     password, name = Asked(FIRST), Asked("web")

@@ -22,10 +22,10 @@ ORDER = [
     "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots", "observer",
-    "monitor", "changes", "shutdown", "connection", "handler", "retry", "pool",
+    "monitor", "changes", "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
-LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
+LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health"}
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
 
