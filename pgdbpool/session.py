@@ -400,6 +400,12 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.holder == get_ident():
             raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
 
+    def cut(self) -> None:
+        """Close the connection, whatever loop is open over it and holds psycopg's lock for good."""
+        self.close()
+        if self.lock.locked():
+            self.lock, self.holder = Lock(), 0
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Note who has the connection's lock for longer than a statement."""
@@ -618,8 +624,8 @@ class PooledConnection(psycopg.Connection[Any]):
     def undo(self) -> None:
         """Roll back after an error, which is the one to see; where that fails, close."""
         try:
-            if self.pgconn.transaction_status == ACTIVE:
-                self.close()
+            if self.pgconn.transaction_status == ACTIVE or self.lock.locked():
+                self.cut()
             elif not self.closed:
                 self.rollback()
         except psycopg.Error:
@@ -705,6 +711,10 @@ class PooledConnection(psycopg.Connection[Any]):
                     yield transaction
                 finally:
                     self.ending = True
+                    if self.holder == get_ident():
+                        # An exception has left a loop, and keeps its generator alive.
+                        self.cut()
+                        self._note_loss(psycopg.OperationalError(_BUSY), ACTIVE)
                 if deadlines.in_use:
                     deadlines.check()  # it is rolled back then
                 if self.closed or (outermost and self.pgconn.transaction_status == _INERROR):
