@@ -30,6 +30,7 @@ from .sources import load
 from .stats import EndpointStatus, Status
 
 if TYPE_CHECKING:
+    from .publisher import Publisher
     from .rls import Audit
     from .shutdown import SignalHandlers
 
@@ -63,7 +64,21 @@ class _Pools:
             )
             for name, group in config.groups.items()
         }
-        self.monitor = Monitor(Observer(self.groups.values()), threaded=not lock_free)
+        self.publisher: Publisher | None = None
+        if config.runtime_dir is not None:
+            from .publisher import Publisher  # nothing but this needs it
+
+            self.publisher = Publisher(
+                config.runtime_dir, self.status, self.groups, self.endpoints, threaded=not lock_free
+            )
+            for used in self.groups.values():
+                if lock_free:
+                    used.checkin = self.publisher.after(used.checkin)  # type: ignore[method-assign]
+                else:
+                    used.on_first_use = self._begin_publishing
+        self.monitor = Monitor(
+            Observer(self.groups.values()), threaded=not lock_free, publisher=self.publisher
+        )
         for endpoint in self.endpoints.values():
             endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
             endpoint.on_down = self._went_down
@@ -73,7 +88,23 @@ class _Pools:
     def _step(self) -> None:
         self.monitor.step()
 
+    def _begin_publishing(self) -> None:
+        if self.publisher is not None and not self.publisher.needed:
+            self.publisher.begin()
+            self.monitor.wake()
+
+    def status(self) -> Status:
+        """Return a snapshot."""
+        return Status(
+            pid=os.getpid(),
+            type=self.config.type,
+            groups={name: group.status() for name, group in self.groups.items()},
+            endpoints={label: _endpoint_status(e) for label, e in self.endpoints.items()},
+        )
+
     def _went_down(self, endpoint: Endpoint) -> None:
+        if self.publisher is not None:
+            self.publisher.hurry()
         for group in endpoint.groups:
             group.drop_idle(endpoint, f"endpoint {endpoint.state.value}")
         if endpoint.state is not State.DRAINING:
@@ -81,6 +112,8 @@ class _Pools:
             self.monitor.wake()
 
     def _came_up(self, endpoint: Endpoint) -> None:
+        if self.publisher is not None:
+            self.publisher.hurry()
         for group in endpoint.groups:
             group.welcome()
         self.monitor.wake()
@@ -115,6 +148,7 @@ class _Pools:
                 if not probe.accepting:
                     endpoint.mark_down(probe.reason)
         self._await_lag()
+        self._begin_publishing()
 
     def _await_lag(self) -> None:
         """Wait until the lag of the standbys is known that a group limits."""
@@ -286,13 +320,15 @@ class Connection(OneShots):
 
         :raises NotInitializedError: `init` was not called.
         """
-        pools = cls._current()
-        return Status(
-            pid=os.getpid(),
-            type=pools.config.type,
-            groups={name: group.status() for name, group in pools.groups.items()},
-            endpoints={label: _endpoint_status(e) for label, e in pools.endpoints.items()},
-        )
+        return cls._current().status()
+
+    @classmethod
+    def runtime_dir(cls) -> str | None:
+        """Return the directory in which the processes publish their status; None where they do not.
+
+        :raises NotInitializedError: `init` was not called.
+        """
+        return cls._current().config.runtime_dir
 
     @classmethod
     def audit_rls(
@@ -384,6 +420,8 @@ class Connection(OneShots):
             cls._abandoned.append(old)
             for group in old.groups.values():
                 group.abandon()
+            if old.publisher is not None:
+                old.publisher.abandon()
         cls._all = weakref.WeakSet()
         if cls._pools is not None:
             cls._pools = _Pools(cls._pools.config)
@@ -405,6 +443,8 @@ class Connection(OneShots):
         if cls._pools is not None:
             for group in cls._pools.groups.values():
                 group.ending = True
+            if cls._pools.publisher is not None:
+                cls._pools.publisher.close()
 
 
 class _Leaving:
@@ -442,6 +482,7 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         connections=endpoint.connections,
         last_error=endpoint.last_error,
         seconds_since_error=None if at is None else monotonic() - at,
+        round_trip=endpoint.round_trip,
     )
 
 

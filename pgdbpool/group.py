@@ -9,7 +9,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -60,6 +60,9 @@ _REMEMBERED = (str, int, uuid.UUID)
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
 
+LOOKED_AT = 5
+"""Connections to an endpoint whose sockets tell the time of a round trip."""
+
 HURRY = 0.05
 """Seconds that a ping or a connect may take in any case, also where a request has no time to wait."""
 
@@ -108,6 +111,7 @@ class Group:
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.Lock()
         self._lent: dict[PooledConnection, Block] = {}
         self.on_drop = self._dropped
+        self.on_first_use: Callable[[], None] = lambda: None
         self._discarded: Counter[str] = Counter()
         self._opened = 0
         self._timeouts = 0
@@ -303,6 +307,7 @@ class Group:
     def _first_use(self) -> None:
         """Before the group's first checkout in a process: refuse one where a wait would stop all others."""
         greenlets.check()
+        self.on_first_use()
         self._probe = self._later_probe
         if self._probe is not None:
             self._probe()
@@ -516,6 +521,15 @@ class Group:
         """Return how many connections the group has to the endpoint, those being opened included."""
         return self._counts()[endpoint]
 
+    def sockets_to(self, endpoint: Endpoint) -> list[int]:
+        """Return the file descriptors of some connections to the endpoint; any may be closed meanwhile."""
+        filenos: list[int] = []
+        for conn in (*self._pool.lendable(), *list(self._lent)):
+            if conn.endpoint is endpoint and len(filenos) < LOOKED_AT:
+                with suppress(psycopg.Error):  # it was just closed
+                    filenos.append(conn.pgconn.socket)
+        return filenos
+
     def connect_apart(self) -> psycopg.Connection[Any]:
         """Open a connection that belongs to no pool, to the endpoint that would come next.
 
@@ -662,7 +676,7 @@ class Group:
             timeouts=self._timeouts,
             opened=self._opened,
             discarded=dict(self._discarded),
-            holders=self._holders(),
+            holders=self.holders(),
         )
 
     # Evidence for errors.
@@ -676,18 +690,20 @@ class Group:
     def _blocks(self) -> list[Block]:
         return list(self._lent.values())
 
-    def _holders(self) -> tuple[str, ...]:
+    def holders(self, least: float = 0.0) -> tuple[str, ...]:
+        """Return who has the connections that were lent so many seconds ago."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         now = monotonic()
         return tuple(
             f"thread {names.get(block.thread, block.thread)} for {now - block.since:.1f} s, "
             f"from {block.place[0].co_filename}:{block.place[1]} in {block.place[0].co_name}"
             for block in self._blocks()
+            if now - block.since >= least
         )
 
     def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
         self._timeouts += 1
-        pool, holders, limit = self._pool, self._holders(), self.config.connection_count
+        pool, holders, limit = self._pool, self.holders(), self.config.connection_count
         what = {
             PoolExhausted: "all connections are held by this thread, so waiting is in vain",
             TooManyWaiting: f"{pool.waiting} requests wait already (max_waiting)",

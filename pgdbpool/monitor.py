@@ -10,10 +10,14 @@ import random
 import threading
 from collections.abc import Callable
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from .endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
 from .observer import Observer
 from .probe import StartupProbe
+
+if TYPE_CHECKING:
+    from .publisher import Publisher
 
 logger = logging.getLogger("pgdbpool")
 
@@ -80,11 +84,12 @@ class Prober:
 
 
 class Monitor:
-    """Steps the prober and the observer: in a thread while one of them is needed, or when it is called."""
+    """Steps its parts: in a thread while one of them is needed, or when it is called."""
 
-    def __init__(self, observer: Observer, *, threaded: bool) -> None:
+    def __init__(self, observer: Observer, *, threaded: bool, publisher: Publisher | None = None) -> None:
         self.prober = Prober()
         self.observer = observer
+        self.publisher = publisher
         self._lock = threading.RLock() if threaded else None  # a signal handler may come back to it
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -98,6 +103,8 @@ class Monitor:
             return self._due_at - now
         self._due_at = soon = now + 0.01
         pause = min(self.prober.step(), self.observer.step())
+        if self.publisher is not None:
+            pause = min(pause, self.publisher.step())
         if self._due_at == soon:  # nobody woke it meanwhile
             self._due_at = now + pause
         return pause
@@ -126,6 +133,8 @@ class Monitor:
     def _end(self) -> None:
         self.prober.close()
         self.observer.close()
+        if self.publisher is not None:
+            self.publisher.close()
 
     def _run(self) -> None:
         assert self._lock is not None
@@ -134,7 +143,8 @@ class Monitor:
             self._news.wait(pause)
             self._news.clear()
             with self._lock:
-                if not self.prober.needed and not self.observer.needed:
+                publishing = self.publisher is not None and self.publisher.needed
+                if not self.prober.needed and not self.observer.needed and not publishing:
                     # Under the lock, so that `wake` starts another or is seen here.
                     self._thread = None
                     return

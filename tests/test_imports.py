@@ -21,11 +21,12 @@ ORDER = [
     "stats", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets", "session", "cursors",
     "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots", "observer", "monitor",
+    "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots", "observer", "runtime",
+    "publisher", "monitor",
     "shutdown", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
-LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
+LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "runtime", "publisher"}
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
 
