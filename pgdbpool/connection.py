@@ -27,7 +27,7 @@ from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
 from .probe import StartupProbe
 from .sources import load
-from .stats import EndpointStatus, Status
+from .stats import EndpointStatus, Histogram, Status
 
 if TYPE_CHECKING:
     from .publisher import Publisher
@@ -73,7 +73,7 @@ class _Pools:
             )
             for used in self.groups.values():
                 if lock_free:
-                    used.checkin = self.publisher.after(used.checkin)  # type: ignore[method-assign]
+                    used.checkin = self.publisher.after(used.checkin)  # type: ignore[method-assign,assignment]
                 else:
                     used.on_first_use = self._begin_publishing
         self.monitor = Monitor(
@@ -483,6 +483,9 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         last_error=endpoint.last_error,
         seconds_since_error=None if at is None else monotonic() - at,
         round_trip=endpoint.round_trip,
+        failovers=endpoint.failovers,
+        use=Histogram.of(group.uses[endpoint] for group in endpoint.groups),
+        connect=Histogram.of(group.connects[endpoint] for group in endpoint.groups),
     )
 
 

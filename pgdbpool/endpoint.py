@@ -123,6 +123,8 @@ class Endpoint:
         self.last_error_at: float | None = None
         self.down_since: float | None = None
         self.opened = 0
+        self.failovers = 0
+        """How often it was seen to have been promoted."""
         self.on_down: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_seen: Callable[[Endpoint], None] = lambda endpoint: None
@@ -229,6 +231,7 @@ class Endpoint:
         if role is not self.role:
             if self.role is not None:
                 logger.warning("endpoint %s was %s and is now %s", self.label, self.role.value, role.value)
+                self.failovers += role is Role.PRIMARY
             known, self.role = self.role, role
             if known is not None:
                 self.on_up(self)  # for groups that wait for such a role

@@ -34,7 +34,7 @@ from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
-from .stats import GroupStatus
+from .stats import GroupStatus, Histogram, count, new_tally
 from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
 
 if TYPE_CHECKING:
@@ -115,6 +115,11 @@ class Group:
         self._discarded: Counter[str] = Counter()
         self._opened = 0
         self._timeouts = 0
+        self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
+        self._waits = new_tally()
+        """Of those who waited in the queue; the others took no time."""
+        self.uses = {endpoint: new_tally() for endpoint in self.endpoints}
+        self.connects = {endpoint: new_tally() for endpoint in self.endpoints}
         self.ending = False
         """Whether the interpreter is about to exit."""
         self._uneven = False
@@ -216,9 +221,14 @@ class Group:
             if self._probe is not None:
                 self._maintain(now, deadline)
             while True:
-                got = self._take(deadline, now, block.high)
+                try:
+                    got = self._pool.take(0.0, block.high)
+                except NoConnection as none:
+                    got = self._queue(none.reason, deadline, now, block.high)
+                    now = monotonic()
                 if isinstance(got, Slot):
                     conn = self._connect(got, deadline)
+                    now = monotonic()
                     break
                 reason = self._unfit(got, now, deadline)
                 if reason is None:
@@ -249,6 +259,9 @@ class Group:
                 return  # of a parent process, or back already
             block.conn = None
             reason = self._reason_to_close(conn)
+            held, uses = conn.used_at - block.since, conn.uses
+            uses[int(held * 1_000_000).bit_length()] += 1  # `stats.count`, without a call
+            uses[-1] += held
             if reason is None:
                 self._pool.give(conn)
                 return
@@ -287,6 +300,7 @@ class Group:
         conn.block = None
         if (block := self._lent.pop(conn, None)) is not None:
             block.conn = None
+            count(conn.uses, monotonic() - block.since)
             self._drop(conn, reason)
             self._pool.refill()
 
@@ -328,22 +342,22 @@ class Group:
                     stacklevel=2,
                 )
 
-    def _take(self, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
+    def _queue(self, reason: str, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
+        """Wait for a connection, or for a slot, where nothing was free for that reason."""
+        if reason == NoConnection.CLOSED:
+            raise NotInitializedError(f"group {self.name!r} was closed") from None
+        if reason == NoConnection.EXHAUSTED or self._mine_alone(high):
+            raise self._exhausted(PoolExhausted, 0.0, high) from None
         try:
-            return self._pool.take(0.0, high)
-        except NoConnection as none:
-            if none.reason == NoConnection.CLOSED:
-                raise NotInitializedError(f"group {self.name!r} was closed") from None
-            if none.reason == NoConnection.EXHAUSTED or self._mine_alone(high):
-                raise self._exhausted(PoolExhausted, 0.0, high) from None
-        try:
-            return self._pool.take(deadline - now, high)
+            got = self._pool.take(deadline - now, high)
         except NoConnection as none:
             if none.reason == NoConnection.CLOSED:
                 raise NotInitializedError(f"group {self.name!r} was closed") from None
             queue_full = none.reason == NoConnection.QUEUE_FULL
             kind = TooManyWaiting if queue_full else PoolTimeout
             raise self._exhausted(kind, deadline - now, high) from None
+        count(self._waits, monotonic() - now)
+        return got
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None: no round trip unless it is due."""
@@ -419,7 +433,7 @@ class Group:
         finally:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
-        spare.slot = slot
+        spare.slot, spare.uses = slot, self.uses[spare.endpoint]
         self._opened += 1
         return spare
 
@@ -441,7 +455,9 @@ class Group:
                     if endpoint.state is not State.UP:
                         return None  # that is what the other has found
                     timeout, conclusive = max(deadline - monotonic(), HURRY), False
+            began = monotonic()
             conn = endpoint.dial(self.config, timeout, conclusive, self._row_factory, self._set_up)
+            count(self.connects[endpoint], monotonic() - began)
         except DialError as error:
             failures[endpoint] = error
             return None
@@ -676,7 +692,18 @@ class Group:
             timeouts=self._timeouts,
             opened=self._opened,
             discarded=dict(self._discarded),
-            holders=self.holders(),
+            holders=self._holders(),
+            waits=sum(self._waits[:-1]),
+            retries=self.retries,
+            failovers=sum(endpoint.failovers for endpoint in self.endpoints),
+            rate_limited=self.limiter.refused if self.limiter else 0,
+            leaks=self.leaks,
+            overdue=self.overdue,
+            slow_blocks=self.slow_blocks,
+            slow_statements=self.slow_statements,
+            wait=Histogram.of([self._waits], max(0, pool.taken - sum(self._waits[:-1]))),
+            use={endpoint.label: Histogram.of([self.uses[endpoint]]) for endpoint in self.endpoints},
+            connect={endpoint.label: Histogram.of([self.connects[endpoint]]) for endpoint in self.endpoints},
         )
 
     # Evidence for errors.
@@ -690,8 +717,11 @@ class Group:
     def _blocks(self) -> list[Block]:
         return list(self._lent.values())
 
-    def holders(self, least: float = 0.0) -> tuple[str, ...]:
-        """Return who has the connections that were lent so many seconds ago."""
+    def long_holders(self, least: float) -> tuple[str, ...]:
+        """Return who has had a connection for so many seconds."""
+        return self._holders(least)
+
+    def _holders(self, least: float = 0.0) -> tuple[str, ...]:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         now = monotonic()
         return tuple(
@@ -703,7 +733,7 @@ class Group:
 
     def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
         self._timeouts += 1
-        pool, holders, limit = self._pool, self.holders(), self.config.connection_count
+        pool, holders, limit = self._pool, self._holders(), self.config.connection_count
         what = {
             PoolExhausted: "all connections are held by this thread, so waiting is in vain",
             TooManyWaiting: f"{pool.waiting} requests wait already (max_waiting)",

@@ -142,6 +142,7 @@ class Handler(Queries):
             logger.debug("group %s: statement sent again: %s", self._group.name, error)
         assert self._block is not None
         self._block.lost = False
+        self._group.retries += 1
         return make(self._live()).execute(statement, params)
 
     def query_prepared(self, params: Sequence[Any]) -> Any:

@@ -158,6 +158,7 @@ class _OneShot:
     def _replace(self) -> None:
         """Go on with another connection: nothing of the statement can have taken effect."""
         self.block.lost = False
+        self.group.retries += 1
         self.group.discard(self.conn, "lost")
         self.conn = self.group.checkout(self.block, self.timeout)
 

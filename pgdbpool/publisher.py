@@ -44,7 +44,10 @@ EVENTS = 50
 LONG = 1.0
 """Seconds after which a block that has a connection is told of."""
 
-COUNTERS = ("checkouts", "timeouts", "opened", "discarded")
+COUNTERS = (
+    "checkouts", "timeouts", "opened", "discarded", "waits", "retries", "failovers", "rate_limited", "leaks",
+    "overdue", "slow_blocks", "slow_statements", "wait", "use", "connect",
+)  # fmt: skip
 """What of a group's status only grows: processes that are gone still count there."""
 
 
@@ -169,7 +172,7 @@ class Publisher:
         self._history.add(status, now)
         told, counts = split(status.to_dict())
         for name, group in told["groups"].items():
-            group["holders"] = self._groups[name].holders(LONG)
+            group["holders"] = self._groups[name].long_holders(LONG)
         return {
             "time": now,
             "started": self._started,
@@ -227,6 +230,8 @@ class Publisher:
 
 def split(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Take what only grows out of a status; return the rest of it, and that by group."""
+    for endpoint in told["endpoints"].values():
+        del endpoint["use"], endpoint["connect"]  # sums of the groups'
     groups: dict[str, dict[str, Any]] = told["groups"]
     return told, {name: {key: group.pop(key) for key in COUNTERS} for name, group in groups.items()}
 

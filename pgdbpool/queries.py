@@ -14,6 +14,7 @@ from .cursors import BlockCursor, has_rows
 from .errors import ConnectionLostError, QueryDeadlineError
 
 if TYPE_CHECKING:
+    from .group import Group
     from .rows import Row
     from .session import PooledConnection
 
@@ -30,6 +31,8 @@ class Queries(Copying):
         def rollback(self) -> None: ...
 
         def _live(self) -> PooledConnection: ...
+
+        _group: Group
 
     def fetch(self, statement: Any, params: Any = None) -> list[Row]:
         """Execute a statement and return its rows; none where it gives none.
@@ -77,6 +80,7 @@ class Queries(Copying):
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
         self.rollback()  # as `query` does: nothing of it can have been committed
+        self._group.retries += 1
         cursor = BlockCursor(self._live())
         cursor.executemany(statement, sets, returning=returning)
         return cursor

@@ -69,6 +69,7 @@ def run(
                 if attempt > 1:
                     _note(error, attempt)
                 raise
+            db._group.retries += 1
             logger.debug("group %s: attempt %d failed, again in %.3f s: %s", group, attempt, delay, error)
         time.sleep(delay)
 

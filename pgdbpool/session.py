@@ -24,6 +24,7 @@ from psycopg.errors import _WaitTimeout
 from . import deadlines, errors, greenlets
 from .preamble import BEGIN, CLEANING, GRACE, IDLE, INTRANS, NOTHING, Block, Command, deallocate, set_local
 from .statements import Shape
+from .stats import Tally
 from .tenant import Bound
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class PooledConnection(psycopg.Connection[Any]):
     used_at: float = 0.0
     """When the connection was last known to work, on the monotonic clock."""
     expires_at: float = float("inf")
+    uses: Tally
+    """Where its group counts how long blocks have it."""
     asked_role: str | None = None
     """The role of a server that does not report it (before PostgreSQL 14), asked once."""
     local: Bound = ()

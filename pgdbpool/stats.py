@@ -2,8 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+SHORTEST, LONGEST = 4, 26
+"""Of the buckets, the first ends at 2**4 microseconds and the last but one at 2**26."""
+
+BUCKETS = tuple(2**power / 1_000_000 for power in range(SHORTEST, LONGEST + 1))
+"""Where the buckets of all histograms end, in seconds: 16 microseconds, twice that, up to 67 seconds."""
+
+_BITS = 64
+
+Tally = list[Any]
+"""Durations where they are measured: how many, by the bits of their microseconds; at the end, their sum."""
+
+
+def new_tally() -> Tally:
+    """Return a tally of nothing."""
+    return [0] * _BITS + [0.0]
+
+
+def count(tally: Tally, seconds: float) -> None:
+    """Add a duration; without a lock, since CPython switches threads at none of these steps."""
+    tally[int(seconds * 1_000_000).bit_length()] += 1
+    tally[-1] += seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How long something took: how often, by the bucket that the duration falls into."""
+
+    bounds: ClassVar[tuple[float, ...]] = BUCKETS
+    """Where each bucket ends, in seconds; the same for all. There is one more for what took longer."""
+
+    counts: tuple[int, ...]
+    """How often, for each bucket alone: the sum of those up to it is what metrics call cumulative."""
+    sum: float
+    """Seconds in all."""
+
+    @classmethod
+    def of(cls, tallies: Iterable[Tally], instant: int = 0) -> Histogram:
+        """Return the histogram of tallies, with so many more that took no time."""
+        each = [list(tally) for tally in tallies]
+        bits = [sum(column) for column in zip(*each, strict=True)] if each else new_tally()
+        shortest = instant + sum(bits[: SHORTEST + 1])
+        longer = sum(bits[LONGEST + 1 : _BITS])
+        return cls((shortest, *bits[SHORTEST + 1 : LONGEST + 1], longer), bits[-1])
+
+    @property
+    def count(self) -> int:
+        """How often in all."""
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> float | None:
+        """Return the end of the bucket that the quantile is in, in seconds; None where there is nothing.
+
+        What took longer than the last bound counts as that.
+        """
+        wanted, seen = share * self.count, 0
+        for bound, number in zip((*self.bounds, self.bounds[-1]), self.counts, strict=True):
+            seen += number
+            if number and seen >= wanted:
+                return bound
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +89,12 @@ class EndpointStatus:
     seconds_since_error: float | None
     round_trip: float | None
     """Seconds to the server and back: the least of the last minutes, as the kernel saw it (Linux, TCP)."""
+    failovers: int
+    """How often it was seen to have been promoted."""
+    use: Histogram
+    """How long blocks had a connection to it, over all groups."""
+    connect: Histogram
+    """How long it took to open one, over all groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +118,26 @@ class GroupStatus:
     """Connections closed by the pool, by reason."""
     holders: tuple[str, ...]
     """Who has the connections in use: thread, seconds, place."""
+    waits: int
+    """Checkouts that waited in the queue and got a connection."""
+    retries: int
+    """Statements that were sent again, and attempts that `run` repeated."""
+    failovers: int
+    """How often one of the group's servers was seen to have been promoted."""
+    rate_limited: int
+    """Blocks that `rate_limit` refused."""
+    leaks: int
+    """Blocks that had a connection for longer than `leak_after`."""
+    overdue: int
+    """Blocks whose connection was taken from them after `max_hold`."""
+    slow_blocks: int
+    slow_statements: int
+    wait: Histogram
+    """How long a checkout waited for a connection or a slot; not for one to be opened."""
+    use: dict[str, Histogram]
+    """How long blocks had a connection, by endpoint label."""
+    connect: dict[str, Histogram]
+    """How long it took to open a connection, by endpoint label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +148,8 @@ class Status:
     type: str
     groups: dict[str, GroupStatus]
     endpoints: dict[str, EndpointStatus]
+    buckets: tuple[float, ...] = BUCKETS
+    """Where the buckets of all histograms end, in seconds; the last one of each has no end."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the snapshot as plain dicts, lists, strings and numbers, as JSON has them."""
