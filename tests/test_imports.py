@@ -21,8 +21,8 @@ ORDER = [
     "stats", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets", "session", "cursors",
     "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots", "observer",
-    "runtime", "publisher", "monitor",
+    "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots",
+    "observer", "runtime", "publisher", "monitor",
     "shutdown", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
