@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .connection import Connection
-from .publisher import STEP, STEPS, split
+from .publisher import STEP, STEPS, History, split
 from .runtime import RuntimeDir, add_counts
 
 SILENT_AFTER = 5.0
 """Seconds without news after which a threaded process counts as stopped or stuck."""
+
+AT_LEAST = 12
+"""Steps of history that are shown, also where the processes are younger."""
 
 SAME_EVENT = 10.0
 """Seconds within which processes may notice the same thing."""
@@ -33,7 +36,8 @@ def gather(runtime_dir: str | None = None) -> dict[str, Any]:
     now = time.time()
     if runtime_dir is None:
         told, counts = split(Connection.status().to_dict())
-        return overview([{"time": now, "started": now, "status": told, "counts": counts}], {}, now)
+        alone = {"time": now, "started": now, "status": told, "counts": counts, "events": []}
+        return overview([{**alone, "history": History().told(now)}], {}, now)
     with RuntimeDir(runtime_dir, create=own) as room:
         snapshots, gone = room.snapshots(), room.gone()
     return overview(snapshots, gone, time.time())
@@ -165,9 +169,7 @@ def _events(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the events of all processes, newest first; what several noticed together is one."""
     merged: list[dict[str, Any]] = []
     latest: dict[tuple[str, str], dict[str, Any]] = {}
-    events = [
-        (event, snapshot["status"]["pid"]) for snapshot in snapshots for event in snapshot.get("events", ())
-    ]
+    events = [(event, snapshot["status"]["pid"]) for snapshot in snapshots for event in snapshot["events"]]
     for event, pid in sorted(events, key=lambda pair: pair[0]["time"]):
         known = latest.get((event["kind"], event["endpoint"]))
         if known is None or event["time"] - known["time"] > SAME_EVENT or pid in known["pids"]:
@@ -178,13 +180,15 @@ def _events(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _history(
-    snapshots: Iterable[Mapping[str, Any]], kind: str, name: str, now: float, width: int
+    snapshots: Sequence[Mapping[str, Any]], kind: str, name: str, now: float, width: int
 ) -> list[list[int]]:
     """Return a row for each step of the last minutes, oldest first: the sum over the processes."""
     newest = int(now // STEP)
-    rows = {step: [0] * width for step in range(newest - STEPS + 1, newest + 1)}
+    first = min((snapshot["history"]["first"] for snapshot in snapshots), default=newest)
+    oldest = min(max(first, newest - STEPS + 1), newest - AT_LEAST + 1)
+    rows = {step: [0] * width for step in range(oldest, newest + 1)}
     for snapshot in snapshots:
-        for step, *values in snapshot.get("history", {}).get(kind, {}).get(name, ()):
+        for step, *values in snapshot["history"][kind].get(name, ()):
             if step in rows:
                 rows[step] = [a + b for a, b in zip(rows[step], values, strict=True)]
     return [rows[step] for step in sorted(rows)]

@@ -260,9 +260,14 @@ class History:
             row[1] = max(row[1], endpoint.connections)
 
     def told(self, now: float) -> dict[str, Any]:
-        """Return rows of step, blocks, in use, waiting and time-outs; of step and connections."""
+        """Return the first step, and rows that begin with theirs.
+
+        A group's row goes on with blocks, in use, waiting and time-outs, an endpoint's with connections.
+        """
         oldest = int(now // STEP) - STEPS
+        steps = [rows[0][0] for rows in self._groups.values()]
         return {
+            "first": max(min(steps, default=0), oldest + 1),
             "groups": {name: _since(rows, oldest) for name, rows in self._groups.items()},
             "endpoints": {label: _since(rows, oldest) for label, rows in self._endpoints.items()},
         }

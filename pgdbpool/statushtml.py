@@ -159,7 +159,7 @@ def _endpoint(
 
 
 def _lag(endpoint: Mapping[str, Any]) -> str:
-    if endpoint["lag_bytes"] is None and endpoint["lag_seconds"] is None:
+    if endpoint["state"] != "up" or (endpoint["lag_bytes"] is None and endpoint["lag_seconds"] is None):
         return NOTHING
     parts = [_bytes(endpoint["lag_bytes"] or 0)]
     if endpoint["lag_seconds"] is not None:
@@ -184,10 +184,8 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     step, history = view["step"], group["history"]
     name, busy, waiting = escape(group["name"]), group["in_use"], group["waiting"]
     counts = group["wait"]["counts"]
-    waits = " · ".join(
-        f"{_duration(quantile(counts, view['buckets'], share))} <small>p{share * 100:.0f}</small>"
-        for share in SHARES
-    )
+    waits = " · ".join(_duration(quantile(counts, view["buckets"], share)) for share in SHARES)
+    percentiles = " · ".join(f"p{share * 100:.0f}" for share in SHARES)
     discarded = ", ".join(f"{number} {escape(why)}" for why, number in sorted(group["discarded"].items()))
     facts = [
         _fact("In use", f"{busy} <small>of {group['max_size']}</small>"),
@@ -196,15 +194,15 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
         _fact("Time-outs", f"{group['timeouts']:,}", warn=any(row[3] for row in history)),
     ]
     lines = [
-        _fact("Waits up to", waits),
+        _fact(f"Wait at most ({percentiles})", waits),
         _fact("Blocks", f"{group['checkouts']:,}"),
         _fact("Opened", f"{group['opened']:,}"),
         _fact("Closed", discarded or "none"),
     ]
-    blocks = [row[0] / step for row in history]
-    period = f"last {len(history) * step // 60} minutes"
+    blocks = [row[0] / step for row in history[:-1]]  # the last step is not over yet
+    period = "last " + _number(len(history) * step // 60, "minute", "minutes")
     plots = [
-        _figure("Blocks per second", _recent(blocks), _plot(blocks, f"blocks per second, {period}")),
+        _figure("Blocks per second", _rate(blocks[-1]), _plot(blocks, f"blocks per second, {period}")),
         _figure(
             "In use, and waiting",
             f"{busy} + {waiting}",
@@ -222,9 +220,7 @@ def _figure(title: str, value: str, plot: str) -> str:
     return f"<figure><figcaption>{title} <b>{value}</b></figcaption>{plot}</figure>"
 
 
-def _recent(values: Sequence[float]) -> str:
-    """Return the last value that is complete."""
-    value = values[-2] if len(values) > 1 else 0.0
+def _rate(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
 
 
@@ -346,8 +342,8 @@ def _ago(at: float, now: float) -> str:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return NOTHING
-    if seconds >= 0.9995:
-        return f"{seconds:.1f} s"
+    if seconds >= 0.9995 or seconds == 0:
+        return f"{seconds:.1f} s" if seconds else "0 s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 0.0009995 else f"{seconds * 1e6:.0f} µs"
 
 

@@ -60,7 +60,9 @@ class Site:
         self.place = place
         self.runtime_dir = str(place / "run")
         (place / "config.json").write_text(json.dumps({**config, "runtime_dir": self.runtime_dir}))
-        (place / "site_app.py").write_text(textwrap.dedent(application).format(token=TOKEN))
+        source = textwrap.dedent(application).format(token=TOKEN)
+        # Under a name that can be shown: the page tells where blocks begin.
+        (place / "site_app.py").write_text(f"exec(compile({source!r}, '/srv/shop/app.py', 'exec'))\n")
         log = self.log = place / "log"
         packages = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with log.open("wb") as output:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,13 @@ def take_pictures(site: Site, browser: Browser, cluster: Cluster) -> None:
     """Keep how the page looks, in a state in which there is something to see."""
     PICTURES.mkdir(exist_ok=True)
     holder = threading.Thread(target=site.ask, args=("/?hold=12",))
-    holder.start()
-    with Load(site, threads=10, path="/both?hold=0.05"):
+    with Load(site, threads=3, path="/both?hold=0.02"), Load(site, threads=4, path="/both?hold=0.1"):
+        time.sleep(50)  # so that there is something to plot
+        with Load(site, threads=14, path="/both?hold=0.15"):
+            time.sleep(15)
         cluster.nodes[2].kill()
         wait_for(lambda: "down" in state(browser, "db-3"), what="a standby is down")
+        holder.start()
         wait_for(lambda: "thread" in browser.text("#holders"), what="somebody holds for long")
         for name, look in {
             "status-light": {"width": 1200},
@@ -125,7 +129,7 @@ def take_pictures(site: Site, browser: Browser, cluster: Cluster) -> None:
             "status-phone": {"width": 390, "height": 844, "mobile": True},
         }.items():
             browser.look(**look)  # type: ignore[arg-type]
-            (PICTURES / f"{name}.png").write_bytes(browser.screenshot())
+            (PICTURES / f"{name}.png").write_bytes(browser.screenshot(1700 if "mobile" in look else None))
         browser.look(1200)
     cluster.nodes[2].start()
     holder.join()
