@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import signal
 import sys
@@ -16,12 +15,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 import psycopg
 
-from . import greenlets, rows
+from . import events, greenlets, rows
 from .config import Config
 from .deadlines import deadline
 from .endpoint import Endpoint, Role, State
 from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError
 from .group import Group
+from .holds import Holds
 from .monitor import Monitor
 from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 CUT_WITHIN = 0.5
 """Seconds that cancelling what runs may take, where connections are closed under their blocks."""
-
-logger = logging.getLogger("pgdbpool")
 
 _ROW_FACTORIES: dict[Any, Any] = {
     "row": rows.row,
@@ -77,8 +75,14 @@ class _Pools:
                 else:
                     used.on_first_use = self._begin_publishing
         self.monitor = Monitor(
-            Observer(self.groups.values()), threaded=not lock_free, publisher=self.publisher
+            Observer(self.groups.values()),
+            Holds(self.groups.values()),
+            threaded=not lock_free,
+            publisher=self.publisher,
         )
+        if self.monitor.holds.needed and self.publisher is None:
+            for group in self.groups.values():
+                group.on_first_use = self.monitor.wake
         for endpoint in self.endpoints.values():
             endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
             endpoint.on_down = self._went_down
@@ -127,12 +131,11 @@ class _Pools:
         for other in kin:
             outdated = other.timeline is not None and other.timeline < newest
             if outdated and not other.outdated:
-                logger.warning(
+                events.ENDPOINT_OUTDATED(
                     "endpoint %s is on timeline %s and another was promoted to %s: no writes go there",
-                    other.label,
-                    other.timeline,
-                    newest,
-                )
+                    other.label, other.timeline, newest,
+                    endpoint=other.label, timeline=other.timeline, newest=newest,
+                )  # fmt: skip
             other.outdated = outdated
         for group in self.groups.values():
             group.note_timelines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import uuid
@@ -16,12 +15,13 @@ from weakref import ref
 
 import psycopg
 
-from . import deadlines, greenlets
+from . import deadlines, events, greenlets, tracing
 from .balance import Candidate, order, suits, worth_moving
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
     DBConnectionError,
     DBOfflineError,
+    Error,
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
@@ -29,6 +29,7 @@ from .errors import (
     TargetUnavailableError,
     TooManyWaiting,
     UnsafeRoleError,
+    one_line,
 )
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
@@ -36,11 +37,10 @@ from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
 from .stats import GroupStatus, Histogram, count, new_tally
 from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
+from .timing import TimedConnection
 
 if TYPE_CHECKING:
     from .config import GroupConfig
-
-logger = logging.getLogger("pgdbpool")
 
 MOVE_EVERY = 0.2
 """Seconds between two connections that are closed at release to even out the endpoints."""
@@ -59,6 +59,9 @@ _REMEMBERED = (str, int, uuid.UUID)
 
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
+
+LONG = 1.0
+"""Seconds after which the status page tells of a block that has a connection, without `leak_after`."""
 
 LOOKED_AT = 5
 """Connections to an endpoint whose sockets tell the time of a round trip."""
@@ -111,7 +114,6 @@ class Group:
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.Lock()
         self._lent: dict[PooledConnection, Block] = {}
         self.on_drop = self._dropped
-        self.on_first_use: Callable[[], None] = lambda: None
         self._discarded: Counter[str] = Counter()
         self._opened = 0
         self._timeouts = 0
@@ -140,6 +142,11 @@ class Group:
         self._settings = bind_settings(config.settings)
         self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
         self._plain = config.tenant is None and not self._settings
+        self._slow_block = float("inf") if config.slow_block is None else config.slow_block
+        self._kind = PooledConnection if config.slow_query is None else TimedConnection
+        self.on_first_use: Callable[[], None] = lambda: None
+        if config.leak_stack:
+            tracing.use()
         self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
         self._any_role = config.target in ("any", "prefer-standby")
         self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
@@ -203,6 +210,19 @@ class Group:
         merged = tuple(pair for pair in self._settings if pair[0].lower() not in names) + tuple(own.items())
         return Binding(bound + _role_last(merged), _patience(merged))
 
+    def admit(self, block: Block) -> None:
+        """Wait for the block's turn, where the group has a rate limit.
+
+        :raises RateLimitExceeded: that would take too long.
+        :raises DeadlineExceeded: the current deadline has passed already.
+        """
+        assert self.limiter is not None
+        try:
+            self.limiter.acquire()
+        except Error as error:
+            tracing.mark(error, block)
+            raise
+
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
         """Lend a working connection to the block, within the timeout (seconds).
 
@@ -242,10 +262,11 @@ class Group:
             block.since = now
             block.lend(conn)
             self._lent[conn] = block
-        except BaseException:
+        except BaseException as error:
             if conn is not None:
                 self._lent.pop(conn, None)
                 self._drop(conn, "interrupted")
+            tracing.mark(error, block)
             raise
         if discarded or self._pool.missing:
             self._pool.refill()
@@ -256,12 +277,16 @@ class Group:
         conn.block = None
         try:
             if (block := self._lent.pop(conn, None)) is None:
+                if conn.cut:
+                    conn.close()
                 return  # of a parent process, or back already
             block.conn = None
             reason = self._reason_to_close(conn)
             held, uses = conn.used_at - block.since, conn.uses
             uses[int(held * 1_000_000).bit_length()] += 1  # `stats.count`, without a call
             uses[-1] += held
+            if held >= self._slow_block:
+                self._note_slow_block(conn, block, held)
             if reason is None:
                 self._pool.give(conn)
                 return
@@ -393,7 +418,11 @@ class Group:
         self._discarded[reason] += 1
         if reason == "lost":
             conn.endpoint.doubtful = True
-        logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
+        label = conn.endpoint.label
+        events.CONNECTION_CLOSED(
+            "group %s: connection to %s closed: %s", self.name, label, reason,
+            group=self.name, endpoint=label, reason=reason,
+        )  # fmt: skip
         slot = conn.slot
         conn.retire()
         if slot is not None:
@@ -434,6 +463,13 @@ class Group:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
         spare.slot, spare.uses = slot, self.uses[spare.endpoint]
+        if self.config.annotate:
+            spare.annotates = True
+            spare.own_name = (spare.pgconn.parameter_status(b"application_name") or b"").decode(
+                "ascii", "replace"
+            )
+        if isinstance(spare, TimedConnection) and self.config.slow_query is not None:
+            spare.slow_after, spare.on_slow = self.config.slow_query, self.note_slow_statement
         self._opened += 1
         return spare
 
@@ -456,8 +492,15 @@ class Group:
                         return None  # that is what the other has found
                     timeout, conclusive = max(deadline - monotonic(), HURRY), False
             began = monotonic()
-            conn = endpoint.dial(self.config, timeout, conclusive, self._row_factory, self._set_up)
-            count(self.connects[endpoint], monotonic() - began)
+            conn = endpoint.dial(
+                self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
+            )
+            took = monotonic() - began
+            count(self.connects[endpoint], took)
+            events.CONNECTION_OPENED(
+                "group %s: connection to %s opened in %.3f s", self.name, endpoint.label, took,
+                group=self.name, endpoint=endpoint.label, seconds=took,
+            )  # fmt: skip
         except DialError as error:
             failures[endpoint] = error
             return None
@@ -474,15 +517,15 @@ class Group:
         return None
 
     def _look(self, endpoint: Endpoint, timeout: float) -> Look | None:
-        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once.
-
-        A look that is interrupted ends with its object; who waits for it already does so to the timeout.
-        """
+        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once."""
         with self._lock:
             other = endpoint.look()
             if other is None:
                 return endpoint.begin_look()
-        other.wait(timeout)
+            over = other.over
+            del other
+        if over.acquire(timeout=max(timeout, 0.0)):
+            over.release()  # for the next who waits
         return None
 
     def _set_up(self, conn: PooledConnection) -> None:
@@ -509,7 +552,9 @@ class Group:
             raise UnsafeRoleError(f"tenants of group {self.name!r} are not kept apart: {text}")
         if text != self._warned:
             self._warned = text
-            logger.warning("tenants of group %s are not kept apart: %s", self.name, text)
+            events.GROUP_UNSAFE_ROLE(
+                "tenants of group %s are not kept apart: %s", self.name, text, group=self.name, reason=text
+            )
 
     def _reserve(self, slot: Slot, tried: dict[Endpoint, DialError | None]) -> tuple[Endpoint | None, int]:
         """Place the slot on the best endpoint not yet tried; also return how many are left."""
@@ -600,10 +645,18 @@ class Group:
             0.0 if lag is None or limit.seconds is None else lag.seconds / limit.seconds,
         )
         if share > 1.0 and endpoint not in self._barred:
-            logger.warning("group %s: %s is %s behind, more than max_lag", self.name, endpoint.label, lag)
+            events.GROUP_LAG(
+                "group %s: %s is %s behind, more than max_lag", self.name, endpoint.label, lag,
+                group=self.name, endpoint=endpoint.label,
+                lag_bytes=lag and lag.bytes, lag_seconds=lag and lag.seconds,
+            )  # fmt: skip
             self._bar(endpoint)
         elif share <= CAUGHT_UP and endpoint in self._barred:
-            logger.warning("group %s: %s has caught up", self.name, endpoint.label)
+            events.GROUP_CAUGHT_UP(
+                "group %s: %s has caught up", self.name, endpoint.label,
+                group=self.name, endpoint=endpoint.label,
+                lag_bytes=lag and lag.bytes, lag_seconds=lag and lag.seconds,
+            )  # fmt: skip
             self._barred.discard(endpoint)
             self.welcome()
 
@@ -642,9 +695,10 @@ class Group:
             except DBConnectionError as error:
                 if not self._pool.idle:
                     raise
-                logger.warning(
+                events.GROUP_SHORT(
                     "group %s starts with %d of %d connections: %s",
                     self.name, self._pool.idle, self.config.min_size, error,
+                    group=self.name, reason=one_line(error),
                 )  # fmt: skip
                 return
             self._pool.give(conn)
@@ -706,6 +760,85 @@ class Group:
             connect={endpoint.label: Histogram.of([self.connects[endpoint]]) for endpoint in self.endpoints},
         )
 
+    # What is told of blocks.
+
+    def held(self) -> list[tuple[PooledConnection, Block]]:
+        """Return the connections in use with their blocks."""
+        return list(self._lent.items())
+
+    def note_retry(self, block: Block | None, error: psycopg.Error) -> None:
+        """Count a statement that is sent again."""
+        self.retries += 1
+        events.STATEMENT_RETRIED(
+            "group %s: statement sent again: %s", self.name, error, group=self.name,
+            correlation_id=None if block is None else tracing.id_of(block),
+            reason=one_line(error), sqlstate=error.sqlstate,
+        )  # fmt: skip
+
+    def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> None:
+        """Warn of a block that has its connection for longer than `leak_after`."""
+        self.leaks += 1
+        text, fields = self._told(conn, block, seconds)
+        events.BLOCK_LEAKED("group %s: a connection is not given back: %s", self.name, text, **fields)
+
+    def _note_slow_block(self, conn: PooledConnection, block: Block, seconds: float) -> None:
+        self.slow_blocks += 1
+        text, fields = self._told(conn, block, seconds)
+        events.BLOCK_SLOW("group %s: slow block: %s", self.name, text, **fields)
+
+    def note_slow_statement(self, conn: PooledConnection, statement: Any, seconds: float) -> None:
+        """Log a statement that took longer than `slow_query`."""
+        block = conn.block
+        if block is None:
+            return  # not a block's, but the set-up of a connection
+        self.slow_statements += 1
+        _, fields = self._told(conn, block, seconds)
+        fields["statement"] = text = tracing.text_of(statement)
+        events.STATEMENT_SLOW("group %s: slow statement: %.3f s: %s", self.name, seconds, text, **fields)
+
+    def _told(self, conn: PooledConnection, block: Block, seconds: float) -> tuple[str, dict[str, Any]]:
+        """Return what is told of a block, in words and as fields of a log record."""
+        names = tracing.thread_names()
+        fields = {
+            "group": self.name,
+            "endpoint": conn.endpoint.label,
+            "correlation_id": tracing.id_of(block),
+            "seconds": seconds,
+            **tracing.place_of(block, names),
+            "statement": tracing.text_of(getattr(block, "statement", None)),
+        }
+        return tracing.describe(block, seconds, names), fields
+
+    def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> bool:
+        """Take the connection from a block that has it for longer than `max_hold`, in any thread.
+
+        What runs is cancelled within the deadline. The connection is not closed but cut: its own thread,
+        which may be waiting for it, closes it. Returns False where the block has just given it back.
+        """
+        if self._lent.get(conn) is not block or (owner := self._lent.pop(conn, None)) is None:
+            return False
+        if owner is not block:  # given back and lent again, between the two
+            self._lent[conn] = owner
+            if conn.block is not owner and self._lent.pop(conn, None) is not None:  # and given back again
+                self._drop(conn, "interrupted")
+            return False
+        # Whoever took it out of `_lent` has it: the block's own end finds nothing to give back.
+        conn.cut = True
+        seconds = monotonic() - block.since
+        self.overdue += 1
+        self._discarded["max_hold"] += 1
+        count(conn.uses, seconds)
+        text, fields = self._told(conn, block, seconds)
+        events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
+        conn.sever(deadline)
+        if conn.block is None:
+            conn.close()
+        slot, conn.slot = conn.slot, None
+        if slot is not None:
+            self._pool.free(slot)
+        self._pool.refill()
+        return True
+
     # Evidence for errors.
 
     def _mine_alone(self, high: bool) -> bool:
@@ -717,16 +850,14 @@ class Group:
     def _blocks(self) -> list[Block]:
         return list(self._lent.values())
 
-    def long_holders(self, least: float) -> tuple[str, ...]:
-        """Return who has had a connection for so many seconds."""
-        return self._holders(least)
+    def long_holders(self) -> tuple[str, ...]:
+        """Return who has had a connection for `leak_after`, or for a second where there is none."""
+        return self._holders(self.config.leak_after or LONG)
 
     def _holders(self, least: float = 0.0) -> tuple[str, ...]:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        now = monotonic()
+        now, names = monotonic(), tracing.thread_names()
         return tuple(
-            f"thread {names.get(block.thread, block.thread)} for {now - block.since:.1f} s, "
-            f"from {block.place[0].co_filename}:{block.place[1]} in {block.place[0].co_name}"
+            tracing.describe(block, now - block.since, names)
             for block in self._blocks()
             if now - block.since >= least
         )

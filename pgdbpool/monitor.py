@@ -1,11 +1,11 @@
-"""The background of a process: probes DOWN endpoints, and looks at roles and lag.
+"""The background of a process: probes DOWN endpoints, looks at roles and lag, and at who holds what.
 
-Nothing in it waits for a server: one daemon thread steps it, or in lock-free mode a checkout in passing.
+One daemon thread steps it, or in lock-free mode a checkout in passing. Nothing in it waits for a server, but
+for the cancelling of a statement after `max_hold`, which is bounded.
 """
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 from collections.abc import Callable
@@ -13,13 +13,12 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from .endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
+from .holds import Holds
 from .observer import Observer
 from .probe import StartupProbe
 
 if TYPE_CHECKING:
     from .publisher import Publisher
-
-logger = logging.getLogger("pgdbpool")
 
 
 class Prober:
@@ -86,9 +85,12 @@ class Prober:
 class Monitor:
     """Steps its parts: in a thread while one of them is needed, or when it is called."""
 
-    def __init__(self, observer: Observer, *, threaded: bool, publisher: Publisher | None = None) -> None:
+    def __init__(
+        self, observer: Observer, holds: Holds, *, threaded: bool, publisher: Publisher | None = None
+    ) -> None:
         self.prober = Prober()
         self.observer = observer
+        self.holds = holds
         self.publisher = publisher
         self._lock = threading.RLock() if threaded else None  # a signal handler may come back to it
         self._thread: threading.Thread | None = None
@@ -102,7 +104,7 @@ class Monitor:
         if now < self._due_at:
             return self._due_at - now
         self._due_at = soon = now + 0.01
-        pause = min(self.prober.step(), self.observer.step())
+        pause = min(self.prober.step(), self.observer.step(), self.holds.step())
         if self.publisher is not None:
             pause = min(pause, self.publisher.step())
         if self._due_at == soon:  # nobody woke it meanwhile
@@ -133,6 +135,7 @@ class Monitor:
     def _end(self) -> None:
         self.prober.close()
         self.observer.close()
+        self.holds.close()
         if self.publisher is not None:
             self.publisher.close()
 
@@ -144,7 +147,7 @@ class Monitor:
             self._news.clear()
             with self._lock:
                 publishing = self.publisher is not None and self.publisher.needed
-                if not self.prober.needed and not self.observer.needed and not publishing:
+                if not (self.prober.needed or self.observer.needed or self.holds.needed or publishing):
                     # Under the lock, so that `wake` starts another or is seen here.
                     self._thread = None
                     return

@@ -7,7 +7,6 @@ passing.
 
 from __future__ import annotations
 
-import logging
 import random
 import select
 from collections.abc import Callable, Generator, Iterable
@@ -19,15 +18,13 @@ from psycopg import generators, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.waiting import Wait
 
-from . import greenlets
+from . import events, greenlets
 from .endpoint import Endpoint, Role, State
 from .errors import one_line
 from .sight import QUERY, Course, Sight, read
 
 if TYPE_CHECKING:
     from .group import Group
-
-logger = logging.getLogger("pgdbpool")
 
 QUICKLY = (0.2, 0.3)
 """Seconds between two looks at a server while a group has no writer, drawn at random."""
@@ -182,7 +179,10 @@ class Observer:
         else:
             self._kept[endpoint] = pgconn
         if sight is None:
-            logger.debug("endpoint %s: no look: %s", endpoint.label, look.failure or "no answer")
+            reason = look.failure or "no answer"
+            events.ENDPOINT_SILENT(
+                "endpoint %s: no look: %s", endpoint.label, reason, endpoint=endpoint.label, reason=reason
+            )
             return
         endpoint.note_sight(sight)
         if self._limited:

@@ -41,9 +41,6 @@ STEP, STEPS = 5, 60
 EVENTS = 50
 """Events that are kept."""
 
-LONG = 1.0
-"""Seconds after which a block that has a connection is told of."""
-
 COUNTERS = (
     "checkouts", "timeouts", "opened", "discarded", "waits", "retries", "failovers", "rate_limited", "leaks",
     "overdue", "slow_blocks", "slow_statements", "wait", "use", "connect",
@@ -172,7 +169,7 @@ class Publisher:
         self._history.add(status, now)
         told, counts = split(status.to_dict())
         for name, group in told["groups"].items():
-            group["holders"] = self._groups[name].long_holders(LONG)
+            group["holders"] = self._groups[name].long_holders()
         return {
             "time": now,
             "started": self._started,

@@ -15,6 +15,7 @@ from .errors import ConnectionLostError, QueryDeadlineError
 
 if TYPE_CHECKING:
     from .group import Group
+    from .preamble import Block
     from .rows import Row
     from .session import PooledConnection
 
@@ -33,6 +34,7 @@ class Queries(Copying):
         def _live(self) -> PooledConnection: ...
 
         _group: Group
+        _block: Block | None
 
     def fetch(self, statement: Any, params: Any = None) -> list[Row]:
         """Execute a statement and return its rows; none where it gives none.
@@ -79,8 +81,8 @@ class Queries(Copying):
         except ConnectionLostError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
+            self._group.note_retry(self._block, error)
         self.rollback()  # as `query` does: nothing of it can have been committed
-        self._group.retries += 1
         cursor = BlockCursor(self._live())
         cursor.executemany(statement, sets, returning=returning)
         return cursor

@@ -1,7 +1,7 @@
 """The connection as a block sees it: it reaches the server only while a block has it.
 
-`PooledConnection.tidy` resets what psycopg has no public setter for; the minor version of psycopg is
-pinned for that.
+`PooledConnection.tidy` resets what psycopg has no public setter for, and `pipeline` replaces a pipeline's
+`result_queue`; the minor version of psycopg is pinned for that.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import pq
 from psycopg.errors import _WaitTimeout
+from psycopg.transaction import OutOfOrderTransactionNesting
 
-from . import deadlines, errors, greenlets
+from . import deadlines, errors, greenlets, tracing
 from .preamble import BEGIN, CLEANING, GRACE, IDLE, INTRANS, NOTHING, Block, Command, deallocate, set_local
 from .statements import Shape
 from .stats import Tally
@@ -77,6 +78,14 @@ class Slot:
         self.lent = False
 
 
+class _Answers(deque[Any]):
+    """What psycopg waits for in a pipeline; a COMMIT implied by its Sync that fails is one answer more."""
+
+    def popleft(self) -> Any:
+        """Return what the next answer is for, None for an answer of no cursor."""
+        return super().popleft() if self else None
+
+
 class PooledConnection(psycopg.Connection[Any]):
     """A psycopg connection that belongs to an endpoint and, while it is lent, to one block.
 
@@ -95,6 +104,14 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether the block has set a statement_timeout by itself."""
     limited: bool = False
     """Whether a deadline has bound a statement_timeout in the open transaction."""
+    annotates: bool = False
+    """Whether its group shows the blocks' correlation ids at the server."""
+    annotated: bool = False
+    """Whether that was done in the open transaction."""
+    own_name: str = ""
+    """The session's application_name."""
+    cut: bool = False
+    """Whether it was taken from its block, which finds it lost; see `max_hold`."""
     ending: bool = False
     """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
     used_at: float = 0.0
@@ -301,13 +318,18 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def own_error(self, error: psycopg.Error, status: int = IDLE) -> errors.DBQueryError:
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
-        if errors.ends_session(error):
+        if errors.ends_session(error) or self.cut:
             self.close()
         self._note_loss(error, status)
         kind: type[errors.DBQueryError] = errors.ConnectionLostError if self.closed else errors.DBQueryError
         if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
             kind = errors.ReadOnlyServerError
-        return errors.as_query_error(error, kind)
+        if self.cut:
+            kind = errors.HoldExceededError
+        own = errors.as_query_error(error, kind)
+        if self.block is not None and own.correlation_id is None:
+            own.correlation_id = tracing.id_of(self.block)
+        return own
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()
@@ -316,6 +338,8 @@ class PooledConnection(psycopg.Connection[Any]):
         cut = left is not None and left <= 0
         within = "before the deadline" if cut else f"within {self.patience:g} s"
         error = errors.QueryDeadlineError(f"{self.endpoint.label} gave no answer {within}: connection closed")
+        if self.block is not None:
+            error.correlation_id = tracing.id_of(self.block)
         self._note_loss(error, status)
         return error
 
@@ -350,6 +374,21 @@ class PooledConnection(psycopg.Connection[Any]):
         # 0 is no bound. In a transaction what an earlier statement has bound is put back.
         milliseconds = 0 if allowed is None else max(1, round(allowed * 1000))
         return preamble + set_local((("statement_timeout", str(milliseconds)),))
+
+    def annotate(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
+        """Add the block's correlation id, as a part of application_name, once in each transaction.
+
+        Not to the statement's text, since that is what plans are known by: with a comment of its own, each
+        block's would be parsed and planned anew, at the server and in psycopg.
+        """
+        block, status = self.block, self.pgconn.transaction_status
+        if status == IDLE:
+            self.annotated = False
+        if block is None or self.annotated or status not in (IDLE, INTRANS):
+            return preamble
+        self.annotated = True
+        name = tracing.application_name(self.own_name, tracing.id_of(block))
+        return preamble + set_local((("application_name", name),))
 
     def _start_query(self) -> PQGen[None]:
         """Refuse a statement that would go round the block; every cursor of psycopg comes through here."""
@@ -569,6 +608,8 @@ class PooledConnection(psycopg.Connection[Any]):
             commands = cleaning + BEGIN + commands[len(cleaning) :]
         if commands and deadlines.in_use:
             commands = self.limit(commands)
+        if commands and self.annotates:
+            commands = self.annotate(commands)
         if commands:
             self.wrapped = wrap
             self.run(commands)
@@ -613,6 +654,8 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         self.bound = False
         block, status = self.block, self.pgconn.transaction_status
+        if self.cut and status != IDLE:
+            raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
         if status == _INERROR:
             self.rollback()
             raise errors.TransactionAbortedError(FAILED)
@@ -688,6 +731,13 @@ class PooledConnection(psycopg.Connection[Any]):
         except errors.ConnectionLostError as error:
             error.maybe_committed = error.maybe_committed or (body_ended and outermost)
             raise
+        except OutOfOrderTransactionNesting as error:
+            # Two were ended crosswise, or one was interrupted on its way in. psycopg leaves the savepoint and
+            # what was done in it, which the block must not commit.
+            if self.block is block and not outermost:
+                self.close()
+                self._note_loss(error, ACTIVE)
+            raise
         finally:
             self.ending = False
             left_open = self.pgconn.transaction_status not in (IDLE, pq.TransactionStatus.UNKNOWN)
@@ -702,10 +752,14 @@ class PooledConnection(psycopg.Connection[Any]):
         with self.ready():
             try:
                 with super().pipeline() as pipeline:
+                    if not isinstance(pipeline.result_queue, _Answers):
+                        pipeline.result_queue = _Answers(pipeline.result_queue)
                     yield pipeline
             except psycopg.Error as error:
                 if isinstance(error, errors.DBQueryError):
                     raise
+                if not self.pgconn.pipeline_status and not self.closed:
+                    raise self.own_error(error)  # noqa: B904  it is the same object
                 # psycopg cannot leave the pipeline, which is how an interruption of its end shows.
                 self.close()
                 self._note_loss(error, ACTIVE)

@@ -18,12 +18,12 @@ ORDER = [
     "categories",
     "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
     "yamlfile", "sources",
-    "stats", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets", "session", "cursors",
-    "copying", "queries",
+    "stats", "events", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
+    "session", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots",
-    "observer", "runtime", "publisher", "monitor",
-    "shutdown", "connection", "handler", "retry", "pool",
+    "observer", "holds", "runtime", "publisher",
+    "monitor", "shutdown", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
 LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "runtime", "publisher"}

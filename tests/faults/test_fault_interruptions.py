@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,9 +17,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.transaction import OutOfOrderTransactionNesting
 from support import config, pid_of, server, wait_for
 
-from pgdbpool import Connection, Handler
+from pgdbpool import Connection, Handler, TransactionAbortedError
 
 # What is raised in the callback of a weak reference goes nowhere: that is Python's rule for signals too.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -123,6 +125,37 @@ def test_whatever_is_interrupted_the_next_statement_has_the_tenant(
             assert row == ("one",), point
         exact("tenants")
     measured("points at which the end of a transaction was interrupted", point - 1, "", at_least=20)
+
+
+def test_transactions_that_are_ended_crosswise_leave_nothing_to_commit(
+    pools: None, known_cluster: Any
+) -> None:
+    with Handler("manual") as db:
+        outer = db.transaction()
+        outer.__enter__()
+        db.query("INSERT INTO t VALUES (1)")
+        inner = db.transaction()
+        inner.__enter__()
+        with pytest.raises(OutOfOrderTransactionNesting):
+            outer.__exit__(None, None, None)
+        with pytest.raises(TransactionAbortedError):
+            db.commit()
+        db.rollback()
+        assert db.query("SELECT count(*) FROM t").fetchone() == (0,)
+    exact("manual")
+
+
+def test_who_waits_for_an_interrupted_look_at_a_server_goes_on_at_once(pools: None, mode: str) -> None:
+    if mode != "threaded":
+        pytest.skip("nobody waits for another in lock-free mode")
+    group = Connection.group("manual")
+    endpoint = group.endpoints[0]
+    looks = [endpoint.begin_look()]
+    waiter = threading.Thread(target=group._look, args=(endpoint, 60))
+    waiter.start()
+    looks.clear()  # as the frames of the interrupted one do
+    waiter.join(10)
+    assert not waiter.is_alive()
 
 
 def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(
