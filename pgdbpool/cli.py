@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import psycopg
 
-from . import Connection, __version__
+from . import Connection, __version__, statuscommand
 from .cluster import Cluster, ClusterError, config_yaml
 from .demo import DemoError, MissingExtra, Options, Stopped, check_installed, run, stopping_on_signals
 from .errors import Error
@@ -25,9 +25,10 @@ on free ports of this machine and throw away at the end:
   pgdbpool demo --check    the same, shown step by step in some seconds
   pgdbpool cluster         the servers alone, with a pgdbpool.yaml for them, to develop against
 
-And one that looks at your own:
+And these look at your own:
 
   pgdbpool rls             what could get at rows of another tenant
+  pgdbpool status          the pools of running processes
 """
 EPILOG = """\
 Exit status: 0 done, or stopped by a signal as intended; 1 something failed, the message says what, or `rls`
@@ -176,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.set_defaults(command=rls)
+    statuscommand.add(commands)
     return parser
 
 

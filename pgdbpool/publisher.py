@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -46,6 +47,10 @@ COUNTERS = (
     "overdue", "slow_blocks", "slow_statements", "wait", "use", "connect",
 )  # fmt: skip
 """What of a group's status only grows: processes that are gone still count there."""
+
+
+_VALUE = re.compile(r"'[^']*(?:'|$)|\$(\w*)\$.*?(?:\$\1\$|$)")
+"""A value that was written into a statement, and may be a secret."""
 
 
 class Publisher:
@@ -169,7 +174,7 @@ class Publisher:
         self._history.add(status, now)
         told, counts = split(status.to_dict())
         for name, group in told["groups"].items():
-            group["holders"] = self._groups[name].long_holders()
+            group["holders"] = [_VALUE.sub("'...'", text) for text in self._groups[name].long_holders()]
         return {
             "time": now,
             "started": self._started,

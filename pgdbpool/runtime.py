@@ -234,7 +234,7 @@ def add_counts(total: dict[str, Any], more: dict[str, Any]) -> None:
     for name, value in more.items():
         if isinstance(value, dict):
             add_counts(total.setdefault(name, {}), value)
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             known = total.get(name) or [0] * len(value)
             total[name] = [a + b for a, b in zip_longest(known, value, fillvalue=0)]
         else:
