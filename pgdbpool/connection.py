@@ -71,7 +71,7 @@ class _Pools:
             )
             for used in self.groups.values():
                 if lock_free:
-                    used.checkin = self.publisher.after(used.checkin)  # type: ignore[method-assign,assignment]
+                    used.checkin = self.publisher.after(used)  # type: ignore[method-assign,assignment]
                 else:
                     used.on_first_use = self._begin_publishing
         self.monitor = Monitor(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .runtime import PublishedFile, RuntimeDir, RuntimeDirError
 from .stats import Status
+from .tracing import without_values
 
 if TYPE_CHECKING:
     from .endpoint import Endpoint
@@ -47,10 +47,6 @@ COUNTERS = (
     "overdue", "slow_blocks", "slow_statements", "wait", "use", "connect",
 )  # fmt: skip
 """What of a group's status only grows: processes that are gone still count there."""
-
-
-_VALUE = re.compile(r"'[^']*(?:'|$)|\$(\w*)\$.*?(?:\$\1\$|$)")
-"""A value that was written into a statement, and may be a secret."""
 
 
 class Publisher:
@@ -106,11 +102,11 @@ class Publisher:
             self._publish()
         return max(self._due - now, 0.01) if self._threaded else EVERY
 
-    def after(self, checkin: Callable[[PooledConnection], None]) -> Callable[[PooledConnection], None]:
+    def after(self, group: Group) -> Callable[[PooledConnection], None]:
         """Return a group's checkin that publishes afterwards, where it is time: for lock-free mode."""
 
         def publishing(conn: PooledConnection) -> None:
-            checkin(conn)
+            type(group).checkin(group, conn)
             if monotonic() >= self._due:
                 self.begin()
                 self._publish()
@@ -174,7 +170,7 @@ class Publisher:
         self._history.add(status, now)
         told, counts = split(status.to_dict())
         for name, group in told["groups"].items():
-            group["holders"] = [_VALUE.sub("'...'", text) for text in self._groups[name].long_holders()]
+            group["holders"] = [without_values(text) for text in self._groups[name].long_holders()]
         return {
             "time": now,
             "started": self._started,

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
-import ipaddress
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
@@ -19,16 +16,12 @@ from urllib.parse import parse_qs
 from . import statushtml
 from .connection import Connection
 from .errors import NotInitializedError
+from .gate import Answer, Gate, Permission
 from .overview import gather
 from .runtime import RuntimeDir, RuntimeDirError
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
-Permission = Callable[["WSGIEnvironment"], bool]
-
-TOKEN_LENGTH = 16
-"""Characters that a token has at least."""
 
 BODY_LIMIT = 4096
 FORM_LIFETIME = 12 * 3600
@@ -46,18 +39,6 @@ HEADERS = [
     ("Cache-Control", "no-store"),
 ]
 ASSETS = {"status.css": "text/css", "status.js": "text/javascript"}
-
-
-class _Answer(Exception):
-    """Ends a request with this status and text."""
-
-    def __init__(
-        self, status: HTTPStatus, text: str, *headers: tuple[str, str], kind: str = "text/plain"
-    ) -> None:
-        super().__init__(text)
-        self.status = status
-        self.headers = headers
-        self.kind = kind
 
 
 class StatusApp:
@@ -86,23 +67,18 @@ class StatusApp:
         actions: bool | Permission = False,
         runtime_dir: str | None = None,
     ) -> None:
-        if authorize is not None and token is not None:
-            raise ValueError("give authorize or token: with both it is not clear who is to decide")
-        if token is not None and len(token) < TOKEN_LENGTH:
-            raise ValueError(f"the token has {len(token)} characters: give {TOKEN_LENGTH} at least")
-        self._authorize = authorize
-        self._token = token
+        self._gate = Gate(authorize, token)
         self._actions = actions
         self._runtime_dir = runtime_dir
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
-            self._admit(environ)
+            self._gate.admit(environ)
             self._route(environ)
-        except _Answer as found:
+        except Answer as found:
             answer = found
         except (RuntimeDirError, NotInitializedError, OSError) as error:
-            answer = _Answer(HTTPStatus.SERVICE_UNAVAILABLE, f"there is no status to show: {error}")
+            answer = Answer(HTTPStatus.SERVICE_UNAVAILABLE, f"there is no status to show: {error}")
         body = str(answer).encode()
         headers = [
             *HEADERS,
@@ -112,22 +88,6 @@ class StatusApp:
         ]
         start_response(f"{answer.status.value} {answer.status.phrase}", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-    # Who may.
-
-    def _admit(self, environ: WSGIEnvironment) -> None:
-        if self._token is not None:
-            if not hmac.compare_digest(_given_token(environ).encode(), self._token.encode()):
-                ask = ("WWW-Authenticate", 'Basic realm="pgdbpool", charset="UTF-8"')
-                raise _Answer(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong", ask)
-        elif self._authorize is not None:
-            if not self._authorize(environ):
-                raise _Answer(HTTPStatus.FORBIDDEN, "you may not see this page")
-        elif not is_local(environ):
-            raise _Answer(
-                HTTPStatus.FORBIDDEN,
-                "this page answers its own machine alone: give StatusApp a token or authorize",
-            )
 
     def _may_act(self, environ: WSGIEnvironment) -> bool:
         return self._actions(environ) if callable(self._actions) else self._actions
@@ -140,27 +100,27 @@ class StatusApp:
         if not path and environ.get("SCRIPT_NAME"):
             # Links on the page are relative, so that no proxy in front can break them.
             here = environ["SCRIPT_NAME"].rpartition("/")[2]
-            raise _Answer(HTTPStatus.FOUND, "", ("Location", f"{here}/"))
+            raise Answer(HTTPStatus.FOUND, "", ("Location", f"{here}/"))
         name = path.lstrip("/")
         wanted = "POST" if name in ("drain", "undrain") else "GET"
         if name not in ("", "status.json", "page.json", "drain", "undrain", *ASSETS):
-            raise _Answer(HTTPStatus.NOT_FOUND, "there is nothing at this address")
+            raise Answer(HTTPStatus.NOT_FOUND, "there is nothing at this address")
         if method != wanted and not (method == "HEAD" and wanted == "GET"):
-            raise _Answer(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", ("Allow", wanted))
+            raise Answer(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", ("Allow", wanted))
         if name in ASSETS:
-            raise _Answer(HTTPStatus.OK, asset(name), kind=ASSETS[name])
+            raise Answer(HTTPStatus.OK, asset(name), kind=ASSETS[name])
         if wanted == "POST":
             self._act(environ, drain=name == "drain")
         view = gather(self._runtime_dir)
         if name == "status.json":
-            raise _Answer(HTTPStatus.OK, json.dumps(view), kind="application/json")
+            raise Answer(HTTPStatus.OK, json.dumps(view), kind="application/json")
         directory = self._directory()
         form = self._form_token(directory) if directory is not None and self._may_act(environ) else None
         if name == "page.json":
             sections = statushtml.sections(view, form, alone=directory is None)
-            raise _Answer(HTTPStatus.OK, json.dumps(sections), kind="application/json")
+            raise Answer(HTTPStatus.OK, json.dumps(sections), kind="application/json")
         text = statushtml.page(view, form, alone=directory is None)
-        raise _Answer(HTTPStatus.OK, text, kind="text/html")
+        raise Answer(HTTPStatus.OK, text, kind="text/html")
 
     def _directory(self) -> str | None:
         return self._runtime_dir or Connection.runtime_dir()
@@ -170,24 +130,24 @@ class StatusApp:
     def _act(self, environ: WSGIEnvironment, *, drain: bool) -> None:
         directory = self._directory()
         if directory is None or not self._may_act(environ):
-            raise _Answer(HTTPStatus.FORBIDDEN, "endpoints cannot be drained here: see `actions`")
+            raise Answer(HTTPStatus.FORBIDDEN, "endpoints cannot be drained here: see `actions`")
         form = _form(environ)
         if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") != "same-origin" or not self._is_ours(
             directory, form.get("form", "")
         ):
-            raise _Answer(HTTPStatus.FORBIDDEN, "this did not come from the page: load it again")
+            raise Answer(HTTPStatus.FORBIDDEN, "this did not come from the page: load it again")
         label = form.get("endpoint", "")
         view = gather(self._runtime_dir)
         if label not in (endpoint["label"] for endpoint in view["endpoints"]):
-            raise _Answer(HTTPStatus.NOT_FOUND, f"there is no endpoint {label!r}")
+            raise Answer(HTTPStatus.NOT_FOUND, f"there is no endpoint {label!r}")
         if drain and (group := _stranded(view, label)):
-            raise _Answer(
+            raise Answer(
                 HTTPStatus.CONFLICT,
                 f"{label} is not drained: the group {group!r} has no other endpoint that is up",
             )
         with RuntimeDir(directory) as room:
             room.command(label, drain=drain)
-        raise _Answer(HTTPStatus.SEE_OTHER, "", ("Location", "./"))
+        raise Answer(HTTPStatus.SEE_OTHER, "", ("Location", "./"))
 
     def _form_token(self, directory: str, at: int | None = None) -> str:
         """Return what a form of the page carries: nobody who cannot read the page knows it."""
@@ -204,55 +164,14 @@ class StatusApp:
         return recent and hmac.compare_digest(self._form_token(directory, int(hour)).encode(), given.encode())
 
 
-def is_local(environ: WSGIEnvironment) -> bool:
-    """Tell whether a request comes from this machine, and not through a proxy that says so.
-
-    The name in `Host` has to be a local one too: otherwise any web site could have its own name lead here.
-    """
-    host = environ.get("HTTP_HOST", "").lower()
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    proxied = (
-        "HTTP_FORWARDED",
-        "HTTP_X_FORWARDED_FOR",
-        "HTTP_X_FORWARDED_HOST",
-        "HTTP_X_REAL_IP",
-        "HTTP_VIA",
-    )
-    return (
-        _is_loopback(environ.get("REMOTE_ADDR", ""))
-        and (name == "localhost" or _is_loopback(name))
-        and not any(environ.get(header) for header in proxied)
-    )
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
-def _given_token(environ: WSGIEnvironment) -> str:
-    header: str = environ.get("HTTP_AUTHORIZATION", "")
-    scheme, _, value = header.partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
-            return ""
-    return ""
-
-
 def _form(environ: WSGIEnvironment) -> dict[str, str]:
     length = environ.get("CONTENT_LENGTH") or "0"
     if not length.isdecimal() or int(length) > BODY_LIMIT:
-        raise _Answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "this did not come from the page")
+        raise Answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "this did not come from the page")
     try:
         text = environ["wsgi.input"].read(int(length)).decode("ascii")
     except UnicodeDecodeError:
-        raise _Answer(HTTPStatus.BAD_REQUEST, "this did not come from the page") from None
+        raise Answer(HTTPStatus.BAD_REQUEST, "this did not come from the page") from None
     return {name: values[0] for name, values in parse_qs(text).items()}
 
 

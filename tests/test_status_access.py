@@ -17,6 +17,7 @@ import pytest
 from support import server, wait_for
 
 from pgdbpool import Connection, Handler
+from pgdbpool.overview import gather
 from pgdbpool.runtime import RuntimeDir
 from pgdbpool.wsgi import StatusApp, mount
 
@@ -34,7 +35,7 @@ def place(known_cluster: Any, tmp_path: Path) -> Iterator[str]:
     Connection.init({"db": db, "groups": groups, "runtime_dir": place})
     with Handler("all") as block:
         block.query("SELECT 1")
-    wait_for(lambda: os.path.isdir(place) and os.listdir(place))
+    wait_for(lambda: os.path.isdir(place) and gather(place)["processes"])
     yield place
     Connection.reset()
 
