@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,3 +124,19 @@ def test_without_the_library_the_error_names_the_extra() -> None:
     code = "import sys; sys.modules['prometheus_client'] = None; import pgdbpool.metrics"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install 'pgdbpool[metrics]'" in done.stderr
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    text = (Path(__file__).parents[1] / "doc" / "grafana-dashboard.json").read_text(encoding="utf-8")
+    dashboard = json.loads(text)
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = set(re.findall(r"\bpgdbpool_\w+", " ".join(asked)))
+    there = {f"pgdbpool_{name}_total" for name, _ in COUNTERS.values()}
+    there |= {f"pgdbpool_{name}" for name, _ in GAUGES.values()}
+    there |= {f"pgdbpool_{name}_{part}" for name, _ in HISTOGRAMS.values() for part in ("bucket", "count")}
+    there |= {"pgdbpool_processes", "pgdbpool_connections", "pgdbpool_connections_closed_total"}
+    there |= {
+        f"pgdbpool_endpoint_{name}" for name in ("processes", "primary", "lag_seconds", "round_trip_seconds")
+    }
+    assert names <= there
+    assert {name for name in there if name.endswith("_total")} - {"pgdbpool_waits_total"} <= names
