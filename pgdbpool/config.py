@@ -584,6 +584,15 @@ class Config:
             default="nothing is published",
         ),
     ] = None
+    processes: Annotated[
+        int | None,
+        Key(
+            Integer(1, 100_000),
+            "Processes that use this configuration at a time, such as ``${WEB_CONCURRENCY}``. With it "
+            "``Connection.init`` warns where the servers do not admit what all of them together can open.",
+            default="not known",
+        ),
+    ] = None
     origin: str = "dict"
 
 

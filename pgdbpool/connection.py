@@ -152,6 +152,31 @@ class _Pools:
                     endpoint.mark_down(probe.reason)
         self._await_lag()
         self._begin_publishing()
+        if self.config.processes is not None:
+            self._warn_of_sizes(self.config.processes)
+
+    def _warn_of_sizes(self, processes: int) -> None:
+        """Warn of servers that do not admit what all processes together can open."""
+        from .sizing import ask, demand  # nothing else of a block or of init needs it
+
+        roles = {e.label: e.role.value for e in self.endpoints.values() if e.role}
+        for label, need in demand(self.config, processes, roles).items():
+            endpoint = self.endpoints[label]
+            if label != need.labels[0]:
+                continue  # the same server
+            lent = ((group, group.borrow(endpoint)) for group in endpoint.groups)
+            group, conn = next(((group, conn) for group, conn in lent if conn), (None, None))
+            if group is None or conn is None:
+                continue
+            try:
+                verdict = need.verdict(ask(conn), processes)
+            except psycopg.Error as error:
+                logger.debug("endpoint %s does not tell its limits: %s", label, error)
+                verdict = ""
+            finally:
+                group.give_back(conn)
+            if verdict:
+                logger.warning("endpoint %s: %s; `pgdbpool size` recommends sizes", label, verdict)
 
     def _await_lag(self) -> None:
         """Wait until the lag of the standbys is known that a group limits."""
@@ -332,6 +357,22 @@ class Connection(OneShots):
         :raises NotInitializedError: `init` was not called.
         """
         return cls._current().config.runtime_dir
+
+    @classmethod
+    def health(cls, timeout: float = 2.0) -> dict[str, Any]:
+        """Ask every server now whether it answers, and tell whether each group can be served, as for JSON.
+
+        `status` is `healthy`; or `degraded`, where something is down but every group is served; or
+        `unhealthy`, where a group is not. :doc:`guide/health` has all fields. Servers are asked at the same
+        time, over an idle connection of the pool, or a new one where there is none.
+
+        :param timeout: seconds for all of it; a server that has not answered by then counts as down.
+        :raises NotInitializedError: `init` was not called, or the pools are closed.
+        """
+        from .health import examine  # nothing but this needs it
+
+        pools = cls._current()
+        return examine(pools.groups, pools.endpoints, timeout)
 
     @classmethod
     def audit_rls(

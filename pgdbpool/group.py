@@ -625,6 +625,43 @@ class Group:
             for e in self.endpoints
         )
 
+    def refusal(self, endpoint: Endpoint, role: Role | None) -> str | None:
+        """Return why the group would not use an endpoint that is up and has this role, or None."""
+        if endpoint.state is State.DRAINING:
+            return "draining"
+        if endpoint in self._barred:
+            if endpoint.outdated:
+                return f"is on timeline {endpoint.timeline}, another was promoted since"
+            return f"is {endpoint.lag} behind, more than max_lag"
+        if role is None or suits(self.config.target, role, endpoint.read_only):
+            return None
+        return f"is a {role.value}, the target is {self.config.target}"
+
+    def borrow(self, endpoint: Endpoint) -> PooledConnection | None:
+        """Take an idle connection to the endpoint out of the pool, to ask something; `give_back` it at once.
+
+        None where there is none, or where the pool is another thread's alone.
+        """
+        found: list[PooledConnection] = []
+
+        def first(conn: PooledConnection) -> bool:
+            if found or conn.endpoint is not endpoint or conn.used_at <= endpoint.condemned_at:
+                return False
+            found.append(conn)
+            return True
+
+        if self._pool.mine():
+            self._pool.remove(first)
+        return found[0] if found else None
+
+    def give_back(self, conn: PooledConnection, failure: str | None = None) -> None:
+        """Put a connection back that was borrowed; one that failed is closed and replaced."""
+        if failure is None and conn.pgconn.transaction_status == IDLE:
+            self._pool.give(conn)
+        else:
+            self._drop(conn, failure or "not idle")
+            self._pool.refill()
+
     def note_timelines(self) -> None:
         """Bar the servers that were left behind by a promotion, if the group writes."""
         if not self.writes:

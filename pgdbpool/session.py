@@ -405,8 +405,7 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises ConnectionLostError: what an interruption left open could not be ended; nothing was sent.
         """
         if self.holder:
-            if self.holder == get_ident():
-                raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
+            self._check_held()
         elif self.wrapped and not self._pipeline:
             # Its end was interrupted: what follows would run in it, with what was done to its settings.
             if self.pgconn.transaction_status != IDLE:
@@ -416,6 +415,10 @@ class PooledConnection(psycopg.Connection[Any]):
                 error = errors.ConnectionLostError("a transaction whose end was interrupted cannot be ended")
                 error.repeatable = True
                 raise error
+
+    def _check_held(self) -> None:
+        if self.holder == get_ident():
+            raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -652,6 +655,8 @@ class PooledConnection(psycopg.Connection[Any]):
         """
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+        if self.holder:
+            self._check_held()
         self.bound = False
         block, status = self.block, self.pgconn.transaction_status
         if self.cut and status != IDLE:
@@ -679,6 +684,8 @@ class PooledConnection(psycopg.Connection[Any]):
         """Roll the open transaction back, if any."""
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+        if self.holder:
+            self._check_held()
         self.bound = False
         self.ending = True
         try:

@@ -15,6 +15,7 @@ Variable                     Meaning
                              ``DATABASE_URL_<GROUP>``, and the group ``default`` for ``DATABASE_URL``.
 ``PGDBPOOL_TYPE``            `type`: ``threaded``, ``non-threaded`` or ``lock-free``.
 ``PGDBPOOL_RUNTIME_DIR``     `runtime_dir`: where each process publishes its status.
+``PGDBPOOL_PROCESSES``       `processes`: how many use this configuration.
 ``PGDBPOOL_<KEY>``           A key of every group, such as ``PGDBPOOL_CONNECTION_COUNT``; any key of a
                              group but `endpoints`. A mapping is written in YAML, in braces:
                              ``PGDBPOOL_SETTINGS='{work_mem: 64MB}'``.
@@ -90,6 +91,7 @@ def build(tree: Mapping[Any, Any], origin: str, report: Report) -> Config:
         endpoints=tuple(EndpointConfig(**server) for server in servers),
         groups=MappingProxyType({group["name"]: GroupConfig(**group) for group in groups}),
         runtime_dir=top.get("runtime_dir"),
+        processes=top.get("processes"),
         origin=origin,
     )
 
@@ -139,6 +141,9 @@ def _read_environment(environ: Mapping[str, str], report: Report) -> Mapping[Any
     if "PGDBPOOL_RUNTIME_DIR" in given:
         tree["runtime_dir"] = given["PGDBPOOL_RUNTIME_DIR"]
         report.names["runtime_dir"] = "PGDBPOOL_RUNTIME_DIR"
+    if "PGDBPOOL_PROCESSES" in given:
+        tree["processes"] = retype(given["PGDBPOOL_PROCESSES"])
+        report.names["processes"] = "PGDBPOOL_PROCESSES"
     _add_servers(tree, given, report)
     _add_keys(tree["groups"], given, environ, report)
     if not names:
@@ -212,7 +217,14 @@ def _add_keys(
             for name in [group] if group else groups:
                 groups[name][key] = value
                 report.names[f"groups{step(name)}.{key}"] = variable
-    known = {*meanings, "PGDBPOOL_CONFIG", "PGDBPOOL_GROUPS", "PGDBPOOL_TYPE", "PGDBPOOL_RUNTIME_DIR"}
+    others = (
+        "PGDBPOOL_CONFIG",
+        "PGDBPOOL_GROUPS",
+        "PGDBPOOL_TYPE",
+        "PGDBPOOL_PROCESSES",
+        "PGDBPOOL_RUNTIME_DIR",
+    )
+    known = {*meanings, *others}
     for variable in sorted(given):
         reserved = variable.startswith(("PGDBPOOL_TEST_", "DATABASE_URL"))
         if not reserved and variable not in known:

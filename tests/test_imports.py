@@ -22,11 +22,14 @@ ORDER = [
     "session", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots",
-    "observer", "holds", "runtime", "publisher",
-    "monitor", "shutdown", "connection", "handler", "retry", "pool",
+    "observer", "holds", "runtime", "publisher", "monitor", "shutdown", "sizing", "health",
+    "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
-LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "runtime", "publisher"}
+LATE = {
+    "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health", "runtime",
+    "publisher",
+}  # fmt: skip
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
 

@@ -158,6 +158,31 @@ def test_who_waits_for_an_interrupted_look_at_a_server_goes_on_at_once(pools: No
     assert not waiter.is_alive()
 
 
+@pytest.mark.parametrize("group", ["auto", "manual"])
+@pytest.mark.parametrize("use", ["notifies", "stream"])
+def test_an_error_in_a_loop_over_what_the_server_sends_ends_the_block(
+    pools: None, group: str, use: str
+) -> None:
+    """The loop's generator is left open then, and holds psycopg's lock."""
+    with pytest.raises(Interruption), Handler(group) as db:
+        db.query("LISTEN news")
+        if group == "manual":
+            db.commit()
+        with db.transaction():
+            db.query("NOTIFY news")
+        db.commit()
+        db.query("BEGIN" if group == "auto" else "SELECT 1")
+        cursor = db.connection.cursor()
+        generator: Any = cursor.stream("SELECT 1") if use == "stream" else db.connection.notifies(timeout=5)
+        for _ in generator:
+            with pytest.raises(psycopg.ProgrammingError, match=r"stream|notif"):
+                db.rollback()
+            with pytest.raises(psycopg.ProgrammingError, match=r"stream|notif"):
+                db.commit()
+            raise Interruption
+    exact(group)
+
+
 def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(
     pools: None, measured: Any
 ) -> None:

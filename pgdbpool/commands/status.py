@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import ConfigError
-from .overview import gather, quantile
-from .sources import load
+from ..errors import ConfigError
+from ..overview import gather, quantile
+from ..sources import load
 
 OK, FAILED, DEGRADED = 0, 1, 3
 EVENTS = 5
