@@ -19,7 +19,7 @@ from . import events, greenlets, rows
 from .config import Config
 from .deadlines import deadline
 from .endpoint import Endpoint, Role, State
-from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError
+from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError, one_line
 from .group import Group
 from .holds import Holds
 from .monitor import Monitor
@@ -171,12 +171,18 @@ class _Pools:
             try:
                 verdict = need.verdict(ask(conn), processes)
             except psycopg.Error as error:
-                logger.debug("endpoint %s does not tell its limits: %s", label, error)
+                reason = one_line(error)
+                events.ENDPOINT_SILENT(
+                    "endpoint %s does not tell its limits: %s", label, reason, endpoint=label, reason=reason
+                )
                 verdict = ""
             finally:
                 group.give_back(conn)
             if verdict:
-                logger.warning("endpoint %s: %s; `pgdbpool size` recommends sizes", label, verdict)
+                events.ENDPOINT_TOO_SMALL(
+                    "endpoint %s: %s; `pgdbpool size` recommends sizes", label, verdict,
+                    endpoint=label, reason=verdict,
+                )  # fmt: skip
 
     def _await_lag(self) -> None:
         """Wait until the lag of the standbys is known that a group limits."""

@@ -83,8 +83,17 @@ ENDPOINT_REFUSED = Event(
     "endpoint", "reason",
 )  # fmt: skip
 ENDPOINT_SILENT = Event(
-    "endpoint.silent", DEBUG, "A server did not tell its role or its timeline.", "endpoint", "reason"
+    "endpoint.silent",
+    DEBUG,
+    "A server did not tell its role, its timeline or its limits.",
+    "endpoint",
+    "reason",
 )
+ENDPOINT_TOO_SMALL = Event(
+    "endpoint.too_small", WARNING,
+    "All `processes` together can open more connections than a server admits; told at `init`.",
+    "endpoint", "reason",
+)  # fmt: skip
 GROUP_LAG = Event(
     "group.lag", WARNING, "A standby is further behind than `max_lag`: the group does not use it.",
     "group", "endpoint", "lag_bytes", "lag_seconds",

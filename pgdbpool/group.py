@@ -35,7 +35,7 @@ from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
-from .stats import GroupStatus, Histogram, count, new_tally
+from .stats import BATCH, GroupStatus, Histogram, Tally
 from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
 from .timing import TimedConnection
 
@@ -118,10 +118,10 @@ class Group:
         self._opened = 0
         self._timeouts = 0
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
-        self._waits = new_tally()
+        self._waits = Tally()
         """Of those who waited in the queue; the others took no time."""
-        self.uses = {endpoint: new_tally() for endpoint in self.endpoints}
-        self.connects = {endpoint: new_tally() for endpoint in self.endpoints}
+        self.uses = {endpoint: Tally() for endpoint in self.endpoints}
+        self.connects = {endpoint: Tally() for endpoint in self.endpoints}
         self.ending = False
         """Whether the interpreter is about to exit."""
         self._uneven = False
@@ -282,20 +282,23 @@ class Group:
                 return  # of a parent process, or back already
             block.conn = None
             reason = self._reason_to_close(conn)
-            held, uses = conn.used_at - block.since, conn.uses
-            uses[int(held * 1_000_000).bit_length()] += 1  # `stats.count`, without a call
-            uses[-1] += held
-            if held >= self._slow_block:
-                self._note_slow_block(conn, block, held)
+            held = conn.used_at - block.since
+            recent = conn.uses.recent
+            recent.append(held)  # `Tally.add`, without a call
+            if len(recent) >= BATCH:
+                conn.uses.count()
             if reason is None:
                 self._pool.give(conn)
-                return
-            self._drop(conn, reason)
+            else:
+                self._drop(conn, reason)
         except BaseException:
             if conn.lent:  # interrupted before the pool had it
                 self._drop(conn, "interrupted")
             raise
-        self._pool.refill()
+        if reason is not None:
+            self._pool.refill()
+        if held >= self._slow_block:  # last, since a log may be kept in a database
+            self._note_slow_block(conn, block, held)
 
     def _reason_to_close(self, conn: PooledConnection) -> str | None:
         now = conn.used_at = monotonic()
@@ -325,7 +328,7 @@ class Group:
         conn.block = None
         if (block := self._lent.pop(conn, None)) is not None:
             block.conn = None
-            count(conn.uses, monotonic() - block.since)
+            conn.uses.add(monotonic() - block.since)
             self._drop(conn, reason)
             self._pool.refill()
 
@@ -381,7 +384,7 @@ class Group:
             queue_full = none.reason == NoConnection.QUEUE_FULL
             kind = TooManyWaiting if queue_full else PoolTimeout
             raise self._exhausted(kind, deadline - now, high) from None
-        count(self._waits, monotonic() - now)
+        self._waits.add(monotonic() - now)
         return got
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
@@ -496,7 +499,7 @@ class Group:
                 self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
             )
             took = monotonic() - began
-            count(self.connects[endpoint], took)
+            self.connects[endpoint].add(took)
             events.CONNECTION_OPENED(
                 "group %s: connection to %s opened in %.3f s", self.name, endpoint.label, took,
                 group=self.name, endpoint=endpoint.label, seconds=took,
@@ -770,6 +773,7 @@ class Group:
     def status(self) -> GroupStatus:
         """Return a snapshot."""
         pool, counts = self._pool, self._counts()
+        waits = Histogram.of([self._waits]).count
         return GroupStatus(
             name=self.name,
             size=pool.size,
@@ -784,7 +788,7 @@ class Group:
             opened=self._opened,
             discarded=dict(self._discarded),
             holders=self._holders(),
-            waits=sum(self._waits[:-1]),
+            waits=waits,
             retries=self.retries,
             failovers=sum(endpoint.failovers for endpoint in self.endpoints),
             rate_limited=self.limiter.refused if self.limiter else 0,
@@ -792,7 +796,7 @@ class Group:
             overdue=self.overdue,
             slow_blocks=self.slow_blocks,
             slow_statements=self.slow_statements,
-            wait=Histogram.of([self._waits], max(0, pool.taken - sum(self._waits[:-1]))),
+            wait=Histogram.of([self._waits], max(0, pool.taken - waits)),
             use={endpoint.label: Histogram.of([self.uses[endpoint]]) for endpoint in self.endpoints},
             connect={endpoint.label: Histogram.of([self.connects[endpoint]]) for endpoint in self.endpoints},
         )
@@ -815,12 +819,12 @@ class Group:
     def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> None:
         """Warn of a block that has its connection for longer than `leak_after`."""
         self.leaks += 1
-        text, fields = self._told(conn, block, seconds)
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         events.BLOCK_LEAKED("group %s: a connection is not given back: %s", self.name, text, **fields)
 
     def _note_slow_block(self, conn: PooledConnection, block: Block, seconds: float) -> None:
         self.slow_blocks += 1
-        text, fields = self._told(conn, block, seconds)
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         events.BLOCK_SLOW("group %s: slow block: %s", self.name, text, **fields)
 
     def note_slow_statement(self, conn: PooledConnection, statement: Any, seconds: float) -> None:
@@ -829,22 +833,9 @@ class Group:
         if block is None:
             return  # not a block's, but the set-up of a connection
         self.slow_statements += 1
-        _, fields = self._told(conn, block, seconds)
+        _, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         fields["statement"] = text = tracing.text_of(statement)
         events.STATEMENT_SLOW("group %s: slow statement: %.3f s: %s", self.name, seconds, text, **fields)
-
-    def _told(self, conn: PooledConnection, block: Block, seconds: float) -> tuple[str, dict[str, Any]]:
-        """Return what is told of a block, in words and as fields of a log record."""
-        names = tracing.thread_names()
-        fields = {
-            "group": self.name,
-            "endpoint": conn.endpoint.label,
-            "correlation_id": tracing.id_of(block),
-            "seconds": seconds,
-            **tracing.place_of(block, names),
-            "statement": tracing.text_of(getattr(block, "statement", None)),
-        }
-        return tracing.describe(block, seconds, names), fields
 
     def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> bool:
         """Take the connection from a block that has it for longer than `max_hold`, in any thread.
@@ -864,8 +855,8 @@ class Group:
         seconds = monotonic() - block.since
         self.overdue += 1
         self._discarded["max_hold"] += 1
-        count(conn.uses, seconds)
-        text, fields = self._told(conn, block, seconds)
+        conn.uses.add(seconds)
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
         conn.sever(deadline)
         if conn.block is None:

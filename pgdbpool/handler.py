@@ -83,7 +83,7 @@ class Handler(Queries):
         self._tenant = tenant
         self._override = tenant_override
         self._settings = settings
-        self._high = is_high(priority)
+        self._high = priority != "normal" and is_high(priority)
         self._correlation_id = None if correlation_id is None else tracing.clean(correlation_id)
 
     def __enter__(self) -> Handler:

@@ -119,7 +119,7 @@ class _OneShot:
         caller = sys._getframe(2)
         binding = group.bind(tenant, tenant_override, settings)
         self.block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
-        self.block.high = is_high(priority)
+        self.block.high = priority != "normal" and is_high(priority)
         if correlation_id is not None or tracing.in_use:
             given = None if correlation_id is None else tracing.clean(correlation_id)
             tracing.begin(self.block, given, caller if group.config.leak_stack else None)

@@ -1,32 +1,64 @@
-"""Frozen snapshots of what the pools do; nothing here runs on the hot path."""
+"""Frozen snapshots of what the pools do, and the tallies of durations that they are made of."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from threading import Lock
 from typing import Any, ClassVar
 
-SHORTEST, LONGEST = 4, 26
-"""Of the buckets, the first ends at 2**4 microseconds and the last but one at 2**26."""
-
-BUCKETS = tuple(2**power / 1_000_000 for power in range(SHORTEST, LONGEST + 1))
+BUCKETS = tuple(2**power / 1_000_000 for power in range(4, 27))
 """Where the buckets of all histograms end, in seconds: 16 microseconds, twice that, up to 67 seconds."""
 
-_BITS = 64
-
-Tally = list[Any]
-"""Durations where they are measured: how many, by the bits of their microseconds; at the end, their sum."""
+BATCH = 256
+"""Durations that are kept before they are counted."""
 
 
-def new_tally() -> Tally:
-    """Return a tally of nothing."""
-    return [0] * _BITS + [0.0]
+class Tally:
+    """Durations where they are measured: they are kept in a list, and counted when there are many.
 
+    To append is a tenth of what it takes to find a bucket, and in a sorted list there are only as many places
+    to find as there are buckets.
+    """
 
-def count(tally: Tally, seconds: float) -> None:
-    """Add a duration; without a lock, since CPython switches threads at none of these steps."""
-    tally[int(seconds * 1_000_000).bit_length()] += 1
-    tally[-1] += seconds
+    __slots__ = ("_counting", "_counts", "_sum", "recent")
+
+    def __init__(self) -> None:
+        self.recent: list[float] = []
+        """Not counted yet. Whoever appends calls `count` where there are `BATCH` of them."""
+        self._counts = [0] * (len(BUCKETS) + 1)
+        self._sum = 0.0
+        self._counting = Lock()
+
+    def add(self, seconds: float) -> None:
+        """Add a duration."""
+        self.recent.append(seconds)
+        if len(self.recent) >= BATCH:
+            self.count()
+
+    def count(self) -> None:
+        """Count what is kept, unless somebody does so already."""
+        if not self._counting.acquire(blocking=False):
+            return
+        try:
+            batch = self.recent[:]
+            del self.recent[: len(batch)]  # what others append meanwhile comes after that
+            batch.sort()
+            below = 0
+            for place, bound in enumerate(BUCKETS):
+                up_to = bisect_right(batch, bound, below)
+                self._counts[place] += up_to - below
+                below = up_to
+            self._counts[-1] += len(batch) - below
+            self._sum += sum(batch)
+        finally:
+            self._counting.release()
+
+    def read(self) -> tuple[list[int], float]:
+        """Return how many there are for each bucket, and their sum."""
+        self.count()
+        return self._counts[:], self._sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +76,12 @@ class Histogram:
     @classmethod
     def of(cls, tallies: Iterable[Tally], instant: int = 0) -> Histogram:
         """Return the histogram of tallies, with so many more that took no time."""
-        each = [list(tally) for tally in tallies]
-        bits = [sum(column) for column in zip(*each, strict=True)] if each else new_tally()
-        shortest = instant + sum(bits[: SHORTEST + 1])
-        longer = sum(bits[LONGEST + 1 : _BITS])
-        return cls((shortest, *bits[SHORTEST + 1 : LONGEST + 1], longer), bits[-1])
+        counts, seconds = [instant] + [0] * len(BUCKETS), 0.0
+        for tally in tallies:
+            more, seconds_more = tally.read()
+            counts = [a + b for a, b in zip(counts, more, strict=True)]
+            seconds += seconds_more
+        return cls(tuple(counts), seconds)
 
     @property
     def count(self) -> int:

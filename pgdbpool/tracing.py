@@ -149,8 +149,21 @@ def thread_names() -> dict[int | None, str]:
     return {thread.ident: thread.name for thread in threading.enumerate()}
 
 
-def place_of(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
-    """Return who has entered the block and where, as fields of a log record."""
+def told(group: str, endpoint: str, block: Block, seconds: float) -> tuple[str, dict[str, Any]]:
+    """Return what is told of a block that has a connection, in words and as fields of a log record."""
+    names = thread_names()
+    fields = {
+        "group": group,
+        "endpoint": endpoint,
+        "correlation_id": id_of(block),
+        "seconds": seconds,
+        **_place(block, names),
+        "statement": text_of(getattr(block, "statement", None)),
+    }
+    return describe(block, seconds, names), fields
+
+
+def _place(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
     code, line = block.place
     stack = getattr(block, "stack", None)
     return {
@@ -164,7 +177,7 @@ def place_of(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
 
 def describe(block: Block, seconds: float, names: dict[int | None, str]) -> str:
     """Return in words who has a connection, for how long, and what was sent last."""
-    place = place_of(block, names)
+    place = _place(block, names)
     text = f"thread {place['holder']} for {seconds:.1f} s, from {_frame(*block.place)}"
     if (own_id := getattr(block, "own_id", None)) is not None:
         text += f", correlation id {own_id}"

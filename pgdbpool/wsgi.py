@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DeadlineMiddleware",
+    "HealthApp",
     "StatusApp",
     "TenantMiddleware",
     "TenantRefused",

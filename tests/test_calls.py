@@ -1,7 +1,7 @@
 """What a checkout and a checkin cost in function calls: exact, whatever the machine.
 
-Version 2.0 had 17 calls of Python functions and 12 of built-in ones in threaded mode before any of leaks,
-histograms and correlation ids; a block that uses none of them has no more calls in all.
+The bounds are what they were before there was anything to diagnose (leaks, histograms, correlation ids): a
+block that uses none of it pays nothing for it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from support import config
 
 from pgdbpool import Connection, Handler, deadlines, tracing
 
-CALLS = {  # mode: of Python functions, of built-in ones
-    "threaded": (16, 13),
-    "non-threaded": (18, 13),
-}
+CALLS = {"threaded": (17, 29), "non-threaded": (19, 31)}
+"""Of Python functions, and of those and built-in ones together."""
 
 
 def calls(function: Callable[[], None]) -> tuple[int, int]:
@@ -59,9 +57,9 @@ def test_a_block_makes_no_more_calls_than_it_did(mode: str, group: str) -> None:
     for _ in range(3):
         block()
     python, builtin = min(calls(block) for _ in range(5))  # in one of them garbage may be collected
-    most_python, most_builtin = CALLS[mode]
+    most_python, most = CALLS[mode]
     assert python <= most_python
-    assert builtin <= most_builtin
+    assert python + builtin <= most
 
 
 def test_a_statement_makes_no_call_for_what_its_block_does_not_use(mode: str) -> None:

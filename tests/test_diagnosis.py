@@ -25,7 +25,7 @@ from pgdbpool import (
     current_correlation,
     tracing,
 )
-from pgdbpool.stats import BUCKETS, Histogram, count, new_tally
+from pgdbpool.stats import BATCH, BUCKETS, Histogram, Tally
 
 
 @pytest.fixture(params=["threaded", "non-threaded"])
@@ -363,25 +363,45 @@ def test_a_slow_block_is_logged_at_its_end(start: Any, records: Any) -> None:
 
 
 def test_a_histogram_counts_each_duration_in_its_bucket() -> None:
-    tally = new_tally()
+    tally = Tally()
     durations = [0.0, 1e-6, BUCKETS[0] * 0.99, BUCKETS[0] * 1.01, 0.001, 0.3, 1.0, 66.0, 68.0, 1e6]
     for seconds in durations:
-        count(tally, seconds)
+        tally.add(seconds)
     histogram = Histogram.of([tally])
     assert histogram.count == len(durations)
     assert histogram.sum == pytest.approx(sum(durations))
     for at, bound in enumerate(BUCKETS):
-        assert sum(histogram.counts[: at + 1]) == sum(seconds < bound for seconds in durations)
+        assert sum(histogram.counts[: at + 1]) == sum(seconds <= bound for seconds in durations)
     assert histogram.counts[-1] == 2
     assert Histogram.of([tally, tally], 5).count == 2 * len(durations) + 5
 
 
+def test_many_threads_lose_no_duration() -> None:
+    tally = Tally()
+
+    def add() -> None:
+        for _ in range(20 * BATCH):
+            tally.add(0.001)
+            if not len(tally.recent) % 50:
+                tally.read()
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    histogram = Histogram.of([tally])
+    assert histogram.count == 80 * BATCH
+    assert histogram.sum == pytest.approx(0.08 * BATCH)
+    assert len(tally.recent) == 0
+
+
 def test_a_quantile_is_the_end_of_its_bucket() -> None:
     assert Histogram.of([]).quantile(0.5) is None
-    tally = new_tally()
+    tally = Tally()
     for _ in range(99):
-        count(tally, 0.001)
-    count(tally, 10.0)
+        tally.add(0.001)
+    tally.add(10.0)
     histogram = Histogram.of([tally])
     assert histogram.quantile(0.5) == 0.001024
     assert histogram.quantile(1.0) == pytest.approx(16.777216)
@@ -485,8 +505,13 @@ def test_a_promotion_is_counted_as_a_failover(known_cluster: Any, records: Any, 
     nodes = [server(primary, label="one"), server(standby, label="two")]
     Connection.init(config(nodes, mode, write={"target": "primary", "connection_count": 1}))
     try:
-        with Handler("write") as db:
-            assert db.endpoint == "one"
+
+        def known() -> bool:
+            with Handler("write") as db:
+                assert db.endpoint == "one"
+            return Connection.status().endpoints["two"].role == "standby"
+
+        wait_for(known)
         primary.stop()
         standby.promote()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -175,6 +176,24 @@ def test_literals_of_a_composed_statement_are_no_part_of_its_text() -> None:
     assert tracing.text_of(b"SELECT\n  1") == "SELECT 1"
     assert len(tracing.text_of("x" * 100_000) or "") < 1100
     assert tracing.text_of(None) is None
+
+
+def test_a_forked_child_watches_its_own_blocks(start: Any, mode: str, records: Any) -> None:
+    start(leak_after=0.05)
+    with Handler("auto") as db:
+        db.query("SELECT 1")
+    before = len(records("block.leaked"))
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with Handler("auto") as db:
+                db.query("SELECT 2")
+                seen(mode, lambda: len(records("block.leaked")) > before)
+            code = records("block.leaked")[-1].statement != "SELECT 2"
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 # max_hold.

@@ -50,7 +50,9 @@ def test_each_record_is_given_the_fields_that_its_event_declares() -> None:
                 continue
             given[event.name] = line
             names = {keyword.arg for keyword in call.keywords}
-            if None not in names:  # Group._told's, which are seen in test_leaks.py and test_diagnosis.py
+            if (
+                None not in names
+            ):  # those of `tracing.told`, which are seen in test_leaks.py and test_diagnosis.py
                 assert names == set(event.fields), f"{path.name}:{line}"
     assert set(given) == set(EVENTS), "declared and never logged"
 
