@@ -277,7 +277,7 @@ class Group:
         conn.block = None
         try:
             if (block := self._lent.pop(conn, None)) is None:
-                if conn.cut:
+                if conn.taken_away:
                     conn.close()
                 return  # of a parent process, or back already
             block.conn = None
@@ -851,7 +851,7 @@ class Group:
                 self._drop(conn, "interrupted")
             return False
         # Whoever took it out of `_lent` has it: the block's own end finds nothing to give back.
-        conn.cut = True
+        conn.taken_away = True
         seconds = monotonic() - block.since
         self.overdue += 1
         self._discarded["max_hold"] += 1

@@ -274,8 +274,8 @@ class Handler(Queries):
             return
         if conn is None or conn.closed:
             return
-        if conn.pgconn.transaction_status == _ACTIVE:
-            conn.close()  # interrupted in a statement: where it stands is unknown
+        if conn.pgconn.transaction_status == _ACTIVE or conn.lock.locked():
+            conn.cut()  # interrupted in a statement, or in a loop: where it stands is unknown
             if not failed:
                 raise TransactionAbortedError("the block ends with a statement under way: connection closed")
         elif failed:

@@ -110,7 +110,7 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether that was done in the open transaction."""
     own_name: str = ""
     """The session's application_name."""
-    cut: bool = False
+    taken_away: bool = False
     """Whether it was taken from its block, which finds it lost; see `max_hold`."""
     ending: bool = False
     """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
@@ -318,13 +318,13 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def own_error(self, error: psycopg.Error, status: int = IDLE) -> errors.DBQueryError:
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
-        if errors.ends_session(error) or self.cut:
+        if errors.ends_session(error) or self.taken_away:
             self.close()
         self._note_loss(error, status)
         kind: type[errors.DBQueryError] = errors.ConnectionLostError if self.closed else errors.DBQueryError
         if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
             kind = errors.ReadOnlyServerError
-        if self.cut:
+        if self.taken_away:
             kind = errors.HoldExceededError
         own = errors.as_query_error(error, kind)
         if self.block is not None and own.correlation_id is None:
@@ -419,6 +419,12 @@ class PooledConnection(psycopg.Connection[Any]):
     def _check_held(self) -> None:
         if self.holder == get_ident():
             raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
+
+    def cut(self) -> None:
+        """Close the connection, whatever loop is open over it and holds psycopg's lock for good."""
+        self.close()
+        if self.lock.locked():
+            self.lock, self.holder = Lock(), 0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -640,8 +646,8 @@ class PooledConnection(psycopg.Connection[Any]):
     def undo(self) -> None:
         """Roll back after an error, which is the one to see; where that fails, close."""
         try:
-            if self.pgconn.transaction_status == ACTIVE:
-                self.close()
+            if self.pgconn.transaction_status == ACTIVE or self.lock.locked():
+                self.cut()
             elif not self.closed:
                 self.rollback()
         except psycopg.Error:
@@ -659,7 +665,7 @@ class PooledConnection(psycopg.Connection[Any]):
             self._check_held()
         self.bound = False
         block, status = self.block, self.pgconn.transaction_status
-        if self.cut and status != IDLE:
+        if self.taken_away and status != IDLE:
             raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
         if status == _INERROR:
             self.rollback()
@@ -729,6 +735,10 @@ class PooledConnection(psycopg.Connection[Any]):
                     yield transaction
                 finally:
                     self.ending = True
+                    if self.holder == get_ident():
+                        # An exception has left a loop, and keeps its generator alive.
+                        self.cut()
+                        self._note_loss(psycopg.OperationalError(_BUSY), ACTIVE)
                 if deadlines.in_use:
                     deadlines.check()  # it is rolled back then
                 if self.closed or (outermost and self.pgconn.transaction_status == _INERROR):

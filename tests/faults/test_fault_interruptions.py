@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import psycopg
@@ -181,6 +181,24 @@ def test_an_error_in_a_loop_over_what_the_server_sends_ends_the_block(
                 db.commit()
             raise Interruption
     exact(group)
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_an_error_in_a_loop_ends_the_transaction_around_it(pools: None, group: str) -> None:
+    def fail(db: Handler) -> None:
+        rows = db.connection.cursor().stream("SELECT generate_series(1, 3)")  # in the frame of the exception
+        for _ in rows:
+            raise Interruption
+
+    for around in (True, False):
+        with Handler(group) as db:
+            with pytest.raises(Interruption), db.transaction() if around else nullcontext():
+                with db.transaction():
+                    db.query("INSERT INTO t VALUES (1)")
+                    fail(db)
+            db.rollback()
+            assert db.query("SELECT count(*) FROM t").fetchone() == (0,)
+        exact(group)
 
 
 def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(
