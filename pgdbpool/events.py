@@ -110,6 +110,9 @@ GROUP_UNSAFE_ROLE = Event(
     "The role that logs in bypasses row-level security, and the tenants' `verify` is ``warn``.",
     "group", "reason",
 )  # fmt: skip
+PROCESS_UNPUBLISHED = Event(
+    "process.unpublished", WARNING, "The `runtime_dir` cannot be used; it is tried again.", "reason"
+)
 CONNECTION_OPENED = Event(
     "connection.opened", DEBUG, "A connection was opened.", "group", "endpoint", "seconds"
 )

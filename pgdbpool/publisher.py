@@ -6,7 +6,6 @@ checkin publishes, each at most once a second.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from . import events
 from .runtime import PublishedFile, RuntimeDir, RuntimeDirError
 from .stats import Status
 from .tracing import without_values
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from .endpoint import Endpoint
     from .group import Group
     from .session import PooledConnection
-
-logger = logging.getLogger("pgdbpool")
 
 EVERY = 1.0
 """Seconds between two snapshots."""
@@ -154,7 +152,9 @@ class Publisher:
             self._due = monotonic() + RETRY_AFTER
             if not self._warned:
                 self._warned = True
-                logger.warning("the status of this process is not published: %s", error)
+                events.PROCESS_UNPUBLISHED(
+                    "the status of this process is not published: %s", error, reason=str(error)
+                )
 
     def _lose(self) -> None:
         if self._file is not None:

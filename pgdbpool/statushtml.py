@@ -185,6 +185,7 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     name, busy, waiting = escape(group["name"]), group["in_use"], group["waiting"]
     counts = group["wait"]["counts"]
     waits = " · ".join(_duration(quantile(counts, view["buckets"], share)) for share in SHARES)
+    waits = waits.replace(" ", "\N{NO-BREAK SPACE}")
     percentiles = " · ".join(f"p{share * 100:.0f}" for share in SHARES)
     discarded = ", ".join(f"{number} {escape(why)}" for why, number in sorted(group["discarded"].items()))
     facts = [
