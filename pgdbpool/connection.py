@@ -66,14 +66,9 @@ class _Pools:
         if config.runtime_dir is not None:
             from .publisher import Publisher  # nothing but this needs it
 
-            self.publisher = Publisher(
-                config.runtime_dir, self.status, self.groups, self.endpoints, threaded=not lock_free
-            )
-            for used in self.groups.values():
-                if lock_free:
-                    used.checkin = self.publisher.after(used)  # type: ignore[method-assign,assignment]
-                else:
-                    used.on_first_use = self._begin_publishing
+            self.publisher = Publisher(config.runtime_dir, self, threaded=not lock_free)
+            for group in self.groups.values():
+                self._publish(group)
         self.monitor = Monitor(
             Observer(self.groups.values()),
             Holds(self.groups.values()),
@@ -91,6 +86,15 @@ class _Pools:
 
     def _step(self) -> None:
         self.monitor.step()
+
+    def _publish(self, group: Group) -> None:
+        """Have the group's use publish the status: a checkin in lock-free mode, else the first block."""
+        if self.publisher is None:
+            return
+        if self.config.type == "non-threaded":
+            group.checkin = self.publisher.after(group)  # type: ignore[method-assign,assignment]
+        else:
+            group.on_first_use = self._begin_publishing
 
     def _begin_publishing(self) -> None:
         if self.publisher is not None and not self.publisher.needed:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import events
 from .runtime import PublishedFile, RuntimeDir, RuntimeDirError
@@ -47,6 +47,21 @@ COUNTERS = (
 """What of a group's status only grows: processes that are gone still count there."""
 
 
+class Told(Protocol):
+    """The pools of a process, whose groups and endpoints may be others after a while."""
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """Those that there are now."""
+
+    @property
+    def endpoints(self) -> Mapping[str, Endpoint]:
+        """Those that there are now."""
+
+    def status(self) -> Status:
+        """Return a snapshot."""
+
+
 class Publisher:
     """Publishes the status of the pools, and applies commands to their endpoints.
 
@@ -54,19 +69,9 @@ class Publisher:
     lock-free mode it does nothing.
     """
 
-    def __init__(
-        self,
-        path: str,
-        status: Callable[[], Status],
-        groups: Mapping[str, Group],
-        endpoints: Mapping[str, Endpoint],
-        *,
-        threaded: bool,
-    ) -> None:
+    def __init__(self, path: str, pools: Told, *, threaded: bool) -> None:
         self._path = path
-        self._status = status
-        self._groups = groups
-        self._endpoints = endpoints
+        self._pools = pools
         self._threaded = threaded
         self._lock: AbstractContextManager[Any] = threading.RLock() if threaded else nullcontext()
         self._room: RuntimeDir | None = None
@@ -165,12 +170,14 @@ class Publisher:
 
     def _snapshot(self) -> dict[str, Any]:
         now = time.time()
-        status = self._status()
+        status = self._pools.status()
         self._note_events(status, now)
         self._history.add(status, now)
         told, counts = split(status.to_dict())
-        for name, group in told["groups"].items():
-            group["holders"] = [without_values(text) for text in self._groups[name].long_holders()]
+        for name, group in self._pools.groups.items():
+            if name in told["groups"]:
+                holders = group.long_holders()
+                told["groups"][name]["holders"] = [without_values(text) for text in holders]
         return {
             "time": now,
             "started": self._started,
@@ -216,7 +223,7 @@ class Publisher:
             return  # the next snapshot tells
         applied = self._applied
         for label, command in commands.items():
-            endpoint = self._endpoints.get(label)
+            endpoint = self._pools.endpoints.get(label)
             if endpoint is None or command["n"] <= applied:
                 continue
             if command["drain"]:
