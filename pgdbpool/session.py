@@ -623,7 +623,8 @@ class PooledConnection(psycopg.Connection[Any]):
         if self._pipeline:
             yield
             return
-        wrap = bool(block.settings) and not block.manual and self.pgconn.transaction_status == IDLE
+        autocommit = not block.manual and self.pgconn.transaction_status == IDLE
+        wrap = bool(block.settings) and autocommit
         commands = block.preamble(self)
         if wrap:
             cleaning = self.cleaning if self.stale else NOTHING
@@ -640,6 +641,8 @@ class PooledConnection(psycopg.Connection[Any]):
             try:
                 yield
             except Exception as error:
+                if autocommit and self.closed and isinstance(error, errors.ConnectionLostError):
+                    error.maybe_executed = True
                 if self.block is block:
                     block.failure = errors.without_frames(
                         error
