@@ -114,8 +114,10 @@ class BlockCursor(psycopg.Cursor[Any]):
         conn = self._conn
         if deadlines.in_use:
             deadlines.check()
+        if what.ends or conn.pgconn.transaction_status == IDLE:
+            conn.limited = conn.annotated = False
         if (
-            what.number > 1 or conn._pipeline or what.alone or what.controls
+            what.number > 1 or conn._pipeline or what.alone or what.controls or what.sets
             or (what.utility and autocommit and not self.block.settings)
         ):  # fmt: skip
             return preamble
@@ -393,11 +395,22 @@ class CommittingCursor(BlockCursor):
         with self._committing():
             super().executemany(query, params_seq, returning=returning)
 
+    def _ride(
+        self,
+        preamble: Sequence[Command],
+        query: Any,
+        params: Any,
+        prepare: bool | None,
+        binary: bool | None,
+        many: tuple[Sequence[Any], bool] | None = None,
+    ) -> None:
+        with self._conn.waiting_for(2):  # for the COMMIT as well
+            super()._ride(preamble, query, params, prepare, binary, many)
+
     @contextmanager
     def _committing(self) -> Iterator[None]:
         try:
-            with self._conn.waiting_for(2):  # for the COMMIT as well
-                yield
+            yield
         except errors.NotCleanError:
             raise  # all that followed was skipped
         except errors.ConnectionLostError as error:

@@ -92,6 +92,8 @@ class Shape(NamedTuple):
     """It may leave something behind that no statement removes."""
     timeout: bool
     """It may change how long a statement may take."""
+    sets: bool
+    """It is a SET: that takes no time, and SET TRANSACTION comes before any query of its transaction."""
 
 
 @lru_cache(maxsize=2048)
@@ -122,12 +124,13 @@ def _analyse(text: str) -> Shape:
         taints=touches and _TAINTS.search(text) is not None,
         # SET LOCAL too, which leaves nothing behind.
         timeout=(touches or "SET" in words) and _TIMEOUT.search(text) is not None,
+        sets=words == ["SET"],
     )
 
 
 UNKNOWN = Shape(
     number=1, alone=False, utility=False, ends=False, commits=False, controls=False,
-    touches=True, prepares=False, taints=False, timeout=False,
+    touches=True, prepares=False, taints=False, timeout=False, sets=False,
 )  # fmt: skip
 """Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
 
