@@ -60,7 +60,7 @@ EXPIRED = float("-inf")
 
 LASTING = (
     "target", "row_factory", "prepare_threshold", "sqlprepare", "query_timeout", "connection_class",
-    "configure", "tenant", "slow_query", "annotate",
+    "configure", "tenant", "slow_query", "annotate", "reset",
 )  # fmt: skip
 """Keys that a connection has from when it was opened: where one changes, it is replaced."""
 
@@ -99,8 +99,8 @@ class Group:
     """One pool of connections over the group's endpoints.
 
     `_lock` is held from looking at where the connections are to placing one more, so that two
-    requests do not choose the same endpoint; never while anything waits. In lock-free mode it does
-    nothing.
+    requests do not choose the same endpoint; never while anything waits. It is re-entrant, since a signal
+    handler or a finalizer may use the group. In lock-free mode it does nothing.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Group:
         self._lock_free = lock_free
         self._probe: Callable[[], None] | None = self._first_use
         self._later_probe = probe
-        self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.Lock()
+        self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
         self._lent: dict[PooledConnection, Block] = {}
         self.on_drop = self._dropped
         self._discarded: Counter[str] = Counter()
@@ -566,6 +566,7 @@ class Group:
             endpoint.role is not None
             and suits(self.config.target, endpoint.role, endpoint.read_only)
             and endpoint not in self._barred
+            and endpoint.state is not State.DRAINING  # as of meanwhile
         ):
             return conn
         conn.close()
@@ -728,6 +729,8 @@ class Group:
 
     def give_back(self, conn: PooledConnection, failure: str | None = None) -> None:
         """Put a connection back that was borrowed; one that failed is closed and replaced."""
+        if failure is None and conn.endpoint.state is State.DRAINING:
+            failure = conn.endpoint.state.value  # meanwhile, when it was not among the idle ones
         if failure is None and conn.pgconn.transaction_status == IDLE:
             self._pool.give(conn)
         else:
@@ -972,7 +975,6 @@ class Group:
         self._discarded["max_hold"] += 1
         conn.uses.add(seconds)
         text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
-        events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
         conn.sever(deadline)
         if conn.block is None:
             conn.close()
@@ -980,6 +982,8 @@ class Group:
         if slot is not None:
             self._pool.free(slot)
         self._pool.refill()
+        # Last, since a log may be kept in a database.
+        events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
         return True
 
     # Evidence for errors.
