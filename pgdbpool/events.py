@@ -121,6 +121,10 @@ GROUP_UNSAFE_ROLE = Event(
     "The role that logs in bypasses row-level security, and the tenants' `verify` is ``warn``.",
     "group", "reason",
 )  # fmt: skip
+BACKGROUND_FAILED = Event(
+    "background.failed", WARNING,
+    "Something went wrong in what is done in the background; it is tried again after a second.", "reason",
+)  # fmt: skip
 HOOK_FAILED = Event("hook.failed", WARNING, "A hook raised an error.", "group", "hook")
 HOOK_FAILED_AGAIN = Event("hook.failed_again", DEBUG, "It raised the same error again.", "group", "hook")
 PROCESS_UNPUBLISHED = Event(

@@ -9,16 +9,26 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from . import events
 from .endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
+from .errors import one_line
 from .holds import Holds
 from .observer import Observer
 from .probe import StartupProbe
 
 if TYPE_CHECKING:
     from .publisher import Publisher
+
+RETRY_AFTER = 1.0
+"""Seconds after which a part that failed is stepped again."""
+
+
+class _Part(Protocol):
+    def step(self) -> float: ...
 
 
 class Prober:
@@ -62,7 +72,8 @@ class Prober:
                 self._forget(endpoint)
                 endpoint.mark_up()
             else:
-                endpoint.state = State.DOWN
+                if endpoint.state is State.PROBING:  # and was not drained meanwhile
+                    endpoint.state = State.DOWN
                 endpoint.note_error(probe.reason)
                 self._due[endpoint] = self._next()
         if self._flying:
@@ -96,9 +107,13 @@ class Monitor:
         self.publisher = publisher
         self._lock = threading.RLock() if threaded else None  # a signal handler may come back to it
         self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
-        self._news = threading.Event()
+        self._closed = False
+        self._news = threading.Lock()
+        """Held until there is some: an Event could be left locked where a signal handler interrupts it."""
+        self._news.acquire()
         self._due_at = 0.0
+        self._failed = ""
+        """How a step failed last: the same again is no news."""
 
     def step(self) -> float:
         """Do what is due now, without waiting; return the seconds until there may be more to do."""
@@ -109,21 +124,40 @@ class Monitor:
         if self._next is not None:
             self.observer.close()
             self.observer, self._next = self._next, None
-        pause = min(self.prober.step(), self.observer.step(), self.holds.step())
+        pause = min(self._try(self.prober), self._try(self.observer), self._try(self.holds))
         if self.publisher is not None:
-            pause = min(pause, self.publisher.step())
+            pause = min(pause, self._try(self.publisher))
         if self._due_at == soon:  # nobody woke it meanwhile
             self._due_at = now + pause
         return pause
+
+    def _try(self, part: _Part) -> float:
+        """Step one part; what goes wrong in it (no file descriptor is left ...) ends none of them."""
+        try:
+            return part.step()
+        except Exception as error:  # noqa: BLE001 - nobody else is there to see it
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            if reason != self._failed:
+                self._failed = reason
+                events.BACKGROUND_FAILED(
+                    "what is done in the background failed, and is tried again: %s", reason,
+                    exc_info=error, reason=reason,
+                )  # fmt: skip
+            return RETRY_AFTER
+
+    def _tell(self) -> None:
+        """Wake the thread, where it waits."""
+        with suppress(RuntimeError):  # told already
+            self._news.release()
 
     def wake(self) -> None:
         """There may be something due sooner; in threaded mode, see to it that the thread runs."""
         self._due_at = 0.0
         if self._lock is None:
             return
-        self._news.set()
+        self._tell()
         with self._lock:
-            if self._thread is None and not self._closed.is_set():
+            if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="pgdbpool-monitor", daemon=True)
                 self._thread.start()
 
@@ -135,8 +169,8 @@ class Monitor:
 
     def close(self) -> None:
         """Stop; connections of its own are closed."""
-        self._closed.set()
-        self._news.set()
+        self._closed = True
+        self._tell()
         thread = self._thread
         if thread is None:
             self._end()
@@ -152,10 +186,8 @@ class Monitor:
 
     def _run(self) -> None:
         assert self._lock is not None
-        while not self._closed.is_set():
-            pause = self.step()
-            self._news.wait(pause)
-            self._news.clear()
+        while not self._closed:
+            self._news.acquire(timeout=max(self.step(), 0.0))
             with self._lock:
                 needed = self.prober.needed or self.observer.needed or self.holds.needed
                 publishing = self.publisher is not None and self.publisher.needed

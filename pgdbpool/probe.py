@@ -70,9 +70,9 @@ class StartupProbe:
         """Begin to connect to the next address."""
         family, address = self._addresses.pop(0)
         self._sent, self._reply = False, b""
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._socket.setblocking(False)
         try:
+            self._socket = socket.socket(family, socket.SOCK_STREAM)
+            self._socket.setblocking(False)
             self._socket.connect(address)
         except BlockingIOError:
             pass  # under way
