@@ -23,7 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from threading import Lock, get_ident
+from threading import Lock, RLock, get_ident
 from time import monotonic
 from typing import Any, Protocol, cast
 
@@ -434,6 +434,12 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             self._min_size, self._max_size, self._slots.limit = min_size, max_size, max_size
             self._shrinks, self.max_idle = max_idle > 0, max_idle or LOOK_AFTER
             self.max_waiting, self._reserved = max_waiting, reserved
+            while self._pool and self.waiting:  # for one that is no longer reserved
+                conn = self._pool.popleft()
+                if not self._serve(conn):
+                    self._pool.appendleft(conn)
+                    break
+                self._nconns_min = min(self._nconns_min, len(self._pool))
         for _ in range(self.waiting):
             self._slot_freed()
 
@@ -450,7 +456,9 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             self._opened = True  # `take` then finds it closed
 
     def abandon(self) -> None:
-        # Its lock may be held by a thread that the child does not have, so nothing of it may run.
+        # Its lock may be held by a thread that the child does not have. Nothing of the pool runs there but
+        # what is called when a connection of a block is collected, with its slot.
+        self._lock = RLock()
         self._closed = True
 
     def __del__(self) -> None:
