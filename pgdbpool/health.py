@@ -34,7 +34,8 @@ class _Visit:
         self._lent = self._borrow()
         self.pooled = self._lent is not None
         pgconn = self._lent[1].pgconn if self._lent else None
-        self.look = Look(lambda: endpoint.conninfo(endpoint.groups[0].config), pgconn)
+        config = endpoint.groups[0].config
+        self.look = Look(lambda: endpoint.conninfo(config), pgconn)
 
     def _borrow(self) -> tuple[Group, PooledConnection] | None:
         for group in self.endpoint.groups:
@@ -175,7 +176,8 @@ def _group(group: Group, visits: Mapping[str, _Visit]) -> dict[str, Any]:
     """Return a group's part of the report."""
     serving: list[str] = []
     reasons: dict[str, str] = {}
-    for endpoint in group.endpoints:
+    asked = [e for e in group.endpoints if e.label in visits]  # not one that was added meanwhile
+    for endpoint in asked:
         visit = visits[endpoint.label]
         reason = group.refusal(endpoint, visit.role) if visit.serves else visit.failure
         if reason is None:
@@ -183,7 +185,7 @@ def _group(group: Group, visits: Mapping[str, _Visit]) -> dict[str, Any]:
         else:
             reasons[endpoint.label] = reason
     pool = group.status()
-    lost = any(visits[e.label].failure or group.refusal(e, None) for e in group.endpoints)
+    lost = any(visits[e.label].failure or group.refusal(e, None) for e in asked)
     available = pool.max_size - pool.in_use
     full = available <= 0 and pool.waiting > 0
     return {
