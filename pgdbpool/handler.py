@@ -210,7 +210,7 @@ class Handler(Queries):
             with conn.transaction(savepoint_name, force_rollback) as transaction:
                 yield transaction
         finally:
-            if not self._group.manual and self._block is not None:
+            if self._block is not None and not self._block.manual:
                 self._block.lost = False  # it is over, and whoever waits for it was told
 
     # The connection.
