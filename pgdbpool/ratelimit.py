@@ -41,8 +41,9 @@ class RateLimiter:
     somebody in the queue is kept for it beyond `burst`: a thread that wakes late loses nothing,
     and over time the rate is exact.
 
-    `_lock` guards the queue and the level; it is never held while anything waits. In lock-free mode
-    it does nothing, and the queue holds one at most.
+    `_lock` guards the queue and the level; it is never held while anything waits. It is re-entrant, since a
+    signal handler or a finalizer may begin a block. In lock-free mode it does nothing, and the queue holds
+    one at most.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class RateLimiter:
         self._group = group
         self._clock = clock
         self._wait = wait
-        self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.Lock()
+        self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
         self._queue: list[_Turn] = []
         self._level = (float(config.burst), clock())
         """Tokens, and when there were so many: one attribute, so that both change at once."""
