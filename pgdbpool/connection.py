@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import psycopg
 
-from . import events, greenlets, rows
+from . import events, greenlets, rows, tracing
 from .changes import Changes
 from .config import Config, EndpointConfig, GroupConfig
 from .deadlines import deadline
@@ -522,6 +522,7 @@ class Connection(OneShots, Changes):
         # The parent's connections, locks and threads are not ours: nothing of them may be closed,
         # written to or waited for. The same configuration starts anew, opened on first use.
         cls._lock = threading.RLock()
+        tracing.forked()
         if cls._handlers is not None:
             cls._handlers.forked()
         for old in list(cls._all):  # also those replaced or closed, which blocks may still use

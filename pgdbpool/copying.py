@@ -10,6 +10,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypedDict
 
 from psycopg import ClientCursor, Copy, sql
 
+from .tracing import Filled
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -152,7 +154,7 @@ class Copying:
         :raises ValueError: an option that COPY does not have.
         """
         if params:
-            query: sql.Composable = sql.SQL(ClientCursor(self._live()).mogrify(statement, params))
+            query: sql.Composable = Filled(ClientCursor(self._live()).mogrify(statement, params), statement)
         elif isinstance(statement, sql.Composable):
             query = statement
         else:

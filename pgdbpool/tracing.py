@@ -79,6 +79,12 @@ def use() -> None:
     in_use = True
 
 
+def forked() -> None:
+    """In a child, forget a lock that a thread of its parent may have held."""
+    global _making
+    _making = threading.RLock()
+
+
 def begin(block: Block, given: str | None, frame: FrameType | None) -> None:
     """Note of a block that begins its id, and with a frame the stack that leads to it."""
     found = _current.get() if given is None else given
@@ -134,12 +140,22 @@ def text_of(statement: Any) -> str | None:
     return text if len(text) <= LONGEST_STATEMENT else text[:LONGEST_STATEMENT] + " ..."
 
 
+class Filled(sql.SQL):
+    """A statement with its parameters written into it, of which only the statement is told."""
+
+    def __init__(self, text: Any, statement: Any) -> None:
+        super().__init__(text)
+        self.statement = statement
+
+
 def _parts(composable: sql.Composable) -> Iterator[str]:
     if isinstance(composable, sql.Composed):
         for part in composable:
             yield from _parts(part)
     elif isinstance(composable, sql.Literal):
         yield "..."
+    elif isinstance(composable, Filled):
+        yield text_of(composable.statement) or ""
     else:
         yield composable.as_string()
 
