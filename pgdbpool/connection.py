@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 CUT_WITHIN = 0.5
 """Seconds that cancelling what runs may take, where connections are closed under their blocks."""
 
+REFUSE_WITHIN = 1.0
+"""Seconds that a change of the configuration has to be over, before new blocks are refused in its middle."""
+
 _ROW_FACTORIES: dict[Any, Any] = {
     "row": rows.row,
     "tuple": psycopg.rows.tuple_row,
@@ -376,8 +379,13 @@ class Connection(OneShots, Changes):
     @classmethod
     def _refuse(cls) -> _Pools | None:
         cls._notice_fork()
-        with cls._lock:
+        # With a bound: in a signal handler, whoever has the lock may wait for what was interrupted here.
+        alone = cls._lock.acquire(timeout=REFUSE_WITHIN)
+        try:
             pools, cls._pools, cls._closed = cls._pools, None, True
+        finally:
+            if alone:
+                cls._lock.release()
         return pools
 
     @classmethod

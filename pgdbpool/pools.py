@@ -22,6 +22,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Lock, RLock, get_ident
 from time import monotonic
@@ -118,6 +119,19 @@ class Pool(Protocol):
 
     def abandon(self) -> None:
         """Forget everything without touching it: the process was forked."""
+
+
+def _remove(
+    idle: deque[PooledConnection], unwanted: Callable[[PooledConnection], bool]
+) -> list[PooledConnection]:
+    """Take connections out, also where a signal handler does so meanwhile, in the same thread."""
+    removed = []
+    for conn in list(idle):
+        if unwanted(conn):
+            with suppress(ValueError):  # gone already
+                idle.remove(conn)
+                removed.append(conn)
+    return removed
 
 
 class _Slots:
@@ -303,10 +317,14 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 raise NoConnection(NoConnection.CLOSED)
             if high or not self._reserved or self._free() > self._reserved:
                 if self._pool:
+                    try:
+                        conn = self._pool.popleft()
+                    except IndexError:  # a signal handler has taken the last one out
+                        return self.take(timeout, high)
                     self.taken += 1
-                    if len(self._pool) <= self._nconns_min:  # what psycopg_pool shrinks by
-                        self._nconns_min = len(self._pool) - 1
-                    return self._pool.popleft()
+                    if len(self._pool) < self._nconns_min:  # what psycopg_pool shrinks by
+                        self._nconns_min = len(self._pool)
+                    return conn
                 if slot := self._slots.new():
                     self.taken += 1
                     return slot
@@ -422,10 +440,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         with self._lock:
-            removed = [conn for conn in self._pool if unwanted(conn)]
-            for conn in removed:
-                self._pool.remove(conn)
-        return removed
+            return _remove(self._pool, unwanted)
 
     def adjust(
         self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
@@ -515,10 +530,14 @@ class LockFreePool:
         if self._reserved and not high and self._free() <= self._reserved:
             raise NoConnection(NoConnection.EXHAUSTED)
         if self._idle:
+            try:
+                conn = self._idle.popleft()
+            except IndexError:  # a signal handler has taken the last one out
+                return self.take(timeout, high)
             self.taken += 1
-            if len(self._idle) <= self._least_idle:
-                self._least_idle = len(self._idle) - 1
-            return self._idle.popleft()
+            if len(self._idle) < self._least_idle:
+                self._least_idle = len(self._idle)
+            return conn
         if slot := self._slots.new():
             self.taken += 1
             return slot
@@ -556,10 +575,7 @@ class LockFreePool:
         self.missing = not self._closed and self.size < self._min_size
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
-        removed = [conn for conn in self._idle if unwanted(conn)]
-        for conn in removed:
-            self._idle.remove(conn)
-        return removed
+        return _remove(self._idle, unwanted)
 
     def adjust(
         self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int

@@ -365,6 +365,51 @@ def test_without_a_file_descriptor_left_the_error_is_one_of_the_pool(mode: str) 
     in_child(child)
 
 
+@pytest.mark.parametrize("inside", ["take", "_remove"])
+def test_a_signal_handler_may_replace_the_connections(known_cluster: Cluster, mode: str, inside: str) -> None:
+    Connection.init(config([known_cluster.primary], mode, g={"connection_count": 3}))
+    names = {"take": "popleft", "_remove": "remove"}
+
+    def interrupt(frame: Any, event: str, arg: Any) -> None:
+        if event == "c_call" and frame.f_code.co_name == inside and arg.__name__ == names[inside]:
+            sys.setprofile(None)
+            Connection.expire("g")
+
+    def work() -> Any:
+        with Handler("g"):
+            pass
+        sys.setprofile(interrupt)
+        try:
+            if inside == "_remove":
+                Connection.expire("g")
+            return Connection.fetchval("g", "SELECT 1")
+        finally:
+            sys.setprofile(None)
+
+    assert in_time(work) == 1
+    assert Connection.group("g").status().size <= 3
+
+
+def test_a_signal_refuses_blocks_though_a_change_holds_the_pools(known_cluster: Cluster) -> None:
+    Connection.init(config([known_cluster.primary], g={"connection_count": 1}))
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with Connection._lock:
+            held.set()
+            release.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(10)
+    try:
+        in_time(Connection.terminate)
+        assert Connection.is_closing()
+    finally:
+        release.set()
+        thread.join()
+
+
 def test_a_rate_limit_may_be_asked_again_by_what_interrupts_it() -> None:
     limiter: RateLimiter | None = None
     again = iter([True])
