@@ -255,7 +255,7 @@ class Endpoint:
         elif conn.asked_role is not None:
             role = Role(conn.asked_role)
         else:
-            with psycopg.Cursor(conn, row_factory=rows.tuple_row) as cursor:
+            with conn.unbound(), psycopg.Cursor(conn, row_factory=rows.tuple_row) as cursor:
                 (in_recovery,) = cursor.execute("SELECT pg_is_in_recovery()").fetchone() or (False,)
             role = Role.STANDBY if in_recovery else Role.PRIMARY
             conn.asked_role = role.value

@@ -412,6 +412,15 @@ class PooledConnection(psycopg.Connection[Any]):
                 raise psycopg.NotSupportedError(_FOREIGN)
         return super()._start_query()
 
+    @contextmanager
+    def unbound(self) -> Iterator[None]:
+        """Let statements through that are the pool's own, not a block's."""
+        self.riding = True
+        try:
+            yield
+        finally:
+            self.riding = False
+
     def check_free(self) -> None:
         """Refuse what would wait for ever on psycopg's lock, which this thread holds itself.
 

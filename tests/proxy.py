@@ -128,6 +128,8 @@ class Proxy:
     `cut_before(text)` resets the next connection on which the client sends the text, and the server never
     gets it; `cut_after(text)` passes it on, and resets the connection when the server has answered, so that
     what was asked is done and the client does not know. `cuts` counts both.
+
+    `rename(old, new)` writes another name of the same length wherever the server sends the one.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -136,6 +138,7 @@ class Proxy:
         self.connections = self.round_trips = self.syncs = self.bytes_up = self.bytes_down = 0
         self.cuts = 0
         self._cut: tuple[bytes, bool] | None = None
+        self._renamed = b"\0", b"\0"
         self._links: set[Link] = set()
         self._stalled = False
         self._closing = False
@@ -212,6 +215,11 @@ class Proxy:
     def cut_after(self, text: bytes) -> None:
         """Reset the next connection that sends the text, in place of the server's answer to it."""
         self._cut = text, True
+
+    def rename(self, old: bytes, new: bytes) -> None:
+        """Write another name of the same length wherever the server sends the one."""
+        assert len(old) == len(new)
+        self._renamed = old, new
 
     # From here on in the proxy's own thread, but for _call and what __init__ does before that starts
 
@@ -316,6 +324,7 @@ class Proxy:
             link.frontend.answered(data)
             self.round_trips += link.asked and bool(data)
             link.asked = link.asked and not data
+            data = data.replace(*self._renamed)
         flow.put(data, time.monotonic() + self.delay)
 
     def _cuts(self, link: Link, flow: Flow, data: bytes) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from support import config, server, wait_for
+from support import config, pid_of, server, wait_for
 
 from pgdbpool import (
     Connection,
@@ -257,6 +257,28 @@ def test_what_was_left_in_a_session_is_gone_when_a_reload_asks_for_clean_ones(
     Connection.reload(made)
     with Handler("g") as db:
         assert not db.fetchval("SELECT current_setting('app.kept', true)")
+
+
+# A server of before PostgreSQL 14, which does not report whether it is a standby.
+
+
+@pytest.mark.parametrize("target", ["primary", "read-write"])
+def test_a_server_that_reports_no_role_is_asked_again_after_it_refused_a_write(
+    known_cluster: Cluster, mode: str, proxy_to: Any, target: str
+) -> None:
+    proxy = proxy_to(known_cluster.primary)
+    proxy.rename(b"in_hot_standby", b"no_hot_standby")
+    node = server(known_cluster.primary, port=proxy.port)
+    Connection.init(config([node], mode, g={"connection_count": 1, "target": target}))
+    with Handler("g") as db:
+        pid = pid_of(db)
+        db.query("BEGIN READ ONLY")
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            db.query("CREATE TABLE refused (n int)")
+        db.query("ROLLBACK")
+    with Handler("g") as db:
+        assert pid_of(db) == pid
+        assert db.connection.asked_role == "primary"
 
 
 # The background.
