@@ -380,7 +380,9 @@ class Connection(OneShots, Changes):
     def _refuse(cls) -> _Pools | None:
         cls._notice_fork()
         # With a bound: in a signal handler, whoever has the lock may wait for what was interrupted here.
-        alone = cls._lock.acquire(timeout=REFUSE_WITHIN)
+        alone = cls._lock.acquire(blocking=False) or (
+            not greenlets.in_hub() and cls._lock.acquire(timeout=REFUSE_WITHIN)
+        )
         try:
             pools, cls._pools, cls._closed = cls._pools, None, True
         finally:

@@ -246,9 +246,10 @@ class Group:
         :raises RateLimitExceeded: that would take too long.
         :raises DeadlineExceeded: the current deadline has passed already.
         """
-        assert self.limiter is not None
+        if (limiter := self.limiter) is None:
+            return  # since a moment ago
         try:
-            self.limiter.acquire()
+            limiter.acquire()
         except Error as error:
             tracing.mark(error, block)
             raise
@@ -909,7 +910,7 @@ class Group:
             waits=waits,
             retries=self.retries,
             failovers=sum(endpoint.failovers for endpoint in self.endpoints),
-            rate_limited=self.limiter.refused if self.limiter else 0,
+            rate_limited=limiter.refused if (limiter := self.limiter) else 0,
             leaks=self.leaks,
             overdue=self.overdue,
             slow_blocks=self.slow_blocks,

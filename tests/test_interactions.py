@@ -208,6 +208,29 @@ def _hold(group: str, release: threading.Event) -> None:
         release.wait(10)
 
 
+def test_a_reload_may_end_a_rate_limit_before_a_block_asks_for_its_turn(
+    known_cluster: Cluster, mode: str
+) -> None:
+    made = config([known_cluster.primary], mode, g={"connection_count": 1, "rate_limit": 1000})
+    Connection.init(made)
+    del made["groups"]["g"]["rate_limit"]
+
+    def interrupt(frame: Any, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_name == "admit":
+            sys.setprofile(None)
+            Connection.reload(made)
+
+    def work() -> Any:
+        sys.setprofile(interrupt)
+        try:
+            with Handler("g") as db:
+                return db.fetchval("SELECT 1")
+        finally:
+            sys.setprofile(None)
+
+    assert in_time(work) == 1
+
+
 def test_health_goes_on_while_a_server_is_added(known_cluster: Cluster, proxy_to: Any) -> None:
     proxy = proxy_to(known_cluster.primary)
     hung = server(known_cluster.primary, label="a", port=proxy.port)
