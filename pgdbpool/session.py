@@ -46,6 +46,9 @@ _COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BO
 MARGIN = 0.1
 """Seconds that the server's statement_timeout comes before the deadline of the request, at most."""
 
+MOST_NAMES = 20
+"""How often a session prepares a preamble: after a block that touched it, anew, and nothing removes the old."""
+
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
 ENDS_INSIDE = (
@@ -143,6 +146,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether the session is to be cleaned before the next statement."""
     cleaning: tuple[Command, ...] = CLEANING
     prepares: bool = False
+    named: int = 0
+    """How often a preamble was prepared in the session."""
     own_statements: tuple[str, ...] = ()
     """Prepared statements that belong to the session itself (`sqlprepare`)."""
 
@@ -205,6 +210,12 @@ class PooledConnection(psycopg.Connection[Any]):
             return False
         self.used_at = monotonic()
         return True
+
+    def keep_touched(self) -> None:
+        """Leave the session as a block left it (`reset: never`): only what it may have removed is noted."""
+        if self.touched:
+            self._known.clear()
+        self.touched = self.prepares = self.tainted = False
 
     def touch(self, what: Shape) -> None:
         """Note what a statement may leave behind, or in its transaction."""
@@ -302,8 +313,12 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def close(self) -> None:
         """Close the connection; one of the parent process is left alone."""
-        if not self.abandoned:
-            super().close()
+        if self.abandoned:
+            return
+        block = self.block
+        if block is not None and block.manual and self.pgconn.transaction_status in (INTRANS, _INERROR):
+            block.lost = True  # whoever closes it: what follows must not be committed without it
+        super().close()
 
     def sever(self, deadline: float) -> None:
         """Cancel what runs, within the deadline, and cut the connection under its block, from any thread.
@@ -570,13 +585,14 @@ class PooledConnection(psycopg.Connection[Any]):
 
         It is the same for every block, and parsing it would be half of what it costs the server.
         """
-        if self.touched or self.local or self.prepare_threshold is None:
+        if self.touched or self.local or self.prepare_threshold is None or self.named >= MOST_NAMES:
             self.pgconn.send_query_params(sql, values)
             return 0
         if name := self._known.get(sql):
             self.pgconn.send_query_prepared(name, values)
             return 0
         self._known[sql] = name = b"_pgdbpool_%d" % next(_names)
+        self.named += 1
         self.pgconn.send_prepare(name, sql)
         self.pgconn.send_query_prepared(name, values)
         return 1
