@@ -261,7 +261,7 @@ class BlockCursor(psycopg.Cursor[Any]):
     ) -> None:
         def send() -> None:
             if preparing is Prepare.NO:
-                self._execute_send(query, force_extended=bool(preamble), binary=binary)
+                self._execute_send(query, force_extended=bool(preamble or self.after), binary=binary)
                 return
             if preparing is Prepare.SHOULD:
                 self._send_prepare(name, query)
