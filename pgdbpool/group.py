@@ -363,7 +363,7 @@ class Group:
 
     def _tidied(self, conn: PooledConnection) -> bool:
         if self.config.reset == "never":
-            conn.touched = conn.prepares = conn.tainted = False
+            conn.keep_touched()
         return conn.tidy()
 
     def discard(self, conn: PooledConnection, reason: str) -> None:

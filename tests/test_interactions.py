@@ -526,6 +526,57 @@ def test_a_child_that_drops_the_parents_connection_waits_for_no_lock(known_clust
         handlers.pop().__exit__(None, None, None)
 
 
+# What the connection itself is used for.
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_a_transaction_whose_connection_was_closed_in_the_block_is_lost(
+    known_cluster: Cluster, mode: str, more: bool
+) -> None:
+    Connection.init(config([known_cluster.primary], mode, g={"connection_count": 1, "autocommit": False}))
+    Connection.execute("g", "CREATE TABLE halves (n int)")
+    with pytest.raises(TransactionAbortedError), Handler("g") as db:
+        db.query("INSERT INTO halves VALUES (1)")
+        db.connection.close()
+        if more:
+            db.query("INSERT INTO halves VALUES (2)")
+    assert Connection.fetchval("g", "SELECT count(*) FROM halves") == 0
+
+
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_on_checkout_may_send_a_statement_before_a_one_shot(
+    known_cluster: Cluster, mode: str, autocommit: bool
+) -> None:
+    def on_checkout(conn: Any) -> None:
+        conn.execute("SELECT 1")
+
+    group = {"connection_count": 1, "autocommit": autocommit, "on_checkout": on_checkout}
+    Connection.init(config([known_cluster.primary], mode, g=group))
+    assert Connection.fetchval("g", "SELECT 2") == 2
+    assert Connection.executemany("g", "SELECT %s", [(1,), (2,)]) == 2
+
+
+def test_a_session_does_not_collect_prepared_preambles(known_cluster: Cluster, mode: str) -> None:
+    tenant = {"setting": "app.tenant", "verify": "off"}
+    Connection.init(config([known_cluster.primary], mode, g={"connection_count": 1, "tenant": tenant}))
+    for number in range(200):
+        with Handler("g", tenant=str(number)) as db:
+            assert db.fetchval("SELECT current_setting('app.tenant')") == str(number)
+            db.query("SELECT pg_advisory_xact_lock(1)")
+    with Handler("g", tenant="a") as db:
+        assert db.fetchval("SELECT count(*) FROM pg_prepared_statements") <= 50
+
+
+def test_who_keeps_sessions_as_they_are_may_deallocate_in_them(known_cluster: Cluster, mode: str) -> None:
+    tenant = {"setting": "app.tenant", "verify": "off"}
+    group = {"connection_count": 1, "tenant": tenant, "reset": "never"}
+    Connection.init(config([known_cluster.primary], mode, g=group))
+    for number in range(3):
+        with Handler("g", tenant=str(number)) as db:
+            assert db.fetchval("SELECT current_setting('app.tenant')") == str(number)
+            db.query("DEALLOCATE ALL")
+
+
 # What an error says.
 
 
