@@ -47,7 +47,7 @@ MARGIN = 0.1
 """Seconds that the server's statement_timeout comes before the deadline of the request, at most."""
 
 MOST_NAMES = 20
-"""How often a session prepares a preamble: after a block that touched it, anew, and nothing removes the old."""
+"""How often a session prepares a preamble: anew after a block that touched it; nothing removes the old."""
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
