@@ -1,11 +1,11 @@
 """The samples of the documentation run, and its reference leaves no public name out.
 
 In `doc/`, a `code-block` with `:class: run` is run: Python in one namespace per page, SQL on the primary, and
-YAML becomes the file `pgdbpool.yaml`. A block with `:class: output` is what the one before it prints. One with
-`:class: file` becomes the file that its caption names, which the samples after it may import. Of a console
-session, the commands run and print what is shown. YAML with `:class: check` is a configuration that is valid.
-A page that begins with `.. needs: flask` is skipped where there is no flask. In README.md, `<!-- run -->` marks
-a block, which finds the tables of the example.
+YAML becomes the file `pgdbpool.yaml`. A block with `:class: output` is what the one before it prints. One
+with `:class: file` becomes the file that its caption names, which the samples after it may import. Of a
+console session, the commands run and print what is shown. YAML with `:class: check` is a configuration that
+is valid. A page that begins with `.. needs: flask` is skipped where there is no flask. In README.md,
+`<!-- run -->` marks a block, which finds the tables of the example.
 """
 
 from __future__ import annotations
