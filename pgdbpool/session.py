@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 ACTIVE = pq.TransactionStatus.ACTIVE
 _BAD = pq.ConnStatus.BAD
 _INERROR = pq.TransactionStatus.INERROR
+_OPEN = (INTRANS, _INERROR)
 _FATAL = pq.ExecStatus.FATAL_ERROR
 _SYNC = pq.ExecStatus.PIPELINE_SYNC
 _COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
@@ -301,9 +302,12 @@ class PooledConnection(psycopg.Connection[Any]):
             block.failure = errors.without_frames(error) if isinstance(error, Exception) else None
 
     def close(self) -> None:
-        """Close the connection; one of the parent process is left alone."""
-        if not self.abandoned:
-            super().close()
+        """Close the connection, and with it a transaction of its block; one of the parent's is left alone."""
+        if self.abandoned:
+            return
+        if self.block is not None and self.pgconn.transaction_status in _OPEN:
+            self.block.lost = True  # by the block itself: it must not commit what it does from now on alone
+        super().close()
 
     def sever(self, deadline: float) -> None:
         """Cancel what runs, within the deadline, and cut the connection under its block, from any thread.

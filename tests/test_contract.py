@@ -175,12 +175,28 @@ def test_a_connection_that_its_block_closes_is_replaced(start: Any) -> None:
         db.connection.close()
         pids.append(db.query("SELECT pg_backend_pid()").fetchone()[0])  # nothing was lost: it goes on
     assert len(set(pids)) == 3
-    with pytest.raises(pgdbpool.ConnectionLostError), Handler("manual") as db:
-        db.query("SELECT 1")
+    assert Connection.status().groups["auto"].discarded == {"lost": 2}
+
+
+def test_a_transaction_whose_block_closes_its_connection_is_not_committed_by_halves(
+    start: Any, admin: Any
+) -> None:
+    start(connection_count=1)
+    for group in ("manual", "auto"):
+        with pytest.raises(pgdbpool.TransactionAbortedError), Handler(group) as db, db.transaction():
+            db.query("INSERT INTO t VALUES (1)")
+            db.connection.close()
+            with pytest.raises(pgdbpool.TransactionAbortedError):
+                db.query("INSERT INTO t VALUES (2)")
+    with pytest.raises(pgdbpool.TransactionAbortedError), Handler("manual") as db:
+        db.query("INSERT INTO t VALUES (3)")
         db.connection.close()
     with Handler("manual", timeout=5) as db:
-        db.query("SELECT 1")
-    assert Connection.status().groups["auto"].discarded == {"lost": 2}
+        db.query("INSERT INTO t VALUES (4)")
+        db.rollback()
+        db.connection.close()  # after a rollback it may
+        db.query("INSERT INTO t VALUES (5)")
+    assert values(admin) == [5]
 
 
 def test_status_tells_what_is_in_use(start: Any, mode: str) -> None:
