@@ -38,7 +38,9 @@ def test_every_test_that_a_row_names_exists_once() -> None:
 
 def test_every_row_has_a_test_or_says_why_not() -> None:
     assert len(ROWS) > 100
-    without = [theirs for theirs, ours, tests in ROWS if "``test_" not in tests and "Not here: " not in ours]
+    without = [
+        theirs for theirs, ours, tests in ROWS if "``test_" not in tests and not ours.startswith("Not here: ")
+    ]
     assert without == []
 
 
@@ -49,9 +51,10 @@ def test_no_feature_has_two_rows() -> None:
         assert sorted(names) == sorted(set(names))
 
 
-@pytest.mark.parametrize(
-    "name", sorted({name for row in ROWS for name in re.findall(r"``((?:Connection|Handler|pgdbpool)\.[\w.]+)", row[1])})
-)
+OURS = re.compile(r"``((?:Connection|Handler|pgdbpool)\.[\w.]+)")
+
+
+@pytest.mark.parametrize("name", sorted({name for row in ROWS for name in OURS.findall(row[1])}))
 def test_what_a_row_says_is_called_so_here(name: str) -> None:
     head, *path = name.split(".")
     if head != "pgdbpool":
@@ -62,12 +65,18 @@ def test_what_a_row_says_is_called_so_here(name: str) -> None:
         reduce(getattr, path, pgdbpool)
 
 
-def test_the_parameters_of_create_pool_are_all_there() -> None:
-    text = " ".join(theirs for theirs, _, _ in ROWS)
-    for name in (
-        "dsn min_size max_size max_queries max_inactive_connection_lifetime connect setup init reset loop "
-        "connection_class record_class is_closing get_size get_min_size get_max_size get_idle_size "
-        "set_connect_args execute executemany fetch fetchval fetchrow fetchmany copy_from_table "
-        "copy_from_query copy_to_table copy_records_to_table close terminate expire_connections"
-    ).split():
-        assert f"``{name}``" in text, name
+# Of asyncpg 0.30.
+CREATE_POOL = (
+    "dsn min_size max_size max_queries max_inactive_connection_lifetime connect setup init reset loop "
+    "connection_class record_class"
+)
+METHODS = (
+    "execute executemany fetch fetchval fetchrow fetchmany copy_from_table copy_from_query copy_to_table "
+    "copy_records_to_table close terminate expire_connections is_closing set_connect_args get_size "
+    "get_min_size get_max_size get_idle_size"
+)
+
+
+def test_the_whole_pool_of_asyncpg_is_there() -> None:
+    named = {name for theirs, _, _ in ROWS for name in re.findall(r"``(\w+)``", theirs)}
+    assert set(f"{CREATE_POOL} {METHODS}".split()) - named == set()
