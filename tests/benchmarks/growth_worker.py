@@ -1,0 +1,84 @@
+"""A process with a pool of any size, over fake servers: does its bookkeeping grow with it?
+
+    python growth_worker.py threaded
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from itertools import cycle
+from time import monotonic
+from typing import Any
+
+from worker import batch, serve
+
+from pgdbpool import Connection, Handler
+
+
+class Grown:
+    """A pool over so many endpoints, with so many groups of so many connections, all of them open."""
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self._groups: list[str] = []
+
+    def open(self, ports: list[int], connections: int, groups: int) -> None:
+        """Make it, in place of the last one."""
+        self._groups = [f"group{number}" for number in range(groups)]
+        servers = [{"host": "127.0.0.1", "port": port, "name": "fake", "user": "fake"} for port in ports]
+        Connection.init(
+            {
+                "type": self.mode,
+                "db": servers,
+                "groups": {name: {"connection_count": connections} for name in self._groups},
+            }
+        )
+        for name in self._groups:
+            with ExitStack() as stack:
+                for _ in range(connections):
+                    stack.enter_context(Handler(name))
+
+    def checkouts(self, batches: int, each: int) -> list[float]:
+        """Return the nanoseconds of a checkout with its checkin, the groups in turn, batch by batch."""
+        names = cycle(self._groups)
+
+        def do() -> None:
+            with Handler(next(names)):
+                pass
+
+        return [batch(do, each) for _ in range(batches)]
+
+    def handovers(self, waiters: int, seconds: float) -> float:
+        """Return the nanoseconds from one thread's checkin to the next one's checkout, of so many that wait."""
+        name, counts, end = self._groups[0], [0] * (waiters + 1), monotonic() + 60
+        ready = threading.Barrier(waiters + 2)
+
+        def work(number: int) -> None:
+            ready.wait()
+            while monotonic() < end:
+                with Handler(name, timeout=60):
+                    counts[number] += 1
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(waiters + 1)]
+        for thread in threads:
+            thread.start()
+        with Handler(name):  # until all of them wait
+            ready.wait()
+            while Connection.status().groups[name].waiting < waiters + 1:
+                time.sleep(0.002)
+            begun = monotonic()
+        time.sleep(seconds)
+        done, taken = sum(counts), monotonic() - begun
+        end = 0.0
+        for thread in threads:
+            thread.join()
+        return taken / max(1, done) * 1e9
+
+
+if __name__ == "__main__":
+    threading.stack_size(256 * 1024)
+
+    serve(Grown(sys.argv[1]))
