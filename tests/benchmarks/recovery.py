@@ -36,7 +36,7 @@ def _restart(bench: Bench, stale: int) -> dict[str, Any]:
             bench.cluster.primary.restart()
             for member in crew:
                 bench.progress.step(f"restart, {stale} stale: {member.label}")
-                answer = member.ask("recover", operation="read", after=AFTER, timeout=60)
+                answer = member.ask("recover", operation="read", after=AFTER, within=60)
                 seen.setdefault(member.name, []).append(answer)
     return {
         peer: {

@@ -108,7 +108,7 @@ class Worker:
             worker.join()
         return {"counts": counts, "errors": sum(errors), "seconds": monotonic() - begun}
 
-    def recover(self, operation: str, after: int, timeout: float) -> dict[str, Any]:
+    def recover(self, operation: str, after: int, within: float) -> dict[str, Any]:
         """Repeat an operation until it succeeds, and then so often; count errors and time the first."""
         assert self.peer is not None
         do = self.peer.operation(operation)
@@ -116,7 +116,7 @@ class Worker:
         slowest = 0.0
         kinds: dict[str, int] = {}
         successes = 0
-        while successes < after and monotonic() < begun + timeout:
+        while successes < after and monotonic() < begun + within:
             started = monotonic()
             try:
                 self.peer.run(do)
