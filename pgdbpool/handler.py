@@ -24,6 +24,7 @@ from .statements import shape
 logger = logging.getLogger("pgdbpool")
 
 _ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
+_BAD = psycopg.pq.ConnStatus.BAD
 
 
 class Handler(Queries):
@@ -129,7 +130,7 @@ class Handler(Queries):
         :raises TransactionAbortedError: an open transaction was lost before; `rollback()` first.
         """
         conn = self._conn
-        if conn is None or conn.closed:
+        if conn is None or conn.pgconn.status == _BAD:
             conn = self._live()
         params = params or None
         several = params is not None and isinstance(statement, str) and ";" in statement
