@@ -212,7 +212,10 @@ class Group:
             if self._probe is not None:
                 self._maintain(now, deadline)
             while True:
-                got = self._take(deadline, now, block.high)
+                try:
+                    got = self._pool.take(0.0, block.high)
+                except NoConnection as none:
+                    got = self._wait(none.reason, deadline, now, block.high)
                 if isinstance(got, Slot):
                     conn = self._connect(got, deadline)
                     break
@@ -323,14 +326,12 @@ class Group:
                     stacklevel=2,
                 )
 
-    def _take(self, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
-        try:
-            return self._pool.take(0.0, high)
-        except NoConnection as none:
-            if none.reason == NoConnection.CLOSED:
-                raise NotInitializedError(f"group {self.name!r} was closed") from None
-            if none.reason == NoConnection.EXHAUSTED or self._mine_alone(high):
-                raise self._exhausted(PoolExhausted, 0.0, high) from None
+    def _wait(self, reason: str, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
+        """Wait for a connection or a slot, there being none at once for that reason."""
+        if reason == NoConnection.CLOSED:
+            raise NotInitializedError(f"group {self.name!r} was closed") from None
+        if reason == NoConnection.EXHAUSTED or self._mine_alone(high):
+            raise self._exhausted(PoolExhausted, 0.0, high) from None
         try:
             return self._pool.take(deadline - now, high)
         except NoConnection as none:

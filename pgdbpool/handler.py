@@ -75,7 +75,7 @@ class Handler(Queries):
         self._tenant = tenant
         self._override = tenant_override
         self._settings = settings
-        self._high = is_high(priority)
+        self._high = priority != "normal" and is_high(priority)
 
     def __enter__(self) -> Handler:
         if self._block is not None:

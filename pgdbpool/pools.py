@@ -343,7 +343,8 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     def give(self, conn: PooledConnection) -> None:
         with self._lock:
             if not self._closed:
-                if not self._serve(conn):
+                queue = self._queue
+                if not (queue.high or queue.normal) or not self._serve(conn):
                     conn.lent = False  # in one breath with the next: nothing can interrupt between
                     self._pool.append(conn)
                 return
