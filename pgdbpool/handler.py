@@ -23,8 +23,8 @@ from .statements import shape
 
 logger = logging.getLogger("pgdbpool")
 
-_ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
-_BAD = psycopg.pq.ConnStatus.BAD
+_ACTIVE = int(psycopg.pq.TransactionStatus.ACTIVE)
+_BAD = int(psycopg.pq.ConnStatus.BAD)
 
 
 class Handler(Queries):

@@ -23,8 +23,8 @@ from .tenant import Bound
 if TYPE_CHECKING:
     from .session import PooledConnection
 
-IDLE = pq.TransactionStatus.IDLE
-INTRANS = pq.TransactionStatus.INTRANS
+IDLE = int(pq.TransactionStatus.IDLE)
+INTRANS = int(pq.TransactionStatus.INTRANS)
 
 Command = tuple[bytes, Sequence[bytes | None] | None]
 """A statement of the preamble with its parameters in text format."""

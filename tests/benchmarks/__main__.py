@@ -1,9 +1,9 @@
 """The command: measure, and render what was measured.
 
-    python -m tests.benchmarks --quick                # all, in less than two minutes
-    python -m tests.benchmarks                        # all, in about ten
-    python -m tests.benchmarks --only latency         # one part; the others stay as they are in the JSON
-    python -m tests.benchmarks --report               # render the documentation's page from the JSON
+python -m tests.benchmarks --quick                # all, in less than two minutes
+python -m tests.benchmarks                        # all, in about ten
+python -m tests.benchmarks --only latency         # one part; the others stay as they are in the JSON
+python -m tests.benchmarks --report               # render the documentation's page from the JSON
 """
 
 from __future__ import annotations

@@ -112,7 +112,11 @@ class Bench:
     def cluster(self) -> Cluster:
         """A server without standbys, started by the first part that needs it."""
         if self._cluster is None:
-            settings = {"max_connections": CONNECTIONS, "shared_buffers": "64MB", "autovacuum_naptime": "5min"}
+            settings = {
+                "max_connections": CONNECTIONS,
+                "shared_buffers": "64MB",
+                "autovacuum_naptime": "5min",
+            }
             self._cluster = self._stack.enter_context(Cluster(0, VERSION, settings=settings))
             create_tables(self._cluster.primary)
         return self._cluster
@@ -122,10 +126,13 @@ class Bench:
         """That server, as the peers are told of it."""
         return server(self.cluster.primary)
 
-    def crew(self, but: Iterable[str] = (), only: Iterable[str] | None = None) -> Crew:
-        """Make processes for the peers of this run."""
-        wanted = set(PEERS if only is None else only) - set(but)
-        return Crew(name for name in self._peers if name in wanted)
+    def names(self, but: Iterable[str] = ()) -> list[str]:
+        """Return the peers of this run but those."""
+        return [name for name in self._peers if name not in set(but)]
+
+    def crew(self, but: Iterable[str] = ()) -> Crew:
+        """Make processes for the peers of this run but those."""
+        return Crew(self.names(but))
 
     def pin_server(self, cores: Iterable[int] | None = None) -> None:
         """Let the server, and what it starts from now on, run on these cores only; on all without any."""

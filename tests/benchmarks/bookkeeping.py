@@ -60,7 +60,7 @@ def _growth(bench: Bench) -> dict[str, Any]:
             for what, sizes in GROWTH.items():
                 bench.progress.steps(len(rounds) * len(sizes))
                 found.setdefault(what, {})[mode] = _grown(bench, mode, what, sizes, ports, rounds)
-        found["waiters"] = {"threaded": _waiters(bench, ports, bench.rounds(2, 7))}
+        found["waiters"] = _waiters(bench, ports, bench.rounds(2, 7))
     return found
 
 
@@ -82,8 +82,10 @@ def _grown(
     return figures.summary("1")
 
 
-def _waiters(bench: Bench, ports: list[int], rounds: range) -> dict[str, dict[str, Any]]:
-    figures = Rounds()
+def _waiters(bench: Bench, ports: list[int], rounds: range) -> dict[str, dict[str, dict[str, Any]]]:
+    """Measure handing over, and beside it a bare lock that goes round as many threads."""
+    figures = {"threaded": Rounds(), "lock": Rounds()}
+    seconds = 0.2 if bench.quick else 1.0
     bench.progress.steps(len(rounds) * len(WAITERS))
     member = Member("threaded", "growth_worker.py")
     try:
@@ -92,11 +94,12 @@ def _waiters(bench: Bench, ports: list[int], rounds: range) -> dict[str, dict[st
         for _ in rounds:
             for waiters in WAITERS:
                 bench.progress.step(f"{waiters} waiters")
-                taken = member.ask("handovers", waiters=waiters, seconds=0.3 if bench.quick else 1.0)
-                figures.add(str(waiters), taken / 1000)
+                for name, command in (("threaded", "handovers"), ("lock", "lock_ring")):
+                    taken = member.ask(command, waiters=waiters, seconds=seconds)
+                    figures[name].add(str(waiters), taken / 1000)
     finally:
         member.close()
-    return figures.summary("1")
+    return {name: rounds.summary("1") for name, rounds in figures.items()}
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Servers that take connections as PostgreSQL does, and answer no more than an empty query: cheap and many.
 
-    python fake_server.py 100        # prints the ports, and ends with its standard input
+python fake_server.py 100        # prints the ports, and ends with its standard input
 """
 
 from __future__ import annotations

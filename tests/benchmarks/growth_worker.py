@@ -1,6 +1,6 @@
 """A process with a pool of any size, over fake servers: does its bookkeeping grow with it?
 
-    python growth_worker.py threaded
+python growth_worker.py threaded
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import ExitStack
 from itertools import cycle
 from time import monotonic
@@ -72,6 +73,42 @@ class Grown:
             begun = monotonic()
         time.sleep(seconds)
         done, taken = sum(counts), monotonic() - begun
+        end = 0.0
+        for thread in threads:
+            thread.join()
+        return taken / max(1, done) * 1e9
+
+    def lock_ring(self, waiters: int, seconds: float) -> float:
+        """Return the nanoseconds from thread to thread of a lock that goes round: what no pool can avoid."""
+        queue: deque[threading.Lock] = deque()
+        count, end = 0, monotonic() + 60
+
+        def work() -> None:
+            nonlocal count
+            own = threading.Lock()
+            own.acquire()
+            queue.append(own)
+            while True:
+                own.acquire()
+                count += 1
+                following = queue.popleft() if queue else None
+                over = monotonic() >= end
+                if not over:
+                    queue.append(own)
+                if following is not None:
+                    following.release()
+                if over:
+                    return
+
+        threads = [threading.Thread(target=work) for _ in range(waiters + 1)]
+        for thread in threads:
+            thread.start()
+        while len(queue) < waiters + 1:
+            time.sleep(0.002)
+        begun = monotonic()
+        queue.popleft().release()
+        time.sleep(seconds)
+        done, taken = count, monotonic() - begun
         end = 0.0
         for thread in threads:
             thread.join()

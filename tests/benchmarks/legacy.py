@@ -28,7 +28,5 @@ def legacy_python() -> str:
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     # It says nothing of what it needs, nor of how to be built.
     subprocess.run([*install, "setuptools", "psycopg2-binary"], env=environment, check=True)
-    subprocess.run(
-        [*install, "--no-build-isolation", f"pgdbpool=={VERSION}"], env=environment, check=True
-    )
+    subprocess.run([*install, "--no-build-isolation", f"pgdbpool=={VERSION}"], env=environment, check=True)
     return str(python)

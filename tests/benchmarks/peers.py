@@ -148,8 +148,9 @@ class Pgdbpool(Peer):
         self.package, self.handler = pgdbpool, pgdbpool.Handler
         several = {"target": "primary"} if len(servers) > 1 else {}
         base: dict[str, Any] = {"connection_count": size, **several}
-        tenants = {**base, "tenant": {"setting": "app.tenant_id", "type": "int"}}
-        groups = {"read": base, "write": {**base, "autocommit": False}}
+        late = {**base, "min_size": 0}  # opened by the first that needs them
+        tenants = {**late, "tenant": {"setting": "app.tenant_id", "type": "int"}}
+        groups = {"read": base, "write": {**late, "autocommit": False}}
         groups |= {"tenant_read": tenants, "tenant_write": {**tenants, "autocommit": False}}
         pgdbpool.Connection.init({"type": self.mode, "db": servers, "groups": groups})
 

@@ -43,7 +43,9 @@ def draw(parts: dict[str, Any], directory: Path) -> Iterator[Path]:
         chosen = ("read", "tenant_read", "transaction 3")
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         for axes, operation in zip(figure.subplots(1, 3, sharey=True), chosen, strict=True):
-            exact = {peer: dict.fromkeys(("median", "low", "high"), n) for peer, n in found[operation].items()}
+            exact = {
+                peer: dict.fromkeys(("median", "low", "high"), n) for peer, n in found[operation].items()
+            }
             bars(axes, exact, OPERATIONS[operation], "round trips")
         yield _save(figure, directory / "round-trips.svg")
     if found := parts.get("latency"):
@@ -74,7 +76,12 @@ def draw(parts: dict[str, Any], directory: Path) -> Iterator[Path]:
         first = {peer: {k: 1000 * v for k, v in one["first"].items()} for peer, one in stale.items()}
         bars(left, first, "first success after a restart, 40 stale", "ms, logarithmic")
         left.set_xscale("log")
-        bars(right, {peer: one["errors"] for peer, one in stale.items()}, "errors until then and after", "errors")
+        bars(
+            right,
+            {peer: one["errors"] for peer, one in stale.items()},
+            "errors until then and after",
+            "errors",
+        )
         yield _save(figure, directory / "recovery.svg")
 
 
@@ -88,7 +95,9 @@ def _lines(axes: Axes, found: dict[str, Any], size: int) -> None:
         ]
         if len(points) > 1:
             width = 2.2 if peer == "pgdbpool" else 1.0
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=label(peer))
+            axes.plot(
+                *zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=label(peer)
+            )
     axes.set_xscale("log", base=2)
     axes.set_xticks(threads, [str(number) for number in threads])
     axes.set_ylim(bottom=0)
@@ -101,9 +110,11 @@ def _lines(axes: Axes, found: dict[str, Any], size: int) -> None:
 def _growth(axes: Axes, growth: dict[str, Any]) -> None:
     for what, modes in growth.items():
         for mode, sizes in modes.items():
-            points = sorted((int(size), one["ratio"]["median"]) for size, one in sizes.items() if "ratio" in one)
+            points = sorted(
+                (int(size), one["ratio"]["median"]) for size, one in sizes.items() if "ratio" in one
+            )
             style = "-" if mode == "threaded" else "--"
-            name = f"{what}{'' if mode == 'threaded' else ', ' + MODES[mode].split(', ')[1]}"
+            name = what if mode == "threaded" else f"{what}: {MODES[mode].removeprefix('pgdbpool, ')}"
             axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)

@@ -11,6 +11,7 @@ from .bench import VERSION, Bench, create_tables, server
 from .peers import PEERS
 from .summary import spread
 
+STALE = (10, 40)
 AFTER = 100
 """Successes after which a peer counts as recovered from a restart."""
 
@@ -19,17 +20,18 @@ def measure(bench: Bench) -> dict[str, Any]:
     """Return seconds and errors by peer, for restarts with idle connections and for a promotion."""
     bench.pin_server()
     return {
-        "restart": {str(stale): _restart(bench, stale) for stale in (10, 40)},
+        "restart": {str(stale): _restart(bench, stale) for stale in STALE},
         "promotion": _promotion(bench),
     }
 
 
 def _restart(bench: Bench, stale: int) -> dict[str, Any]:
     seen: dict[str, list[dict[str, Any]]] = {}
-    # Each of psycopg_pool's connections that its check finds dead takes it about a second.
-    but = ["bare"]
     rounds = bench.rounds(1, 2)
-    with bench.crew(but=but) as crew:
+    but = ["bare"]
+    if bench.quick and stale > STALE[0]:
+        but.append("psycopg_pool-check")  # each connection that its check finds dead takes it about a second
+    with bench.crew(but) as crew:
         bench.progress.steps(len(rounds) * len(crew.members))
         for _ in rounds:
             crew.open([bench.server], stale, fill=True)
@@ -66,6 +68,7 @@ def _promotion(bench: Bench) -> dict[str, Any]:
                 crew.open([server(node) for node in cluster.nodes], 4)
                 for member in crew:
                     member.ask("latency", operation="write", count=8)
+                for member in crew:
                     member.send("outage", operation="write", seconds=seconds, every=0.02)
                 time.sleep(0.5)
                 (standby,) = cluster.standbys

@@ -36,7 +36,9 @@ def machine(results: dict[str, Any]) -> str:
     ]
     dates = sorted({part["date"] for part in results["parts"].values()})
     quick = [name for name, part in results["parts"].items() if part["quick"]]
-    lines.append(f"- measured on {' and '.join(dates)}" + (f"; with --quick: {', '.join(quick)}" if quick else ""))
+    lines.append(
+        f"- measured on {' and '.join(dates)}" + (f"; with --quick: {', '.join(quick)}" if quick else "")
+    )
     return "\n".join(lines)
 
 

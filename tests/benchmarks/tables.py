@@ -15,7 +15,9 @@ OPERATIONS = {
     "transaction 10": "tenant transaction, 10 statements",
     "write": "one write",
 }
-MODES = {"threaded": "pgdbpool", "non-threaded": "pgdbpool, lock-free"}
+MODES = {
+    "threaded": "pgdbpool", "non-threaded": "pgdbpool, lock-free", "lock": "a lock, without a pool",
+}  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -67,7 +69,9 @@ def _latency(found: dict[str, Any]) -> Iterable[Table]:
     for place, operations in found.items():
         where = f"{place} network" if place.endswith("ms") else f"loopback, client and server on {place}"
         columns = {f"{OPERATIONS[name]}, µs": peers for name, peers in operations.items()}
-        rows = by_peer(columns, lambda one: " / ".join(number(one[p]["median"]) for p in ("p50", "p95", "p99")))
+        rows = by_peer(
+            columns, lambda one: " / ".join(number(one[p]["median"]) for p in ("p50", "p95", "p99"))
+        )
         yield Table(f"Latency, {where}: p50 / p95 / p99", ["", *columns], rows)
         columns = {OPERATIONS[name]: peers for name, peers in operations.items()}
         rows = by_peer(columns, lambda one: with_spread(one["ratio"]))
@@ -124,7 +128,8 @@ def _recovery(found: dict[str, Any]) -> Iterable[Table]:
     promotion = found["promotion"]
     titles = {"outage": "without service, s", "after": "after the promotion, s", "errors": "errors"}
     columns = {
-        title: {peer: with_spread(one[key]) for peer, one in promotion.items()} for key, title in titles.items()
+        title: {peer: with_spread(one[key]) for peer, one in promotion.items()}
+        for key, title in titles.items()
     }
     yield Table("The primary is killed and a standby promoted", ["", *columns], by_peer(columns, str))
 
@@ -170,7 +175,9 @@ def as_text(part: str, found: dict[str, Any]) -> str:
 def _text(table: Table) -> str:
     lines = [table.head, *table.rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
-    written = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    written = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    ]
     return "\n".join([table.title, "-" * len(table.title), *(line.rstrip() for line in written), ""])
 
 
@@ -178,5 +185,7 @@ def as_rst(table: Table) -> str:
     """Write a table for the documentation."""
     lines = [f".. list-table:: {table.title}", "   :header-rows: 1", "   :stub-columns: 1", ""]
     for line in (table.head, *table.rows):
-        lines += [f"   {'*' if not position else ' '} - {cell}".rstrip() for position, cell in enumerate(line)]
+        lines += [
+            f"   {'*' if not position else ' '} - {cell}".rstrip() for position, cell in enumerate(line)
+        ]
     return "\n".join([*lines, ""])

@@ -63,8 +63,8 @@ def _share(peer: str) -> Callable[[Found], float | None]:
 
 def _growth(what: str, size: str) -> Callable[[Found], float | None]:
     def value(parts: Found) -> float | None:
-        seen = parts["bookkeeping"]["growth"][what].values()
-        return max(median_of(sizes, size, "ratio") or 0.0 for sizes in seen)
+        seen = parts["bookkeeping"]["growth"][what]
+        return max(median_of(seen[mode], size, "ratio") or 0.0 for mode in seen if mode != "lock")
 
     return value
 

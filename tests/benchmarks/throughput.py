@@ -25,7 +25,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     """Return operations per second, with their ratio to the bare connection's, and how even threads are."""
     bench.pin_server()
     found: dict[str, Any] = {"threads": {}, "processes": {}}
-    seconds = 0.15 if bench.quick else 0.5
+    seconds = 0.1 if bench.quick else 0.5
     for size in CONNECTIONS:
         with bench.crew(but=["asyncpg"]) as crew:
             crew.open([bench.server], size, fill=False)
@@ -63,7 +63,7 @@ def _threads(bench: Bench, crew: Crew, threads: int, size: int, seconds: float) 
 
 def _processes(bench: Bench, processes: int, seconds: float) -> dict[str, Any]:
     rates = Rounds()
-    names = [name for name in PEERS if name != "asyncpg"]
+    names = bench.names(but=["asyncpg"])
     with ExitStack() as stack:
         crews = {name: stack.enter_context(Crew([name] * processes)) for name in names}
         for crew in crews.values():

@@ -245,7 +245,9 @@ def serve(worker: Any) -> None:
         except Unsupported as error:
             answer = {"unsupported": str(error)}
         except Exception as error:  # noqa: BLE001  the benchmark says which peer it was
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            cause = error.__context__
+            because = f" ({type(cause).__name__}: {cause})" if cause else ""
+            answer = {"error": f"{type(error).__name__}: {error}{because}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
