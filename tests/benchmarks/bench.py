@@ -22,7 +22,8 @@ CREATE UNLOGGED TABLE items (id int PRIMARY KEY, name text NOT NULL, hits int NO
     WITH (fillfactor = 50);
 INSERT INTO items SELECT i, 'item ' || i, 0 FROM generate_series(1, {ROWS}) i;
 CREATE UNLOGGED TABLE tenant_items (
-    tenant_id int NOT NULL, id int NOT NULL, name text NOT NULL, hits int NOT NULL, PRIMARY KEY (id, tenant_id)
+    tenant_id int NOT NULL, id int NOT NULL, name text NOT NULL, hits int NOT NULL,
+    PRIMARY KEY (id, tenant_id)
 ) WITH (fillfactor = 50);
 INSERT INTO tenant_items SELECT {TENANT}, i, 'item ' || i, 0 FROM generate_series(1, {ROWS}) i;
 ALTER TABLE tenant_items ENABLE ROW LEVEL SECURITY;
@@ -115,7 +116,7 @@ class Bench:
             settings = {
                 "max_connections": CONNECTIONS,
                 "shared_buffers": "64MB",
-                "autovacuum_naptime": "5min",
+                "autovacuum": "off",
             }
             self._cluster = self._stack.enter_context(Cluster(0, VERSION, settings=settings))
             create_tables(self._cluster.primary)

@@ -33,6 +33,7 @@ class Member:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PG")}
         environment["PYTHONPATH"] = "" if name == "legacy" else str(ROOT)
         environment["PYTHONHASHSEED"] = "0"
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each start would compile anew
         self._process = subprocess.Popen(
             [legacy_python() if name == "legacy" else sys.executable, str(HERE / script), name],
             stdin=subprocess.PIPE,

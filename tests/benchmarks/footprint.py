@@ -53,6 +53,7 @@ def _imports(bench: Bench) -> dict[str, Any]:
     rounds = bench.rounds(7, 25)
     bench.progress.steps(len(rounds))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     code = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
     for number in range(-1, len(rounds)):  # the first one writes the bytecode
         bench.progress.step("import")

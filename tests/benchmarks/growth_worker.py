@@ -12,7 +12,6 @@ from collections import deque
 from contextlib import ExitStack
 from itertools import cycle
 from time import monotonic
-from typing import Any
 
 from worker import batch, serve
 
@@ -53,7 +52,7 @@ class Grown:
         return [batch(do, each) for _ in range(batches)]
 
     def handovers(self, waiters: int, seconds: float) -> float:
-        """Return the nanoseconds from one thread's checkin to the next one's checkout, of so many that wait."""
+        """Return the nanoseconds from one thread's checkout to the next one's, while so many wait."""
         name, counts, end = self._groups[0], [0] * (waiters + 1), monotonic() + 60
         ready = threading.Barrier(waiters + 2)
 

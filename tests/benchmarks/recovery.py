@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 from pgdbpool.cluster import Cluster
@@ -29,7 +30,7 @@ def _restart(bench: Bench, stale: int) -> dict[str, Any]:
     seen: dict[str, list[dict[str, Any]]] = {}
     rounds = bench.rounds(1, 2)
     but = ["bare"]
-    if bench.quick and stale > STALE[0]:
+    if bench.quick:
         but.append("psycopg_pool-check")  # each connection that its check finds dead takes it about a second
     with bench.crew(but) as crew:
         bench.progress.steps(len(rounds) * len(crew.members))
@@ -72,13 +73,12 @@ def _promotion(bench: Bench) -> dict[str, Any]:
                     member.send("outage", operation="write", seconds=seconds, every=0.02)
                 time.sleep(0.5)
                 (standby,) = cluster.standbys
-                killed = time.monotonic()
                 cluster.primary.kill()
                 standby.promote()
                 promoted = time.monotonic()
                 for member in crew:
                     attempts = member.receive(seconds + 60)["seen"]
-                    seen.setdefault(member.name, []).append(_outage(attempts, killed, promoted))
+                    seen.setdefault(member.name, []).append(_outage(attempts, promoted))
     return {
         peer: {key: spread([one[key] for one in answers]) for key in answers[0]}
         for peer, answers in seen.items()
@@ -86,10 +86,10 @@ def _promotion(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _outage(attempts: list[tuple[float, float, str]], killed: float, promoted: float) -> dict[str, float]:
+def _outage(attempts: list[tuple[float, float, str]], promoted: float) -> dict[str, float]:
     """Return the outage as the application sees it, the part after the promotion, and the errors."""
-    worked = [end for begun, end, error in attempts if not error and end > killed and begun > killed]
-    before = max((end for begun, end, error in attempts if not error and end <= killed), default=killed)
-    first = min(worked, default=attempts[-1][1])
+    # Some are still answered after the kill, so it is the longest time without a success.
+    ends = [end for begun, end, error in attempts if not error] + [attempts[-1][1]]
+    outage, first = max((later - end, later) for end, later in pairwise(ends))
     errors = [error for begun, end, error in attempts if error]
-    return {"outage": first - before, "after": first - promoted, "errors": float(len(errors))}
+    return {"outage": outage, "after": first - promoted, "errors": float(len(errors))}
