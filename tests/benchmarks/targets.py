@@ -83,7 +83,7 @@ def _import(parts: Found) -> float | None:
 
 
 CHECKED = ("psycopg_pool-check", "sqlalchemy", "asyncpg")
-ONE = "one core"
+ONE, TWO = "one core", "two cores"
 TARGETS = (
     Target(
         "tenant_trips", "round trips, tenant read with liveness check", 1, False, "",
@@ -94,12 +94,20 @@ TARGETS = (
         _trips("transaction 3", "pgdbpool"), _trips("transaction 3", *CHECKED),
     ),
     Target(
-        "read_ratio", "loopback, plain block with liveness check / bare execute", 1.08, False, "",
+        "read_ratio", "loopback on one core, plain block with liveness check / bare execute", 1.08, False, "",
         _ratio(ONE, "read", "pgdbpool"), _ratio(ONE, "read", *CHECKED),
     ),
     Target(
-        "tenant_ratio", "loopback, tenant read block / bare execute", 1.15, False, "",
+        "tenant_ratio", "loopback on one core, tenant read block / bare execute", 1.15, False, "",
         _ratio(ONE, "tenant_read", "pgdbpool"), _ratio(ONE, "tenant_read", *CHECKED),
+    ),
+    Target(
+        "read_ratio_two", "loopback on two cores, plain block / bare execute", 1.08, False, "",
+        _ratio(TWO, "read", "pgdbpool"), _ratio(TWO, "read", *CHECKED),
+    ),
+    Target(
+        "tenant_ratio_two", "loopback on two cores, tenant read block / bare execute", 1.15, False, "",
+        _ratio(TWO, "tenant_read", "pgdbpool"), _ratio(TWO, "tenant_read", *CHECKED),
     ),
     Target(
         "network_ratio", "0.5 ms network, tenant read block / bare execute", 1.03, False, "",
