@@ -1,10 +1,11 @@
-"""Write `configuration-reference.rst` from the declarations in the package.
+"""Write `configuration-reference.rst` and the JSON Schema from the declarations in the package.
 
-Usage: python doc/generate_config.py [--check]; --check writes nothing and fails if the page would change.
+Usage: python doc/generate_config.py [--check]; --check writes nothing and fails if one of them would change.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from inspect import cleandoc
 from pathlib import Path
 from types import ModuleType
 
-from pgdbpool import config, sources, yamlfile
+from pgdbpool import config, schema, sources, yamlfile
 from pgdbpool.keys import Setting
 from pgdbpool.kinds import DURATION_EXAMPLES
 
@@ -111,14 +112,16 @@ def linked(text: str, prefix: str, siblings: Mapping[str, Setting]) -> str:
 
 
 def main() -> None:
-    text = page()
+    written = {PAGE: page(), schema.PUBLISHED: json.dumps(schema.schema(), indent=2) + "\n"}
     if sys.argv[1:] == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-            sys.exit(f"{PAGE.name} is out of date: run python doc/{Path(__file__).name}")
+        for path, text in written.items():
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                sys.exit(f"{path.name} is out of date: run python doc/{Path(__file__).name}")
     elif sys.argv[1:]:
         sys.exit(__doc__)
     else:
-        PAGE.write_text(text, encoding="utf-8")
+        for path, text in written.items():
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

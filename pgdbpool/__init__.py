@@ -20,6 +20,7 @@ from .errors import (
     DBQueryError,
     DeadlineExceeded,
     Error,
+    HoldExceededError,
     NotCleanError,
     NotInitializedError,
     PoolExhausted,
@@ -43,6 +44,7 @@ from .handler import Handler, Query
 from .retry import retrying, run
 from .rows import Row
 from .tenant import current_tenant, tenant
+from .tracing import correlation, current_correlation
 
 __version__ = "2.0.0.dev0"
 
@@ -58,6 +60,7 @@ __all__ = [
     "DeadlineExceeded",
     "Error",
     "Handler",
+    "HoldExceededError",
     "NotCleanError",
     "NotInitializedError",
     "PoolExhausted",
@@ -79,6 +82,8 @@ __all__ = [
     "UnsafeRoleError",
     "__version__",
     "classify",
+    "correlation",
+    "current_correlation",
     "current_tenant",
     "deadline",
     "retrying",

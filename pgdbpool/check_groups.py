@@ -72,6 +72,9 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
         report.add(
             f"{path}.max_lag", f"is about standbys, and target: {group['target']} takes none; remove it"
         )
+    leak_after, max_hold = group.get("leak_after"), group.get("max_hold")
+    if leak_after and max_hold and leak_after >= max_hold:
+        report.add(f"{path}.leak_after", f"must be below max_hold ({max_hold:g} s), not {leak_after:g} s")
     if "tenant" in group:
         group["tenant"] = _tenant(group["tenant"], f"{path}.tenant", report)
     if "rate_limit" in group:

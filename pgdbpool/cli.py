@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ import psycopg
 
 from . import Connection, __version__
 from .cluster import Cluster, ClusterError, config_yaml
+from .commands import check as check_command
+from .commands import configuration, output, ping, size
 from .demo import DemoError, MissingExtra, Options, Stopped, check_installed, run, stopping_on_signals
 from .errors import Error
 from .tour import check
@@ -25,15 +28,26 @@ on free ports of this machine and throw away at the end:
   pgdbpool demo --check    the same, shown step by step in some seconds
   pgdbpool cluster         the servers alone, with a pgdbpool.yaml for them, to develop against
 
-And one that looks at your own:
+And these look at your own:
 
+  pgdbpool check           is the configuration right, and are its servers?
+  pgdbpool ping            can every group be served right now?
+  pgdbpool size            how many connections should each group have?
   pgdbpool rls             what could get at rows of another tenant
+  pgdbpool config-docs     what a key means, and what it takes
+  pgdbpool config-schema   the JSON Schema of a configuration, for editors
+
+`pgdbpool COMMAND --help` has examples.
 """
 EPILOG = """\
-Exit status: 0 done, or stopped by a signal as intended; 1 something failed, the message says what, or `rls`
-has findings; 2 wrong arguments, or the extra is missing (pip install 'pgdbpool[demo]'); 128 + n if
-`demo --check` was stopped by signal n.
+Exit status: 0 done, or `demo` or `cluster` was stopped by a signal as intended; 1 something failed, the
+message says what, or `rls` has findings; 2 wrong arguments, or the extra is missing (pip install
+'pgdbpool[demo]'); 3 degraded (`check`, `ping`); 128 + n if anything else was stopped by signal n.
 """
+
+COMMANDS = (check_command, ping, size, configuration)
+"""Modules with a function `add`, in the order of the help."""
+
 DEMO = """\
 Starts a PostgreSQL primary with streaming standbys and the example application under gunicorn, prints its
 address and what to try, and stops everything on Ctrl-C. A server that you kill is started again by itself.
@@ -67,16 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if getattr(options, "worker_class", "") == "sync" and (options.threads or 1) > 1:
         parser.error("a sync worker has one thread: leave --threads out, or use --worker-class gthread")
+    logging.getLogger("pgdbpool").addHandler(logging.NullHandler())  # commands say themselves what is wrong
     try:
         with stopping_on_signals():
             return command(options)
     except Stopped as stopped:
         print(f"pgdbpool: stopped by {stopped}, nothing is left", file=sys.stderr)
-        return 128 + stopped.signum if getattr(options, "check", False) else 0
+        endless = command in (demo, cluster) and not getattr(options, "check", False)
+        return 0 if endless else 128 + stopped.signum
     except MissingExtra as error:
         print(f"pgdbpool: {error}", file=sys.stderr)
         return 2
     except (ClusterError, DemoError, Error, psycopg.Error) as error:
+        if getattr(options, "json", False):
+            output.show_json({"status": "error", "error": str(error), "kind": type(error).__name__})
         print(f"pgdbpool: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # who reads our output has gone, as in `pgdbpool demo | head -3`
@@ -133,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     servers = argparse.ArgumentParser(add_help=False)
-    servers.add_argument("--standbys", type=_whole(1, 9), default=2, metavar="N", help="1 to 9 (2)")
+    servers.add_argument("--standbys", type=output.whole(1, 9), default=2, metavar="N", help="1 to 9 (2)")
     servers.add_argument("--pg", type=int, choices=(18, 16), help="version of PostgreSQL (18)")
 
     sub = commands.add_parser(
@@ -144,11 +162,13 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="go on a tour and exit with 0, or 1 if a step fails"
     )
     sub.add_argument(
-        "--port", type=_whole(0, 65535), default=0, metavar="P", help="of the example (a free one)"
+        "--port", type=output.whole(0, 65535), default=0, metavar="P", help="of the example (a free one)"
     )
-    sub.add_argument("--workers", type=_whole(1, 8), default=2, metavar="N", help="gunicorn's processes (2)")
+    sub.add_argument(
+        "--workers", type=output.whole(1, 8), default=2, metavar="N", help="gunicorn's processes (2)"
+    )
     sub.add_argument("--worker-class", choices=("sync", "gthread"), default="gthread", help="(gthread)")
-    sub.add_argument("--threads", type=_whole(1, 64), metavar="N", help="of a gthread worker (4)")
+    sub.add_argument("--threads", type=output.whole(1, 64), metavar="N", help="of a gthread worker (4)")
     sub.set_defaults(command=demo)
 
     sub = commands.add_parser(
@@ -176,16 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.set_defaults(command=rls)
+
+    for module in COMMANDS:
+        module.add(commands)
     return parser
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    """Return argparse's converter for a whole number in a range."""
-
-    def number(text: str) -> int:
-        value = int(text) if text.isdecimal() else -1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-        return value
-
-    return number

@@ -487,6 +487,57 @@ class GroupConfig:
         ),
     ] = "auto"
 
+    leak_after: Annotated[
+        float | None,
+        Key(
+            Seconds(YEAR),
+            "Time after which a block that still has its connection is warned of, once: its thread, where it "
+            "was entered, and its last statement.",
+            default="never",
+        ),
+    ] = None
+    leak_stack: Annotated[
+        bool,
+        Key(
+            Flag(),
+            "Whether what is told of a block has the whole stack of where it was entered, which takes some "
+            "microseconds for each block.",
+        ),
+    ] = False
+    max_hold: Annotated[
+        float | None,
+        Key(
+            Seconds(YEAR),
+            "Time after which a block loses its connection: what it runs is cancelled, and raises "
+            "`HoldExceededError`. In the non-threaded model the next checkout of the process looks.",
+            default="none",
+        ),
+    ] = None
+    slow_block: Annotated[
+        float | None,
+        Key(
+            Seconds(YEAR),
+            "Time from which on a block is logged at its end as slow.",
+            default="never",
+        ),
+    ] = None
+    slow_query: Annotated[
+        float | None,
+        Key(
+            Seconds(YEAR),
+            "Time from which on a statement, or a COMMIT, is logged as slow, without its parameters.",
+            default="never",
+        ),
+    ] = None
+    annotate: Annotated[
+        bool,
+        Key(
+            Flag(),
+            "Whether the server sees the correlation id of each block, at the end of ``application_name``, "
+            "bound for the transaction in the statement's own round trip.",
+        ),
+    ] = False
+
     @property
     def writes(self) -> bool:
         """Whether the group wants servers that take writes."""
@@ -522,6 +573,15 @@ class Config:
             default="required",
         ),
     ] = field(hash=False)
+    processes: Annotated[
+        int | None,
+        Key(
+            Integer(1, 100_000),
+            "Processes that use this configuration at a time, such as ``${WEB_CONCURRENCY}``. With it "
+            "``Connection.init`` warns where the servers do not admit what all of them together can open.",
+            default="not known",
+        ),
+    ] = None
     origin: str = "dict"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import signal
 import sys
@@ -16,18 +15,19 @@ from typing import IO, TYPE_CHECKING, Any
 
 import psycopg
 
-from . import greenlets, rows
+from . import events, greenlets, rows
 from .config import Config
 from .deadlines import deadline
 from .endpoint import Endpoint, Role, State
-from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError
+from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError, one_line
 from .group import Group
+from .holds import Holds
 from .monitor import Monitor
 from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
 from .probe import StartupProbe
 from .sources import load
-from .stats import EndpointStatus, Status
+from .stats import EndpointStatus, Histogram, Status
 
 if TYPE_CHECKING:
     from .rls import Audit
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 CUT_WITHIN = 0.5
 """Seconds that cancelling what runs may take, where connections are closed under their blocks."""
-
-logger = logging.getLogger("pgdbpool")
 
 _ROW_FACTORIES: dict[Any, Any] = {
     "row": rows.row,
@@ -63,7 +61,12 @@ class _Pools:
             )
             for name, group in config.groups.items()
         }
-        self.monitor = Monitor(Observer(self.groups.values()), threaded=not lock_free)
+        self.monitor = Monitor(
+            Observer(self.groups.values()), Holds(self.groups.values()), threaded=not lock_free
+        )
+        if self.monitor.holds.needed:
+            for group in self.groups.values():
+                group.on_first_use = self.monitor.wake
         for endpoint in self.endpoints.values():
             endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
             endpoint.on_down = self._went_down
@@ -94,12 +97,11 @@ class _Pools:
         for other in kin:
             outdated = other.timeline is not None and other.timeline < newest
             if outdated and not other.outdated:
-                logger.warning(
+                events.ENDPOINT_OUTDATED(
                     "endpoint %s is on timeline %s and another was promoted to %s: no writes go there",
-                    other.label,
-                    other.timeline,
-                    newest,
-                )
+                    other.label, other.timeline, newest,
+                    endpoint=other.label, timeline=other.timeline, newest=newest,
+                )  # fmt: skip
             other.outdated = outdated
         for group in self.groups.values():
             group.note_timelines()
@@ -115,6 +117,37 @@ class _Pools:
                 if not probe.accepting:
                     endpoint.mark_down(probe.reason)
         self._await_lag()
+        if self.config.processes is not None:
+            self._warn_of_sizes(self.config.processes)
+
+    def _warn_of_sizes(self, processes: int) -> None:
+        """Warn of servers that do not admit what all processes together can open."""
+        from .sizing import ask, demand  # nothing else of a block or of init needs it
+
+        roles = {e.label: e.role.value for e in self.endpoints.values() if e.role}
+        for label, need in demand(self.config, processes, roles).items():
+            endpoint = self.endpoints[label]
+            if label != need.labels[0]:
+                continue  # the same server
+            lent = ((group, group.borrow(endpoint)) for group in endpoint.groups)
+            group, conn = next(((group, conn) for group, conn in lent if conn), (None, None))
+            if group is None or conn is None:
+                continue
+            try:
+                verdict = need.verdict(ask(conn), processes)
+            except psycopg.Error as error:
+                reason = one_line(error)
+                events.ENDPOINT_SILENT(
+                    "endpoint %s does not tell its limits: %s", label, reason, endpoint=label, reason=reason
+                )
+                verdict = ""
+            finally:
+                group.give_back(conn)
+            if verdict:
+                events.ENDPOINT_TOO_SMALL(
+                    "endpoint %s: %s; `pgdbpool size` recommends sizes", label, verdict,
+                    endpoint=label, reason=verdict,
+                )  # fmt: skip
 
     def _await_lag(self) -> None:
         """Wait until the lag of the standbys is known that a group limits."""
@@ -295,6 +328,22 @@ class Connection(OneShots):
         )
 
     @classmethod
+    def health(cls, timeout: float = 2.0) -> dict[str, Any]:
+        """Ask every server now whether it answers, and tell whether each group can be served, as for JSON.
+
+        `status` is `healthy`; or `degraded`, where something is down but every group is served; or
+        `unhealthy`, where a group is not. :doc:`guide/health` has all fields. Servers are asked at the same
+        time, over an idle connection of the pool, or a new one where there is none.
+
+        :param timeout: seconds for all of it; a server that has not answered by then counts as down.
+        :raises NotInitializedError: `init` was not called, or the pools are closed.
+        """
+        from .health import examine  # nothing but this needs it
+
+        pools = cls._current()
+        return examine(pools.groups, pools.endpoints, timeout)
+
+    @classmethod
     def audit_rls(
         cls, group: str, tables: Sequence[str] | None = None, *, ignore: Iterable[str] = ()
     ) -> Audit:
@@ -442,6 +491,9 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         connections=endpoint.connections,
         last_error=endpoint.last_error,
         seconds_since_error=None if at is None else monotonic() - at,
+        failovers=endpoint.failovers,
+        use=Histogram.of(group.uses[endpoint] for group in endpoint.groups),
+        connect=Histogram.of(group.connects[endpoint] for group in endpoint.groups),
     )
 
 

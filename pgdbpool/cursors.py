@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg._preparing import Prepare
 
-from . import deadlines, errors
+from . import deadlines, errors, tracing
 from .preamble import COMMIT, IDLE, NOTHING, Command
 from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
 from .statements import Shape, shape
@@ -60,6 +60,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         conn, block = self._conn, self.block
         if conn.block is not block:
             raise errors.BlockClosedError(_ENDED)
+        block.statement = query
         what = shape(query, conn)
         touched = conn.touched
         if what.touches or what.timeout:
@@ -70,13 +71,8 @@ class BlockCursor(psycopg.Cursor[Any]):
             conn.check_free()
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
         first = preamble = NOTHING if conn._pipeline else block.preamble(conn)
-        if deadlines.in_use:
-            deadlines.check()
-            if what.number == 1 and not (
-                conn._pipeline or what.alone or what.controls
-                or (what.utility and autocommit and not block.settings)
-            ):  # fmt: skip
-                preamble = conn.limit(preamble)
+        if deadlines.in_use or conn.annotates:
+            preamble = self._extended(preamble, what, autocommit)
         rode = False
         if what.ends:
             # Also where it is interrupted at its end: what it chains to has no tenant yet.
@@ -88,7 +84,7 @@ class BlockCursor(psycopg.Cursor[Any]):
                 self._ride(NOTHING, query, params, prepare, binary)
             elif what.number > 1 or what.alone or (what.utility and autocommit and not block.settings):
                 with conn.ready(), conn.waiting_for(what.number):
-                    self._ride(NOTHING, query, params, prepare, binary)
+                    self._ride(NOTHING, self._commented(query), params, prepare, binary)
             else:
                 rode = first != NOTHING
                 self._ride(preamble, query, params, prepare, binary)
@@ -113,6 +109,26 @@ class BlockCursor(psycopg.Cursor[Any]):
                 block.lost = not autocommit
             raise
         return self
+
+    def _extended(self, preamble: tuple[Command, ...], what: Shape, autocommit: bool) -> tuple[Command, ...]:
+        """Add to the preamble what a deadline and `annotate` bind, where the statement can ride with it."""
+        conn = self._conn
+        if deadlines.in_use:
+            deadlines.check()
+        if (
+            what.number > 1 or conn._pipeline or what.alone or what.controls
+            or (what.utility and autocommit and not self.block.settings)
+        ):  # fmt: skip
+            return preamble
+        if deadlines.in_use:
+            preamble = conn.limit(preamble)
+        return conn.annotate(preamble) if conn.annotates else preamble
+
+    def _commented(self, query: Any) -> Any:
+        """Return what cannot ride, with the correlation id in a comment: no plan of it is kept."""
+        if not self._conn.annotates:
+            return query
+        return tracing.comment_on(query, f"correlation_id={tracing.id_of(self.block)}")
 
     def _note_loss(
         self,
@@ -152,6 +168,8 @@ class BlockCursor(psycopg.Cursor[Any]):
         if deadlines.in_use:
             deadlines.check()
             preamble = conn.limit(preamble) if sets else NOTHING
+        if conn.annotates and sets:
+            preamble = conn.annotate(preamble)
         try:
             with conn.waiting_for(len(sets)):
                 self._ride(preamble, query, None, None, None, many=(sets, returning))
@@ -174,7 +192,11 @@ class BlockCursor(psycopg.Cursor[Any]):
     def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
         """Start a COPY; what the block needs first is sent before, since COPY cannot ride."""
         conn = self._own(statement)
-        with conn.ready(), conn.held(), super().copy(statement, params, writer=writer) as copy:
+        with (
+            conn.ready(),
+            conn.held(),
+            super().copy(self._commented(statement), params, writer=writer) as copy,
+        ):
             yield copy
 
     @property
@@ -189,6 +211,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         conn = self._conn
         if conn.block is not self.block:
             raise errors.BlockClosedError(_ENDED)
+        self.block.statement = query
         what = shape(query, conn)
         if what.touches or what.timeout:
             conn.touch(what)
@@ -324,6 +347,7 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
             raise errors.BlockClosedError(_ENDED)
         if block.settings and not block.manual and conn.pgconn.transaction_status == IDLE:
             raise errors.as_query_error(psycopg.NotSupportedError(_NAMED))
+        block.statement = query
         what = shape(query, conn)
         if what.touches or what.timeout:
             conn.touch(what)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import itertools
-import logging
 import random
 from collections.abc import Callable, Sequence
 from threading import Lock
@@ -22,6 +21,7 @@ from psycopg import generators, rows, waiting
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import ConnectionTimeout, _WaitTimeout
 
+from . import events
 from .cursors import BlockCursor, BlockServerCursor
 from .errors import Error, one_line
 from .preamble import GRACE
@@ -32,8 +32,6 @@ from .sight import QUERY, Lag, Sight, read
 if TYPE_CHECKING:
     from .config import EndpointConfig, GroupConfig
     from .group import Group
-
-logger = logging.getLogger("pgdbpool")
 
 PROBE_AFTER = (0.5, 0.75)
 """Seconds between two probes of a DOWN endpoint, drawn at random: at most two a second."""
@@ -68,18 +66,25 @@ class DialError(Exception):
 
 
 class Look:
-    """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object."""
+    """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object.
 
-    __slots__ = ("__weakref__", "over")
+    So those who wait for an end hold its lock alone: whoever is interrupted on the way ends it too.
+    """
+
+    __slots__ = ("__weakref__", "ended", "over")
 
     def __init__(self) -> None:
         self.over = Lock()
         self.over.acquire()
+        self.ended = False
 
-    def wait(self, timeout: float) -> None:
-        """Wait for the end, at most for the timeout (seconds)."""
-        if self.over.acquire(timeout=max(timeout, 0.0)):
-            self.over.release()  # for the next who waits
+    def end(self) -> None:
+        """Let those go on who wait; once, since one of them may hold the lock then."""
+        if not self.ended:
+            self.ended = True
+            self.over.release()
+
+    __del__ = end
 
 
 def nobody() -> None:
@@ -122,6 +127,8 @@ class Endpoint:
         self.last_error_at: float | None = None
         self.down_since: float | None = None
         self.opened = 0
+        self.failovers = 0
+        """How often it was seen to have been promoted."""
         self.on_down: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_seen: Callable[[Endpoint], None] = lambda endpoint: None
@@ -148,7 +155,9 @@ class Endpoint:
             self.state = State.DOWN
             if was_up:
                 self.down_since = self.condemned_at
-                logger.warning("endpoint %s is down: %s", self.label, reason)
+                events.ENDPOINT_DOWN(
+                    "endpoint %s is down: %s", self.label, reason, endpoint=self.label, reason=reason
+                )
         self.on_down(self)
 
     def mark_up(self) -> None:
@@ -156,15 +165,16 @@ class Endpoint:
         self.doubtful = False
         if self.state in (State.DOWN, State.PROBING):
             self.state = State.UP
-            logger.warning("endpoint %s is up again", self.label)
+            away = None if self.down_since is None else monotonic() - self.down_since
             self.down_since = None
+            events.ENDPOINT_UP("endpoint %s is up again", self.label, endpoint=self.label, seconds=away)
             self.on_up(self)
 
     def drain(self) -> None:
         """Take the endpoint out of use until `undrain`: connections in use end with their blocks."""
         if self.state is not State.DRAINING:
             self.state = State.DRAINING
-            logger.warning("endpoint %s is being drained", self.label)
+            events.ENDPOINT_DRAIN("endpoint %s is being drained", self.label, endpoint=self.label)
         self.condemned_at = monotonic()
         self.timeline, self.outdated = None, False  # nor does it bar an older primary any more
         self.on_down(self)
@@ -173,7 +183,7 @@ class Endpoint:
         """Put a drained endpoint back into use; whether it is up, the next to need it finds out."""
         if self.state is State.DRAINING:
             self.state = State.UP
-            logger.warning("endpoint %s is in use again", self.label)
+            events.ENDPOINT_UNDRAIN("endpoint %s is in use again", self.label, endpoint=self.label)
             self.on_up(self)
 
     def begin_look(self) -> Look:
@@ -185,7 +195,7 @@ class Endpoint:
     def end_look(self, look: Look) -> None:
         """Let those go on who wait for what the look has found."""
         self.look = nobody
-        look.over.release()
+        look.end()
 
     def note_error(self, reason: str) -> None:
         """Remember an error as evidence for messages and the status."""
@@ -216,7 +226,12 @@ class Endpoint:
     def _note(self, role: Role) -> None:
         if role is not self.role:
             if self.role is not None:
-                logger.warning("endpoint %s was %s and is now %s", self.label, self.role.value, role.value)
+                was = self.role.value
+                events.ENDPOINT_ROLE(
+                    "endpoint %s was %s and is now %s", self.label, was, role.value,
+                    endpoint=self.label, role=role.value, previous=was,
+                )  # fmt: skip
+                self.failovers += role is Role.PRIMARY
             known, self.role = self.role, role
             if known is not None:
                 self.on_up(self)  # for groups that wait for such a role
@@ -241,7 +256,11 @@ class Endpoint:
             if conn.closed:
                 raise
             # Not every server that speaks the protocol has a write-ahead log to tell of.
-            logger.debug("endpoint %s does not tell its timeline: %s", self.label, one_line(error))
+            reason = one_line(error)
+            events.ENDPOINT_SILENT(
+                "endpoint %s does not tell its timeline: %s", self.label, reason,
+                endpoint=self.label, reason=reason,
+            )  # fmt: skip
             return
         assert result is not None
         self.note_sight(read(result, monotonic()))
@@ -272,6 +291,7 @@ class Endpoint:
         conclusive: bool,
         row_factory: Any,
         set_up: Callable[[PooledConnection], None] | None = None,
+        kind: type[PooledConnection] = PooledConnection,
     ) -> PooledConnection:
         """Open a connection as the group wants it, within the timeout (seconds).
 
@@ -286,7 +306,7 @@ class Endpoint:
             pgconn = waiting.wait_conn(
                 generators.connect(self.conninfo(group)), interval=0.1, timeout=max(timeout, 0.0)
             )
-            conn = PooledConnection(pgconn)
+            conn = kind(pgconn)
             conn.patience = max(deadline - monotonic(), 0.1)
             conn.endpoint = self
             conn.watch()
@@ -346,7 +366,9 @@ class Endpoint:
             self.mark_down(message)
         else:
             if message != self.last_error:
-                logger.warning("endpoint %s: no connection: %s", self.label, message)
+                events.ENDPOINT_REFUSED(
+                    "endpoint %s: no connection: %s", self.label, message, endpoint=self.label, reason=message
+                )
             self.note_error(message)
         return DialError(self, message, down)
 

@@ -20,6 +20,8 @@ class Error(Exception):
 
     category: Category | None = Category.USAGE
     """What `classify` says of the class; None where the SQLSTATE says it."""
+    correlation_id: str | None = None
+    """That of the block which it came from; see `correlation`."""
 
 
 class Problem(NamedTuple):
@@ -216,6 +218,14 @@ class QueryDeadlineError(ConnectionLostError):
     category = Category.TIMEOUT
 
 
+class HoldExceededError(QueryDeadlineError):
+    """The block had its connection for longer than the group's `max_hold`: it was taken away.
+
+    What it was doing was cancelled. An open transaction was rolled back; an autocommit statement that was
+    under way may have taken effect.
+    """
+
+
 _mixed_classes: dict[tuple[type[DBQueryError], type[psycopg.Error]], type[DBQueryError]] = {}
 
 
@@ -253,9 +263,10 @@ def without_frames(error: Exception) -> Exception:
 
     A block that kept the error itself would hold its own Handler, which could not be dropped then.
     """
-    if not isinstance(error, psycopg.Error):
+    try:
+        twin = type(error).__new__(type(error), *error.args)
+    except TypeError:  # an application's own, with a constructor of its own
         return psycopg.Error(f"{type(error).__name__}: {error}")
-    twin = type(error).__new__(type(error), *error.args)
     twin.__dict__.update(error.__dict__)
     return twin
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import uuid
@@ -16,12 +15,13 @@ from weakref import ref
 
 import psycopg
 
-from . import deadlines, greenlets
+from . import deadlines, events, greenlets, tracing
 from .balance import Candidate, order, suits, worth_moving
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
     DBConnectionError,
     DBOfflineError,
+    Error,
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
@@ -29,18 +29,18 @@ from .errors import (
     TargetUnavailableError,
     TooManyWaiting,
     UnsafeRoleError,
+    one_line,
 )
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
-from .stats import GroupStatus
+from .stats import BATCH, GroupStatus, Histogram, Tally
 from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
+from .timing import TimedConnection
 
 if TYPE_CHECKING:
     from .config import GroupConfig
-
-logger = logging.getLogger("pgdbpool")
 
 MOVE_EVERY = 0.2
 """Seconds between two connections that are closed at release to even out the endpoints."""
@@ -111,6 +111,11 @@ class Group:
         self._discarded: Counter[str] = Counter()
         self._opened = 0
         self._timeouts = 0
+        self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
+        self._waits = Tally()
+        """Of those who waited in the queue; the others took no time."""
+        self.uses = {endpoint: Tally() for endpoint in self.endpoints}
+        self.connects = {endpoint: Tally() for endpoint in self.endpoints}
         self.ending = False
         """Whether the interpreter is about to exit."""
         self._uneven = False
@@ -131,6 +136,11 @@ class Group:
         self._settings = bind_settings(config.settings)
         self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
         self._plain = config.tenant is None and not self._settings
+        self._slow_block = float("inf") if config.slow_block is None else config.slow_block
+        self._kind = PooledConnection if config.slow_query is None else TimedConnection
+        self.on_first_use: Callable[[], None] = lambda: None
+        if config.leak_stack:
+            tracing.use()
         self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
         self._any_role = config.target in ("any", "prefer-standby")
         self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
@@ -194,6 +204,19 @@ class Group:
         merged = tuple(pair for pair in self._settings if pair[0].lower() not in names) + tuple(own.items())
         return Binding(bound + _role_last(merged), _patience(merged))
 
+    def admit(self, block: Block) -> None:
+        """Wait for the block's turn, where the group has a rate limit.
+
+        :raises RateLimitExceeded: that would take too long.
+        :raises DeadlineExceeded: the current deadline has passed already.
+        """
+        assert self.limiter is not None
+        try:
+            self.limiter.acquire()
+        except Error as error:
+            tracing.mark(error, block)
+            raise
+
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
         """Lend a working connection to the block, within the timeout (seconds).
 
@@ -215,9 +238,11 @@ class Group:
                 try:
                     got = self._pool.take(0.0, block.high)
                 except NoConnection as none:
-                    got = self._wait(none.reason, deadline, now, block.high)
+                    got = self._queue(none.reason, deadline, now, block.high)
+                    now = monotonic()
                 if isinstance(got, Slot):
                     conn = self._connect(got, deadline)
+                    now = monotonic()
                     break
                 reason = self._unfit(got, now, deadline)
                 if reason is None:
@@ -231,10 +256,11 @@ class Group:
             block.since = now
             block.lend(conn)
             self._lent[conn] = block
-        except BaseException:
+        except BaseException as error:
             if conn is not None:
                 self._lent.pop(conn, None)
                 self._drop(conn, "interrupted")
+            tracing.mark(error, block)
             raise
         if discarded or self._pool.missing:
             self._pool.refill()
@@ -245,18 +271,28 @@ class Group:
         conn.block = None
         try:
             if (block := self._lent.pop(conn, None)) is None:
+                if conn.taken_away:
+                    conn.close()
                 return  # of a parent process, or back already
             block.conn = None
             reason = self._reason_to_close(conn)
+            held = conn.used_at - block.since
+            recent = conn.uses.recent
+            recent.append(held)  # `Tally.add`, without a call
+            if len(recent) >= BATCH:
+                conn.uses.count()
             if reason is None:
                 self._pool.give(conn)
-                return
-            self._drop(conn, reason)
+            else:
+                self._drop(conn, reason)
         except BaseException:
             if conn.lent:  # interrupted before the pool had it
                 self._drop(conn, "interrupted")
             raise
-        self._pool.refill()
+        if reason is not None:
+            self._pool.refill()
+        if held >= self._slow_block:  # last, since a log may be kept in a database
+            self._note_slow_block(conn, block, held)
 
     def _reason_to_close(self, conn: PooledConnection) -> str | None:
         now = conn.used_at = monotonic()
@@ -286,6 +322,7 @@ class Group:
         conn.block = None
         if (block := self._lent.pop(conn, None)) is not None:
             block.conn = None
+            conn.uses.add(monotonic() - block.since)
             self._drop(conn, reason)
             self._pool.refill()
 
@@ -306,6 +343,7 @@ class Group:
     def _first_use(self) -> None:
         """Before the group's first checkout in a process: refuse one where a wait would stop all others."""
         greenlets.check()
+        self.on_first_use()
         self._probe = self._later_probe
         if self._probe is not None:
             self._probe()
@@ -326,20 +364,22 @@ class Group:
                     stacklevel=2,
                 )
 
-    def _wait(self, reason: str, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
-        """Wait for a connection or a slot, there being none at once for that reason."""
+    def _queue(self, reason: str, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
+        """Wait for a connection, or for a slot, where nothing was free for that reason."""
         if reason == NoConnection.CLOSED:
             raise NotInitializedError(f"group {self.name!r} was closed") from None
         if reason == NoConnection.EXHAUSTED or self._mine_alone(high):
             raise self._exhausted(PoolExhausted, 0.0, high) from None
         try:
-            return self._pool.take(deadline - now, high)
+            got = self._pool.take(deadline - now, high)
         except NoConnection as none:
             if none.reason == NoConnection.CLOSED:
                 raise NotInitializedError(f"group {self.name!r} was closed") from None
             queue_full = none.reason == NoConnection.QUEUE_FULL
             kind = TooManyWaiting if queue_full else PoolTimeout
             raise self._exhausted(kind, deadline - now, high) from None
+        self._waits.add(monotonic() - now)
+        return got
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None: no round trip unless it is due."""
@@ -375,7 +415,11 @@ class Group:
         self._discarded[reason] += 1
         if reason == "lost":
             conn.endpoint.doubtful = True
-        logger.debug("group %s: connection to %s closed: %s", self.name, conn.endpoint.label, reason)
+        label = conn.endpoint.label
+        events.CONNECTION_CLOSED(
+            "group %s: connection to %s closed: %s", self.name, label, reason,
+            group=self.name, endpoint=label, reason=reason,
+        )  # fmt: skip
         slot = conn.slot
         conn.retire()
         if slot is not None:
@@ -415,7 +459,14 @@ class Group:
         finally:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
-        spare.slot = slot
+        spare.slot, spare.uses = slot, self.uses[spare.endpoint]
+        if self.config.annotate:
+            spare.annotates = True
+            spare.own_name = (spare.pgconn.parameter_status(b"application_name") or b"").decode(
+                "ascii", "replace"
+            )
+        if isinstance(spare, TimedConnection) and self.config.slow_query is not None:
+            spare.slow_after, spare.on_slow = self.config.slow_query, self.note_slow_statement
         self._opened += 1
         return spare
 
@@ -437,7 +488,16 @@ class Group:
                     if endpoint.state is not State.UP:
                         return None  # that is what the other has found
                     timeout, conclusive = max(deadline - monotonic(), HURRY), False
-            conn = endpoint.dial(self.config, timeout, conclusive, self._row_factory, self._set_up)
+            began = monotonic()
+            conn = endpoint.dial(
+                self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
+            )
+            took = monotonic() - began
+            self.connects[endpoint].add(took)
+            events.CONNECTION_OPENED(
+                "group %s: connection to %s opened in %.3f s", self.name, endpoint.label, took,
+                group=self.name, endpoint=endpoint.label, seconds=took,
+            )  # fmt: skip
         except DialError as error:
             failures[endpoint] = error
             return None
@@ -454,15 +514,15 @@ class Group:
         return None
 
     def _look(self, endpoint: Endpoint, timeout: float) -> Look | None:
-        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once.
-
-        A look that is interrupted ends with its object; who waits for it already does so to the timeout.
-        """
+        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once."""
         with self._lock:
             other = endpoint.look()
             if other is None:
                 return endpoint.begin_look()
-        other.wait(timeout)
+            over = other.over
+            del other
+        if over.acquire(timeout=max(timeout, 0.0)):
+            over.release()  # for the next who waits
         return None
 
     def _set_up(self, conn: PooledConnection) -> None:
@@ -489,7 +549,9 @@ class Group:
             raise UnsafeRoleError(f"tenants of group {self.name!r} are not kept apart: {text}")
         if text != self._warned:
             self._warned = text
-            logger.warning("tenants of group %s are not kept apart: %s", self.name, text)
+            events.GROUP_UNSAFE_ROLE(
+                "tenants of group %s are not kept apart: %s", self.name, text, group=self.name, reason=text
+            )
 
     def _reserve(self, slot: Slot, tried: dict[Endpoint, DialError | None]) -> tuple[Endpoint | None, int]:
         """Place the slot on the best endpoint not yet tried; also return how many are left."""
@@ -551,6 +613,43 @@ class Group:
             for e in self.endpoints
         )
 
+    def refusal(self, endpoint: Endpoint, role: Role | None) -> str | None:
+        """Return why the group would not use an endpoint that is up and has this role, or None."""
+        if endpoint.state is State.DRAINING:
+            return "draining"
+        if endpoint in self._barred:
+            if endpoint.outdated:
+                return f"is on timeline {endpoint.timeline}, another was promoted since"
+            return f"is {endpoint.lag} behind, more than max_lag"
+        if role is None or suits(self.config.target, role, endpoint.read_only):
+            return None
+        return f"is a {role.value}, the target is {self.config.target}"
+
+    def borrow(self, endpoint: Endpoint) -> PooledConnection | None:
+        """Take an idle connection to the endpoint out of the pool, to ask something; `give_back` it at once.
+
+        None where there is none, or where the pool is another thread's alone.
+        """
+        found: list[PooledConnection] = []
+
+        def first(conn: PooledConnection) -> bool:
+            if found or conn.endpoint is not endpoint or conn.used_at <= endpoint.condemned_at:
+                return False
+            found.append(conn)
+            return True
+
+        if self._pool.mine():
+            self._pool.remove(first)
+        return found[0] if found else None
+
+    def give_back(self, conn: PooledConnection, failure: str | None = None) -> None:
+        """Put a connection back that was borrowed; one that failed is closed and replaced."""
+        if failure is None and conn.pgconn.transaction_status == IDLE:
+            self._pool.give(conn)
+        else:
+            self._drop(conn, failure or "not idle")
+            self._pool.refill()
+
     def note_timelines(self) -> None:
         """Bar the servers that were left behind by a promotion, if the group writes."""
         if not self.writes:
@@ -571,10 +670,18 @@ class Group:
             0.0 if lag is None or limit.seconds is None else lag.seconds / limit.seconds,
         )
         if share > 1.0 and endpoint not in self._barred:
-            logger.warning("group %s: %s is %s behind, more than max_lag", self.name, endpoint.label, lag)
+            events.GROUP_LAG(
+                "group %s: %s is %s behind, more than max_lag", self.name, endpoint.label, lag,
+                group=self.name, endpoint=endpoint.label,
+                lag_bytes=lag and lag.bytes, lag_seconds=lag and lag.seconds,
+            )  # fmt: skip
             self._bar(endpoint)
         elif share <= CAUGHT_UP and endpoint in self._barred:
-            logger.warning("group %s: %s has caught up", self.name, endpoint.label)
+            events.GROUP_CAUGHT_UP(
+                "group %s: %s has caught up", self.name, endpoint.label,
+                group=self.name, endpoint=endpoint.label,
+                lag_bytes=lag and lag.bytes, lag_seconds=lag and lag.seconds,
+            )  # fmt: skip
             self._barred.discard(endpoint)
             self.welcome()
 
@@ -613,9 +720,10 @@ class Group:
             except DBConnectionError as error:
                 if not self._pool.idle:
                     raise
-                logger.warning(
+                events.GROUP_SHORT(
                     "group %s starts with %d of %d connections: %s",
                     self.name, self._pool.idle, self.config.min_size, error,
+                    group=self.name, reason=one_line(error),
                 )  # fmt: skip
                 return
             self._pool.give(conn)
@@ -650,6 +758,7 @@ class Group:
     def status(self) -> GroupStatus:
         """Return a snapshot."""
         pool, counts = self._pool, self._counts()
+        waits = Histogram.of([self._waits]).count
         return GroupStatus(
             name=self.name,
             size=pool.size,
@@ -664,7 +773,84 @@ class Group:
             opened=self._opened,
             discarded=dict(self._discarded),
             holders=self._holders(),
+            waits=waits,
+            retries=self.retries,
+            failovers=sum(endpoint.failovers for endpoint in self.endpoints),
+            rate_limited=self.limiter.refused if self.limiter else 0,
+            leaks=self.leaks,
+            overdue=self.overdue,
+            slow_blocks=self.slow_blocks,
+            slow_statements=self.slow_statements,
+            wait=Histogram.of([self._waits], max(0, pool.taken - waits)),
+            use={endpoint.label: Histogram.of([self.uses[endpoint]]) for endpoint in self.endpoints},
+            connect={endpoint.label: Histogram.of([self.connects[endpoint]]) for endpoint in self.endpoints},
         )
+
+    # What is told of blocks.
+
+    def held(self) -> list[tuple[PooledConnection, Block]]:
+        """Return the connections in use with their blocks."""
+        return list(self._lent.items())
+
+    def note_retry(self, block: Block | None, error: psycopg.Error) -> None:
+        """Count a statement that is sent again."""
+        self.retries += 1
+        events.STATEMENT_RETRIED(
+            "group %s: statement sent again: %s", self.name, error, group=self.name,
+            correlation_id=None if block is None else tracing.id_of(block),
+            reason=one_line(error), sqlstate=error.sqlstate,
+        )  # fmt: skip
+
+    def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> None:
+        """Warn of a block that has its connection for longer than `leak_after`."""
+        self.leaks += 1
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
+        events.BLOCK_LEAKED("group %s: a connection is not given back: %s", self.name, text, **fields)
+
+    def _note_slow_block(self, conn: PooledConnection, block: Block, seconds: float) -> None:
+        self.slow_blocks += 1
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
+        events.BLOCK_SLOW("group %s: slow block: %s", self.name, text, **fields)
+
+    def note_slow_statement(self, conn: PooledConnection, statement: Any, seconds: float) -> None:
+        """Log a statement that took longer than `slow_query`."""
+        block = conn.block
+        if block is None:
+            return  # not a block's, but the set-up of a connection
+        self.slow_statements += 1
+        _, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
+        fields["statement"] = text = tracing.text_of(statement)
+        events.STATEMENT_SLOW("group %s: slow statement: %.3f s: %s", self.name, seconds, text, **fields)
+
+    def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> bool:
+        """Take the connection from a block that has it for longer than `max_hold`, in any thread.
+
+        What runs is cancelled within the deadline. The connection is not closed but cut: its own thread,
+        which may be waiting for it, closes it. Returns False where the block has just given it back.
+        """
+        if self._lent.get(conn) is not block or (owner := self._lent.pop(conn, None)) is None:
+            return False
+        if owner is not block:  # given back and lent again, between the two
+            self._lent[conn] = owner
+            if conn.block is not owner and self._lent.pop(conn, None) is not None:  # and given back again
+                self._drop(conn, "interrupted")
+            return False
+        # Whoever took it out of `_lent` has it: the block's own end finds nothing to give back.
+        conn.taken_away = True
+        seconds = monotonic() - block.since
+        self.overdue += 1
+        self._discarded["max_hold"] += 1
+        conn.uses.add(seconds)
+        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
+        events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
+        conn.sever(deadline)
+        if conn.block is None:
+            conn.close()
+        slot, conn.slot = conn.slot, None
+        if slot is not None:
+            self._pool.free(slot)
+        self._pool.refill()
+        return True
 
     # Evidence for errors.
 
@@ -678,13 +864,8 @@ class Group:
         return list(self._lent.values())
 
     def _holders(self) -> tuple[str, ...]:
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        now = monotonic()
-        return tuple(
-            f"thread {names.get(block.thread, block.thread)} for {now - block.since:.1f} s, "
-            f"from {block.place[0].co_filename}:{block.place[1]} in {block.place[0].co_name}"
-            for block in self._blocks()
-        )
+        now, names = monotonic(), tracing.thread_names()
+        return tuple(tracing.describe(block, now - block.since, names) for block in self._blocks())
 
     def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
         self._timeouts += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +12,21 @@ from weakref import ref
 import psycopg
 from psycopg import rows
 
+from . import events, tracing
 from .connection import Connection
 from .cursors import BlockClientCursor, BlockCursor
-from .errors import BlockClosedError, ConnectionLostError, QueryDeadlineError, TransactionAbortedError
+from .errors import (
+    BlockClosedError,
+    ConnectionLostError,
+    Error,
+    QueryDeadlineError,
+    TransactionAbortedError,
+    one_line,
+)
 from .preamble import IDLE, Block, is_high
 from .queries import Queries
 from .session import PooledConnection
 from .statements import shape
-
-logger = logging.getLogger("pgdbpool")
 
 _ACTIVE = int(psycopg.pq.TransactionStatus.ACTIVE)
 _BAD = int(psycopg.pq.ConnStatus.BAD)
@@ -45,6 +50,8 @@ class Handler(Queries):
     :param tenant_override: allow a tenant that is not the current one.
     :param settings: server settings for this block, over those of the group: name to value.
     :param priority: ``high`` goes before those that wait, and may take the group's `reserved` connections.
+    :param correlation_id: what the block's log records and errors are to have, in place of the current one of
+        `pgdbpool.correlation()`; any value, as that takes it.
     :raises UnconfiguredGroupError: there is no such group.
     :raises NotInitializedError: `Connection.init` was not called.
 
@@ -55,7 +62,8 @@ class Handler(Queries):
     """
 
     __slots__ = (
-        "__weakref__", "_block", "_conn", "_group", "_high", "_override", "_settings", "_tenant", "_timeout",
+        "__weakref__", "_block", "_conn", "_correlation_id", "_group", "_high", "_override", "_settings",
+        "_tenant", "_timeout",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +75,7 @@ class Handler(Queries):
         tenant_override: bool = False,
         settings: Mapping[str, Any] | None = None,
         priority: Literal["high", "normal"] = "normal",
+        correlation_id: Any = None,
     ) -> None:
         self._block: Block | None = None
         self._conn: PooledConnection | None = None
@@ -76,6 +85,7 @@ class Handler(Queries):
         self._override = tenant_override
         self._settings = settings
         self._high = priority != "normal" and is_high(priority)
+        self._correlation_id = None if correlation_id is None else tracing.clean(correlation_id)
 
     def __enter__(self) -> Handler:
         if self._block is not None:
@@ -85,8 +95,10 @@ class Handler(Queries):
         binding = group.bind(self._tenant, self._override, self._settings)
         block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
         block.high = self._high
+        if tracing.in_use:
+            tracing.begin(block, self._correlation_id, caller if group.config.leak_stack else None)
         if group.limiter is not None:
-            group.limiter.acquire()
+            group.admit(block)
         # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler
         # still gives its connection back: by a weak reference and not by __del__, which would run at
         # the end of each block and swallow an interruption there.
@@ -104,6 +116,11 @@ class Handler(Queries):
         try:
             if block.lost or (conn is not None and conn.pgconn.transaction_status != IDLE):
                 self._end(block, conn, failed=exc is not None)
+            if exc is not None:
+                tracing.mark(exc, block)
+        except Error as error:
+            tracing.mark(error, block)
+            raise
         finally:
             if block.conn is not None:
                 self._group.checkin(block.conn)
@@ -140,7 +157,7 @@ class Handler(Queries):
         except ConnectionLostError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
-            logger.debug("group %s: statement sent again: %s", self._group.name, error)
+            self._group.note_retry(self._block, error)
         assert self._block is not None
         self._block.lost = False
         return make(self._live()).execute(statement, params)
@@ -218,6 +235,11 @@ class Handler(Queries):
         """The label of the server that the block is on."""
         return self._live().endpoint.label
 
+    @property
+    def correlation_id(self) -> str:
+        """What the block's log records and errors have; made now, where none was given."""
+        return tracing.id_of(self._block if self._block is not None else self._opened())
+
     def _opened(self) -> Block:
         block = self._block
         if block is None or not block.open:
@@ -253,8 +275,8 @@ class Handler(Queries):
             return
         if conn is None or conn.closed:
             return
-        if conn.pgconn.transaction_status == _ACTIVE:
-            conn.close()  # interrupted in a statement: where it stands is unknown
+        if conn.pgconn.transaction_status == _ACTIVE or conn.lock.locked():
+            conn.cut()  # interrupted in a statement, or in a loop: where it stands is unknown
             if not failed:
                 raise TransactionAbortedError("the block ends with a statement under way: connection closed")
         elif failed:
@@ -262,7 +284,11 @@ class Handler(Queries):
                 conn.rollback()
             except psycopg.Error as error:
                 # The exception of the block is the one to see; the server rolls back by itself.
-                logger.warning("group %s: rollback failed: %s", self._group.name, error)
+                events.BLOCK_ROLLBACK_FAILED(
+                    "group %s: rollback failed: %s", self._group.name, error, group=self._group.name,
+                    endpoint=conn.endpoint.label, correlation_id=tracing.id_of(block), reason=one_line(error),
+                    sqlstate=error.sqlstate,
+                )  # fmt: skip
                 conn.close()
         else:
             self.commit()

@@ -98,6 +98,11 @@ class Kind:
     def refuse(self, value: object, hint: str = "") -> Refused:
         return Refused(("", f"must be {self.allowed}, not {show(value, self.secret)}{hint}"))
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What the values are as JSON Schema; nothing where that cannot say it."""
+        return {}
+
     def in_words(self, value: Any) -> str:
         """Return a value, such as a default, as the reference page writes it."""
         if value is None:

@@ -18,6 +18,12 @@ _UNIT_MS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
 _AMOUNT = re.compile(r"(\d{1,18})\s*(B|kB|MB|GB|TB)", re.ASCII)
 _UNIT_BYTES = {"B": 1, "kB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 DAY_SECONDS = 86_400
+VARIABLE = {"$ref": "#/definitions/variable"}
+"""The JSON Schema of ``${VAR}`` in a file, which may stand for any scalar."""
+DURATION_SCHEMA = {
+    "type": "string",
+    "pattern": r"^\s*[0-9]{1,15}(\.[0-9]{1,9})?\s*(ms|s|min|h)\s*$",
+}
 DURATION_EXAMPLES = 'a string such as "500ms", "5s", "2min", "1h"'
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -60,6 +66,10 @@ class Text(Kind):
     def allowed(self) -> str:
         return "a string" if self.or_empty else "a non-empty string"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string"} if self.or_empty else {"type": "string", "minLength": 1}
+
     def check(self, value: object) -> Any:
         if not isinstance(value, str) or not (value or self.or_empty):
             raise self.refuse(value, "; quote it" if isinstance(value, (int, float)) else "")
@@ -97,6 +107,10 @@ class Host(Text):
     @property
     def allowed(self) -> str:
         return "a host name, an address, or the directory of a Unix socket"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": "^[^,]+$"}
 
     def check(self, value: object) -> Any:
         host = super().check(value)
@@ -139,6 +153,10 @@ class Flag(Kind):
     def allowed(self) -> str:
         return "true or false, or 1 or 0" if self.digits else "true or false"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"enum": [True, False, 1, 0]} if self.digits else {"type": "boolean"}
+
     def check(self, value: object) -> Any:
         if isinstance(value, bool) or (self.digits and isinstance(value, int) and value in (0, 1)):
             return bool(value)
@@ -159,6 +177,10 @@ class Word(Kind):
         flags = f", true ({self.flags[0]}), false ({self.flags[1]})" if self.flags else ""
         words = "one of" if len(self.choices) > 1 else "the word"
         return f"{words} {', '.join(self.choices)}{spellings}{flags}"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"enum": [*self.choices, *dict(self.other), *((True, False) if self.flags else ())]}
 
     def check(self, value: object) -> Any:
         if isinstance(value, bool) and self.flags:
@@ -183,6 +205,10 @@ class Integer(Kind):
         zero = f" (= {self.zero})" if self.zero else ""
         return f"an integer from {self.low}{zero} to {self.high}{self.unit and ' ' + self.unit}"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
     def check(self, value: object) -> Any:
         if not isinstance(value, int) or isinstance(value, bool) or not self.low <= value <= self.high:
             digits = isinstance(value, str) and value.isdigit()
@@ -206,6 +232,10 @@ class Number(Kind):
     def allowed(self) -> str:
         return f"a number above 0 up to {self.high}"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "number", "exclusiveMinimum": 0, "maximum": self.high}
+
     def check(self, value: object) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= self.high:
             return float(value)
@@ -224,6 +254,12 @@ class Seconds(Kind):
     def allowed(self) -> str:
         bounds = f"from 0 (= {self.zero})" if self.zero else "above 0"
         return f"{'whole ' if self.whole else ''}seconds {bounds} up to {self.high}, or {DURATION_EXAMPLES}"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        kind = "integer" if self.whole else "number"
+        least = {"minimum": 0} if self.zero else {"exclusiveMinimum": 0}
+        return {"anyOf": [{"type": kind, **least, "maximum": self.high}, DURATION_SCHEMA]}
 
     def check(self, value: object) -> Any:
         number = _duration(value, 1000)
@@ -256,6 +292,10 @@ class Milliseconds(Kind):
     def allowed(self) -> str:
         return f"whole milliseconds from 0 (= {self.zero}) up to {self.high}, or {DURATION_EXAMPLES}"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [{"type": "integer", "minimum": 0, "maximum": self.high}, DURATION_SCHEMA]}
+
     def check(self, value: object) -> Any:
         number = _duration(value, 1)
         if number is None or isinstance(number, float) or not 0 <= number <= self.high:
@@ -284,6 +324,12 @@ class LagLimit(Kind):
     @property
     def allowed(self) -> str:
         return "a mapping with bytes, seconds or both, such as {bytes: 16MB, seconds: 10}"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        amounts = {"bytes": Bytes(2**60).schema, "seconds": Seconds(DAY_SECONDS).schema}
+        limits = {name: {"anyOf": [*each["anyOf"], VARIABLE]} for name, each in amounts.items()}
+        return {"type": "object", "properties": limits, "additionalProperties": False, "minProperties": 1}
 
     def check(self, value: object) -> Any:
         if not isinstance(value, Mapping) or not value:
@@ -316,6 +362,11 @@ class Bytes(Kind):
     def allowed(self) -> str:
         return 'a whole number of bytes above 0, or a string such as "64kB", "16MB", "1GB"'
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        amount = {"type": "string", "pattern": r"^\s*[0-9]{1,18}\s*(B|kB|MB|GB|TB)\s*$"}
+        return {"anyOf": [{"type": "integer", "minimum": 1, "maximum": self.high}, amount]}
+
     def check(self, value: object) -> Any:
         match = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
         number = int(match[1]) * _UNIT_BYTES[match[2]] if match else value
@@ -331,6 +382,10 @@ class Labels(Kind):
     @property
     def allowed(self) -> str:
         return "a non-empty list of labels"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": Text().schema, "minItems": 1, "uniqueItems": True}
 
     def check(self, value: object) -> Any:
         if not isinstance(value, (list, tuple)) or not value:
@@ -359,6 +414,11 @@ class Factory(Kind):
     @property
     def allowed(self) -> str:
         return f'one of {", ".join(self.choices)}, a callable, or its name as "package.module:function"'
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        name = {"type": "string", "pattern": r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"}
+        return {"anyOf": [{"enum": list(self.choices)}, name]}
 
     def check(self, value: object) -> Any:
         if callable(value) or (isinstance(value, str) and value in self.choices):

@@ -1,21 +1,20 @@
-"""The background of a process: probes DOWN endpoints, and looks at roles and lag.
+"""The background of a process: probes DOWN endpoints, looks at roles and lag, and at who holds what.
 
-Nothing in it waits for a server: one daemon thread steps it, or in lock-free mode a checkout in passing.
+One daemon thread steps it, or in lock-free mode a checkout in passing. Nothing in it waits for a server, but
+for the cancelling of a statement after `max_hold`, which is bounded.
 """
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 from collections.abc import Callable
 from time import monotonic
 
 from .endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
+from .holds import Holds
 from .observer import Observer
 from .probe import StartupProbe
-
-logger = logging.getLogger("pgdbpool")
 
 
 class Prober:
@@ -80,11 +79,12 @@ class Prober:
 
 
 class Monitor:
-    """Steps the prober and the observer: in a thread while one of them is needed, or when it is called."""
+    """Steps the prober, the observer and the holds: in a thread while one is needed, or when it is called."""
 
-    def __init__(self, observer: Observer, *, threaded: bool) -> None:
+    def __init__(self, observer: Observer, holds: Holds, *, threaded: bool) -> None:
         self.prober = Prober()
         self.observer = observer
+        self.holds = holds
         self._lock = threading.RLock() if threaded else None  # a signal handler may come back to it
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -97,7 +97,7 @@ class Monitor:
         if now < self._due_at:
             return self._due_at - now
         self._due_at = soon = now + 0.01
-        pause = min(self.prober.step(), self.observer.step())
+        pause = min(self.prober.step(), self.observer.step(), self.holds.step())
         if self._due_at == soon:  # nobody woke it meanwhile
             self._due_at = now + pause
         return pause
@@ -126,6 +126,7 @@ class Monitor:
     def _end(self) -> None:
         self.prober.close()
         self.observer.close()
+        self.holds.close()
 
     def _run(self) -> None:
         assert self._lock is not None
@@ -134,7 +135,7 @@ class Monitor:
             self._news.wait(pause)
             self._news.clear()
             with self._lock:
-                if not self.prober.needed and not self.observer.needed:
+                if not (self.prober.needed or self.observer.needed or self.holds.needed):
                     # Under the lock, so that `wake` starts another or is seen here.
                     self._thread = None
                     return

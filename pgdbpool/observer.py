@@ -7,7 +7,6 @@ passing.
 
 from __future__ import annotations
 
-import logging
 import random
 import select
 from collections.abc import Callable, Generator, Iterable
@@ -19,15 +18,13 @@ from psycopg import generators, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.waiting import Wait
 
-from . import greenlets
+from . import events, greenlets
 from .endpoint import Endpoint, Role, State
 from .errors import one_line
 from .sight import QUERY, Course, Sight, read
 
 if TYPE_CHECKING:
     from .group import Group
-
-logger = logging.getLogger("pgdbpool")
 
 QUICKLY = (0.2, 0.3)
 """Seconds between two looks at a server while a group has no writer, drawn at random."""
@@ -42,6 +39,11 @@ LOOK_TIMEOUT = 2.0
 """Seconds that a server has for its answer."""
 
 
+def _events(wait: int) -> int:
+    """Return what poll() calls what psycopg waits for."""
+    return (select.POLLIN if wait & Wait.R else 0) | (select.POLLOUT if wait & Wait.W else 0)
+
+
 class Look:
     """One look at a server, step by step; its connection may serve for the next one."""
 
@@ -49,6 +51,10 @@ class Look:
         self.pgconn = pgconn
         self.sight: Sight | None = None
         self.failure = ""
+        self.asked_at: float | None = None
+        """When it had a connection, and asked."""
+        self.answered = False
+        """Whether the server answered the question, if only by an error."""
         self._steps = self._look(conninfo)
         self._waits: tuple[int, int] | None = None
 
@@ -67,6 +73,12 @@ class Look:
             return True
         return False
 
+    def register(self, poller: select.poll) -> None:
+        """Have the poller wait for what this waits for."""
+        if self._waits is not None:
+            fileno, wait = self._waits
+            poller.register(fileno, _events(wait))
+
     def close(self) -> None:
         """Give up, and close the connection."""
         self._steps.close()
@@ -78,8 +90,7 @@ class Look:
     def _ready(fileno: int, wait: int) -> int:
         """Return which of the events that are waited for are there."""
         poller = greenlets.poller()
-        events = (select.POLLIN if wait & Wait.R else 0) | (select.POLLOUT if wait & Wait.W else 0)
-        poller.register(fileno, events)
+        poller.register(fileno, _events(wait))
         found = poller.poll(0)
         if not found:
             return 0
@@ -92,6 +103,7 @@ class Look:
             connecting: Any = generators.connect(conninfo)
             self.pgconn = yield from connecting
         pgconn: Any = self.pgconn
+        self.asked_at = monotonic()
         pgconn.send_query_params(QUERY, None)
         executing: Any = generators.execute(pgconn)
         try:
@@ -100,9 +112,11 @@ class Look:
                 wait = executing.send((yield pgconn.socket, wait))
         except StopIteration as end:
             (result,) = end.value
-        if result.status != pq.ExecStatus.TUPLES_OK:
-            raise psycopg.OperationalError(result.get_error_message())
-        self.sight = read(result, monotonic())
+        self.answered = pgconn.status == pq.ConnStatus.OK
+        if result.status == pq.ExecStatus.TUPLES_OK:
+            self.sight = read(result, monotonic())
+        else:
+            self.failure = one_line(psycopg.OperationalError(result.get_error_message()))
 
 
 class Observer:
@@ -182,7 +196,10 @@ class Observer:
         else:
             self._kept[endpoint] = pgconn
         if sight is None:
-            logger.debug("endpoint %s: no look: %s", endpoint.label, look.failure or "no answer")
+            reason = look.failure or "no answer"
+            events.ENDPOINT_SILENT(
+                "endpoint %s: no look: %s", endpoint.label, reason, endpoint=endpoint.label, reason=reason
+            )
             return
         endpoint.note_sight(sight)
         if self._limited:

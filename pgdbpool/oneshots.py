@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from weakref import ref
 
+from . import tracing
 from .cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
-from .errors import ConnectionLostError, QueryDeadlineError
+from .errors import ConnectionLostError, Error, QueryDeadlineError
 from .preamble import IDLE, Block, is_high
 from .queries import all_rows, command_tag, first_row, first_value
 from .statements import shape
@@ -29,6 +30,7 @@ class BlockOptions(TypedDict, total=False):
     settings: Mapping[str, Any] | None
     timeout: float | None
     priority: Literal["high", "normal"]
+    correlation_id: Any
 
 
 class OneShots:
@@ -49,7 +51,8 @@ class OneShots:
         where any of them fails, nothing is committed. It raises what entering a `Handler`, `query` and
         `commit` do.
 
-        :param block: `tenant`, `tenant_override`, `settings`, `timeout` and `priority`, as for a `Handler`.
+        :param block: `tenant`, `tenant_override`, `settings`, `timeout`, `priority` and `correlation_id`, as
+            for a `Handler`.
         :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
             another: the statement may or may not have taken effect.
         """
@@ -110,14 +113,18 @@ class _OneShot:
         settings: Mapping[str, Any] | None = None,
         timeout: float | None = None,
         priority: Literal["high", "normal"] = "normal",
+        correlation_id: Any = None,
     ) -> None:
         self.group, self.timeout = group, timeout
         caller = sys._getframe(2)
         binding = group.bind(tenant, tenant_override, settings)
         self.block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
-        self.block.high = is_high(priority)
+        self.block.high = priority != "normal" and is_high(priority)
+        if correlation_id is not None or tracing.in_use:
+            given = None if correlation_id is None else tracing.clean(correlation_id)
+            tracing.begin(self.block, given, caller if group.config.leak_stack else None)
         if group.limiter is not None:
-            group.limiter.acquire()
+            group.admit(self.block)
         self.block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler
 
     def __enter__(self) -> _OneShot:
@@ -132,6 +139,7 @@ class _OneShot:
         except ConnectionLostError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
+            self.group.note_retry(self.block, error)
         self._replace()
         return self._cursor(statement, params).execute(statement, params)
 
@@ -144,6 +152,7 @@ class _OneShot:
         except ConnectionLostError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
+            self.group.note_retry(self.block, error)
         self._replace()
         cursor = self._cursor(statement, None)
         cursor.executemany(statement, sets)
@@ -172,6 +181,11 @@ class _OneShot:
                     conn.commit()
                 else:
                     conn.undo()
+            if exc is not None:
+                tracing.mark(exc, block)
+        except Error as error:
+            tracing.mark(error, block)
+            raise
         finally:
             if block.conn is not None:
                 self.group.checkin(block.conn)

@@ -96,6 +96,9 @@ class Pool(Protocol):
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         """Take idle connections out, for the caller to close."""
 
+    def mine(self) -> bool:
+        """Tell whether the calling thread may take connections out."""
+
     def close(self, timeout: float) -> None:
         """Close the idle connections and refuse further use; those lent are closed as they come back."""
 
@@ -402,6 +405,9 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 self._pool.remove(conn)
         return removed
 
+    def mine(self) -> bool:
+        return True
+
     def _close_connection(self, conn: PooledConnection) -> None:
         conn.retire()
 
@@ -508,6 +514,9 @@ class LockFreePool:
         for conn in removed:
             self._idle.remove(conn)
         return removed
+
+    def mine(self) -> bool:
+        return self._owner in (0, get_ident())
 
     def close(self, timeout: float = 0.0) -> None:
         self._closed = True

@@ -86,9 +86,15 @@ class Block:
     """One `with` block: what its statements need first, and who opened it where."""
 
     __slots__ = (
-        "_all", "_set", "binding", "committed", "conn", "failure", "high", "lost", "manual", "open", "place",
-        "settings", "since", "thread", "watch",
+        "_all", "_set", "binding", "committed", "conn", "failure", "high", "lost", "manual", "open", "own_id",
+        "place", "settings", "since", "stack", "statement", "thread", "watch",
     )  # fmt: skip
+
+    # Not set before there is one, so that a block without costs nothing; see `tracing`.
+    own_id: str
+    stack: list[tuple[CodeType, int]]
+    statement: Any
+    """The last one, under way or not."""
 
     def __init__(self, manual: bool, binding: Binding, place: tuple[CodeType, int]) -> None:
         self.open = True

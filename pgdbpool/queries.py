@@ -14,6 +14,8 @@ from .cursors import BlockCursor, has_rows
 from .errors import ConnectionLostError, QueryDeadlineError
 
 if TYPE_CHECKING:
+    from .group import Group
+    from .preamble import Block
     from .rows import Row
     from .session import PooledConnection
 
@@ -30,6 +32,9 @@ class Queries(Copying):
         def rollback(self) -> None: ...
 
         def _live(self) -> PooledConnection: ...
+
+        _group: Group
+        _block: Block | None
 
     def fetch(self, statement: Any, params: Any = None) -> list[Row]:
         """Execute a statement and return its rows; none where it gives none.
@@ -76,6 +81,7 @@ class Queries(Copying):
         except ConnectionLostError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
+            self._group.note_retry(self._block, error)
         self.rollback()  # as `query` does: nothing of it can have been committed
         cursor = BlockCursor(self._live())
         cursor.executemany(statement, sets, returning=returning)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import logging
 import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
-from . import deadlines
+from . import deadlines, events, tracing
 from .categories import Category
-from .errors import DBConnectionError, DBOfflineError, classify
+from .errors import DBConnectionError, DBOfflineError, classify, one_line
 from .handler import Handler
-
-logger = logging.getLogger("pgdbpool")
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -31,6 +28,7 @@ def run(
     settings: Mapping[str, Any] | None = None,
     timeout: float | None = None,
     priority: Literal["high", "normal"] = "normal",
+    correlation_id: Any = None,
     idempotent: bool = False,
     backoff: float = 0.05,
     max_backoff: float = 1.0,
@@ -45,7 +43,7 @@ def run(
     block it does again.
 
     :param attempts: how often it is tried at most.
-    :param tenant, settings, timeout, priority: those of `Handler`, in each attempt.
+    :param tenant, settings, timeout, priority, correlation_id: those of `Handler`, in each attempt.
     :param idempotent: whether the work may take effect twice.
     :param backoff: seconds before the second attempt; they double, up to `max_backoff`, and a
         random half of them is left out. Nothing is repeated beyond the current deadline.
@@ -57,7 +55,14 @@ def run(
     attempt = 0
     while True:
         attempt += 1
-        db = Handler(group, timeout=timeout, tenant=tenant, settings=settings, priority=priority)
+        db = Handler(
+            group,
+            timeout=timeout,
+            tenant=tenant,
+            settings=settings,
+            priority=priority,
+            correlation_id=correlation_id,
+        )
         try:
             with db:
                 return function(db)
@@ -69,7 +74,13 @@ def run(
                 if attempt > 1:
                     _note(error, attempt)
                 raise
-            logger.debug("group %s: attempt %d failed, again in %.3f s: %s", group, attempt, delay, error)
+            db._group.retries += 1
+            block = db._block
+            events.RUN_RETRIED(
+                "group %s: attempt %d failed, again in %.3f s: %s", group, attempt, delay, error,
+                group=group, correlation_id=None if block is None else tracing.id_of(block), attempt=attempt,
+                seconds=delay, reason=one_line(error), sqlstate=getattr(error, "sqlstate", None),
+            )  # fmt: skip
         time.sleep(delay)
 
 

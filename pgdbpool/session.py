@@ -1,7 +1,7 @@
 """The connection as a block sees it: it reaches the server only while a block has it.
 
-`PooledConnection.tidy` resets what psycopg has no public setter for; the minor version of psycopg is
-pinned for that.
+`PooledConnection.tidy` resets what psycopg has no public setter for, and `pipeline` replaces a pipeline's
+`result_queue`; the minor version of psycopg is pinned for that.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import pq
 from psycopg.errors import _WaitTimeout
+from psycopg.transaction import OutOfOrderTransactionNesting
 
-from . import deadlines, errors, greenlets
+from . import deadlines, errors, greenlets, tracing
 from .preamble import BEGIN, CLEANING, GRACE, IDLE, INTRANS, NOTHING, Block, Command, deallocate, set_local
 from .statements import Shape
+from .stats import Tally
 from .tenant import Bound
 
 if TYPE_CHECKING:
@@ -77,6 +79,14 @@ class Slot:
         self.lent = False
 
 
+class _Answers(deque[Any]):
+    """What psycopg waits for in a pipeline; a COMMIT implied by its Sync that fails is one answer more."""
+
+    def popleft(self) -> Any:
+        """Return what the next answer is for, None for an answer of no cursor."""
+        return super().popleft() if self else None
+
+
 class PooledConnection(psycopg.Connection[Any]):
     """A psycopg connection that belongs to an endpoint and, while it is lent, to one block.
 
@@ -88,7 +98,7 @@ class PooledConnection(psycopg.Connection[Any]):
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
         "_known", "block", "bound", "client_encoding", "endpoint", "expires_at", "lent", "poll", "reads",
-        "riding", "settled", "slot", "speaks_utf8", "used_at", "wait_readable", "wrapped",
+        "riding", "settled", "slot", "speaks_utf8", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -102,11 +112,21 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether the block has set a statement_timeout by itself."""
     limited: bool = False
     """Whether a deadline has bound a statement_timeout in the open transaction."""
+    annotates: bool = False
+    """Whether its group shows the blocks' correlation ids at the server."""
+    annotated: bool = False
+    """Whether that was done in the open transaction."""
+    own_name: str = ""
+    """The session's application_name."""
+    taken_away: bool = False
+    """Whether it was taken from its block, which finds it lost; see `max_hold`."""
     ending: bool = False
     """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
     used_at: float
     """When the connection was last known to work, on the monotonic clock."""
     expires_at: float
+    uses: Tally
+    """Where its group counts how long blocks have it."""
     asked_role: str | None = None
     """The role of a server that does not report it (before PostgreSQL 14), asked once."""
     local: Bound = ()
@@ -313,13 +333,18 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def own_error(self, error: psycopg.Error, status: int = IDLE) -> errors.DBQueryError:
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
-        if errors.ends_session(error):
+        if errors.ends_session(error) or self.taken_away:
             self.close()
         self._note_loss(error, status)
         kind: type[errors.DBQueryError] = errors.ConnectionLostError if self.closed else errors.DBQueryError
         if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
             kind = errors.ReadOnlyServerError
-        return errors.as_query_error(error, kind)
+        if self.taken_away:
+            kind = errors.HoldExceededError
+        own = errors.as_query_error(error, kind)
+        if self.block is not None and own.correlation_id is None:
+            own.correlation_id = tracing.id_of(self.block)
+        return own
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()
@@ -328,6 +353,8 @@ class PooledConnection(psycopg.Connection[Any]):
         cut = left is not None and left <= 0
         within = "before the deadline" if cut else f"within {self.patience:g} s"
         error = errors.QueryDeadlineError(f"{self.endpoint.label} gave no answer {within}: connection closed")
+        if self.block is not None:
+            error.correlation_id = tracing.id_of(self.block)
         self._note_loss(error, status)
         return error
 
@@ -363,6 +390,21 @@ class PooledConnection(psycopg.Connection[Any]):
         milliseconds = 0 if allowed is None else max(1, round(allowed * 1000))
         return preamble + set_local((("statement_timeout", str(milliseconds)),))
 
+    def annotate(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
+        """Add the block's correlation id, as a part of application_name, once in each transaction.
+
+        Not to the statement's text, since that is what plans are known by: with a comment of its own, each
+        block's would be parsed and planned anew, at the server and in psycopg.
+        """
+        block, status = self.block, self.pgconn.transaction_status
+        if status == IDLE:
+            self.annotated = False
+        if block is None or self.annotated or status not in (IDLE, INTRANS):
+            return preamble
+        self.annotated = True
+        name = tracing.application_name(self.own_name, tracing.id_of(block))
+        return preamble + set_local((("application_name", name),))
+
     def _start_query(self) -> PQGen[None]:
         """Refuse a statement that would go round the block; every cursor of psycopg comes through here."""
         if self.settled is not None and not self.riding and not self._pipeline:
@@ -378,8 +420,7 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises ConnectionLostError: what an interruption left open could not be ended; nothing was sent.
         """
         if self.holder:
-            if self.holder == get_ident():
-                raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
+            self._check_held()
         elif self.wrapped and not self._pipeline:
             # Its end was interrupted: what follows would run in it, with what was done to its settings.
             if self.pgconn.transaction_status != IDLE:
@@ -389,6 +430,16 @@ class PooledConnection(psycopg.Connection[Any]):
                 error = errors.ConnectionLostError("a transaction whose end was interrupted cannot be ended")
                 error.repeatable = True
                 raise error
+
+    def _check_held(self) -> None:
+        if self.holder == get_ident():
+            raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
+
+    def cut(self) -> None:
+        """Close the connection, whatever loop is open over it and holds psycopg's lock for good."""
+        self.close()
+        if self.lock.locked():
+            self.lock, self.holder = Lock(), 0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -581,6 +632,8 @@ class PooledConnection(psycopg.Connection[Any]):
             commands = cleaning + BEGIN + commands[len(cleaning) :]
         if commands and deadlines.in_use:
             commands = self.limit(commands)
+        if commands and self.annotates:
+            commands = self.annotate(commands)
         if commands:
             self.wrapped = wrap
             self.run(commands)
@@ -608,8 +661,8 @@ class PooledConnection(psycopg.Connection[Any]):
     def undo(self) -> None:
         """Roll back after an error, which is the one to see; where that fails, close."""
         try:
-            if self.pgconn.transaction_status == ACTIVE:
-                self.close()
+            if self.pgconn.transaction_status == ACTIVE or self.lock.locked():
+                self.cut()
             elif not self.closed:
                 self.rollback()
         except psycopg.Error:
@@ -623,8 +676,12 @@ class PooledConnection(psycopg.Connection[Any]):
         """
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+        if self.holder:
+            self._check_held()
         self.bound = False
         block, status = self.block, self.pgconn.transaction_status
+        if self.taken_away and status != IDLE:
+            raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
         if status == _INERROR:
             self.rollback()
             raise errors.TransactionAbortedError(FAILED)
@@ -648,6 +705,8 @@ class PooledConnection(psycopg.Connection[Any]):
         """Roll the open transaction back, if any."""
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+        if self.holder:
+            self._check_held()
         self.bound = False
         self.ending = True
         try:
@@ -691,6 +750,10 @@ class PooledConnection(psycopg.Connection[Any]):
                     yield transaction
                 finally:
                     self.ending = True
+                    if self.holder == get_ident():
+                        # An exception has left a loop, and keeps its generator alive.
+                        self.cut()
+                        self._note_loss(psycopg.OperationalError(_BUSY), ACTIVE)
                 if deadlines.in_use:
                     deadlines.check()  # it is rolled back then
                 if self.closed or (outermost and self.pgconn.transaction_status == _INERROR):
@@ -699,6 +762,13 @@ class PooledConnection(psycopg.Connection[Any]):
                 body_ended = True
         except errors.ConnectionLostError as error:
             error.maybe_committed = error.maybe_committed or (body_ended and outermost)
+            raise
+        except OutOfOrderTransactionNesting as error:
+            # Two were ended crosswise, or one was interrupted on its way in. psycopg leaves the savepoint and
+            # what was done in it, which the block must not commit.
+            if self.block is block and not outermost:
+                self.close()
+                self._note_loss(error, ACTIVE)
             raise
         finally:
             self.ending = False
@@ -714,10 +784,14 @@ class PooledConnection(psycopg.Connection[Any]):
         with self.ready():
             try:
                 with super().pipeline() as pipeline:
+                    if not isinstance(pipeline.result_queue, _Answers):
+                        pipeline.result_queue = _Answers(pipeline.result_queue)
                     yield pipeline
             except psycopg.Error as error:
                 if isinstance(error, errors.DBQueryError):
                     raise
+                if not self.pgconn.pipeline_status and not self.closed:
+                    raise self.own_error(error)  # noqa: B904  it is the same object
                 # psycopg cannot leave the pipeline, which is how an interruption of its end shows.
                 self.close()
                 self._note_loss(error, ACTIVE)

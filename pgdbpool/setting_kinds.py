@@ -26,6 +26,14 @@ class ServerSettings(Kind):
     def allowed(self) -> str:
         return "a mapping of server settings, such as {work_mem: 64MB}"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": f"^{_SETTING_NAME.pattern}$"},
+            "additionalProperties": {"type": ["string", "number", "boolean"]},
+        }
+
     def check(self, value: object) -> Any:
         if not isinstance(value, Mapping):
             raise self.refuse(value)
@@ -57,6 +65,10 @@ class TenantName(Text):
             "a qualified custom name, such as app.current_tenant_id: letters, digits, _ and $ in parts "
             f"of at most {_PART_LIMIT} bytes, with a dot between"
         )
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)+$"}
 
     def check(self, value: object) -> Any:
         if isinstance(value, str) and _SETTING_NAME.fullmatch(value):

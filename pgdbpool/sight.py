@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ class Sight(NamedTuple):
 
 def read(result: PGresult, at: float) -> Sight:
     """Return what a server answered to `QUERY`."""
-    standby, timeline, system, position, age = (
-        None if (value := result.get_value(0, column)) is None else value.decode() for column in range(5)
-    )
+    values = (result.get_value(0, column) for column in range(5))
+    return parse([None if value is None else value.decode() for value in values], at)
+
+
+def parse(values: Sequence[str | None], at: float) -> Sight:
+    """Return what the columns of an answer to `QUERY` say."""
+    standby, timeline, system, position, age = values
     return Sight(
         standby=standby == "t",
         timeline=None if timeline is None else int(timeline, 16),
@@ -65,6 +70,18 @@ class Lag(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.bytes} bytes and {self.seconds:.1f} s"
+
+
+def behind(primary: Sight, standby: Sight) -> Lag | None:
+    """Return how far a standby is behind, from one look at each; None where it cannot be told.
+
+    Seconds are since the last transaction that it replayed, by its own clock: those since the primary was
+    ahead take more than one look, see `Course`.
+    """
+    if primary.position is None or standby.position is None or primary.system != standby.system:
+        return None
+    missing = max(primary.position - standby.position, 0)
+    return Lag(missing, (standby.replayed_before or 0.0) if missing else 0.0)
 
 
 class Course:

@@ -14,6 +14,7 @@ Variable                     Meaning
 ``PGDBPOOL_GROUPS``          The groups, separated by commas. If not set, there is a group for each
                              ``DATABASE_URL_<GROUP>``, and the group ``default`` for ``DATABASE_URL``.
 ``PGDBPOOL_TYPE``            `type`: ``threaded``, ``non-threaded`` or ``lock-free``.
+``PGDBPOOL_PROCESSES``       `processes`: how many use this configuration.
 ``PGDBPOOL_<KEY>``           A key of every group, such as ``PGDBPOOL_CONNECTION_COUNT``; any key of a
                              group but `endpoints`. A mapping is written in YAML, in braces:
                              ``PGDBPOOL_SETTINGS='{work_mem: 64MB}'``.
@@ -88,6 +89,7 @@ def build(tree: Mapping[Any, Any], origin: str, report: Report) -> Config:
         type=top.get("type", "threaded"),
         endpoints=tuple(EndpointConfig(**server) for server in servers),
         groups=MappingProxyType({group["name"]: GroupConfig(**group) for group in groups}),
+        processes=top.get("processes"),
         origin=origin,
     )
 
@@ -134,6 +136,9 @@ def _read_environment(environ: Mapping[str, str], report: Report) -> Mapping[Any
     if "PGDBPOOL_TYPE" in given:
         tree["type"] = given["PGDBPOOL_TYPE"]
         report.names["type"] = "PGDBPOOL_TYPE"
+    if "PGDBPOOL_PROCESSES" in given:
+        tree["processes"] = retype(given["PGDBPOOL_PROCESSES"])
+        report.names["processes"] = "PGDBPOOL_PROCESSES"
     _add_servers(tree, given, report)
     _add_keys(tree["groups"], given, environ, report)
     if not names:
@@ -207,7 +212,7 @@ def _add_keys(
             for name in [group] if group else groups:
                 groups[name][key] = value
                 report.names[f"groups{step(name)}.{key}"] = variable
-    known = {*meanings, "PGDBPOOL_CONFIG", "PGDBPOOL_GROUPS", "PGDBPOOL_TYPE"}
+    known = {*meanings, "PGDBPOOL_CONFIG", "PGDBPOOL_GROUPS", "PGDBPOOL_TYPE", "PGDBPOOL_PROCESSES"}
     for variable in sorted(given):
         reserved = variable.startswith(("PGDBPOOL_TEST_", "DATABASE_URL"))
         if not reserved and variable not in known:

@@ -1,9 +1,104 @@
-"""Frozen snapshots of what the pools do; nothing here runs on the hot path."""
+"""Frozen snapshots of what the pools do, and the tallies of durations that they are made of."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from threading import Lock
+from typing import Any, ClassVar
+
+BUCKETS = tuple(2**power / 1_000_000 for power in range(4, 27))
+"""Where the buckets of all histograms end, in seconds: 16 microseconds, twice that, up to 67 seconds."""
+
+BATCH = 256
+"""Durations that are kept before they are counted."""
+
+
+class Tally:
+    """Durations where they are measured: they are kept in a list, and counted when there are many.
+
+    To append is a tenth of what it takes to find a bucket, and in a sorted list there are only as many places
+    to find as there are buckets.
+    """
+
+    __slots__ = ("_counting", "_counts", "_sum", "recent")
+
+    def __init__(self) -> None:
+        self.recent: list[float] = []
+        """Not counted yet. Whoever appends calls `count` where there are `BATCH` of them."""
+        self._counts = [0] * (len(BUCKETS) + 1)
+        self._sum = 0.0
+        self._counting = Lock()
+
+    def add(self, seconds: float) -> None:
+        """Add a duration."""
+        self.recent.append(seconds)
+        if len(self.recent) >= BATCH:
+            self.count()
+
+    def count(self) -> None:
+        """Count what is kept, unless somebody does so already."""
+        if not self._counting.acquire(blocking=False):
+            return
+        try:
+            batch = self.recent[:]
+            del self.recent[: len(batch)]  # what others append meanwhile comes after that
+            batch.sort()
+            below = 0
+            for place, bound in enumerate(BUCKETS):
+                up_to = bisect_right(batch, bound, below)
+                self._counts[place] += up_to - below
+                below = up_to
+            self._counts[-1] += len(batch) - below
+            self._sum += sum(batch)
+        finally:
+            self._counting.release()
+
+    def read(self) -> tuple[list[int], float]:
+        """Return how many there are for each bucket, and their sum."""
+        self.count()
+        return self._counts[:], self._sum
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How long something took: how often, by the bucket that the duration falls into."""
+
+    bounds: ClassVar[tuple[float, ...]] = BUCKETS
+    """Where each bucket ends, in seconds; the same for all. There is one more for what took longer."""
+
+    counts: tuple[int, ...]
+    """How often, for each bucket alone: the sum of those up to it is what metrics call cumulative."""
+    sum: float
+    """Seconds in all."""
+
+    @classmethod
+    def of(cls, tallies: Iterable[Tally], instant: int = 0) -> Histogram:
+        """Return the histogram of tallies, with so many more that took no time."""
+        counts, seconds = [instant] + [0] * len(BUCKETS), 0.0
+        for tally in tallies:
+            more, seconds_more = tally.read()
+            counts = [a + b for a, b in zip(counts, more, strict=True)]
+            seconds += seconds_more
+        return cls(tuple(counts), seconds)
+
+    @property
+    def count(self) -> int:
+        """How often in all."""
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> float | None:
+        """Return the end of the bucket that the quantile is in, in seconds; None where there is nothing.
+
+        What took longer than the last bound counts as that.
+        """
+        wanted, seen = share * self.count, 0
+        for bound, number in zip((*self.bounds, self.bounds[-1]), self.counts, strict=True):
+            seen += number
+            if number and seen >= wanted:
+                return bound
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +120,12 @@ class EndpointStatus:
     """Connections that the process has to it, over all groups."""
     last_error: str | None
     seconds_since_error: float | None
+    failovers: int
+    """How often it was seen to have been promoted."""
+    use: Histogram
+    """How long blocks had a connection to it, over all groups."""
+    connect: Histogram
+    """How long it took to open one, over all groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +149,26 @@ class GroupStatus:
     """Connections closed by the pool, by reason."""
     holders: tuple[str, ...]
     """Who has the connections in use: thread, seconds, place."""
+    waits: int
+    """Checkouts that waited in the queue and got a connection."""
+    retries: int
+    """Statements that were sent again, and attempts that `run` repeated."""
+    failovers: int
+    """How often one of the group's servers was seen to have been promoted."""
+    rate_limited: int
+    """Blocks that `rate_limit` refused."""
+    leaks: int
+    """Blocks that had a connection for longer than `leak_after`."""
+    overdue: int
+    """Blocks whose connection was taken from them after `max_hold`."""
+    slow_blocks: int
+    slow_statements: int
+    wait: Histogram
+    """How long a checkout waited for a connection or a slot; not for one to be opened."""
+    use: dict[str, Histogram]
+    """How long blocks had a connection, by endpoint label."""
+    connect: dict[str, Histogram]
+    """How long it took to open a connection, by endpoint label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +179,8 @@ class Status:
     type: str
     groups: dict[str, GroupStatus]
     endpoints: dict[str, EndpointStatus]
+    buckets: tuple[float, ...] = BUCKETS
+    """Where the buckets of all histograms end, in seconds; the last one of each has no end."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the snapshot as plain dicts, lists, strings and numbers, as JSON has them."""

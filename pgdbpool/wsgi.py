@@ -1,13 +1,19 @@
-"""WSGI middlewares: the tenant and the deadline of a request, bound for all that runs on its behalf."""
+"""For WSGI: a request's tenant and deadline, bound for all that runs on its behalf, and answers to probes."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context, copy_context
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from . import deadlines
+from .connection import Connection
+from .errors import NotInitializedError
 from .tenant import set_current
 
 if TYPE_CHECKING:
@@ -94,6 +100,89 @@ class DeadlineMiddleware:
         return _Body(context, context.run(self._app, environ, start_response))
 
 
+class HealthApp:
+    """Answers probes of an orchestrator or a load balancer with 200 or 503 and JSON, see :doc:`guide/health`.
+
+    A path that ends in `/live` asks whether the process is worth keeping: no server is asked. Any other asks
+    whether it can serve requests: servers are, at most once in `max_age` seconds however many ask.
+
+    :param timeout: seconds that all servers together have for their answers.
+    :param groups: those that must be served for a 200; all if it is None.
+    :param max_age: seconds for which an answer is given again.
+    :param details: whether the answer has what `Connection.health` found: labels of servers, and errors.
+        Leave it out where anybody can ask.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float = 2.0,
+        groups: Iterable[str] | None = None,
+        max_age: float = 1.0,
+        details: bool = False,
+    ) -> None:
+        if isinstance(groups, str):
+            raise ValueError(f"groups={groups!r} is one name: give a list of them")
+        if not timeout > 0 or max_age < 0:
+            raise ValueError(f"timeout={timeout!r} must be above 0, max_age={max_age!r} not below")
+        self._timeout = timeout
+        self._groups = None if groups is None else tuple(groups)
+        self._max_age = max_age
+        self._details = details
+        self._asking = threading.Lock()
+        self._last: tuple[int, float, bool, dict[str, Any]] | None = None
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _answer(
+                start_response, "405 Method Not Allowed", "only GET and HEAD", ("Allow", "GET, HEAD")
+            )
+        live = environ.get("PATH_INFO", "").rstrip("/").endswith("/live")
+        good, report = self._live() if live else self._ready()
+        body = json.dumps(report).encode()
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+        ]
+        start_response("200 OK" if good else "503 Service Unavailable", headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    @staticmethod
+    def _live() -> tuple[bool, dict[str, Any]]:
+        ended = Connection.is_closing()
+        return not ended, {"status": "ended" if ended else "alive", "pid": os.getpid()}
+
+    def _ready(self) -> tuple[bool, dict[str, Any]]:
+        last = self._fresh()
+        if last is None:
+            with self._asking:  # one asks, and the others take what it found
+                last = self._fresh()
+                if last is None:
+                    good, report = self._ask()
+                    self._last = last = (os.getpid(), monotonic(), good, report)
+        return last[2], last[3]
+
+    def _fresh(self) -> tuple[int, float, bool, dict[str, Any]] | None:
+        last = self._last
+        if last is None or last[0] != os.getpid() or monotonic() - last[1] > self._max_age:
+            return None
+        return None if Connection.is_closing() else last
+
+    def _ask(self) -> tuple[bool, dict[str, Any]]:
+        try:
+            report = Connection.health(self._timeout)
+        except NotInitializedError as error:
+            return False, {"status": "unhealthy", "pid": os.getpid(), "error": str(error)}
+        parts = report["groups"]
+        wanted = parts if self._groups is None else self._groups
+        good = all(name in parts and parts[name]["status"] != "unhealthy" for name in wanted)
+        if self._details:
+            return good, report
+        states = {name: part["status"] for name, part in parts.items()}
+        return good, {"status": report["status"], "pid": report["pid"], "groups": states}
+
+
 class _Body:
     """A response body, each step of which runs in the request's context."""
 
@@ -115,10 +204,10 @@ class _Body:
             self._context.run(close)
 
 
-def _answer(start_response: StartResponse, status: str, text: str) -> list[bytes]:
+def _answer(start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> list[bytes]:
     body = text.encode()
     start_response(
-        status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+        status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body))), *headers]
     )
     return [body]
 

@@ -30,8 +30,8 @@ def empty_room() -> Iterator[Path]:
     try:
         yield place
         wait_for(lambda: not list(place.iterdir()), what=f"nothing left in {place}: {list(place.iterdir())}")
-        mine = [process for process in processes() if any(str(place) in word for word in process.args)]
-        assert not mine
+        mine = lambda: [p.args for p in processes() if any(str(place) in word for word in p.args)]  # noqa: E731
+        wait_for(lambda: not mine(), what=f"no process of {place}: {mine()}")
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

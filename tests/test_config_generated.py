@@ -150,7 +150,18 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "switch": [*CONTAINERS, 2, "", "true", 1.5],
     "labels": [5, "primary", True, {}, [], [5], [None], [["primary"]], {"pass": SECRET}],
     "settings": [5, "work_mem=1", True, [], {"a b": 1}, {"x": None}, {"x": [SECRET]}, {"": "x"}, {"x": {}}],
-    "lag": [SECRET, [SECRET], {}, {SECRET: 1}, {"bytes": SECRET}, {"seconds": -1}, {"bytes": 0}, True, 5],
+    "lag": [
+        SECRET,
+        [SECRET],
+        {},
+        {SECRET: 1},
+        {"bytes": [SECRET]},
+        {"bytes": "many"},
+        {"seconds": -1},
+        {"bytes": 0},
+        True,
+        5,
+    ],
     "tenant": [
         *(
             5,

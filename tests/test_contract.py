@@ -156,10 +156,11 @@ def test_a_handler_that_is_dropped_after_a_failure_gives_its_connection_back(sta
         handler = Handler("manual").__enter__()
         with pytest.raises(psycopg.errors.DivisionByZero):
             handler.query("SELECT 1 / 0")  # which leads to the handler by its traceback
-
-    fail()
-    with pytest.warns(ResourceWarning, match="dropped without"):
+        del handler
         gc.collect()
+
+    with pytest.warns(ResourceWarning, match="dropped without"):
+        fail()
     with Handler("manual", timeout=5) as db:
         assert db.query("SELECT 1").fetchone()[0] == 1
 

@@ -263,3 +263,23 @@ def test_without_gevent_nothing_of_it_is_imported(known_cluster: Any) -> None:
         timeout=20,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+
+
+def test_a_health_check_of_a_stopped_server_lets_other_greenlets_run(known_cluster: Any) -> None:
+    known_cluster.primary.pause()
+    try:
+        printed = run(
+            known_cluster.primary,
+            """
+            Connection.init({
+                "db": {"host": "127.0.0.1", "port": int(os.environ["NODE_PORT"]), "user": "postgres"},
+                "groups": {"g": {}},
+            }, wait=False)
+            gevent.spawn(tick)
+            gevent.sleep(0.01)
+            print(Connection.health(1.0)["status"], len(gaps) > 20, flush=True)
+            """,
+        )
+    finally:
+        known_cluster.primary.resume()
+    assert printed == "unhealthy True\n"

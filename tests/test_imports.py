@@ -18,14 +18,14 @@ ORDER = [
     "categories",
     "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
     "yamlfile", "sources",
-    "stats", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets", "session", "cursors",
-    "copying", "queries",
+    "stats", "events", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
+    "session", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots", "observer", "monitor",
-    "shutdown", "connection", "handler", "retry", "pool",
+    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots", "observer", "holds",
+    "monitor", "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
-LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool"}
+LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health"}
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
 

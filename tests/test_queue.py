@@ -162,8 +162,10 @@ def test_threads_share_fairly(start: Any) -> None:
     start(connection_count=2)
     blocks: Counter[int] = Counter()
     stop = threading.Event()
+    all_there = threading.Barrier(6)
 
     def run(i: int) -> None:
+        all_there.wait(30)
         while not stop.is_set():
             with Handler("g") as db:
                 db.query("SELECT 1").fetchall()

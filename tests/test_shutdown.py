@@ -187,7 +187,8 @@ class Program:
             import pgdbpool
             from pgdbpool import Connection, Handler
             def say(*what):
-                print(*what, flush=True)
+                sys.stdout.write(" ".join(map(str, what)) + "\\n")  # one write: threads say things
+                sys.stdout.flush()
             Connection.init({{
                 "type": "{mode}",
                 "db": {{"host": "{node.host}", "port": {node.port}, "user": "postgres", "name": "postgres",

@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.transaction import OutOfOrderTransactionNesting
 from support import config, pid_of, server, wait_for
 
-from pgdbpool import Connection, Handler
+from pgdbpool import Connection, Handler, TransactionAbortedError
 
 # What is raised in the callback of a weak reference goes nowhere: that is Python's rule for signals too.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -123,6 +125,80 @@ def test_whatever_is_interrupted_the_next_statement_has_the_tenant(
             assert row == ("one",), point
         exact("tenants")
     measured("points at which the end of a transaction was interrupted", point - 1, "", at_least=20)
+
+
+def test_transactions_that_are_ended_crosswise_leave_nothing_to_commit(
+    pools: None, known_cluster: Any
+) -> None:
+    with Handler("manual") as db:
+        outer = db.transaction()
+        outer.__enter__()
+        db.query("INSERT INTO t VALUES (1)")
+        inner = db.transaction()
+        inner.__enter__()
+        with pytest.raises(OutOfOrderTransactionNesting):
+            outer.__exit__(None, None, None)
+        with pytest.raises(TransactionAbortedError):
+            db.commit()
+        db.rollback()
+        assert db.query("SELECT count(*) FROM t").fetchone() == (0,)
+    exact("manual")
+
+
+def test_who_waits_for_an_interrupted_look_at_a_server_goes_on_at_once(pools: None, mode: str) -> None:
+    if mode != "threaded":
+        pytest.skip("nobody waits for another in lock-free mode")
+    group = Connection.group("manual")
+    endpoint = group.endpoints[0]
+    looks = [endpoint.begin_look()]
+    waiter = threading.Thread(target=group._look, args=(endpoint, 60))
+    waiter.start()
+    looks.clear()  # as the frames of the interrupted one do
+    waiter.join(10)
+    assert not waiter.is_alive()
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+@pytest.mark.parametrize("use", ["notifies", "stream"])
+def test_an_error_in_a_loop_over_what_the_server_sends_ends_the_block(
+    pools: None, group: str, use: str
+) -> None:
+    """The loop's generator is left open then, and holds psycopg's lock."""
+    with pytest.raises(Interruption), Handler(group) as db:
+        db.query("LISTEN news")
+        if group == "manual":
+            db.commit()
+        with db.transaction():
+            db.query("NOTIFY news")
+        db.commit()
+        db.query("BEGIN" if group == "auto" else "SELECT 1")
+        cursor = db.connection.cursor()
+        generator: Any = cursor.stream("SELECT 1") if use == "stream" else db.connection.notifies(timeout=5)
+        for _ in generator:
+            with pytest.raises(psycopg.ProgrammingError, match=r"stream|notif"):
+                db.rollback()
+            with pytest.raises(psycopg.ProgrammingError, match=r"stream|notif"):
+                db.commit()
+            raise Interruption
+    exact(group)
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_an_error_in_a_loop_ends_the_transaction_around_it(pools: None, group: str) -> None:
+    def fail(db: Handler) -> None:
+        rows = db.connection.cursor().stream("SELECT generate_series(1, 3)")  # in the frame of the exception
+        for _ in rows:
+            raise Interruption
+
+    for around in (True, False):
+        with Handler(group) as db:
+            with pytest.raises(Interruption), db.transaction() if around else nullcontext():
+                with db.transaction():
+                    db.query("INSERT INTO t VALUES (1)")
+                    fail(db)
+            db.rollback()
+            assert db.query("SELECT count(*) FROM t").fetchone() == (0,)
+        exact(group)
 
 
 def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(

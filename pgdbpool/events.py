@@ -1,0 +1,147 @@
+"""The log records of the package: each event and its fields, declared once.
+
+All go to the logger `pgdbpool`. A record has its event's name as `event`, and each of its fields as an
+attribute of that name, None where it is not known: so a formatter for JSON needs no parsing of texts.
+"""
+
+from __future__ import annotations
+
+import logging
+from logging import DEBUG, WARNING
+from typing import Any
+
+logger = logging.getLogger("pgdbpool")
+
+FIELDS = {
+    "attempt": "Which attempt of `run` it was, from 1 on.",
+    "correlation_id": "Of the block; see `pgdbpool.correlation`.",
+    "endpoint": "The label of the server.",
+    "file": "Where the block was entered.",
+    "function": "Where the block was entered.",
+    "group": "The name of the group.",
+    "holder": "The name of the thread that the block is in.",
+    "lag_bytes": "How far the standby is behind.",
+    "lag_seconds": "How far the standby is behind.",
+    "line": "Where the block was entered.",
+    "newest": "The highest timeline of the servers of the same system.",
+    "previous": "The role that the server had.",
+    "reason": "Why, in words of the server, of the network or of the pool.",
+    "role": "`primary` or `standby`.",
+    "seconds": "How long it took, or has taken so far.",
+    "sqlstate": "The error's, where the server sent one.",
+    "stack": "Where the block was entered, as a list of strings, the innermost last; with `leak_stack`.",
+    "statement": "The text of the last statement, without its parameters.",
+    "timeline": "The timeline of the server.",
+}
+"""What each field says."""
+
+EVENTS: dict[str, Event] = {}
+"""All events by name."""
+
+
+class Event:
+    """One sort of record; calling it logs one, with the caller as the place in the code."""
+
+    __slots__ = ("fields", "level", "meaning", "name")
+
+    def __init__(self, name: str, level: int, meaning: str, *fields: str) -> None:
+        self.name = name
+        self.level = level
+        self.meaning = meaning
+        self.fields = fields
+        EVENTS[name] = self
+
+    def __call__(self, text: str, *args: Any, **fields: Any) -> None:
+        """Log the text with the fields, which are those that the event declares."""
+        if logger.isEnabledFor(self.level):
+            logger.log(self.level, text, *args, extra={"event": self.name, **fields}, stacklevel=2)
+
+
+_PLACE = ("holder", "file", "line", "function", "stack")
+
+ENDPOINT_DOWN = Event(
+    "endpoint.down", WARNING, "A server went out of use: it does not accept sessions, or does not answer.",
+    "endpoint", "reason",
+)  # fmt: skip
+ENDPOINT_UP = Event(
+    "endpoint.up", WARNING, "A server that was down is in use again.", "endpoint", "seconds"
+)  # fmt: skip
+ENDPOINT_DRAIN = Event("endpoint.drain", WARNING, "`Connection.drain` took a server out of use.", "endpoint")
+ENDPOINT_UNDRAIN = Event(
+    "endpoint.undrain", WARNING, "`Connection.undrain` put a server back into use.", "endpoint"
+)
+ENDPOINT_ROLE = Event(
+    "endpoint.role", WARNING, "A server was promoted, or is a standby now.", "endpoint", "role", "previous"
+)
+ENDPOINT_OUTDATED = Event(
+    "endpoint.outdated", WARNING, "Another server was promoted since: no writes go to this one.",
+    "endpoint", "timeline", "newest",
+)  # fmt: skip
+ENDPOINT_REFUSED = Event(
+    "endpoint.refused", WARNING,
+    "A server that is up refused a connection, for a reason that it did not give the last time.",
+    "endpoint", "reason",
+)  # fmt: skip
+ENDPOINT_SILENT = Event(
+    "endpoint.silent",
+    DEBUG,
+    "A server did not tell its role, its timeline or its limits.",
+    "endpoint",
+    "reason",
+)
+ENDPOINT_TOO_SMALL = Event(
+    "endpoint.too_small", WARNING,
+    "All `processes` together can open more connections than a server admits; told at `init`.",
+    "endpoint", "reason",
+)  # fmt: skip
+GROUP_LAG = Event(
+    "group.lag", WARNING, "A standby is further behind than `max_lag`: the group does not use it.",
+    "group", "endpoint", "lag_bytes", "lag_seconds",
+)  # fmt: skip
+GROUP_CAUGHT_UP = Event(
+    "group.caught_up", WARNING, "A standby has caught up: the group uses it again.",
+    "group", "endpoint", "lag_bytes", "lag_seconds",
+)  # fmt: skip
+GROUP_SHORT = Event(
+    "group.short", WARNING, "The group starts with fewer connections than `min_size`.", "group", "reason"
+)
+GROUP_UNSAFE_ROLE = Event(
+    "group.unsafe_role", WARNING,
+    "The role that logs in bypasses row-level security, and the tenants' `verify` is ``warn``.",
+    "group", "reason",
+)  # fmt: skip
+CONNECTION_OPENED = Event(
+    "connection.opened", DEBUG, "A connection was opened.", "group", "endpoint", "seconds"
+)
+CONNECTION_CLOSED = Event(
+    "connection.closed", DEBUG, "The pool closed a connection.", "group", "endpoint", "reason"
+)
+BLOCK_LEAKED = Event(
+    "block.leaked", WARNING, "A block has had its connection for longer than `leak_after`; once for each.",
+    "group", "endpoint", "correlation_id", "seconds", *_PLACE, "statement",
+)  # fmt: skip
+BLOCK_OVERDUE = Event(
+    "block.overdue", WARNING, "A block had its connection for longer than `max_hold`, and it was taken away.",
+    "group", "endpoint", "correlation_id", "seconds", *_PLACE, "statement",
+)  # fmt: skip
+BLOCK_SLOW = Event(
+    "block.slow", WARNING, "A block ended that had its connection for longer than `slow_block`.",
+    "group", "endpoint", "correlation_id", "seconds", *_PLACE, "statement",
+)  # fmt: skip
+BLOCK_ROLLBACK_FAILED = Event(
+    "block.rollback_failed", WARNING,
+    "The ROLLBACK after an exception failed: the connection was closed, which rolls back too.",
+    "group", "endpoint", "correlation_id", "reason", "sqlstate",
+)  # fmt: skip
+STATEMENT_SLOW = Event(
+    "statement.slow", WARNING, "A statement, or a COMMIT, took longer than `slow_query`.",
+    "group", "endpoint", "correlation_id", "seconds", *_PLACE, "statement",
+)  # fmt: skip
+STATEMENT_RETRIED = Event(
+    "statement.retried", DEBUG, "A statement whose connection was lost is sent again on another one.",
+    "group", "correlation_id", "reason", "sqlstate",
+)  # fmt: skip
+RUN_RETRIED = Event(
+    "run.retried", DEBUG, "An attempt of `run` failed, and is repeated after so many seconds.",
+    "group", "correlation_id", "attempt", "seconds", "reason", "sqlstate",
+)  # fmt: skip

@@ -1,0 +1,68 @@
+"""Looks at how long blocks hold their connections: `leak_after` and `max_hold`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .group import Group
+
+CANCEL_WITHIN = 0.5
+"""Seconds that the cancelling of one statement may keep whoever looks."""
+
+NOTHING_DUE = 3600.0
+SOON = 0.01
+
+
+class Holds:
+    """Looks at the blocks of the groups that have a limit, whenever the oldest may have reached it."""
+
+    def __init__(self, groups: Iterable[Group], clock: Callable[[], float] = monotonic) -> None:
+        self._groups = [g for g in groups if g.config.leak_after or g.config.max_hold]
+        self._clock = clock
+        self._told: set[tuple[int, float]] = set()
+        """The holds that were told of: which block, since when. Its number may come again, its time not."""
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to look at."""
+        return bool(self._groups)
+
+    def step(self) -> float:
+        """Do what is due now; return the seconds until there may be more to do.
+
+        It may wait for a server, for `CANCEL_WITHIN`, and cancels one statement at a time.
+        """
+        if not self._groups:
+            return NOTHING_DUE
+        now = self._clock()
+        soonest = now + NOTHING_DUE
+        seen: set[tuple[int, float]] = set()
+        cancelled = False
+        for group in self._groups:
+            leak_after, max_hold = group.config.leak_after, group.config.max_hold
+            # No block that begins from now on is due before that.
+            soonest = min(soonest, now + min(leak_after or NOTHING_DUE, max_hold or NOTHING_DUE))
+            for conn, block in group.held():
+                since = block.since
+                key = (id(block), since)
+                if leak_after and now - since < leak_after:
+                    soonest = min(soonest, since + leak_after)
+                elif leak_after:
+                    seen.add(key)
+                    if key not in self._told:
+                        group.note_leak(conn, block, now - since)
+                if max_hold and now - since < max_hold:
+                    soonest = min(soonest, since + max_hold)
+                elif max_hold and (cancelled or conn.ending):
+                    soonest = min(soonest, now + SOON)
+                elif max_hold:
+                    cancelled = group.take_away(conn, block, self._clock() + CANCEL_WITHIN)
+        self._told = seen
+        return max(SOON, soonest - now)
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._groups.clear()
