@@ -61,6 +61,7 @@ def draw(parts: dict[str, Any], directory: Path) -> Iterator[Path]:
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         for axes, size in zip(figure.subplots(1, 2, sharey=True), (4, 16), strict=True):
             _lines(axes, found["threads"], size)
+        axes.set_ylim(bottom=0)  # of both, which share it
         yield _save(figure, directory / "throughput.svg")
     if found := parts.get("bookkeeping"):
         figure = Figure(figsize=(10, 3), layout="constrained")
@@ -100,7 +101,6 @@ def _lines(axes: Axes, found: dict[str, Any], size: int) -> None:
             )
     axes.set_xscale("log", base=2)
     axes.set_xticks(threads, [str(number) for number in threads])
-    axes.set_ylim(bottom=0)
     axes.set_title(f"reads per second, {size} connections", loc="left", fontsize=10)
     axes.set_xlabel("threads")
     if size == 16:
