@@ -20,6 +20,7 @@ GROWTH: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "connections": ((1, 1, 1, 1), (10, 1, 10, 1), (100, 1, 100, 1), (1000, 1, 1000, 1)),
     "groups": ((1, 1, 4, 1), (10, 1, 4, 10), (100, 1, 4, 100)),
 }
+STEPS = ("checkout", "read", "tenant_read")
 WAITERS = (1, 10, 100, 1000)
 
 
@@ -31,8 +32,8 @@ def measure(bench: Bench) -> dict[str, Any]:
 def _checkouts(bench: Bench) -> dict[str, Any]:
     clients, servers = bench.places["one core"]
     figures = Rounds()
-    steps: dict[str, Any] = {}
-    with bench.crew(but=["bare"]) as crew:
+    steps: dict[str, Any] = {operation: {} for operation in STEPS}
+    with bench.crew() as crew:
         bench.pin_server(servers)
         crew.open([bench.server], 4)
         rounds = bench.rounds(5, 30)
@@ -40,9 +41,13 @@ def _checkouts(bench: Bench) -> dict[str, Any]:
         for member in crew:
             bench.progress.step(f"steps: {member.label}")
             pin(member.pid, clients)
-            steps[member.name] = member.ask("steps", operation="checkout")
+            for operation in STEPS:
+                if counted := member.ask("steps", operation=operation):
+                    steps[operation][member.name] = counted
         for _ in rounds:
             for member in crew:
+                if member.name == "bare":
+                    continue
                 bench.progress.step(f"checkout: {member.label}")
                 # What returns a connection over the network (asyncpg) is not asked so often.
                 each = 50 if member.name == "asyncpg" else 500

@@ -50,4 +50,8 @@ def figures(parts: dict[str, Any]) -> str:
             value = targets.measured(target, parts, of)
             text = "(not measured)" if value is None else number(value)
             lines.append(f".. |{name}| replace:: {text}")
+    steps = parts.get("bookkeeping", {}).get("steps", {}).get("read", {})
+    for name, peer in (("bare", "bare"), ("own", "pgdbpool"), ("checked", "psycopg_pool-check")):
+        text = number(steps[peer]["bytecodes"]) if peer in steps else "(not measured)"
+        lines.append(f".. |{name}_steps| replace:: {text}")
     return "\n".join(lines)

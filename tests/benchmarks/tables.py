@@ -98,11 +98,17 @@ def _bookkeeping(found: dict[str, Any]) -> Iterable[Table]:
     columns = {
         "µs": {peer: with_spread(one["value"]) for peer, one in found["checkout"].items()},
         "to psycopg_pool": {peer: with_spread(one.get("ratio")) for peer, one in found["checkout"].items()},
-        "Python calls": {peer: number(one["python"]) for peer, one in found["steps"].items()},
-        "calls of C": {peer: number(one["c"]) for peer, one in found["steps"].items()},
-        "bytecodes": {peer: number(one["bytecodes"]) for peer, one in found["steps"].items()},
     }
     yield Table("Checkout and checkin without a query", ["", *columns], by_peer(columns, str))
+    names = {"checkout": "without a query", **OPERATIONS}
+    columns = {
+        names[operation]: {
+            peer: f"{number(one['bytecodes'])}, {one['python']}, {one['c']}" for peer, one in peers.items()
+        }
+        for operation, peers in found["steps"].items()
+    }
+    title = "Steps of a block: bytecodes, calls of Python, calls of C"
+    yield Table(title, ["", *columns], by_peer(columns, str))
     for what, modes in found["growth"].items():
         sizes = next(iter(modes.values()))
         rows = []

@@ -62,7 +62,7 @@ class Worker:
         """Count the function calls and the bytecode instructions of one operation."""
         assert self.peer is not None
         do = self.peer.operation(operation)
-        for _ in range(20):
+        for _ in range(60):  # all that is prepared, on each connection, is prepared then
             self.peer.run(do)
         with _counted_calls() as calls:
             self.peer.run(do)
