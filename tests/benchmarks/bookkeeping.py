@@ -90,7 +90,7 @@ def _grown(
 def _waiters(bench: Bench, ports: list[int], rounds: range) -> dict[str, dict[str, dict[str, Any]]]:
     """Measure handing over, and beside it a bare lock that goes round as many threads."""
     figures = {"threaded": Rounds(), "lock": Rounds()}
-    seconds = 0.2 if bench.quick else 1.0
+    seconds = 0.2 if bench.quick else 0.6
     bench.progress.steps(len(rounds) * len(WAITERS))
     member = Member("threaded", "growth_worker.py")
     try:

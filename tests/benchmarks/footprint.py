@@ -50,7 +50,7 @@ def _memory(bench: Bench) -> dict[str, float]:
 
 def _imports(bench: Bench) -> dict[str, Any]:
     figures = Rounds()
-    rounds = bench.rounds(7, 25)
+    rounds = bench.rounds(7, 15)
     bench.progress.steps(len(rounds))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -20,7 +20,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     node = bench.cluster.primary
     rounds, count = (5, 60) if bench.quick else (20, 300)
-    slow_rounds, slow_count = (3, 15) if bench.quick else (10, 50)
+    slow_rounds, slow_count = (3, 12) if bench.quick else (10, 30)
     with bench.crew() as crew:
         for place, (clients, servers) in bench.places.items():
             bench.pin_server(servers)

@@ -55,7 +55,7 @@ def _restart(bench: Bench, stale: int) -> dict[str, Any]:
 
 def _promotion(bench: Bench) -> dict[str, Any]:
     """Kill the primary and promote the standby, while each peer writes 50 times a second."""
-    seconds = 8.0 if bench.quick else 20.0
+    seconds = 6.0 if bench.quick else 15.0
     seen: dict[str, list[dict[str, Any]]] = {}
     rounds = bench.rounds(1, 2)
     bench.progress.steps(len(rounds))

@@ -40,7 +40,7 @@ def measure(bench: Bench) -> dict[str, Any]:
 def _threads(bench: Bench, crew: Crew, threads: int, size: int, seconds: float) -> dict[str, Any]:
     rates, shares = Rounds(), Rounds()
     errors: dict[str, int] = {}
-    rounds = bench.rounds(1, 5)
+    rounds = bench.rounds(1, 4)
     able = [
         member
         for member in crew
@@ -68,7 +68,7 @@ def _processes(bench: Bench, processes: int, seconds: float) -> dict[str, Any]:
         crews = {name: stack.enter_context(Crew([name] * processes)) for name in names}
         for crew in crews.values():
             crew.open([bench.server], 1)
-        rounds = bench.rounds(1, 5)
+        rounds = bench.rounds(1, 4)
         bench.progress.steps(len(rounds) * len(crews))
         for _ in rounds:
             for name, crew in crews.items():
