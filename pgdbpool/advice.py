@@ -139,7 +139,7 @@ def _pooler(endpoint: EndpointConfig, server: ServerFacts, users: list[GroupConf
 
 def _settings(endpoint: EndpointConfig, server: ServerFacts, users: list[GroupConfig]) -> Iterator[Finding]:
     label = endpoint.label
-    role = endpoint.user or "app"
+    role = endpoint.user if isinstance(endpoint.user, str) else "app"
 
     def remedy(name: str, value: str) -> str:
         there = f"ALTER ROLE {role} SET {name} = '{value}'"

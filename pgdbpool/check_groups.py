@@ -57,17 +57,11 @@ def check_groups(
 def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Report) -> dict[str, Any]:
     group = read(GROUP_KEYS, entry, path, report)
     if not refused(entry, group, "connection_count"):
-        count = group.setdefault("connection_count", CONNECTION_COUNT)
-        if group.setdefault("min_size", count) > count:
-            message = f"must be at most connection_count ({count}), not {group['min_size']}"
-            report.add(f"{path}.min_size", message)
-        if group.get("reserved", 0) >= count:
-            message = f"must be below connection_count ({count}), not {group['reserved']}"
-            report.add(f"{path}.reserved", message)
+        check_sizes(group, path, report)
     if not refused(entry, group, "endpoints"):
         labels = tuple(server.get("label") for server in servers)
         _check_endpoints(group.setdefault("endpoints", labels), labels, path, report)
-        _check_pooler(group, servers, path, report)
+        check_pooler(group, servers, path, report)
     if group.get("max_lag") and group.get("target") in ("primary", "read-write"):
         report.add(
             f"{path}.max_lag", f"is about standbys, and target: {group['target']} takes none; remove it"
@@ -75,6 +69,9 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
     leak_after, max_hold = group.get("leak_after"), group.get("max_hold")
     if leak_after and max_hold and leak_after >= max_hold:
         report.add(f"{path}.leak_after", f"must be below max_hold ({max_hold:g} s), not {leak_after:g} s")
+    if group.get("on_failover") is not None and group.get("target") not in ("primary", "read-write"):
+        message = "is about the server that takes the writes, which only the targets primary and read-write"
+        report.add(f"{path}.on_failover", f"{message} follow; remove it, or set the target")
     if "tenant" in group:
         group["tenant"] = _tenant(group["tenant"], f"{path}.tenant", report)
     if "rate_limit" in group:
@@ -82,6 +79,17 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
     group["settings"] = MappingProxyType(group.get("settings", {}))
     _check_settings(group, path, report)
     return group
+
+
+def check_sizes(group: dict[str, Any], path: str, report: Report) -> None:
+    """Report sizes that do not fit together; those that are left out get their defaults."""
+    count = group.setdefault("connection_count", CONNECTION_COUNT)
+    if group.setdefault("min_size", count) > count:
+        message = f"must be at most connection_count ({count}), not {group['min_size']}"
+        report.add(f"{path}.min_size", message)
+    if group.get("reserved", 0) >= count:
+        message = f"must be below connection_count ({count}), not {group['reserved']}"
+        report.add(f"{path}.reserved", message)
 
 
 def _check_endpoints(
@@ -97,7 +105,7 @@ def _check_endpoints(
             report.add(f"{path}.endpoints[{index}]", message)
 
 
-def _check_pooler(group: dict[str, Any], servers: list[dict[str, Any]], path: str, report: Report) -> None:
+def check_pooler(group: dict[str, Any], servers: list[dict[str, Any]], path: str, report: Report) -> None:
     """Leave out what a transaction pooler may not keep; report what it cannot."""
     pooled = [server.get("label") for server in servers if server.get("pooler")]
     through = [label for label in group["endpoints"] if label is not None and label in pooled]

@@ -11,11 +11,11 @@ import psycopg
 from psycopg import pq
 
 from .config import CONFIG_KEYS, DB_KEYS, ENDPOINT_KEYS, conninfo_parts
+from .credentials import read_password
 from .keys import Refused, Unreadable, nearest, show, step
 from .validation import Report, read, refused
 
 _BY_PARAMETER = {setting.key.libpq: setting for setting in ENDPOINT_KEYS.values() if setting.key.libpq}
-_PASSWORD_FILE_LIMIT = 65_536
 
 
 def check_servers(tree: Mapping[Any, Any], report: Report) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def _server(entry: object, path: str, report: Report) -> dict[str, Any]:
             report.add(f"{path}.pass_file", "contradicts the password that is given too; keep one of the two")
         else:
             try:
-                fields["password"] = _password(fields["pass_file"])
+                fields["password"] = read_password(fields["pass_file"])
             except Refused as error:
                 report.refused(f"{path}.pass_file", error)
     for name in fields.get("options", ()):
@@ -153,21 +153,6 @@ def _merge_conninfo(fields: dict[str, Any], path: str, report: Report) -> dict[s
             here, there = (show(side, setting.key.kind.secret) for side in (given, value))
             report.add(f"{path}.{setting.name}", f"contradicts conninfo: {here} here, {there} there")
     return params
-
-
-def _password(path: str) -> str:
-    """Return the only line of a file; raises `Refused`."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_PASSWORD_FILE_LIMIT + 1).decode()
-    except OSError as error:
-        raise Refused(("", f"{show(path)} cannot be read: {error.strerror}")) from None
-    except UnicodeDecodeError:
-        raise Refused(("", f"{show(path)} is not text in UTF-8")) from None
-    password = text.removesuffix("\n").removesuffix("\r")
-    if not password or len(password) > _PASSWORD_FILE_LIMIT or re.search("[\\0\r\n]", password):
-        raise Refused(("", f"{show(path)} must hold the password alone, on one line"))
-    return password
 
 
 def _unknown_parameter(message: str, conninfo: str) -> str:

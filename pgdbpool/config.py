@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
+import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from .keys import Key, Setting, settings_of
@@ -30,9 +31,12 @@ from .kinds import (
     MaxLag,
     Milliseconds,
     Number,
+    Provided,
+    ProvidedSecret,
     Seconds,
     Secret,
     Section,
+    Subclass,
     Text,
     Word,
 )
@@ -84,19 +88,31 @@ class EndpointConfig:
     ] = None
     port: Annotated[int | None, Key(Integer(1, 65535), "Port of the server.", libpq="port")] = None
     dbname: Annotated[str | None, Key(Text(), "Database.", name="name", libpq="dbname")] = None
-    user: Annotated[str | None, Key(Text(), "Role that logs in.", libpq="user")] = None
-    password: Annotated[
-        str | None,
+    user: Annotated[
+        str | Callable[[], str] | None,
         Key(
-            Secret(or_empty=True),
-            "Password. Better places are `pass_file`, ``${VARIABLE}`` and libpq's password file.",
+            Provided(),
+            "Role that logs in; a function without parameters is called for each new connection.",
+            libpq="user",
+        ),
+    ] = None
+    password: Annotated[
+        str | Callable[[], str] | None,
+        Key(
+            ProvidedSecret(or_empty=True),
+            "Password; a function without parameters is called for each new connection, and once more where "
+            "the server refuses what it gave. Better places for a fixed one are `pass_file`, ``${VARIABLE}`` "
+            "and libpq's password file.",
             name="pass",
             libpq="password",
         ),
     ] = field(default=None, repr=False)
     pass_file: Annotated[
         str | None,
-        Key(File(), "File with the password alone, read once at start; the newline at its end is dropped."),
+        Key(
+            File(),
+            "File with the password alone, read anew when it has changed; the newline at its end is dropped.",
+        ),
     ] = None
     conninfo: Annotated[
         str | None,
@@ -208,7 +224,8 @@ class EndpointConfig:
     def conninfo_params(self) -> dict[str, str | int]:
         """Return libpq's parameters for `psycopg.conninfo.make_conninfo`, all but `options`.
 
-        Parts left out are absent, so that libpq's own defaults hold for them.
+        Parts left out are absent, so that libpq's own defaults hold for them; so are those that a function
+        gives.
         """
         params: dict[str, str | int] = {**conninfo_parts(self.conninfo)} if self.conninfo else {}
         params.pop("options", None)
@@ -217,7 +234,7 @@ class EndpointConfig:
             params = {**KEEPALIVES, **params}
         for setting in ENDPOINT_KEYS.values():
             value = getattr(self, setting.field)
-            if setting.key.libpq and value is not None:
+            if setting.key.libpq and value is not None and not callable(value):
                 # libpq takes integers only: true is 1, and a fraction of a second counts as a whole one.
                 params[setting.key.libpq] = value if isinstance(value, str) else math.ceil(value)
         return params
@@ -408,6 +425,13 @@ class GroupConfig:
             "Idle time after which a connection above `min_size` is closed.",
         ),
     ] = 600.0
+    max_uses: Annotated[
+        int,
+        Key(
+            Integer(0, 1_000_000_000, zero="no bound"),
+            "Blocks after which a connection is replaced.",
+        ),
+    ] = 0
     num_workers: Annotated[
         int, Key(Integer(1, 64), "Threads that open connections in the background; threaded model only.")
     ] = 1
@@ -452,6 +476,53 @@ class GroupConfig:
             "of psycopg.",
         ),
     ] = "row"
+    connection_class: Annotated[
+        type[psycopg.Connection[Any]] | None,
+        Key(
+            Subclass(psycopg.Connection),
+            "Class of the connections: what it adds to psycopg's is there on ``db.connection``.",
+            default="psycopg's",
+        ),
+    ] = None
+    configure: Annotated[
+        Callable[[Any], object] | None,
+        Key(
+            Factory(()),
+            "Called with each new connection before it is lent, such as to register type adapters. Where it "
+            "fails, the connection is closed and could not be opened.",
+        ),
+    ] = None
+    on_checkout: Annotated[
+        Callable[[Any], object] | None,
+        Key(
+            Factory(()),
+            "Called with the connection as a block gets it. Where it fails, the block raises `HookError` and "
+            "the connection is replaced.",
+        ),
+    ] = None
+    on_checkin: Annotated[
+        Callable[[Any], object] | None,
+        Key(
+            Factory(()),
+            "Called with the connection as a block gives it back. Where it fails, the connection is "
+            "replaced, and the block does not notice.",
+        ),
+    ] = None
+    on_discard: Annotated[
+        Callable[[Any, str], object] | None,
+        Key(
+            Factory(()),
+            "Called with a connection that is about to be closed, and the reason. That it fails is logged.",
+        ),
+    ] = None
+    on_failover: Annotated[
+        Callable[[str, str], object] | None,
+        Key(
+            Factory(()),
+            "Called with the labels of the old server and the new one when another one takes the group's "
+            "writes; for the targets ``primary`` and ``read-write``. That it fails is logged.",
+        ),
+    ] = None
     sqlprepare: Annotated[
         bool,
         Key(

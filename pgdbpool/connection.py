@@ -16,7 +16,8 @@ from typing import IO, TYPE_CHECKING, Any
 import psycopg
 
 from . import events, greenlets, rows
-from .config import Config
+from .changes import Changes
+from .config import Config, EndpointConfig, GroupConfig
 from .deadlines import deadline
 from .endpoint import Endpoint, Role, State
 from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError, one_line
@@ -25,9 +26,8 @@ from .holds import Holds
 from .monitor import Monitor
 from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
-from .probe import StartupProbe
 from .sources import load
-from .stats import EndpointStatus, Histogram, Status
+from .stats import EndpointStatus, Histogram, Status, Tally
 
 if TYPE_CHECKING:
     from .rls import Audit
@@ -49,29 +49,81 @@ class _Pools:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        lock_free = config.type == "non-threaded"
-        self.endpoints = {e.label: Endpoint(e) for e in config.endpoints}
+        self.endpoints = {e.label: self._endpoint(e) for e in config.endpoints}
         self.groups = {
-            name: Group(
-                group,
-                [self.endpoints[label] for label in group.endpoints],
-                lock_free=lock_free,
-                row_factory=_ROW_FACTORIES.get(group.row_factory, group.row_factory),
-                probe=self._step if lock_free else None,
-            )
+            name: self._group(group, [self.endpoints[label] for label in group.endpoints])
             for name, group in config.groups.items()
         }
+        self.removed: list[Group] = []
+        """Groups that are not in the configuration any more, and may have open blocks."""
         self.monitor = Monitor(
-            Observer(self.groups.values()), Holds(self.groups.values()), threaded=not lock_free
+            Observer(self.groups.values()), Holds(self.groups.values()), threaded=config.type == "threaded"
         )
-        if self.monitor.holds.needed:
-            for group in self.groups.values():
-                group.on_first_use = self.monitor.wake
         for endpoint in self.endpoints.values():
             endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
-            endpoint.on_down = self._went_down
-            endpoint.on_up = self._came_up
-            endpoint.on_seen = self._seen
+
+    @property
+    def all_groups(self) -> list[Group]:
+        """The groups that blocks may have a connection of."""
+        return [*self.groups.values(), *self.removed]
+
+    def _endpoint(self, config: EndpointConfig) -> Endpoint:
+        endpoint = Endpoint(config)
+        endpoint.on_down = self._went_down
+        endpoint.on_up = self._came_up
+        endpoint.on_seen = self._seen
+        return endpoint
+
+    def _group(self, config: GroupConfig, endpoints: list[Endpoint]) -> Group:
+        lock_free = self.config.type == "non-threaded"
+        group = Group(
+            config,
+            endpoints,
+            lock_free=lock_free,
+            row_factory=_row_factory(config),
+            probe=self._step if lock_free else None,
+        )
+        group.on_first_use = self._watch_holds
+        return group
+
+    def _watch_holds(self) -> None:
+        """A group is about to be used: its blocks may have to be watched."""
+        if self.monitor.holds.needed:
+            self.monitor.wake()
+
+    def apply(self, config: Config) -> list[Group]:
+        """Take over a changed configuration; return the groups that are to be closed.
+
+        What is new is complete before the first connection can be made to it.
+        """
+        old, endpoints = self.endpoints, {}
+        for entry in config.endpoints:
+            known = old.get(entry.label)
+            if known is not None and known.fits(entry):
+                known.apply(entry)
+            else:
+                known = self._endpoint(entry)
+            endpoints[entry.label] = known
+        members = {name: [endpoints[label] for label in g.endpoints] for name, g in config.groups.items()}
+        groups = {
+            name: self.groups.get(name) or self._group(group, members[name])
+            for name, group in config.groups.items()
+        }
+        for endpoint in endpoints.values():
+            endpoint.groups = [group for name, group in groups.items() if endpoint in members[name]]
+        gone = [group for name, group in self.groups.items() if name not in groups]
+        # Before the dict without them: whoever looks for open blocks finds them in one of the two.
+        self.removed = [*filter(Group.busy, self.removed), *gone]
+        self.config, self.endpoints, self.groups = config, endpoints, groups
+        for endpoint in old.values():
+            if endpoints.get(endpoint.label) is not endpoint:
+                endpoint.remove()
+        for name, group in groups.items():
+            group.apply(config.groups[name], members[name], _row_factory(config.groups[name]))
+        self.monitor.observe(Observer(groups.values()))
+        self.monitor.holds.watch(self.all_groups)
+        self._watch_holds()
+        return gone
 
     def _step(self) -> None:
         self.monitor.step()
@@ -105,6 +157,8 @@ class _Pools:
             other.outdated = outdated
         for group in self.groups.values():
             group.note_timelines()
+        for group in endpoint.groups:
+            group.note_writer(endpoint)
 
     def open(self) -> None:
         for group in self.groups.values():
@@ -112,7 +166,7 @@ class _Pools:
         for endpoint in self.endpoints.values():
             # Not needed for `min_size`, so nobody has asked yet whether it is there.
             if endpoint.groups and endpoint.opened == 0 and endpoint.last_error is None:
-                probe = StartupProbe(endpoint.config)
+                probe = endpoint.probe()
                 probe.run(endpoint.config.connect_timeout)
                 if not probe.accepting:
                     endpoint.mark_down(probe.reason)
@@ -170,7 +224,7 @@ class _Pools:
     def drain(self, timeout: float, but: int = 0, hurry: Callable[[], bool] = lambda: False) -> None:
         """Wait until no block is open but those of that thread."""
         deadline = monotonic() + timeout
-        while any(group.busy(but) for group in self.groups.values()):
+        while any(group.busy(but) for group in self.all_groups):
             if monotonic() >= deadline or hurry():
                 return
             time.sleep(0.01)  # for checkin to tell would be work in every block
@@ -179,11 +233,15 @@ class _Pools:
         """Close all connections now, also those in use but by that thread."""
         self.close(CUT_WITHIN)  # first, so that no block goes on with another connection
         deadline = monotonic() + CUT_WITHIN
-        for group in self.groups.values():
+        for group in self.all_groups:
             group.sever(deadline, but)
 
 
-class Connection(OneShots):
+def _row_factory(config: GroupConfig) -> Any:
+    return _ROW_FACTORIES.get(config.row_factory, config.row_factory)
+
+
+class Connection(OneShots, Changes):
     """The pools of the process; all methods are class methods."""
 
     _pools: _Pools | None = None
@@ -431,7 +489,7 @@ class Connection(OneShots):
             cls._handlers.forked()
         for old in list(cls._all):  # also those replaced or closed, which blocks may still use
             cls._abandoned.append(old)
-            for group in old.groups.values():
+            for group in old.all_groups:
                 group.abandon()
         cls._all = weakref.WeakSet()
         if cls._pools is not None:
@@ -452,7 +510,7 @@ class Connection(OneShots):
         # The end of the process closes every connection. To close them here would only disturb
         # daemon threads that are still at work.
         if cls._pools is not None:
-            for group in cls._pools.groups.values():
+            for group in cls._pools.all_groups:
                 group.ending = True
 
 
@@ -471,7 +529,7 @@ class _Leaving:
             self._pools.terminate(main)
 
     def holds(self, thread: int) -> bool:
-        return self._pools is not None and any(g.held_by(thread) for g in self._pools.groups.values())
+        return self._pools is not None and any(g.held_by(thread) for g in self._pools.all_groups)
 
     def end(self) -> None:
         Connection.terminate()
@@ -492,8 +550,8 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         last_error=endpoint.last_error,
         seconds_since_error=None if at is None else monotonic() - at,
         failovers=endpoint.failovers,
-        use=Histogram.of(group.uses[endpoint] for group in endpoint.groups),
-        connect=Histogram.of(group.connects[endpoint] for group in endpoint.groups),
+        use=Histogram.of(group.uses.get(endpoint, Tally()) for group in endpoint.groups),
+        connect=Histogram.of(group.connects.get(endpoint, Tally()) for group in endpoint.groups),
     )
 
 

@@ -10,34 +10,45 @@ from __future__ import annotations
 import enum
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from threading import Lock
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ref
 
 import psycopg
-from psycopg import generators, rows, waiting
+from psycopg import generators, pq, rows, waiting
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import ConnectionTimeout, _WaitTimeout
 
 from . import events
+from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
-from .errors import Error, one_line
+from .errors import CredentialError, Error, HookError, one_line
 from .preamble import GRACE
 from .probe import StartupProbe
-from .session import PooledConnection
+from .session import PooledConnection, pooled
 from .sight import QUERY, Lag, Sight, read
 
 if TYPE_CHECKING:
+    from psycopg.abc import PQGenConn
+
     from .config import EndpointConfig, GroupConfig
     from .group import Group
+
+_Opened = TypeVar("_Opened")
 
 PROBE_AFTER = (0.5, 0.75)
 """Seconds between two probes of a DOWN endpoint, drawn at random: at most two a second."""
 
 PROBE_TIMEOUT = 2.0
 """Seconds that a server has to answer a probe."""
+
+
+CHANGING = ("weight", "connect_timeout", "password", "pass_file")
+"""Keys of a server that may change while its connections stay."""
 
 
 class State(enum.Enum):
@@ -100,6 +111,7 @@ class Endpoint:
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
+        self.login = Login(config)
         self.label = config.label
         self.weight = config.weight
         self.state = State.UP
@@ -185,6 +197,22 @@ class Endpoint:
             self.state = State.UP
             events.ENDPOINT_UNDRAIN("endpoint %s is in use again", self.label, endpoint=self.label)
             self.on_up(self)
+
+    def fits(self, config: EndpointConfig) -> bool:
+        """Tell whether connections made before a change to that configuration are as good as new ones."""
+        return replace(config, **{key: getattr(self.config, key) for key in CHANGING}) == self.config
+
+    def apply(self, config: EndpointConfig) -> None:
+        """Take over a changed configuration that `fits`: it counts for the next connection."""
+        if config != self.config:
+            self.config, self.weight, self.login = config, config.weight, Login(config)
+
+    def remove(self) -> None:
+        """Take the endpoint out of use for good: it is not in the configuration any more."""
+        events.ENDPOINT_REMOVED(
+            "endpoint %s was removed, or is another server now", self.label, endpoint=self.label
+        )
+        self.state = State.DRAINING  # so that no probe, and no connect under way, takes it for up
 
     def begin_look(self) -> Look:
         """Make the caller the one who finds out what a doubtful endpoint is about."""
@@ -299,14 +327,22 @@ class Endpoint:
         :param set_up: what the group does with each new connection.
         :raises DialError: with the server's or the network's own words.
         """
-        deadline = monotonic() + timeout
+        began = monotonic()
+        deadline = began + timeout
         milliseconds = self.statement_timeout(group)
         conn: PooledConnection | None = None
+
+        def opening(conninfo: str) -> pq.abc.PGconn:
+            nonlocal began
+            began = monotonic()
+            if began >= deadline:
+                raise CredentialError(f"user and password took the {timeout:.1f} s that a connect may take")
+            steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
+            return waiting.wait_conn(steps, interval=0.1, timeout=deadline - began)
+
         try:
-            pgconn = waiting.wait_conn(
-                generators.connect(self.conninfo(group)), interval=0.1, timeout=max(timeout, 0.0)
-            )
-            conn = kind(pgconn)
+            pgconn = self._log_in(group, opening)
+            conn = pooled(group.connection_class, kind)(pgconn)
             conn.patience = max(deadline - monotonic(), 0.1)
             conn.endpoint = self
             conn.watch()
@@ -321,12 +357,15 @@ class Endpoint:
             if set_up is not None:
                 set_up(conn)
         except _WaitTimeout:
-            error: Exception = ConnectionTimeout(f"no answer within {timeout:.1f} s")
-            raise self._failed(error, down=conclusive) from error
+            error: Exception = ConnectionTimeout(f"no answer within {deadline - began:.1f} s")
+            # A function for the password may have left the server hardly any time.
+            down = conclusive and deadline - began >= 0.9 * min(timeout, 1.0)
+            raise self._failed(error, down) from error
         except (psycopg.Error, Error) as error:
             if conn is not None:
                 conn.close()
-            down = isinstance(error, psycopg.Error) and self._is_down(deadline)
+            told = error.__cause__ if isinstance(error, HookError) else error
+            down = isinstance(told, psycopg.Error) and self._is_down(deadline)
             raise self._failed(error, down) from error
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
         conn.row_factory = row_factory
@@ -346,19 +385,42 @@ class Endpoint:
         """Open a connection of the group's login that belongs to no pool; the caller closes it.
 
         :raises psycopg.Error: it could not be opened.
+        :raises CredentialError: the user and password could not be had.
         """
-        return psycopg.connect(self.conninfo(group), autocommit=True)
+        return self._log_in(group, partial(psycopg.connect, autocommit=True))
+
+    def probe(self) -> StartupProbe:
+        """Return a probe that asks whether the server accepts sessions."""
+        return StartupProbe(self.config, self.login.user)
 
     def statement_timeout(self, group: GroupConfig) -> int:
         """Return the statement_timeout of the group's connections in milliseconds; 0 is none."""
         return self.config.query_timeout if group.query_timeout is None else group.query_timeout
 
-    def conninfo(self, group: GroupConfig) -> str:
-        """Return libpq's connection string for the group's connections."""
+    def conninfo(self, group: GroupConfig, login: Mapping[str, str] | None = None) -> str:
+        """Return libpq's connection string for one of the group's connections.
+
+        :param login: the user and password, else they are asked for.
+        :raises CredentialError: they could not be had.
+        """
         params: dict[str, Any] = self.config.conninfo_params()
+        params.update(self.login.ask() if login is None else login)
         # Also where it is empty: libpq would send PGOPTIONS otherwise.
         params["options"] = self.config.server_options(self.statement_timeout(group))
         return make_conninfo("", **params)
+
+    def _log_in(self, group: GroupConfig, opening: Callable[[str], _Opened]) -> _Opened:
+        """Open a connection; where its password is refused and there is another one by now, with that."""
+        login = self.login.ask()
+        try:
+            return opening(self.conninfo(group, login))
+        except psycopg.OperationalError as error:
+            if not refused(error):
+                raise
+            other = self.login.ask(anew=True)
+            if other == login:
+                raise
+        return opening(self.conninfo(group, other))
 
     def _failed(self, error: Exception, down: bool) -> DialError:
         message = one_line(error)
@@ -374,6 +436,6 @@ class Endpoint:
 
     def _is_down(self, deadline: float) -> bool:
         """Ask the server itself why it refused: libpq gives no SQLSTATE and its text is translated."""
-        probe = StartupProbe(self.config)
+        probe = self.probe()
         probe.run(min(deadline - monotonic(), PROBE_TIMEOUT))
         return not probe.accepting

@@ -89,6 +89,24 @@ class UnsafeRoleError(Error):
     category = Category.PERMISSION
 
 
+class CredentialError(Error):
+    """The function that gives a server's user or password failed: nothing was sent.
+
+    It arrives as the reason, and the cause, of a `DBConnectionError`. What the function raised is named by
+    its class and place alone, since its text may hold a secret.
+    """
+
+    category = Category.UNAVAILABLE
+
+
+class HookError(Error, RuntimeError):
+    """A hook of a group failed: `configure` of a new connection, or `on_checkout` of a block.
+
+    Of `configure` it is the reason, and the cause, of a `DBConnectionError`. Its own cause is what the hook
+    raised.
+    """
+
+
 class BlockClosedError(Error, psycopg.InterfaceError):
     """A Handler, a cursor or a connection was used outside its `with` block."""
 
@@ -285,9 +303,9 @@ def ends_session(error: psycopg.Error) -> bool:
 def classify(error: BaseException) -> Category:
     """Return what sort of failure an error is: by the package's own class, else by SQLSTATE, else by class.
 
-    A `TransactionAbortedError` is what its cause is.
+    A `TransactionAbortedError` or `HookError` is what its cause is.
     """
-    if isinstance(error, TransactionAbortedError) and isinstance(error.__cause__, psycopg.Error):
+    if isinstance(error, (TransactionAbortedError, HookError)) and isinstance(error.__cause__, psycopg.Error):
         return classify(error.__cause__)
     if isinstance(error, Error) and error.category is not None:
         return error.category

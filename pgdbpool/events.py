@@ -19,6 +19,7 @@ FIELDS = {
     "file": "Where the block was entered.",
     "function": "Where the block was entered.",
     "group": "The name of the group.",
+    "hook": "Its key in the configuration.",
     "holder": "The name of the thread that the block is in.",
     "lag_bytes": "How far the standby is behind.",
     "lag_seconds": "How far the standby is behind.",
@@ -51,10 +52,11 @@ class Event:
         self.fields = fields
         EVENTS[name] = self
 
-    def __call__(self, text: str, *args: Any, **fields: Any) -> None:
+    def __call__(self, text: str, *args: Any, exc_info: BaseException | None = None, **fields: Any) -> None:
         """Log the text with the fields, which are those that the event declares."""
         if logger.isEnabledFor(self.level):
-            logger.log(self.level, text, *args, extra={"event": self.name, **fields}, stacklevel=2)
+            extra = {"event": self.name, **fields}
+            logger.log(self.level, text, *args, extra=extra, exc_info=exc_info, stacklevel=2)
 
 
 _PLACE = ("holder", "file", "line", "function", "stack")
@@ -70,6 +72,15 @@ ENDPOINT_DRAIN = Event("endpoint.drain", WARNING, "`Connection.drain` took a ser
 ENDPOINT_UNDRAIN = Event(
     "endpoint.undrain", WARNING, "`Connection.undrain` put a server back into use.", "endpoint"
 )
+ENDPOINT_REMOVED = Event(
+    "endpoint.removed", WARNING,
+    "A changed configuration has no such server any more, or has another by its name.",
+    "endpoint",
+)  # fmt: skip
+ENDPOINT_PASS_FILE = Event(
+    "endpoint.pass_file", WARNING, "A `pass_file` cannot be read: the last password that was read serves.",
+    "endpoint", "reason",
+)  # fmt: skip
 ENDPOINT_ROLE = Event(
     "endpoint.role", WARNING, "A server was promoted, or is a standby now.", "endpoint", "role", "previous"
 )
@@ -110,6 +121,8 @@ GROUP_UNSAFE_ROLE = Event(
     "The role that logs in bypasses row-level security, and the tenants' `verify` is ``warn``.",
     "group", "reason",
 )  # fmt: skip
+HOOK_FAILED = Event("hook.failed", WARNING, "A hook raised an error.", "group", "hook")
+HOOK_FAILED_AGAIN = Event("hook.failed_again", DEBUG, "It raised the same error again.", "group", "hook")
 CONNECTION_OPENED = Event(
     "connection.opened", DEBUG, "A connection was opened.", "group", "endpoint", "seconds"
 )

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -22,6 +23,7 @@ from .errors import (
     DBConnectionError,
     DBOfflineError,
     Error,
+    HookError,
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
@@ -31,6 +33,7 @@ from .errors import (
     UnsafeRoleError,
     one_line,
 )
+from .hooks import Hooks
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
@@ -51,6 +54,15 @@ CONCLUSIVE = 1.0
 
 CAUGHT_UP = 0.5
 """Share of `max_lag` at which a standby that was over it is used again."""
+
+EXPIRED = float("-inf")
+"""When a connection has expired that is to be replaced, whatever its age."""
+
+LASTING = (
+    "target", "row_factory", "prepare_threshold", "sqlprepare", "query_timeout", "connection_class",
+    "configure", "tenant", "slow_query", "annotate",
+)  # fmt: skip
+"""Keys that a connection has from when it was opened: where one changes, it is replaced."""
 
 REMEMBERED = 1000
 """Tenants whose binding a group remembers."""
@@ -94,14 +106,7 @@ class Group:
         row_factory: Any,
         probe: Callable[[], None] | None = None,
     ) -> None:
-        self.config = config
         self.name = config.name
-        self.manual = not config.autocommit
-        self.endpoints = tuple(endpoints)
-        # Where endpoints tie, processes that have few connections each begin at different ones.
-        first = random.randrange(len(self.endpoints))
-        self._ring = self.endpoints[first:] + self.endpoints[:first]
-        self._row_factory = row_factory
         self._lock_free = lock_free
         self._probe: Callable[[], None] | None = self._first_use
         self._later_probe = probe
@@ -114,40 +119,29 @@ class Group:
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
         self._waits = Tally()
         """Of those who waited in the queue; the others took no time."""
-        self.uses = {endpoint: Tally() for endpoint in self.endpoints}
-        self.connects = {endpoint: Tally() for endpoint in self.endpoints}
+        self.uses: dict[Endpoint, Tally] = {}
+        self.connects: dict[Endpoint, Tally] = {}
         self.ending = False
         """Whether the interpreter is about to exit."""
         self._uneven = False
         self._warned = ""
         self._barred: set[Endpoint] = set()
         """Endpoints that are up, and not to be used: too far behind, or on an older timeline."""
-        self._bindings: dict[tuple[type, Any], Binding] = {}
-        """What tenants that were seen bind: the same values again cost one look."""
+        self._writer: Endpoint | None = None
+        """The server that takes the group's writes, where a hook is told when it is another one."""
+        self._generation = 0
+        """How often connections were expired: one that was being opened meanwhile is of the old sort too."""
         self._move_at = 0.0
         self._refill_at = 0.0
-        # What a checkout reads, as plain attributes.
-        self._timeout = config.timeout
-        self.limiter = (
-            RateLimiter(config.rate_limit, self.name, lock_free=lock_free) if config.rate_limit else None
-        )
-        self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
-        self._always_clean = config.reset == "always"
-        self._settings = bind_settings(config.settings)
-        self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
-        self._plain = config.tenant is None and not self._settings
-        self._slow_block = float("inf") if config.slow_block is None else config.slow_block
-        self._kind = PooledConnection if config.slow_query is None else TimedConnection
         self.on_first_use: Callable[[], None] = lambda: None
-        if config.leak_stack:
-            tracing.use()
-        self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
-        self._any_role = config.target in ("any", "prefer-standby")
-        self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
+        self.config = config
+        self.limiter = self._make_limiter()
+        self._take_over(config, endpoints, row_factory)
         size: dict[str, Any] = {
             "min_size": config.min_size,
             "max_size": config.connection_count,
             "max_idle": config.max_idle,
+            "drop": self._drop,
             "reserved": config.reserved,
         }
         self._pool: Pool = (
@@ -161,6 +155,41 @@ class Group:
                 **size,
             )
         )
+
+    def _take_over(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
+        """Set what follows from the configuration; other threads see one part after the other."""
+        self.uses = {endpoint: self.uses.get(endpoint, Tally()) for endpoint in endpoints}
+        self.connects = {endpoint: self.connects.get(endpoint, Tally()) for endpoint in endpoints}
+        self.config = config
+        self.manual: bool = not config.autocommit
+        self.endpoints: tuple[Endpoint, ...] = tuple(endpoints)
+        # Where endpoints tie, processes that have few connections each begin at different ones.
+        first = random.randrange(len(self.endpoints))
+        self._ring = self.endpoints[first:] + self.endpoints[:first]
+        self._row_factory = row_factory
+        self._hooks = Hooks(config)
+        # What a checkout reads, as plain attributes.
+        self._on_checkout, self._at_checkin = self._hooks.on_checkout, self._hooks.at_checkin
+        self._timeout = config.timeout
+        self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
+        self._always_clean = config.reset == "always"
+        self._settings = bind_settings(config.settings)
+        self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
+        self._plain = config.tenant is None and not self._settings
+        self._slow_block = float("inf") if config.slow_block is None else config.slow_block
+        self._kind = PooledConnection if config.slow_query is None else TimedConnection
+        if config.leak_stack:
+            tracing.use()
+        self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target)
+        self._any_role = config.target in ("any", "prefer-standby")
+        self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
+        # The last: a block that still found the old settings remembers them in the old dict.
+        self._bindings: dict[tuple[type, Any], Binding] = {}
+        """What tenants that were seen bind: the same values again cost one look."""
+
+    def _make_limiter(self) -> RateLimiter | None:
+        limit = self.config.rate_limit
+        return RateLimiter(limit, self.name, lock_free=self._lock_free) if limit else None
 
     def __repr__(self) -> str:
         pool = self._pool
@@ -184,13 +213,14 @@ class Group:
         if type(chosen) not in _REMEMBERED or (tenant is not None and current is not None):
             return self._bind(tenant, override, {})
         key = (type(chosen), chosen)  # 1, True and 1.0 are equal, and not the same
-        binding = self._bindings.get(key)
+        remembered = self._bindings
+        binding = remembered.get(key)
         if binding is None:
             binding = self._bind(tenant, override, {})
-            if len(self._bindings) >= REMEMBERED:
-                self._bindings.clear()
+            if len(remembered) >= REMEMBERED:
+                remembered.clear()
             if len(str(chosen)) <= 100:
-                self._bindings[key] = binding
+                remembered[key] = binding
         return binding
 
     def _bind(self, tenant: Any, override: bool, settings: Mapping[str, Any]) -> Binding:
@@ -256,6 +286,16 @@ class Group:
             block.since = now
             block.lend(conn)
             self._lent[conn] = block
+            if self._on_checkout is not None:
+                self._on_checkout(conn)
+        except HookError as error:
+            assert conn is not None
+            block.conn = conn.block = None
+            self._lent.pop(conn, None)
+            self._drop(conn, "on_checkout failed")
+            self._pool.refill()
+            tracing.mark(error, block)
+            raise
         except BaseException as error:
             if conn is not None:
                 self._lent.pop(conn, None)
@@ -281,6 +321,8 @@ class Group:
             recent.append(held)  # `Tally.add`, without a call
             if len(recent) >= BATCH:
                 conn.uses.count()
+            if self._at_checkin is not None:
+                reason = self._at_checkin(conn, reason)
             if reason is None:
                 self._pool.give(conn)
             else:
@@ -306,8 +348,8 @@ class Group:
             return str(conn.endpoint.state.value)
         if self._barred and conn.endpoint in self._barred:
             return "barred"
-        if self._uneven and self._moves(conn, now):
-            return "rebalanced"
+        if self._uneven and (reason := self._moves(conn, now)):
+            return reason
         if self._always_clean and not conn.local:
             conn.stale = True
         return None
@@ -323,6 +365,8 @@ class Group:
         if (block := self._lent.pop(conn, None)) is not None:
             block.conn = None
             conn.uses.add(monotonic() - block.since)
+            if self._at_checkin is not None and not self.ending:
+                self._at_checkin(conn, reason)
             self._drop(conn, reason)
             self._pool.refill()
 
@@ -421,9 +465,13 @@ class Group:
             group=self.name, endpoint=label, reason=reason,
         )  # fmt: skip
         slot = conn.slot
-        conn.retire()
-        if slot is not None:
-            self._pool.free(slot)  # at once, whatever error's traceback still holds it
+        try:
+            if self._hooks.on_discard is not None and not self.ending:
+                self._hooks.on_discard(conn, reason)
+        finally:
+            conn.retire()
+            if slot is not None:
+                self._pool.free(slot)  # at once, whatever error's traceback still holds it
 
     # Opening.
 
@@ -434,6 +482,7 @@ class Group:
             budget = min(budget, deadline)
         failures: dict[Endpoint, DialError | None] = {}
         spare: PooledConnection | None = None
+        generation = self._generation
         try:
             while True:
                 endpoint, left = self._reserve(slot, failures)
@@ -459,7 +508,7 @@ class Group:
         finally:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
-        spare.slot, spare.uses = slot, self.uses[spare.endpoint]
+        spare.slot, spare.uses = slot, self.uses.get(spare.endpoint, Tally())
         if self.config.annotate:
             spare.annotates = True
             spare.own_name = (spare.pgconn.parameter_status(b"application_name") or b"").decode(
@@ -467,6 +516,9 @@ class Group:
             )
         if isinstance(spare, TimedConnection) and self.config.slow_query is not None:
             spare.slow_after, spare.on_slow = self.config.slow_query, self.note_slow_statement
+        slot.conn = ref(spare)
+        if generation != self._generation:
+            spare.expires_at = EXPIRED
         self._opened += 1
         return spare
 
@@ -493,7 +545,7 @@ class Group:
                 self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
             )
             took = monotonic() - began
-            self.connects[endpoint].add(took)
+            self.connects.get(endpoint, Tally()).add(took)
             events.CONNECTION_OPENED(
                 "group %s: connection to %s opened in %.3f s", self.name, endpoint.label, took,
                 group=self.name, endpoint=endpoint.label, seconds=took,
@@ -532,6 +584,8 @@ class Group:
             cursor.execute('SELECT * FROM "SQLPrepare"."PrepareQueries"()')
             cursor.execute("SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql")
             conn.own_statements = tuple(name for (name,) in cursor.fetchall())
+        if self._hooks.configure is not None:
+            self._hooks.configure(conn)
         if self.config.tenant is not None and self.config.tenant.verify != "off":
             self._verify(conn)
 
@@ -584,6 +638,7 @@ class Group:
 
         :raises DBConnectionError: no endpoint is up.
         :raises psycopg.Error: it could not be opened.
+        :raises CredentialError: its user and password could not be had.
         """
         best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
         if not best:
@@ -605,13 +660,27 @@ class Group:
 
     def has_writer(self) -> bool:
         """Tell whether a server of the group is known to be up and to take writes."""
-        return any(
-            e.state is State.UP
-            and e.role is not None
-            and suits(self.config.target, e.role, e.read_only)
-            and e not in self._barred
-            for e in self.endpoints
+        return any(map(self._takes_writes, self.endpoints))
+
+    def _takes_writes(self, endpoint: Endpoint) -> bool:
+        return (
+            endpoint.state is State.UP
+            and endpoint.role is not None
+            and suits(self.config.target, endpoint.role, endpoint.read_only)
+            and endpoint not in self._barred
         )
+
+    def note_writer(self, endpoint: Endpoint) -> None:
+        """Tell the hook where this server takes the group's writes, and another one did before."""
+        if self._hooks.on_failover is None or not self._takes_writes(endpoint):
+            return
+        with self._lock:
+            old = self._writer
+            if old is not None and (old is endpoint or self._takes_writes(old)):
+                return
+            self._writer = endpoint
+        if old is not None and old.label != endpoint.label:
+            self._hooks.on_failover(old.label, endpoint.label)
 
     def refusal(self, endpoint: Endpoint, role: Role | None) -> str | None:
         """Return why the group would not use an endpoint that is up and has this role, or None."""
@@ -695,17 +764,63 @@ class Group:
         self._uneven = True
         self._pool.refill()
 
-    def _moves(self, conn: PooledConnection, now: float) -> bool:
-        if now < self._move_at:
-            return False
+    def _moves(self, conn: PooledConnection, now: float) -> str | None:
+        """Return why a connection would be better closed: too many there, or too many at all."""
+        size = self._pool.size
+        if size > self.config.connection_count:
+            return "surplus"
+        if now < self._move_at or size < self.config.min_size:  # those that are missing even it out
+            return None
         candidates = self._candidates()
         held = Candidate(conn.endpoint, self.connections_to(conn.endpoint))
         if worth_moving(held, candidates, self.config.target):
             self._move_at = now + MOVE_EVERY
-            return True
+            return "rebalanced"
         target = self.config.target
         self._uneven = any(worth_moving(c, candidates, target) for c in candidates if c.connections)
-        return False
+        return None
+
+    # Change.
+
+    def apply(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
+        """Take over a changed configuration; connections that fit it are kept."""
+        old, before = self.config, self.endpoints
+        self._take_over(config, endpoints, row_factory)
+        if old.rate_limit != config.rate_limit:
+            self.limiter = self._make_limiter()
+        if (old.target, old.max_lag) == (config.target, config.max_lag):
+            self._barred = self._barred.intersection(self.endpoints)
+        else:
+            self._barred = {e for e in self.endpoints if self.writes and e.outdated}
+        if any(getattr(old, key) != getattr(config, key) for key in LASTING) or (
+            config.tenant is not None and old.settings != config.settings  # the role may be among them
+        ):
+            self.expire()
+        elif set(before) != set(self.endpoints):
+            self.expire(lambda conn: conn.endpoint not in self.endpoints)
+        self._pool.adjust(
+            min_size=config.min_size,
+            max_size=config.connection_count,
+            max_idle=config.max_idle,
+            max_waiting=config.max_waiting,
+            reserved=config.reserved,
+        )
+        numbers, surplus = count(1), self._pool.size - config.connection_count
+        for conn in self._pool.remove(lambda conn: next(numbers) <= surplus):
+            self._drop(conn, "surplus")
+        self._uneven = True  # what is in use still has to follow
+        self._pool.refill()
+
+    def expire(self, unwanted: Callable[[PooledConnection], bool] = lambda conn: True) -> None:
+        """Replace the connections that there are: idle ones now, those in use when their blocks end."""
+        self._generation += 1  # first: one that is being opened is either seen below, or sees this
+        for slot in self._pool.slots():
+            conn = slot.conn() if slot.conn is not None else None
+            if conn is not None and unwanted(conn):
+                conn.expires_at = EXPIRED
+        for conn in self._pool.remove(lambda conn: conn.expires_at == EXPIRED):
+            self._drop(conn, "expired")
+        self._pool.refill()
 
     # Life.
 
@@ -782,8 +897,8 @@ class Group:
             slow_blocks=self.slow_blocks,
             slow_statements=self.slow_statements,
             wait=Histogram.of([self._waits], max(0, pool.taken - waits)),
-            use={endpoint.label: Histogram.of([self.uses[endpoint]]) for endpoint in self.endpoints},
-            connect={endpoint.label: Histogram.of([self.connects[endpoint]]) for endpoint in self.endpoints},
+            use={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.uses.items()},
+            connect={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.connects.items()},
         )
 
     # What is told of blocks.

@@ -15,7 +15,6 @@ from typing import Any
 from .endpoint import Endpoint, Role, State
 from .group import CONCLUSIVE, Group
 from .observer import Look
-from .probe import StartupProbe
 from .session import PooledConnection
 from .sight import Lag, Sight, behind
 
@@ -35,7 +34,7 @@ class _Visit:
         self._lent = self._borrow()
         self.pooled = self._lent is not None
         pgconn = self._lent[1].pgconn if self._lent else None
-        self.look = Look("" if pgconn else endpoint.conninfo(endpoint.groups[0].config), pgconn)
+        self.look = Look(lambda: endpoint.conninfo(endpoint.groups[0].config), pgconn)
 
     def _borrow(self) -> tuple[Group, PooledConnection] | None:
         for group in self.endpoint.groups:
@@ -86,7 +85,7 @@ class _Visit:
         if self.failure:
             # Refused, while blocks have connections: by a server that has no more of them, perhaps.
             if waited is None and endpoint.state is State.UP and endpoint.connections:
-                probe = StartupProbe(endpoint.config)
+                probe = endpoint.probe()
                 probe.run(max(deadline - monotonic(), 0.0))
                 self.busy = probe.accepting
         elif endpoint.state is not State.DRAINING:

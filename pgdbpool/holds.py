@@ -20,10 +20,14 @@ class Holds:
     """Looks at the blocks of the groups that have a limit, whenever the oldest may have reached it."""
 
     def __init__(self, groups: Iterable[Group], clock: Callable[[], float] = monotonic) -> None:
-        self._groups = [g for g in groups if g.config.leak_after or g.config.max_hold]
         self._clock = clock
+        self.watch(groups)
         self._told: set[tuple[int, float]] = set()
         """The holds that were told of: which block, since when. Its number may come again, its time not."""
+
+    def watch(self, groups: Iterable[Group]) -> None:
+        """Look at these groups from now on, as far as they have a limit."""
+        self._groups = [g for g in groups if g.config.leak_after or g.config.max_hold]
 
     @property
     def needed(self) -> bool:

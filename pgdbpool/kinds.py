@@ -86,6 +86,37 @@ class Secret(Text):
 
 
 @dataclass(frozen=True)
+class Provided(Text):
+    """Text, or a function that returns it when it is needed.
+
+    Its name is in a mapping: as plain text it could be a password.
+    """
+
+    @property
+    def allowed(self) -> str:
+        return f'{super().allowed}, a callable, or {{call: "package.module:function"}}'
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        named = {"type": "object", "properties": {"call": Factory(()).schema}, "required": ["call"]}
+        return {"anyOf": [super().schema, {**named, "additionalProperties": False}]}
+
+    def check(self, value: object) -> Any:
+        if callable(value):
+            return value
+        if isinstance(value, Mapping) and list(value) == ["call"]:
+            return Factory(()).read(value["call"])
+        return super().check(value)
+
+
+@dataclass(frozen=True)
+class ProvidedSecret(Provided):
+    """The same, and no message and no repr shows it."""
+
+    secret: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Label(Text):
     """A name as logs and status pages print it."""
 
@@ -413,12 +444,13 @@ class Factory(Kind):
 
     @property
     def allowed(self) -> str:
-        return f'one of {", ".join(self.choices)}, a callable, or its name as "package.module:function"'
+        words = f"one of {', '.join(self.choices)}, " if self.choices else ""
+        return f'{words}a callable, or its name as "package.module:function"'
 
     @property
     def schema(self) -> dict[str, Any]:
         name = {"type": "string", "pattern": r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"}
-        return {"anyOf": [{"enum": list(self.choices)}, name]}
+        return {"anyOf": [{"enum": list(self.choices)}, name]} if self.choices else name
 
     def check(self, value: object) -> Any:
         if callable(value) or (isinstance(value, str) and value in self.choices):
@@ -437,6 +469,28 @@ class Factory(Kind):
             raise self.refuse(name, f": importing it raised {type(error).__name__}") from None
         if not callable(found):
             raise self.refuse(name, ", which is not callable")
+        return found
+
+
+@dataclass(frozen=True)
+class Subclass(Kind):
+    """A class that is derived from another one, or a dotted name that imports it."""
+
+    of: type[Any]
+
+    @property
+    def allowed(self) -> str:
+        name = f"{self.of.__module__}.{self.of.__qualname__}"
+        return f'a subclass of {name}, or its name as "package.module:class"'
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return Factory(()).schema
+
+    def check(self, value: object) -> Any:
+        found = Factory(()).check(value) if isinstance(value, str) else value
+        if not isinstance(found, type) or not issubclass(found, self.of):
+            raise self.refuse(value)
         return found
 
 

@@ -48,7 +48,7 @@ class Prober:
                 if now < due:
                     continue
                 endpoint.state = State.PROBING
-                flight = self._flying[endpoint] = StartupProbe(endpoint.config), now + PROBE_TIMEOUT
+                flight = self._flying[endpoint] = endpoint.probe(), now + PROBE_TIMEOUT
             probe, deadline = flight
             if not probe.step() and now < deadline:
                 continue
@@ -85,6 +85,8 @@ class Monitor:
         self.prober = Prober()
         self.observer = observer
         self.holds = holds
+        self._next: Observer | None = None
+        """The one to take its place: whoever steps it does that, so that none is closed while it looks."""
         self._lock = threading.RLock() if threaded else None  # a signal handler may come back to it
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -97,6 +99,9 @@ class Monitor:
         if now < self._due_at:
             return self._due_at - now
         self._due_at = soon = now + 0.01
+        if self._next is not None:
+            self.observer.close()
+            self.observer, self._next = self._next, None
         pause = min(self.prober.step(), self.observer.step(), self.holds.step())
         if self._due_at == soon:  # nobody woke it meanwhile
             self._due_at = now + pause
@@ -112,6 +117,12 @@ class Monitor:
             if self._thread is None and not self._closed.is_set():
                 self._thread = threading.Thread(target=self._run, name="pgdbpool-monitor", daemon=True)
                 self._thread.start()
+
+    def observe(self, observer: Observer) -> None:
+        """Look at what that observer looks at, if it is something else."""
+        if observer.plan != (self._next or self.observer).plan:
+            self._next = observer
+            self.wake()
 
     def close(self) -> None:
         """Stop; connections of its own are closed."""
@@ -135,7 +146,8 @@ class Monitor:
             self._news.wait(pause)
             self._news.clear()
             with self._lock:
-                if not (self.prober.needed or self.observer.needed or self.holds.needed):
+                needed = self.prober.needed or self.observer.needed or self.holds.needed
+                if not needed and self._next is None:
                     # Under the lock, so that `wake` starts another or is seen here.
                     self._thread = None
                     return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import select
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from psycopg.waiting import Wait
 
 from . import events, greenlets
 from .endpoint import Endpoint, Role, State
-from .errors import one_line
+from .errors import CredentialError, one_line
 from .sight import QUERY, Course, Sight, read
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _events(wait: int) -> int:
 class Look:
     """One look at a server, step by step; its connection may serve for the next one."""
 
-    def __init__(self, conninfo: str, pgconn: pq.abc.PGconn | None = None) -> None:
+    def __init__(self, conninfo: Callable[[], str], pgconn: pq.abc.PGconn | None = None) -> None:
         self.pgconn = pgconn
         self.sight: Sight | None = None
         self.failure = ""
@@ -67,7 +68,7 @@ class Look:
                 self._waits = self._steps.send(ready)
         except StopIteration:
             return True
-        except psycopg.Error as error:
+        except (psycopg.Error, CredentialError) as error:
             self.failure = one_line(error)
             self.close()
             return True
@@ -98,9 +99,9 @@ class Look:
         ready = (Wait.R if event & ~select.POLLOUT else 0) | (Wait.W if event & ~select.POLLIN else 0)
         return ready & wait
 
-    def _look(self, conninfo: str) -> Generator[tuple[int, int], int, None]:
+    def _look(self, conninfo: Callable[[], str]) -> Generator[tuple[int, int], int, None]:
         if self.pgconn is None:
-            connecting: Any = generators.connect(conninfo)
+            connecting: Any = generators.connect(conninfo())
             self.pgconn = yield from connecting
         pgconn: Any = self.pgconn
         self.asked_at = monotonic()
@@ -129,6 +130,9 @@ class Observer:
     ) -> None:
         self._writing: dict[Endpoint, list[Group]] = {}
         self._limiting: dict[Endpoint, list[Group]] = {}
+        groups = list(groups)
+        self.plan = {(e, g.name, g.writes, g.config.max_lag) for g in groups for e in g.endpoints}
+        """What it looks at, and for whom."""
         everyone: dict[Endpoint, Group] = {}
         limited = False
         for group in groups:
@@ -180,10 +184,8 @@ class Observer:
             if endpoint.state is not State.UP:  # that is the prober's
                 self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
                 return
-            self._looks[endpoint] = (
-                Look(self._conninfo(endpoint), self._kept.pop(endpoint, None)),
-                now + LOOK_TIMEOUT,
-            )
+            kept = self._kept.pop(endpoint, None)
+            self._looks[endpoint] = Look(partial(self._conninfo, endpoint), kept), now + LOOK_TIMEOUT
         look, deadline = self._looks[endpoint]
         if not look.step() and now < deadline:
             return

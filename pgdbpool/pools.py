@@ -36,6 +36,12 @@ from .session import PooledConnection, Slot
 Dial = Callable[[Slot], PooledConnection]
 """Opens a connection in a slot in the background; raises `Error` where it cannot."""
 
+Drop = Callable[[PooledConnection, str], None]
+"""Closes a connection, for a reason, and gives its slot back."""
+
+
+LOOK_AFTER = 3600.0
+"""Seconds after which a pool whose connections stay, however long they are idle, looks whether that holds."""
 
 RETRY_AFTER = 1.0
 """Seconds after which a connection that could not be opened in the background is tried again."""
@@ -95,6 +101,11 @@ class Pool(Protocol):
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         """Take idle connections out, for the caller to close."""
+
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        """Change the sizes; who waits gets what there is more of, what is too much is left to the group."""
 
     def mine(self) -> bool:
         """Tell whether the calling thread may take connections out."""
@@ -214,11 +225,14 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         max_waiting: int,
         num_workers: int,
         dial: Dial,
+        drop: Drop,
         reserved: int = 0,
     ) -> None:
         self._dial = dial
+        self._drop = drop
         self._reserved = reserved
         self.taken = 0
+        self._shrinks = max_idle > 0
         self.missing = False  # but when it was just opened; a worker opens what is
         self._retrying = False
         self._slots = _Slots(max_size, self._slot_freed)
@@ -228,7 +242,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             connection_class=PooledConnection,
             min_size=min_size,
             max_size=max_size,
-            max_idle=max_idle,
+            max_idle=max_idle or LOOK_AFTER,
             max_waiting=max_waiting,
             num_workers=num_workers,
             open=False,
@@ -252,9 +266,12 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         super()._start_workers()
 
     def _start_initial_tasks(self) -> None:
-        if self.max_idle:
-            self.run_task(Schedule(self, ShrinkPool(self), self.max_idle))
+        self.run_task(Schedule(self, ShrinkPool(self), self.max_idle))
         self.missing = True
+
+    def _shrink_pool(self) -> None:
+        if self._shrinks:
+            super()._shrink_pool()
 
     @property
     def size(self) -> int:
@@ -405,11 +422,21 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 self._pool.remove(conn)
         return removed
 
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        with self._lock:
+            self._min_size, self._max_size, self._slots.limit = min_size, max_size, max_size
+            self._shrinks, self.max_idle = max_idle > 0, max_idle or LOOK_AFTER
+            self.max_waiting, self._reserved = max_waiting, reserved
+        for _ in range(self.waiting):
+            self._slot_freed()
+
     def mine(self) -> bool:
         return True
 
     def _close_connection(self, conn: PooledConnection) -> None:
-        conn.retire()
+        self._drop(conn, "closed" if self._closed else "idle")
 
     def close(self, timeout: float = 5.0) -> None:
         if self._opened:
@@ -428,7 +455,10 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 class LockFreePool:
     """A pool for one thread: a deque and its slots, no lock, no thread of its own."""
 
-    def __init__(self, *, min_size: int, max_size: int, max_idle: float, reserved: int = 0) -> None:
+    def __init__(
+        self, *, min_size: int, max_size: int, max_idle: float, drop: Drop, reserved: int = 0
+    ) -> None:
+        self._drop = drop
         self._reserved = reserved
         self._idle: deque[PooledConnection] = deque()
         self._slots = _Slots(max_size, lambda: None)
@@ -483,7 +513,7 @@ class LockFreePool:
 
     def give(self, conn: PooledConnection) -> None:
         if self._closed:
-            conn.retire()
+            self._drop(conn, "closed")
             return
         conn.lent = False
         self._idle.append(conn)
@@ -493,7 +523,7 @@ class LockFreePool:
     def _shrink(self, now: float) -> None:
         """Close one connection where more than needed were idle all through `max_idle`."""
         if self._least_idle > 0 and self.size > self._min_size:
-            self._idle.popleft().retire()
+            self._drop(self._idle.popleft(), "idle")
         self._least_idle = len(self._idle)
         self._shrink_at = now + self._max_idle
 
@@ -515,13 +545,19 @@ class LockFreePool:
             self._idle.remove(conn)
         return removed
 
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        self._min_size, self._slots.limit, self._reserved = min_size, max_size, reserved
+        self._max_idle, self._shrink_at = max_idle, monotonic() + max_idle
+
     def mine(self) -> bool:
         return self._owner in (0, get_ident())
 
     def close(self, timeout: float = 0.0) -> None:
         self._closed = True
         while self._idle:
-            self._idle.popleft().retire()
+            self._drop(self._idle.popleft(), "closed")
 
     def abandon(self) -> None:
         self._closed = True

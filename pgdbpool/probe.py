@@ -28,17 +28,19 @@ class StartupProbe:
     client. https://www.postgresql.org/docs/current/protocol-message-formats.html
 
     It never blocks: `step()` does what can be done now, so that a lock-free pool probes a server
-    in passing.
+    in passing. For the same reason a function that gives the user is not called here.
+
+    :param user: the user as it was last known; any will do, the server answers before it looks.
     """
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, user: str | None = None) -> None:
         # What is left out comes from libpq's defaults, which are PGHOST, PGPORT, PGUSER ...
         defaults = Conninfo.get_defaults()
         params: dict[str, Any] = {o.keyword.decode(): o.val.decode() for o in defaults if o.val}
         params.update(config.conninfo_params())
         if "service" in params:
             params.update(_service(config.conninfo_params()))  # libpq's defaults come after a service's
-        self._user = str(params.get("user") or "postgres")
+        self._user = str(user or params.get("user") or "postgres")
         self._dbname = str(params.get("dbname") or self._user)
         self._host = str(params.get("hostaddr") or params.get("host") or _SOCKET_DIRECTORY)
         self._port = int(params.get("port") or 5432)

@@ -16,9 +16,11 @@ from contextlib import contextmanager, suppress
 from threading import Lock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import psycopg
 from psycopg import pq
+from psycopg.adapt import AdaptersMap
 from psycopg.errors import _WaitTimeout
 from psycopg.transaction import OutOfOrderTransactionNesting
 
@@ -71,9 +73,11 @@ _ATTRIBUTES = (
 class Slot:
     """The right to one connection of a pool, taken for as long as the object lives."""
 
-    __slots__ = ("__weakref__", "endpoint", "lent")
+    __slots__ = ("__weakref__", "conn", "endpoint", "lent")
 
     def __init__(self) -> None:
+        self.conn: ref[PooledConnection] | None = None
+        """Its connection, whoever has that."""
         self.endpoint: Endpoint | None = None
         """Where its connection is, or is being opened to."""
         self.lent = False
@@ -127,6 +131,8 @@ class PooledConnection(psycopg.Connection[Any]):
     expires_at: float
     uses: Tally
     """Where its group counts how long blocks have it."""
+    times_lent: int = 0
+    """Blocks that it was lent to, where anybody counts."""
     asked_role: str | None = None
     """The role of a server that does not report it (before PostgreSQL 14), asked once."""
     local: Bound = ()
@@ -243,6 +249,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.altered:
             for name, value in (self.settled or {}).items():
                 setattr(self, name, value)
+            self._own_adapters()
             self._notice_handlers.clear()
             self._notify_handlers.clear()
             self._notifies_backlog = deque()
@@ -260,6 +267,12 @@ class PooledConnection(psycopg.Connection[Any]):
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
+        self._own_adapters()
+
+    def _own_adapters(self) -> None:
+        """Give the next block a copy of what `configure` registered, so that what it adds ends with it."""
+        if self._adapters is not None:
+            self._adapters = AdaptersMap(self._adapters)
 
     # psycopg comes through here whenever it waits for the server: statements, COMMIT, COPY ...
 
@@ -816,3 +829,20 @@ class PooledConnection(psycopg.Connection[Any]):
         finally:
             if self.block is block:  # left open, it ends when another may have the connection
                 self.patience, self.holder = patience, 0
+
+
+_classes: dict[tuple[type[Any], type[PooledConnection]], type[PooledConnection]] = {}
+
+
+def pooled(
+    cls: type[psycopg.Connection[Any]] | None, base: type[PooledConnection] = PooledConnection
+) -> type[PooledConnection]:
+    """Return the class of a group's connections: with what a class of the application adds."""
+    if cls is None:
+        return base
+    if issubclass(cls, base):
+        return cls
+    if (cls, base) not in _classes:
+        # Its methods come first, and their `super()` is the pool's connection.
+        _classes[cls, base] = type(cls.__name__, (cls, base), {"__module__": cls.__module__})
+    return _classes[cls, base]

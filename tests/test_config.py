@@ -580,7 +580,7 @@ def test_a_host_is_one_host() -> None:
     assert "one server per entry, list them separately" in db_problem("host", host="a,b")
 
 
-def test_a_password_file_is_read_once_without_the_newline_at_its_end(tmp_path: Path) -> None:
+def test_a_password_file_is_read_without_the_newline_at_its_end(tmp_path: Path) -> None:
     path = tmp_path / "password"
     for content in (b"pw with space ", b"pw with space \n", b"pw with space \r\n"):
         path.write_bytes(content)
@@ -595,6 +595,19 @@ def test_a_password_file_holds_one_password_alone(content: bytes, tmp_path: Path
     path = tmp_path / "password"
     path.write_bytes(content)
     assert f"{str(path)!r}"[:50] in db_problem("pass_file", pass_file=str(path))
+
+
+@pytest.mark.parametrize("key", ["user", "pass"])
+def test_a_function_for_the_login_is_given_or_named(key: str) -> None:
+    field = {"user": "user", "pass": "password"}[key]
+    assert getattr(endpoint(**{key: os.getpid}), field) is os.getpid
+    assert getattr(endpoint(**{key: {"call": "os:getcwd"}}), field) is os.getcwd
+    assert getattr(endpoint(**{key: "os:getcwd"}), field) == "os:getcwd"
+    assert "user" not in endpoint(user=os.getcwd).conninfo_params()
+    for wrong in ({}, {"call": "os"}, {"call": "os:nothing"}, {"call": "os:getcwd", "x": 1}, {"cal": "os:x"}):
+        assert "callable" in db_problem(key, **{key: wrong})
+    uri = f"postgresql://u:{SECRET}@h"
+    assert "contradicts conninfo" in db_problem(key, conninfo=uri, **{key: os.getcwd})
 
 
 def test_a_password_file_that_is_missing_or_one_password_too_many(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
     "categories",
-    "errors", "keys", "kinds", "setting_kinds", "config", "validation", "check_servers", "check_groups",
-    "yamlfile", "sources",
-    "stats", "events", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
+    "errors", "events", "keys", "kinds", "setting_kinds", "config", "credentials", "validation",
+    "check_servers", "check_groups", "yamlfile", "sources",
+    "stats", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
     "session", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "group", "oneshots", "observer", "holds",
-    "monitor", "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
+    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots", "observer",
+    "holds", "monitor", "changes", "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
 LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health"}
