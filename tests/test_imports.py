@@ -24,8 +24,10 @@ ORDER = [
     "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots", "observer",
     "holds", "monitor", "changes", "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
-# Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
-LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health"}
+# Of these, imported only when they are needed: at a connect, for tenants, for signals, for YAML.
+LATE = {
+    "yamlfile", "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health",
+}  # fmt: skip
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
 
