@@ -80,6 +80,9 @@ class Pool(Protocol):
     def slots(self) -> list[Slot]:
         """Return the slots that are taken."""
 
+    def lendable(self) -> list[PooledConnection]:
+        """Return the connections that wait for a request."""
+
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         """Take the connection that is idle longest, or a slot for the caller to fill.
 
@@ -288,6 +291,10 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     def slots(self) -> list[Slot]:
         return self._slots.live()
 
+    def lendable(self) -> list[PooledConnection]:
+        with self._lock:
+            return list(self._pool)
+
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         if not self._opened:
             self.open()
@@ -485,6 +492,9 @@ class LockFreePool:
 
     def slots(self) -> list[Slot]:
         return self._slots.live()
+
+    def lendable(self) -> list[PooledConnection]:
+        return list(self._idle)
 
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         if self._closed:

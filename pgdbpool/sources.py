@@ -14,6 +14,7 @@ Variable                     Meaning
 ``PGDBPOOL_GROUPS``          The groups, separated by commas. If not set, there is a group for each
                              ``DATABASE_URL_<GROUP>``, and the group ``default`` for ``DATABASE_URL``.
 ``PGDBPOOL_TYPE``            `type`: ``threaded``, ``non-threaded`` or ``lock-free``.
+``PGDBPOOL_RUNTIME_DIR``     `runtime_dir`: where each process publishes its status.
 ``PGDBPOOL_PROCESSES``       `processes`: how many use this configuration.
 ``PGDBPOOL_<KEY>``           A key of every group, such as ``PGDBPOOL_CONNECTION_COUNT``; any key of a
                              group but `endpoints`. A mapping is written in YAML, in braces:
@@ -90,6 +91,7 @@ def build(tree: Mapping[Any, Any], origin: str, report: Report) -> Config:
         type=top.get("type", "threaded"),
         endpoints=tuple(EndpointConfig(**server) for server in servers),
         groups=MappingProxyType({group["name"]: GroupConfig(**group) for group in groups}),
+        runtime_dir=top.get("runtime_dir"),
         processes=top.get("processes"),
         origin=origin,
     )
@@ -137,6 +139,9 @@ def _read_environment(environ: Mapping[str, str], report: Report) -> Mapping[Any
     if "PGDBPOOL_TYPE" in given:
         tree["type"] = given["PGDBPOOL_TYPE"]
         report.names["type"] = "PGDBPOOL_TYPE"
+    if "PGDBPOOL_RUNTIME_DIR" in given:
+        tree["runtime_dir"] = given["PGDBPOOL_RUNTIME_DIR"]
+        report.names["runtime_dir"] = "PGDBPOOL_RUNTIME_DIR"
     if "PGDBPOOL_PROCESSES" in given:
         from .yamlfile import retype
 
@@ -215,7 +220,14 @@ def _add_keys(
             for name in [group] if group else groups:
                 groups[name][key] = value
                 report.names[f"groups{step(name)}.{key}"] = variable
-    known = {*meanings, "PGDBPOOL_CONFIG", "PGDBPOOL_GROUPS", "PGDBPOOL_TYPE", "PGDBPOOL_PROCESSES"}
+    others = (
+        "PGDBPOOL_CONFIG",
+        "PGDBPOOL_GROUPS",
+        "PGDBPOOL_TYPE",
+        "PGDBPOOL_PROCESSES",
+        "PGDBPOOL_RUNTIME_DIR",
+    )
+    known = {*meanings, *others}
     for variable in sorted(given):
         reserved = variable.startswith(("PGDBPOOL_TEST_", "DATABASE_URL"))
         if not reserved and variable not in known:
