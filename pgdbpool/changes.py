@@ -55,8 +55,8 @@ class Changes:
         `weight`, `connect_timeout`, `pass` or `pass_file` is another one. The others are replaced: idle ones
         now, those in use as their blocks end.
 
-        :raises ConfigError: everything that is wrong with the configuration, or another `type`; nothing was
-            changed.
+        :raises ConfigError: everything that is wrong with the configuration, or another `type`
+            or `runtime_dir`; nothing was changed.
         :raises NotInitializedError: `init` was not called.
         """
         loaded = load(config)
@@ -167,11 +167,13 @@ class Changes:
     def _change(cls, config: Config) -> None:
         with cls._lock:
             pools = cls._current()
-            if config.type != pools.config.type:
-                raise ConfigError(
-                    f"type: cannot change from {pools.config.type} to {config.type} while the process runs; "
-                    "call Connection.init instead"
-                )
+            for key in ("type", "runtime_dir"):
+                was, is_now = getattr(pools.config, key), getattr(config, key)
+                if was != is_now:
+                    raise ConfigError(
+                        f"{key}: cannot change from {was} to {is_now} while the process runs; "
+                        "call Connection.init instead"
+                    )
             removed = pools.apply(config)
         for group in removed:
             group.close(1.0)

@@ -15,7 +15,7 @@ import psycopg
 from . import Connection, __version__
 from .cluster import Cluster, ClusterError, config_yaml
 from .commands import check as check_command
-from .commands import configuration, output, ping, size
+from .commands import configuration, output, ping, size, status
 from .demo import DemoError, MissingExtra, Options, Stopped, check_installed, run, stopping_on_signals
 from .errors import Error
 from .tour import check
@@ -34,6 +34,7 @@ And these look at your own:
   pgdbpool ping            can every group be served right now?
   pgdbpool size            how many connections should each group have?
   pgdbpool rls             what could get at rows of another tenant
+  pgdbpool status          the pools of running processes
   pgdbpool config-docs     what a key means, and what it takes
   pgdbpool config-schema   the JSON Schema of a configuration, for editors
 
@@ -42,10 +43,10 @@ And these look at your own:
 EPILOG = """\
 Exit status: 0 done, or `demo` or `cluster` was stopped by a signal as intended; 1 something failed, the
 message says what, or `rls` has findings; 2 wrong arguments, or the extra is missing (pip install
-'pgdbpool[demo]'); 3 degraded (`check`, `ping`); 128 + n if anything else was stopped by signal n.
+'pgdbpool[demo]'); 3 degraded (`check`, `ping`, `status`); 128 + n if anything else was stopped by signal n.
 """
 
-COMMANDS = (check_command, ping, size, configuration)
+COMMANDS = (check_command, ping, size, status, configuration)
 """Modules with a function `add`, in the order of the help."""
 
 DEMO = """\

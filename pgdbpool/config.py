@@ -19,6 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from .keys import Key, Setting, settings_of
 from .kinds import (
+    Directory,
     Factory,
     File,
     Flag,
@@ -644,6 +645,16 @@ class Config:
             default="required",
         ),
     ] = field(hash=False)
+    runtime_dir: Annotated[
+        str | None,
+        Key(
+            Directory(),
+            "Directory in which each process publishes its status about once a second, for the status page, "
+            "``pgdbpool status`` and metrics: one for each application, of its user alone (mode 700). It is "
+            "made where only itself is missing.",
+            default="nothing is published",
+        ),
+    ] = None
     processes: Annotated[
         int | None,
         Key(

@@ -30,6 +30,7 @@ from .sources import load
 from .stats import EndpointStatus, Histogram, Status, Tally
 
 if TYPE_CHECKING:
+    from .publisher import Publisher
     from .rls import Audit
     from .shutdown import SignalHandlers
 
@@ -49,6 +50,11 @@ class _Pools:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.publisher: Publisher | None = None
+        if config.runtime_dir is not None:
+            from .publisher import Publisher  # nothing but this needs it
+
+            self.publisher = Publisher(config.runtime_dir, self, threaded=config.type == "threaded")
         self.endpoints = {e.label: self._endpoint(e) for e in config.endpoints}
         self.groups = {
             name: self._group(group, [self.endpoints[label] for label in group.endpoints])
@@ -57,7 +63,10 @@ class _Pools:
         self.removed: list[Group] = []
         """Groups that are not in the configuration any more, and may have open blocks."""
         self.monitor = Monitor(
-            Observer(self.groups.values()), Holds(self.groups.values()), threaded=config.type == "threaded"
+            Observer(self.groups.values()),
+            Holds(self.groups.values()),
+            threaded=config.type == "threaded",
+            publisher=self.publisher,
         )
         for endpoint in self.endpoints.values():
             endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
@@ -83,11 +92,18 @@ class _Pools:
             row_factory=_row_factory(config),
             probe=self._step if lock_free else None,
         )
-        group.on_first_use = self._watch_holds
+        group.on_first_use = self._first_use
+        if lock_free and self.publisher is not None:
+            group.checkin = self.publisher.after(group)  # type: ignore[method-assign,assignment]
         return group
 
+    def _first_use(self) -> None:
+        """A group is about to be used in this process."""
+        self._watch_holds()
+        self._begin_publishing()
+
     def _watch_holds(self) -> None:
-        """A group is about to be used: its blocks may have to be watched."""
+        """See to it that the groups' blocks are watched, where there is a limit."""
         if self.monitor.holds.needed:
             self.monitor.wake()
 
@@ -128,7 +144,23 @@ class _Pools:
     def _step(self) -> None:
         self.monitor.step()
 
+    def _begin_publishing(self) -> None:
+        if self.publisher is not None and not self.publisher.needed:
+            self.publisher.begin()
+            self.monitor.wake()
+
+    def status(self) -> Status:
+        """Return a snapshot."""
+        return Status(
+            pid=os.getpid(),
+            type=self.config.type,
+            groups={name: group.status() for name, group in self.groups.items()},
+            endpoints={label: _endpoint_status(e) for label, e in self.endpoints.items()},
+        )
+
     def _went_down(self, endpoint: Endpoint) -> None:
+        if self.publisher is not None:
+            self.publisher.hurry()
         for group in endpoint.groups:
             group.drop_idle(endpoint, f"endpoint {endpoint.state.value}")
         if endpoint.state is not State.DRAINING:
@@ -136,6 +168,8 @@ class _Pools:
             self.monitor.wake()
 
     def _came_up(self, endpoint: Endpoint) -> None:
+        if self.publisher is not None:
+            self.publisher.hurry()
         for group in endpoint.groups:
             group.welcome()
         self.monitor.wake()
@@ -171,6 +205,7 @@ class _Pools:
                 if not probe.accepting:
                     endpoint.mark_down(probe.reason)
         self._await_lag()
+        self._begin_publishing()
         if self.config.processes is not None:
             self._warn_of_sizes(self.config.processes)
 
@@ -377,13 +412,15 @@ class Connection(OneShots, Changes):
 
         :raises NotInitializedError: `init` was not called.
         """
-        pools = cls._current()
-        return Status(
-            pid=os.getpid(),
-            type=pools.config.type,
-            groups={name: group.status() for name, group in pools.groups.items()},
-            endpoints={label: _endpoint_status(e) for label, e in pools.endpoints.items()},
-        )
+        return cls._current().status()
+
+    @classmethod
+    def runtime_dir(cls) -> str | None:
+        """Return the directory in which the processes publish their status; None where they do not.
+
+        :raises NotInitializedError: `init` was not called.
+        """
+        return cls._current().config.runtime_dir
 
     @classmethod
     def health(cls, timeout: float = 2.0) -> dict[str, Any]:
@@ -491,6 +528,8 @@ class Connection(OneShots, Changes):
             cls._abandoned.append(old)
             for group in old.all_groups:
                 group.abandon()
+            if old.publisher is not None:
+                old.publisher.abandon()
         cls._all = weakref.WeakSet()
         if cls._pools is not None:
             cls._pools = _Pools(cls._pools.config)
@@ -512,6 +551,8 @@ class Connection(OneShots, Changes):
         if cls._pools is not None:
             for group in cls._pools.all_groups:
                 group.ending = True
+            if cls._pools.publisher is not None:
+                cls._pools.publisher.close()
 
 
 class _Leaving:
@@ -549,6 +590,7 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         connections=endpoint.connections,
         last_error=endpoint.last_error,
         seconds_since_error=None if at is None else monotonic() - at,
+        round_trip=endpoint.round_trip,
         failovers=endpoint.failovers,
         use=Histogram.of(group.uses.get(endpoint, Tally()) for group in endpoint.groups),
         connect=Histogram.of(group.connects.get(endpoint, Tally()) for group in endpoint.groups),

@@ -29,6 +29,7 @@ from .cursors import BlockCursor, BlockServerCursor
 from .errors import CredentialError, Error, HookError, one_line
 from .preamble import GRACE
 from .probe import StartupProbe
+from .roundtrip import round_trip
 from .session import PooledConnection, pooled
 from .sight import QUERY, Lag, Sight, read
 
@@ -154,6 +155,17 @@ class Endpoint:
     def connections(self) -> int:
         """Connections that this process has to the server."""
         return sum(group.connections_to(self) for group in self.groups)
+
+    @property
+    def round_trip(self) -> float | None:
+        """Seconds of a round trip to the server, by some of the connections; None where unknown."""
+        found = [
+            seconds
+            for group in self.groups
+            for fileno in group.sockets_to(self)
+            if (seconds := round_trip(fileno)) is not None
+        ]
+        return min(found, default=None)
 
     # Evidence.
 

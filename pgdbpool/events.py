@@ -123,6 +123,9 @@ GROUP_UNSAFE_ROLE = Event(
 )  # fmt: skip
 HOOK_FAILED = Event("hook.failed", WARNING, "A hook raised an error.", "group", "hook")
 HOOK_FAILED_AGAIN = Event("hook.failed_again", DEBUG, "It raised the same error again.", "group", "hook")
+PROCESS_UNPUBLISHED = Event(
+    "process.unpublished", WARNING, "The `runtime_dir` cannot be used; it is tried again.", "reason"
+)
 CONNECTION_OPENED = Event(
     "connection.opened", DEBUG, "A connection was opened.", "group", "endpoint", "seconds"
 )

@@ -8,7 +8,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,12 @@ _REMEMBERED = (str, int, uuid.UUID)
 
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
+
+LONG = 1.0
+"""Seconds after which the status page tells of a block that has a connection, without `leak_after`."""
+
+LOOKED_AT = 5
+"""Connections to an endpoint whose sockets tell the time of a round trip."""
 
 HURRY = 0.05
 """Seconds that a ping or a connect may take in any case, also where a request has no time to wait."""
@@ -634,6 +640,15 @@ class Group:
         """Return how many connections the group has to the endpoint, those being opened included."""
         return self._counts()[endpoint]
 
+    def sockets_to(self, endpoint: Endpoint) -> list[int]:
+        """Return the file descriptors of some connections to the endpoint; any may be closed meanwhile."""
+        filenos: list[int] = []
+        for conn in (*self._pool.lendable(), *list(self._lent)):
+            if conn.endpoint is endpoint and len(filenos) < LOOKED_AT:
+                with suppress(psycopg.Error):  # it was just closed
+                    filenos.append(conn.pgconn.socket)
+        return filenos
+
     def connect_apart(self) -> psycopg.Connection[Any]:
         """Open a connection that belongs to no pool, to the endpoint that would come next.
 
@@ -979,9 +994,17 @@ class Group:
     def _blocks(self) -> list[Block]:
         return list(self._lent.values())
 
-    def _holders(self) -> tuple[str, ...]:
+    def long_holders(self) -> tuple[str, ...]:
+        """Return who has had a connection for `leak_after`, or for a second where there is none."""
+        return self._holders(self.config.leak_after or LONG)
+
+    def _holders(self, least: float = 0.0) -> tuple[str, ...]:
         now, names = monotonic(), tracing.thread_names()
-        return tuple(tracing.describe(block, now - block.since, names) for block in self._blocks())
+        return tuple(
+            tracing.describe(block, now - block.since, names)
+            for block in self._blocks()
+            if now - block.since >= least
+        )
 
     def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
         self._timeouts += 1

@@ -175,6 +175,22 @@ class File(Text):
 
 
 @dataclass(frozen=True)
+class Directory(Text):
+    """The absolute path of a directory, which need not be there yet; `~` is the home directory."""
+
+    @property
+    def allowed(self) -> str:
+        return "the absolute path of a directory"
+
+    def check(self, value: object) -> Any:
+        path = super().check(os.fspath(value) if isinstance(value, os.PathLike) else value)
+        path = os.path.expanduser(path)
+        if not os.path.isabs(path):
+            raise self.refuse(value)
+        return path
+
+
+@dataclass(frozen=True)
 class Flag(Kind):
     """A boolean; `digits` takes 0 and 1 too, as libpq writes them."""
 

@@ -10,11 +10,15 @@ import random
 import threading
 from collections.abc import Callable
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from .endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
 from .holds import Holds
 from .observer import Observer
 from .probe import StartupProbe
+
+if TYPE_CHECKING:
+    from .publisher import Publisher
 
 
 class Prober:
@@ -79,14 +83,17 @@ class Prober:
 
 
 class Monitor:
-    """Steps the prober, the observer and the holds: in a thread while one is needed, or when it is called."""
+    """Steps its parts: in a thread while one of them is needed, or when it is called."""
 
-    def __init__(self, observer: Observer, holds: Holds, *, threaded: bool) -> None:
+    def __init__(
+        self, observer: Observer, holds: Holds, *, threaded: bool, publisher: Publisher | None = None
+    ) -> None:
         self.prober = Prober()
         self.observer = observer
         self.holds = holds
         self._next: Observer | None = None
         """The one to take its place: whoever steps it does that, so that none is closed while it looks."""
+        self.publisher = publisher
         self._lock = threading.RLock() if threaded else None  # a signal handler may come back to it
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -103,6 +110,8 @@ class Monitor:
             self.observer.close()
             self.observer, self._next = self._next, None
         pause = min(self.prober.step(), self.observer.step(), self.holds.step())
+        if self.publisher is not None:
+            pause = min(pause, self.publisher.step())
         if self._due_at == soon:  # nobody woke it meanwhile
             self._due_at = now + pause
         return pause
@@ -138,6 +147,8 @@ class Monitor:
         self.prober.close()
         self.observer.close()
         self.holds.close()
+        if self.publisher is not None:
+            self.publisher.close()
 
     def _run(self) -> None:
         assert self._lock is not None
@@ -147,7 +158,8 @@ class Monitor:
             self._news.clear()
             with self._lock:
                 needed = self.prober.needed or self.observer.needed or self.holds.needed
-                if not needed and self._next is None:
+                publishing = self.publisher is not None and self.publisher.needed
+                if not needed and not publishing and self._next is None:
                     # Under the lock, so that `wake` starts another or is seen here.
                     self._thread = None
                     return

@@ -80,6 +80,9 @@ class Pool(Protocol):
     def slots(self) -> list[Slot]:
         """Return the slots that are taken."""
 
+    def lendable(self) -> list[PooledConnection]:
+        """Return the connections that wait for a request."""
+
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         """Take the connection that is idle longest, or a slot for the caller to fill.
 
@@ -288,6 +291,10 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     def slots(self) -> list[Slot]:
         return self._slots.live()
 
+    def lendable(self) -> list[PooledConnection]:
+        with self._lock:
+            return list(self._pool)
+
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         if not self._opened:
             self.open()
@@ -324,6 +331,8 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         return waiter.got
 
     def _leave_queue(self, queue: deque[_Waiter], waiter: _Waiter) -> None:
+        if waiter.got is not None and not (queue and queue[0] is waiter):
+            return  # who served it took it out; to look for it would take longer the more there are
         with self._lock:
             if waiter in queue:
                 queue.remove(waiter)
@@ -483,6 +492,9 @@ class LockFreePool:
 
     def slots(self) -> list[Slot]:
         return self._slots.live()
+
+    def lendable(self) -> list[PooledConnection]:
+        return list(self._idle)
 
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         if self._closed:

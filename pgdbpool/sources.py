@@ -14,6 +14,7 @@ Variable                     Meaning
 ``PGDBPOOL_GROUPS``          The groups, separated by commas. If not set, there is a group for each
                              ``DATABASE_URL_<GROUP>``, and the group ``default`` for ``DATABASE_URL``.
 ``PGDBPOOL_TYPE``            `type`: ``threaded``, ``non-threaded`` or ``lock-free``.
+``PGDBPOOL_RUNTIME_DIR``     `runtime_dir`: where each process publishes its status.
 ``PGDBPOOL_PROCESSES``       `processes`: how many use this configuration.
 ``PGDBPOOL_<KEY>``           A key of every group, such as ``PGDBPOOL_CONNECTION_COUNT``; any key of a
                              group but `endpoints`. A mapping is written in YAML, in braces:
@@ -41,7 +42,6 @@ from .check_servers import check_servers, default_label, parse_conninfo
 from .config import CONFIG_KEYS, GROUP_KEYS, Config, EndpointConfig, GroupConfig
 from .keys import Refused, may_hold_password, nearest, show, step
 from .validation import Report, read
-from .yamlfile import parse, read_yaml, retype
 
 _SIZE_LIMIT = 1 << 20
 _GROUP_NAME = re.compile(r"[a-z0-9_]+")
@@ -69,6 +69,8 @@ def load(
     else:
         variable = "PGDBPOOL_CONFIG" if source is None else ""
         origin, text = _read_text(environ[variable] if variable else source, report, variable)
+        from .yamlfile import read_yaml  # late, with PyYAML: a mapping needs none of it
+
         tree = read_yaml(text, origin, environ, report)
     config = build(tree, origin, report)
     for path in report.deprecated:
@@ -89,6 +91,7 @@ def build(tree: Mapping[Any, Any], origin: str, report: Report) -> Config:
         type=top.get("type", "threaded"),
         endpoints=tuple(EndpointConfig(**server) for server in servers),
         groups=MappingProxyType({group["name"]: GroupConfig(**group) for group in groups}),
+        runtime_dir=top.get("runtime_dir"),
         processes=top.get("processes"),
         origin=origin,
     )
@@ -136,7 +139,12 @@ def _read_environment(environ: Mapping[str, str], report: Report) -> Mapping[Any
     if "PGDBPOOL_TYPE" in given:
         tree["type"] = given["PGDBPOOL_TYPE"]
         report.names["type"] = "PGDBPOOL_TYPE"
+    if "PGDBPOOL_RUNTIME_DIR" in given:
+        tree["runtime_dir"] = given["PGDBPOOL_RUNTIME_DIR"]
+        report.names["runtime_dir"] = "PGDBPOOL_RUNTIME_DIR"
     if "PGDBPOOL_PROCESSES" in given:
+        from .yamlfile import retype
+
         tree["processes"] = retype(given["PGDBPOOL_PROCESSES"])
         report.names["processes"] = "PGDBPOOL_PROCESSES"
     _add_servers(tree, given, report)
@@ -212,7 +220,14 @@ def _add_keys(
             for name in [group] if group else groups:
                 groups[name][key] = value
                 report.names[f"groups{step(name)}.{key}"] = variable
-    known = {*meanings, "PGDBPOOL_CONFIG", "PGDBPOOL_GROUPS", "PGDBPOOL_TYPE", "PGDBPOOL_PROCESSES"}
+    others = (
+        "PGDBPOOL_CONFIG",
+        "PGDBPOOL_GROUPS",
+        "PGDBPOOL_TYPE",
+        "PGDBPOOL_PROCESSES",
+        "PGDBPOOL_RUNTIME_DIR",
+    )
+    known = {*meanings, *others}
     for variable in sorted(given):
         reserved = variable.startswith(("PGDBPOOL_TEST_", "DATABASE_URL"))
         if not reserved and variable not in known:
@@ -222,6 +237,8 @@ def _add_keys(
 
 def _value(key: str, text: str, variable: str, environ: Mapping[str, str], report: Report) -> object:
     """Return what a variable says of a key; raises `Refused` for a mapping that is not valid YAML."""
+    from .yamlfile import parse, retype
+
     if GROUP_KEYS[key].key.kind.mapping and text.lstrip().startswith("{"):
         return parse(text, variable, environ, report)
     return retype(text)

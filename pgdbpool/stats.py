@@ -120,6 +120,8 @@ class EndpointStatus:
     """Connections that the process has to it, over all groups."""
     last_error: str | None
     seconds_since_error: float | None
+    round_trip: float | None
+    """Seconds to the server and back: the least of the last minutes, as the kernel saw it (Linux, TCP)."""
     failovers: int
     """How often it was seen to have been promoted."""
     use: Histogram

@@ -212,3 +212,11 @@ def application_name(base: str, correlation_id: str) -> str:
 
 _NAME_LENGTH = 63
 """Of NAMEDATALEN 64, which most servers have."""
+
+
+_VALUE = re.compile(r"'[^']*(?:'|$)|\$(\w*)\$.*?(?:\$\1\$|$)")
+
+
+def without_values(text: str) -> str:
+    """Return a text without the strings in quotes: one that was written into a statement may be a secret."""
+    return _VALUE.sub("'...'", text)

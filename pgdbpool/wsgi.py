@@ -14,10 +14,23 @@ from typing import TYPE_CHECKING, Any
 from . import deadlines
 from .connection import Connection
 from .errors import NotInitializedError
+from .statuspage import StatusApp
 from .tenant import set_current
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = [
+    "DeadlineMiddleware",
+    "HealthApp",
+    "StatusApp",
+    "TenantMiddleware",
+    "TenantRefused",
+    "from_header",
+    "from_host",
+    "from_path",
+    "mount",
+]
 
 Extractor = Callable[["WSGIEnvironment"], Any]
 
@@ -98,6 +111,25 @@ class DeadlineMiddleware:
         context = copy_context()
         context.run(deadlines.set_current, seconds)
         return _Body(context, context.run(self._app, environ, start_response))
+
+
+def mount(app: WSGIApplication, path: str, mounted: WSGIApplication) -> WSGIApplication:
+    """Return an application that answers below the path with the mounted one, and else with the other.
+
+    :param path: such as ``/-/pools``; it begins with a slash and does not end with one.
+    :raises ValueError: it does not.
+    """
+    if not re.fullmatch(r"(/[^/]+)+", path):
+        raise ValueError(f"path={path!r} is no place to mount at: write it as '/-/pools'")
+
+    def both(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        asked = environ.get("PATH_INFO", "")
+        if asked != path and not asked.startswith(f"{path}/"):
+            return app(environ, start_response)
+        script = environ.get("SCRIPT_NAME", "") + path
+        return mounted({**environ, "SCRIPT_NAME": script, "PATH_INFO": asked[len(path) :]}, start_response)
+
+    return both
 
 
 class HealthApp:

@@ -15,6 +15,7 @@ from pgdbpool.cluster import Cluster, ClusterError, Node
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests that take long")
+    parser.addoption("--pictures", action="store_true", help="take the pictures of the status page for doc/")
 
 
 def pytest_configure(config: pytest.Config) -> None:

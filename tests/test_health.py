@@ -295,6 +295,7 @@ APPLICATION = """
 import pgdbpool
 from pgdbpool.wsgi import HealthApp
 pgdbpool.Connection.init()
+print("connected", flush=True)
 application = HealthApp(max_age=0)
 """
 
@@ -324,6 +325,9 @@ def test_probes_of_a_real_server(known_cluster: Any, tmp_path: Path, worker: lis
             finally:
                 connection.close()
 
+        # A worker that finds no server when it starts would end them all.
+        starts = 1 if "--preload" in worker else 2
+        wait_for(lambda: log.read_text().count("connected") == starts, 20, "all are connected")
         assert [probe("/ready") for _ in range(8)] == [200] * 8
         known_cluster.primary.kill()
         assert [probe("/ready") for _ in range(8)] == [503] * 8

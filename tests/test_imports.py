@@ -21,11 +21,15 @@ ORDER = [
     "stats", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
     "session", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "probe", "sight", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots", "observer",
-    "holds", "monitor", "changes", "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
+    "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots",
+    "observer", "holds", "runtime", "publisher", "monitor", "changes", "shutdown", "sizing", "health",
+    "connection", "handler", "retry", "pool",
 ]  # fmt: skip
-# Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
-LATE = {"rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health"}
+# Of these, imported only when they are needed: at a connect, for tenants, for signals, for YAML.
+LATE = {
+    "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health", "runtime",
+    "publisher", "yamlfile",
+}  # fmt: skip
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
 

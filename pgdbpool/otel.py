@@ -1,0 +1,248 @@
+"""OpenTelemetry: metrics of the pools and, where wanted, spans of checkouts and statements (extra `otel`).
+
+The names are those of OpenTelemetry's semantic conventions:
+https://opentelemetry.io/docs/specs/semconv/database/
+
+Nothing in the pool knows of it: `instrument` puts functions that measure in the place of those they call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+try:
+    from opentelemetry import metrics, trace
+    from opentelemetry.metrics import CallbackOptions, Observation
+    from opentelemetry.trace import SpanKind, Status, StatusCode
+except ImportError as error:  # the module's own name would only puzzle
+    raise ImportError("pgdbpool.otel needs opentelemetry-api: pip install 'pgdbpool[otel]'") from error
+
+from .connection import Connection
+from .cursors import BlockCursor, BlockServerCursor
+from .endpoint import Endpoint
+from .errors import NotInitializedError
+from .group import Group
+from .preamble import IDLE, Block
+from .session import PooledConnection
+from .stats import GroupStatus
+from .tracing import text_of, without_values
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import Tracer, TracerProvider
+
+__all__ = ["instrument", "uninstrument"]
+
+Observe = Callable[[CallbackOptions], Iterable[Observation]]
+
+POOL, STATE = "db.client.connection.pool.name", "db.client.connection.state"
+BOUNDS = (0.00001, 0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+"""Where the buckets of the histograms end, in seconds, unless a view of the SDK says otherwise."""
+
+_WORD = re.compile(r"\s*([A-Za-z]+)")
+_replaced: list[tuple[type[Any], str, Any]] = []
+"""What `instrument` has put aside: class, name and the function itself."""
+
+
+def instrument(
+    *,
+    meter_provider: MeterProvider | None = None,
+    tracer_provider: TracerProvider | None = None,
+    spans: bool = False,
+    statements: bool = True,
+) -> None:
+    """Measure the pools of this process from now on, in place of what an earlier call has set up.
+
+    Call it once in each process, also where it was forked after that: OpenTelemetry's exporters do not
+    survive a fork.
+
+    :param meter_provider: where the metrics go; the global one if left out.
+    :param tracer_provider: where the spans go; the global one if left out.
+    :param spans: make a span of each checkout, statement and COMMIT, within the current one.
+    :param statements: have the text of the statement in its span, without parameters and without strings
+        that are written into it.
+    """
+    uninstrument()
+    meter = metrics.get_meter("pgdbpool", meter_provider=meter_provider)
+    _observe(meter)
+    tracer = trace.get_tracer("pgdbpool", tracer_provider=tracer_provider) if spans else None
+    _measure(meter, tracer)
+    if tracer is not None:
+        _trace(tracer, statements)
+
+
+def uninstrument() -> None:
+    """Stop measuring durations and making spans; gauges go with their meter provider."""
+    while _replaced:
+        owner, name, function = _replaced.pop()
+        setattr(owner, name, function)
+
+
+def _replace(owner: type[Any], name: str, make: Callable[[Any], Any]) -> None:
+    function = owner.__dict__[name]
+    _replaced.append((owner, name, function))
+    setattr(owner, name, make(function))
+
+
+# What is now.
+
+
+def _observe(meter: metrics.Meter) -> None:
+    def of_each(
+        value: Callable[[GroupStatus], int],
+    ) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
+        return [lambda options: [Observation(value(group), {POOL: group.name}) for group in _groups()]]
+
+    def count(options: CallbackOptions) -> Iterator[Observation]:
+        for group in _groups():
+            yield Observation(group.idle, {POOL: group.name, STATE: "idle"})
+            yield Observation(group.in_use, {POOL: group.name, STATE: "used"})
+
+    prefix = "db.client.connection."
+    meter.create_observable_up_down_counter(
+        f"{prefix}count", [count], "{connection}", "Connections, by whether a block has them."
+    )
+    gauges: dict[str, tuple[Callable[[GroupStatus], int], str, str]] = {
+        "idle.max": (lambda group: group.max_size, "{connection}", "Most connections that may be idle."),
+        "idle.min": (lambda group: group.min_size, "{connection}", "Connections that are kept."),
+        "max": (lambda group: group.max_size, "{connection}", "Most connections that may be open."),
+        "pending_requests": (lambda group: group.waiting, "{request}", "Blocks that wait for a connection."),
+    }
+    for name, (value, unit, meaning) in gauges.items():
+        meter.create_observable_up_down_counter(f"{prefix}{name}", of_each(value), unit, meaning)
+    meter.create_observable_counter(
+        f"{prefix}timeouts", of_each(lambda group: group.timeouts), "{timeout}",
+        "Blocks that got no connection in time.",
+    )  # fmt: skip
+
+
+def _groups() -> Iterable[GroupStatus]:
+    try:
+        return Connection.status().groups.values()
+    except NotInitializedError:
+        return ()
+
+
+# How long it takes.
+
+
+def _measure(meter: metrics.Meter, tracer: Tracer | None) -> None:
+    def histogram(name: str, meaning: str) -> Callable[[float, dict[str, str]], None]:
+        made = meter.create_histogram(
+            f"db.client.connection.{name}", "s", meaning, explicit_bucket_boundaries_advisory=BOUNDS
+        )
+        return made.record
+
+    waited = histogram("wait_time", "How long a block waited for an open connection.")
+    used = histogram("use_time", "How long a block had a connection.")
+    created = histogram("create_time", "How long it took to open a connection.")
+
+    def checkout(function: Any) -> Any:
+        def measured(group: Group, block: Block, timeout: float | None = None) -> PooledConnection:
+            began = monotonic()
+            with _span(tracer, f"checkout {group.name}", {POOL: group.name}) as span:
+                conn: PooledConnection = function(group, block, timeout)
+                if span is not None:
+                    span.set_attributes(_server(conn))
+            waited(monotonic() - began, {POOL: group.name})
+            return conn
+
+        return measured
+
+    def back(function: Any) -> Any:
+        def measured(group: Group, conn: PooledConnection, *reason: str) -> None:
+            since = None if conn.block is None else conn.block.since
+            function(group, conn, *reason)
+            if since is not None:
+                used(monotonic() - since, {POOL: group.name})
+
+        return measured
+
+    def dial(function: Any) -> Any:
+        def measured(endpoint: Endpoint, group: Any, *arguments: Any) -> PooledConnection:
+            began = monotonic()
+            conn: PooledConnection = function(endpoint, group, *arguments)
+            created(monotonic() - began, {POOL: group.name})
+            return conn
+
+        return measured
+
+    _replace(Group, "checkout", checkout)
+    _replace(Group, "checkin", back)
+    _replace(Group, "discard", back)
+    _replace(Endpoint, "dial", dial)
+
+
+# Spans.
+
+
+def _trace(tracer: Tracer, statements: bool) -> None:
+    def sending(function: Any) -> Any:
+        def traced(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+            text = text_of(query) or ""
+            word = _WORD.match(text)
+            attributes = _server(cursor._conn)
+            if word:
+                attributes["db.operation.name"] = word[1].upper()
+            if statements:
+                attributes["db.query.text"] = without_values(text)
+            name = " ".join(filter(None, (attributes.get("db.operation.name"), attributes["db.namespace"])))
+            with _span(tracer, name, attributes):
+                return function(cursor, query, *arguments, **options)
+
+        return traced
+
+    def committing(function: Any) -> Any:
+        def traced(conn: PooledConnection) -> None:
+            if conn.pgconn.transaction_status == IDLE:
+                function(conn)
+                return
+            attributes = {**_server(conn), "db.operation.name": "COMMIT"}
+            with _span(tracer, f"COMMIT {attributes['db.namespace']}", attributes):
+                function(conn)
+
+        return traced
+
+    _replace(BlockCursor, "execute", sending)
+    _replace(BlockCursor, "executemany", sending)
+    _replace(BlockServerCursor, "execute", sending)
+    _replace(PooledConnection, "commit", committing)
+
+
+def _server(conn: PooledConnection) -> dict[str, Any]:
+    if conn.closed:
+        return {"db.system.name": "postgresql", "db.namespace": ""}
+    pgconn = conn.pgconn
+    return {
+        "db.system.name": "postgresql",
+        "db.namespace": pgconn.db.decode(),
+        "server.address": pgconn.host.decode(),
+        "server.port": int(pgconn.port.decode() or 5432),
+    }
+
+
+def _span(tracer: Tracer | None, name: str, attributes: dict[str, Any]) -> AbstractContextManager[Any]:
+    return nullcontext() if tracer is None else _open_span(tracer, name, attributes)
+
+
+@contextmanager
+def _open_span(tracer: Tracer, name: str, attributes: dict[str, Any]) -> Iterator[trace.Span]:
+    # The library would note the error's text, and with it values of the row that was refused.
+    with tracer.start_as_current_span(
+        name, kind=SpanKind.CLIENT, attributes=attributes, record_exception=False,
+        set_status_on_exception=False,
+    ) as span:  # fmt: skip
+        try:
+            yield span
+        except BaseException as error:
+            span.set_attribute("error.type", type(error).__name__)
+            if sqlstate := getattr(error, "sqlstate", None):
+                span.set_attribute("db.response.status_code", sqlstate)
+            span.set_status(Status(StatusCode.ERROR))
+            raise

@@ -1,0 +1,198 @@
+"""One view of all processes of an application: what the status page, the command and metrics show."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .connection import Connection
+from .publisher import STEP, STEPS, History, split
+from .runtime import RuntimeDir, add_counts
+
+SILENT_AFTER = 5.0
+"""Seconds without news after which a threaded process counts as stopped or stuck."""
+
+AT_LEAST = 12
+"""Steps of history that are shown, also where the processes are younger."""
+
+SAME_EVENT = 10.0
+"""Seconds within which processes may notice the same thing."""
+
+_WORST_FIRST = ("down", "probing", "draining", "up")
+
+
+def gather(runtime_dir: str | None = None) -> dict[str, Any]:
+    """Return the overview of the processes that publish in the directory.
+
+    :param runtime_dir: left out, that of this process's configuration; where it has none, this process
+        alone is shown.
+    :raises RuntimeDirError: the directory is missing, or not this user's alone.
+    :raises NotInitializedError: it was left out, and `Connection.init` was not called.
+    """
+    own = runtime_dir is None
+    runtime_dir = runtime_dir or Connection.runtime_dir()
+    now = time.time()
+    if runtime_dir is None:
+        told, counts = split(Connection.status().to_dict())
+        alone = {"time": now, "started": now, "status": told, "counts": counts, "events": []}
+        return overview([{**alone, "history": History().told(now)}], {}, now)
+    with RuntimeDir(runtime_dir, create=own) as room:
+        snapshots, gone = room.snapshots(), room.gone()
+    return overview(snapshots, gone, time.time())
+
+
+def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """Combine the snapshots of processes, and what those counted that are gone, as they are at a moment."""
+    processes = [_process(snapshot, now) for snapshot in snapshots]
+    endpoints, groups = _endpoints(snapshots, now), _groups(snapshots, gone, now)
+    return {
+        "time": now,
+        "ok": bool(processes)
+        and all(endpoint["state"] == "up" for endpoint in endpoints)
+        and not any(process["silent"] for process in processes),
+        "processes": processes,
+        "endpoints": endpoints,
+        "groups": groups,
+        "holders": [
+            {"pid": snapshot["status"]["pid"], "group": name, "text": text}
+            for snapshot in snapshots
+            for name, group in snapshot["status"]["groups"].items()
+            for text in group["holders"]
+        ],
+        "events": _events(snapshots),
+        "buckets": next((s["status"]["buckets"] for s in snapshots if "buckets" in s["status"]), []),
+        "step": STEP,
+    }
+
+
+def quantile(counts: Sequence[int], bounds: Sequence[float], share: float) -> float | None:
+    """Return the end of the bucket that a quantile is in, in seconds; None where there is nothing."""
+    wanted, seen = share * sum(counts), 0
+    for number, bound in zip(counts, (*bounds, *bounds[-1:]), strict=False):
+        seen += number
+        if number and seen >= wanted:
+            return bound
+    return None
+
+
+def _process(snapshot: Mapping[str, Any], now: float) -> dict[str, Any]:
+    status = snapshot["status"]
+    age = max(now - snapshot["time"], 0.0)
+    return {
+        "pid": status["pid"],
+        "type": status["type"],
+        "started": snapshot["started"],
+        "age": age,
+        # A lock-free one tells nothing while it has no requests.
+        "silent": status["type"] == "threaded" and age > SILENT_AFTER,
+        "in_use": sum(group["in_use"] for group in status["groups"].values()),
+        "connections": sum(group["size"] for group in status["groups"].values()),
+        "blocks": sum(group["checkouts"] for group in snapshot["counts"].values()),
+    }
+
+
+def _endpoints(snapshots: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+    views: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for snapshot in snapshots:
+        for label, endpoint in snapshot["status"]["endpoints"].items():
+            views.setdefault(label, []).append((snapshot, endpoint))
+    total = sum(endpoint["connections"] for view in views.values() for _, endpoint in view)
+    found = []
+    for label, view in views.items():
+        seen = [endpoint for _, endpoint in view]
+        states = Counter("down" if endpoint["state"] == "probing" else endpoint["state"] for endpoint in seen)
+        state = next(state for state in _WORST_FIRST if state in states)
+        newest = max(view, key=lambda pair: pair[0]["time"])[1]
+        errors = [
+            (snapshot["time"] - endpoint["seconds_since_error"], endpoint["last_error"])
+            for snapshot, endpoint in view
+            if endpoint["last_error"] is not None
+        ]
+        error_time, last_error = max(errors, default=(None, None))
+        connections = sum(endpoint["connections"] for endpoint in seen)
+        role = max(view, key=lambda pair: (pair[1]["role"] is not None, pair[0]["time"]))[1]["role"]
+        found.append(
+            {
+                "label": label,
+                "state": state,
+                "states": dict(states),
+                "role": role,
+                "weight": newest["weight"],
+                "timeline": _most(seen, "timeline"),
+                "outdated": any(endpoint["outdated"] for endpoint in seen),
+                "lag_bytes": _most(seen, "lag_bytes"),
+                "lag_seconds": _most(seen, "lag_seconds"),
+                "connections": connections,
+                "share": connections / total if total else 0.0,
+                "round_trip": min(
+                    (e["round_trip"] for e in seen if e["round_trip"] is not None), default=None
+                ),
+                "last_error": last_error,
+                "error_time": error_time,
+                "history": _history(snapshots, "endpoints", label, now, width=1),
+            }
+        )
+    return found
+
+
+def _groups(
+    snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], now: float
+) -> list[dict[str, Any]]:
+    names = dict.fromkeys(name for snapshot in snapshots for name in snapshot["status"]["groups"])
+    found = []
+    for name in names:
+        seen = [s["status"]["groups"][name] for s in snapshots if name in s["status"]["groups"]]
+        counts: dict[str, Any] = {}
+        for more in (gone, *(snapshot["counts"] for snapshot in snapshots)):
+            add_counts(counts, more.get(name, {}))
+        connections: Counter[str] = Counter()
+        for group in seen:
+            connections.update(group["connections"])
+        found.append(
+            {
+                "name": name,
+                **{
+                    key: sum(group[key] for group in seen)
+                    for key in ("size", "idle", "in_use", "waiting", "min_size", "max_size")
+                },
+                "connections": dict(connections),
+                **counts,
+                "history": _history(snapshots, "groups", name, now, width=4),
+            }
+        )
+    return found
+
+
+def _events(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events of all processes, newest first; what several noticed together is one."""
+    merged: list[dict[str, Any]] = []
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    events = [(event, snapshot["status"]["pid"]) for snapshot in snapshots for event in snapshot["events"]]
+    for event, pid in sorted(events, key=lambda pair: pair[0]["time"]):
+        known = latest.get((event["kind"], event["endpoint"]))
+        if known is None or event["time"] - known["time"] > SAME_EVENT or pid in known["pids"]:
+            known = latest[event["kind"], event["endpoint"]] = {**event, "pids": []}
+            merged.append(known)
+        known["pids"].append(pid)
+    return merged[::-1]
+
+
+def _history(
+    snapshots: Sequence[Mapping[str, Any]], kind: str, name: str, now: float, width: int
+) -> list[list[int]]:
+    """Return a row for each step of the last minutes, oldest first: the sum over the processes."""
+    newest = int(now // STEP)
+    first = min((snapshot["history"]["first"] for snapshot in snapshots), default=newest)
+    oldest = min(max(first, newest - STEPS + 1), newest - AT_LEAST + 1)
+    rows = {step: [0] * width for step in range(oldest, newest + 1)}
+    for snapshot in snapshots:
+        for step, *values in snapshot["history"][kind].get(name, ()):
+            if step in rows:
+                rows[step] = [a + b for a, b in zip(rows[step], values, strict=True)]
+    return [rows[step] for step in sorted(rows)]
+
+
+def _most(seen: Iterable[Mapping[str, Any]], key: str) -> Any:
+    return max((endpoint[key] for endpoint in seen if endpoint[key] is not None), default=None)

@@ -1,0 +1,176 @@
+"""The status page under real gunicorn with four workers, in a real browser."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from chromium import PROGRAM, Browser
+from site_of_processes import PASSWORD, TOKEN, Load, Site
+from support import server, wait_for
+
+from pgdbpool.cluster import Cluster
+
+needs_chromium = pytest.mark.skipif(
+    PROGRAM is None, reason="no Chromium here: install Debian's package `chromium`, or put one in PATH"
+)
+PICTURES = Path(__file__).parents[1] / "doc" / "pictures"
+WORKERS = ("--workers", "4", "--worker-class", "gthread", "--threads", "6")
+
+
+def settings(cluster: Cluster) -> dict[str, Any]:
+    names = ("db-1", "db-2", "db-3")
+    return {
+        "db": [
+            server(node, label=name, **{"pass": PASSWORD})
+            for node, name in zip(cluster.nodes, names, strict=True)
+        ],
+        "groups": {
+            "read": {
+                "connection_count": 4, "target": "prefer-standby", "max_lag": {"seconds": 10},
+            },
+            "write": {"connection_count": 2, "target": "primary", "autocommit": False},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def site(known_cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
+    with Site(tmp_path, settings(known_cluster), *WORKERS) as running:
+        wait_for(lambda: len(running.overview()["processes"]) == 4, 20, "all workers publish")
+        yield running
+
+
+@pytest.fixture
+def browser(site: Site, tmp_path: Path) -> Iterator[Browser]:
+    with Browser(tmp_path / "profile") as opened:
+        token = {"Authorization": f"Bearer {TOKEN}"}
+        opened.call("Network.setExtraHTTPHeaders", headers=token)
+        opened.look(1200)
+        opened.go(site.url)
+        yield opened
+        assert not opened.complaints
+        hosts = {urlsplit(url).netloc for url in opened.requests if not url.startswith(("about:", "data:"))}
+        assert hosts == {f"127.0.0.1:{site.port}"}
+        assert PASSWORD not in opened.run("document.documentElement.outerHTML")
+
+
+def row_of(label: str) -> str:
+    """Return the selector of an endpoint's button, by which its row is found."""
+    return f"#endpoints button[aria-label$='{label}']"
+
+
+def state(browser: Browser, label: str) -> str:
+    """Return what the page says of an endpoint."""
+    row = f"[...document.querySelectorAll('#endpoints tbody tr')].find(r => r.innerText.includes('{label}'))"
+    return str(browser.run(f"{row}?.querySelector('.state').innerText ?? ''"))
+
+
+@needs_chromium
+def test_the_page_shows_all_processes_and_keeps_itself_current(
+    site: Site, browser: Browser, known_cluster: Cluster, request: pytest.FixtureRequest
+) -> None:
+    pids = {str(process["pid"]) for process in site.overview()["processes"]}
+    assert len(pids) == 4
+    with Load(site, threads=8):
+        for pid in pids:
+            assert pid in browser.text("#processes")
+        wait_for(lambda: "● up" in state(browser, "db-3"), what="db-3 is up")
+        assert "All endpoints up" in browser.text("#summary")
+        wait_for(
+            lambda: float(browser.text("#groups figure b").replace(",", "")) > 0, 20, "blocks are plotted"
+        )
+
+        known_cluster.nodes[2].kill()
+        wait_for(lambda: "down" in state(browser, "db-3"), 3, "the killed standby is shown")
+        assert "down" in browser.run("document.title")
+        wait_for(lambda: "is down" in browser.text("#events"), what="an event tells of it")
+        known_cluster.nodes[2].start()
+        wait_for(lambda: "up" in state(browser, "db-3"), 10, "the standby is back")
+
+        browser.click(row_of("db-2"))
+        wait_for(lambda: "draining" in state(browser, "db-2"), what="db-2 is drained")
+        wait_for(
+            lambda: site.overview()["endpoints"][1]["states"] == {"draining": 4}, what="by all processes"
+        )
+        wait_for(lambda: site.overview()["endpoints"][1]["connections"] == 0, what="nobody uses it")
+        if request.config.getoption("--pictures"):
+            take_pictures(site, browser, known_cluster)
+        wait_for(lambda: browser.run(f'document.querySelector("{row_of("db-2")}").innerText') == "Undrain")
+        browser.click(row_of("db-2"))
+        wait_for(lambda: "up" in state(browser, "db-2"), what="db-2 is in use again")
+        wait_for(lambda: site.overview()["endpoints"][1]["states"] == {"up": 4}, what="by all processes")
+    assert not re.search(r"Traceback|ERROR", site.log.read_text())
+
+
+def take_pictures(site: Site, browser: Browser, cluster: Cluster) -> None:
+    """Keep how the page looks, in a state in which there is something to see."""
+    PICTURES.mkdir(exist_ok=True)
+    holder = threading.Thread(target=site.ask, args=("/?hold=12",))
+    with Load(site, threads=3, path="/both?hold=0.02"), Load(site, threads=4, path="/both?hold=0.1"):
+        time.sleep(50)  # so that there is something to plot
+        with Load(site, threads=14, path="/both?hold=0.15"):
+            time.sleep(15)
+        cluster.nodes[2].kill()
+        wait_for(lambda: "down" in state(browser, "db-3"), what="a standby is down")
+        holder.start()
+        wait_for(lambda: "thread" in browser.text("#holders"), what="somebody holds for long")
+        for name, look in {
+            "status-light": {"width": 1200},
+            "status-dark": {"width": 1200, "scheme": "dark"},
+            "status-phone": {"width": 390, "height": 844, "mobile": True},
+        }.items():
+            browser.look(**look)  # type: ignore[arg-type]
+            (PICTURES / f"{name}.png").write_bytes(browser.screenshot(1700 if "mobile" in look else None))
+        browser.look(1200)
+    cluster.nodes[2].start()
+    holder.join()
+
+
+@needs_chromium
+def test_the_page_works_by_keyboard_and_on_a_phone(site: Site, browser: Browser) -> None:
+    browser.look(360, 740, mobile=True)
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
+    browser.press("Tab")
+    assert browser.run("document.activeElement.className") == "skip"
+    for _ in range(5):
+        browser.press("Tab")
+        if browser.run("document.activeElement.getAttribute('aria-label')") == "Drain db-1":
+            break
+    # What has the focus keeps it while the page is brought up to date.
+    stamp = browser.text("#summary")
+    wait_for(lambda: browser.text("#summary") != stamp, what="an update")
+    assert browser.run("document.activeElement.getAttribute('aria-label')") == "Drain db-1"
+    browser.press("Enter")
+    wait_for(lambda: "draining" in state(browser, "db-1"), what="drained by keyboard")
+
+
+@needs_chromium
+def test_the_page_can_be_read_without_javascript(site: Site, browser: Browser) -> None:
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    browser.go(site.url)
+    text = browser.text()
+    assert "All endpoints up" in text
+    assert "db-2" in text
+    assert str(site.overview()["processes"][3]["pid"]) in text
+    browser.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@needs_chromium
+def test_the_page_says_when_nobody_answers(site: Site, browser: Browser) -> None:
+    workers = [process["pid"] for process in site.overview()["processes"]]
+    os.kill(workers[0], signal.SIGSTOP)
+    try:
+        wait_for(lambda: "silent" in browser.text("#processes"), 15, "a stopped process is silent")
+        assert "1 process does not answer" in browser.text("#summary")
+    finally:
+        os.kill(workers[0], signal.SIGCONT)
+    wait_for(lambda: "silent" not in browser.text("#processes"), what="it goes on")
