@@ -178,3 +178,9 @@ def test_every_public_name_is_in_the_reference(public: str) -> None:
 def test_the_readme_has_its_example() -> None:
     (example,) = [sample for sample in ALL if sample.page == README and sample.marks == "run"]
     assert len(example.text.splitlines()) <= 12
+
+
+def test_what_the_readme_links_to_exists() -> None:
+    links = re.findall(r"\]\(([^):]+)\)", README.read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
