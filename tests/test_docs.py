@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 import pgdbpool
 from pgdbpool.cluster import Cluster, config_yaml
@@ -184,3 +185,14 @@ def test_what_the_readme_links_to_exists() -> None:
     links = re.findall(r"\]\(([^):]+)\)", README.read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_alerts_name_metrics_that_exist() -> None:
+    source = (ROOT / "pgdbpool" / "metrics.py").read_text(encoding="utf-8")
+    (rules,) = [s for s in ALL if s.page.name == "alerts.rst" and s.language == "yaml"]
+    expressions = " ".join(
+        rule["expr"] for group in yaml.safe_load(rules.text)["groups"] for rule in group["rules"]
+    )
+    names = set(re.findall(r"pgdbpool_(\w+?)(?:_total|_bucket)?\b", expressions))
+    assert {"timeouts", "wait_seconds"} <= names
+    assert [name for name in sorted(names) if not re.search(rf'"(pgdbpool_)?{name}"', source)] == []
