@@ -67,7 +67,8 @@ class BlockCursor(psycopg.Cursor[Any]):
             conn.touch(what)
         if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-        conn.check_free()
+        if conn.holder or conn.wrapped:
+            conn.check_free()
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
         first = preamble = NOTHING if conn._pipeline else block.preamble(conn)
         if deadlines.in_use or conn.annotates:
@@ -270,12 +271,14 @@ class BlockCursor(psycopg.Cursor[Any]):
         number = 2 if preparing is Prepare.SHOULD else 1
         answers = self._conn.exchange(preamble, send, number, self.after)
         self._check_results(answers[0])
+        answer = answers[number - 1]
         # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
         key = self._conn._prepared.maybe_add_to_cache(query, preparing, name)
         if key is not None:
-            self._conn._prepared.validate(key, preparing, name, answers[number - 1])
-        self._check_results(answers[number - 1])
-        self._set_results(answers[number - 1])
+            self._conn._prepared.validate(key, preparing, name, answer)
+        if number > 1:
+            self._check_results(answer)
+        self._set_results(answer)
         if self.after or len(answers) > number:
             self._check_after(answers[number:])
 

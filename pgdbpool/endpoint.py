@@ -247,12 +247,16 @@ class Endpoint:
 
         `in_hot_standby` is reported by PostgreSQL 14 and later, at connect and when it changes:
         https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
+        A pooler hands out what it was told when it first logged in, so that the server is asked: once for
+        each connection, and again after a statement that a primary would not have refused.
         """
         status = conn.pgconn.parameter_status
-        standby = status(b"in_hot_standby")
+        standby = None if self.config.pooler else status(b"in_hot_standby")
+        if self.config.pooler and conn.asked_role and self.role and self.role_seen_at > self.suspected_at:
+            return self.role  # the observer may have learned better since this connection asked
         if standby is not None:
             role = Role.STANDBY if standby == b"on" else Role.PRIMARY
-        elif conn.asked_role is not None:
+        elif conn.asked_role is not None and not self.config.pooler:
             role = Role(conn.asked_role)
         else:
             with conn.unbound(), psycopg.Cursor(conn, row_factory=rows.tuple_row) as cursor:
@@ -312,8 +316,8 @@ class Endpoint:
         transaction alone that is read only.
         """
         status = conn.pgconn.parameter_status
-        standby = status(b"in_hot_standby")
-        if standby is None:  # before PostgreSQL 14: ask again
+        standby = None if self.config.pooler else status(b"in_hot_standby")
+        if standby is None:  # before PostgreSQL 14, and behind a pooler: ask again
             conn.asked_role = None
         elif standby == b"on" or (status(b"default_transaction_read_only") == b"on" and not conn.touched):
             self.note_role(conn)
@@ -444,6 +448,8 @@ class Endpoint:
                     "endpoint %s: no connection: %s", self.label, message, endpoint=self.label, reason=message
                 )
             self.note_error(message)
+            if self.config.pooler:
+                self.role = None  # the pooler is up; its server may be gone, and another promoted
         return DialError(self, message, down)
 
     def _is_down(self, deadline: float) -> bool:

@@ -75,7 +75,8 @@ def polls(fd: int) -> tuple[Poll, Poll]:
     if not patched("select"):
         looker = select.poll()
         looker.register(fd, select.POLLIN)
-        return looker.poll, looker.poll
+        look = looker.poll
+        return look, look
     check()
     looker = poller()
     looker.register(fd, select.POLLIN)

@@ -186,7 +186,8 @@ class Group:
         self._kind = PooledConnection if config.slow_query is None else TimedConnection
         if config.leak_stack:
             tracing.use()
-        self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target, b"")
+        trusted = not any(endpoint.config.pooler for endpoint in self.endpoints)
+        self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target, b"") if trusted else b""
         self._any_role = config.target in ("any", "prefer-standby")
         self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
         # The last: a block that still found the old settings remembers them in the old dict.

@@ -28,7 +28,8 @@ from .queries import Queries
 from .session import PooledConnection
 from .statements import shape
 
-_ACTIVE = psycopg.pq.TransactionStatus.ACTIVE
+_ACTIVE = int(psycopg.pq.TransactionStatus.ACTIVE)
+_BAD = int(psycopg.pq.ConnStatus.BAD)
 
 
 class Handler(Queries):
@@ -146,7 +147,7 @@ class Handler(Queries):
         :raises TransactionAbortedError: an open transaction was lost before; `rollback()` first.
         """
         conn = self._conn
-        if conn is None or conn.closed:
+        if conn is None or conn.pgconn.status == _BAD:
             conn = self._live()
         params = params or None
         several = params is not None and isinstance(statement, str) and ";" in statement

@@ -12,7 +12,7 @@ from . import tracing
 from .cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
 from .errors import ConnectionLostError, Error, QueryDeadlineError
 from .preamble import IDLE, Block, is_high
-from .queries import all_rows, command_tag, first_row, first_value
+from .queries import all_rows, command_tag, first_row, first_value, rows_of_all
 from .statements import shape
 
 if TYPE_CHECKING:
@@ -97,7 +97,19 @@ class OneShots:
         """Execute a statement once for each set of parameters, in one transaction; return the rows in all."""
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         with _OneShot(cls.group(group), **block) as one:
-            return one.executemany(statement, sets)
+            return one.executemany(statement, sets).rowcount
+
+    @classmethod
+    def fetchmany(
+        cls, group: str, statement: Any, params_seq: Iterable[Any], **block: Unpack[BlockOptions]
+    ) -> list[Row]:
+        """Execute a statement once for each set of parameters, in one transaction; return all of their rows.
+
+        Where the answer of the COMMIT is lost, so are the rows; see `fetch`.
+        """
+        sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        with _OneShot(cls.group(group), **block) as one:
+            return rows_of_all(one.executemany(statement, sets, returning=True))
 
 
 class _OneShot:
@@ -143,20 +155,20 @@ class _OneShot:
         self._replace()
         return self._cursor(statement, params).execute(statement, params)
 
-    def executemany(self, statement: Any, sets: Sequence[Any]) -> int:
+    def executemany(self, statement: Any, sets: Sequence[Any], returning: bool = False) -> BlockCursor:
         """Execute the statement for each of the parameter sets, with the COMMIT where that can ride."""
         cursor = self._cursor(statement, None)
         try:
-            cursor.executemany(statement, sets)
-            return cursor.rowcount
+            cursor.executemany(statement, sets, returning=returning)
+            return cursor
         except ConnectionLostError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self.group.note_retry(self.block, error)
         self._replace()
         cursor = self._cursor(statement, None)
-        cursor.executemany(statement, sets)
-        return cursor.rowcount
+        cursor.executemany(statement, sets, returning=returning)
+        return cursor
 
     def _cursor(self, statement: Any, params: Any) -> BlockCursor:
         what = shape(statement, self.conn)

@@ -349,6 +349,8 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         return waiter.got
 
     def _leave_queue(self, queue: deque[_Waiter], waiter: _Waiter) -> None:
+        if waiter.got is not None and not (queue and queue[0] is waiter):
+            return  # who served it took it out; to look for it would take longer the more there are
         with self._lock:
             if waiter in queue:
                 queue.remove(waiter)

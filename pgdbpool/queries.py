@@ -62,8 +62,7 @@ class Queries(Copying):
 
         It is one transaction, and all sets travel in one pipeline.
         """
-        cursor = self._many(statement, params_seq, returning=True)
-        return [row for result in cursor.results() if has_rows(result) for row in result]
+        return rows_of_all(self._many(statement, params_seq, returning=True))
 
     def executemany(self, statement: Any, params_seq: Iterable[Any]) -> int:
         """Execute a statement once for each set of parameters; return the number of rows in all.
@@ -152,6 +151,11 @@ class Queries(Copying):
 def all_rows(cursor: psycopg.Cursor[Any]) -> list[Any]:
     """Return the rows of the last statement's result."""
     return cursor.fetchall() if has_rows(cursor) else []
+
+
+def rows_of_all(cursor: psycopg.Cursor[Any]) -> list[Any]:
+    """Return the rows that `executemany` gave, of all sets of parameters."""
+    return [row for result in cursor.results() if has_rows(result) for row in result]
 
 
 def first_row(cursor: psycopg.Cursor[Any]) -> Any:

@@ -69,8 +69,8 @@ class Row(tuple[Any, ...]):
 
 
 @lru_cache(maxsize=512)
-def _named(names: tuple[bytes, ...], encoding: str) -> type[Row]:
-    return _row_class(tuple(name.decode(encoding) for name in names))
+def _named(names: tuple[bytes | None, ...], encoding: str) -> type[Row]:
+    return _row_class(tuple((name or b"").decode(encoding) for name in names))
 
 
 @lru_cache(maxsize=512)
@@ -101,5 +101,4 @@ def row(cursor: Cursor[Any]) -> RowMaker[Row]:
     if result is None or not result.nfields:
         return Row
     # As psycopg's own factories read them; `description` would make an object for each column.
-    names = [result.fname(column) or b"" for column in range(result.nfields)]
-    return _named(tuple(names), cursor._encoding)
+    return _named(tuple(map(result.fname, range(result.nfields))), cursor._encoding)

@@ -36,12 +36,14 @@ if TYPE_CHECKING:
 
     from .endpoint import Endpoint
 
-ACTIVE = pq.TransactionStatus.ACTIVE
-_BAD = pq.ConnStatus.BAD
-_INERROR = pq.TransactionStatus.INERROR
-_FATAL = pq.ExecStatus.FATAL_ERROR
-_SYNC = pq.ExecStatus.PIPELINE_SYNC
-_COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
+# As plain numbers, which is what libpq gives: an enumeration is slower to compare with.
+ACTIVE = int(pq.TransactionStatus.ACTIVE)
+_BAD = int(pq.ConnStatus.BAD)
+_INERROR = int(pq.TransactionStatus.INERROR)
+_OPEN = (INTRANS, _INERROR)
+_FATAL = int(pq.ExecStatus.FATAL_ERROR)
+_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
+_COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
 
 MARGIN = 0.1
 """Seconds that the server's statement_timeout comes before the deadline of the request, at most."""
@@ -100,11 +102,18 @@ class PooledConnection(psycopg.Connection[Any]):
     only while a block has the connection, whether through the Handler or through the connection.
     """
 
+    # What every connection has. In its dictionary these would be too many for the form in which instances
+    # share their keys: 1,300 bytes for each connection, and slower to read.
+    __slots__ = (
+        "_known", "block", "bound", "client_encoding", "endpoint", "expires_at", "lent", "named", "poll",
+        "reads", "riding", "settled", "slot", "speaks_utf8", "used_at", "uses", "wait_readable", "wrapped",
+    )  # fmt: skip
+
     endpoint: Endpoint
-    slot: Slot | None = None
-    lent: bool = False
+    slot: Slot | None
+    lent: bool
     """Whether it is neither the pool's nor in the hands of who takes it from there."""
-    block: Block | None = None
+    block: Block | None
     patience: float | None = None
     """Seconds that one wait for the server may take; None for no bound."""
     own_timeout: bool = False
@@ -121,9 +130,9 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether it was taken from its block, which finds it lost; see `max_hold`."""
     ending: bool = False
     """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
-    used_at: float = 0.0
+    used_at: float
     """When the connection was last known to work, on the monotonic clock."""
-    expires_at: float = float("inf")
+    expires_at: float
     uses: Tally
     """Where its group counts how long blocks have it."""
     times_lent: int = 0
@@ -132,9 +141,9 @@ class PooledConnection(psycopg.Connection[Any]):
     """The role of a server that does not report it (before PostgreSQL 14), asked once."""
     local: Bound = ()
     """Settings that every transaction binds, where the session itself can keep none (a pooler)."""
-    bound: bool = False
+    bound: bool
     """Whether the block's settings are bound in the open transaction."""
-    reads: bool = False
+    reads: bool
     """Whether its group is one of servers that take no writes."""
     touched: bool = False
     """Whether the block may have left something in the session."""
@@ -146,22 +155,29 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether the session is to be cleaned before the next statement."""
     cleaning: tuple[Command, ...] = CLEANING
     prepares: bool = False
-    named: int = 0
+    named: int
     """How often a preamble was prepared in the session."""
     own_statements: tuple[str, ...] = ()
     """Prepared statements that belong to the session itself (`sqlprepare`)."""
 
     abandoned: bool = False
-    riding: bool = False
+    riding: bool
     """Whether a cursor of the block is sending a statement with its preamble."""
-    wrapped: bool = False
+    wrapped: bool
     """Whether the open transaction is there for one statement of an autocommit block, and ends with it."""
     holder: int = 0
     """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
-    settled: dict[str, Any] | None = None
-    client_encoding: bytes | None = None
-    speaks_utf8: bool = True
+    settled: dict[str, Any] | None
+    client_encoding: bytes | None
+    speaks_utf8: bool
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
+
+    def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(pgconn, *args, **kwargs)
+        self.slot = self.block = self.settled = self.client_encoding = None
+        self.lent = self.bound = self.reads = self.riding = self.wrapped = False
+        self.speaks_utf8 = True
+        self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0
 
     def watch(self) -> None:
         """Prepare `poll` and `wait_readable`; to be called once, when the connection is open."""
@@ -312,12 +328,11 @@ class PooledConnection(psycopg.Connection[Any]):
             block.failure = errors.without_frames(error) if isinstance(error, Exception) else None
 
     def close(self) -> None:
-        """Close the connection; one of the parent process is left alone."""
+        """Close the connection, and with it a transaction of its block; one of the parent's is left alone."""
         if self.abandoned:
             return
-        block = self.block
-        if block is not None and block.manual and self.pgconn.transaction_status in (INTRANS, _INERROR):
-            block.lost = True  # whoever closes it: what follows must not be committed without it
+        if self.block is not None and self.pgconn.transaction_status in _OPEN:
+            self.block.lost = True  # by the block itself: it must not commit what it does from now on alone
         super().close()
 
     def sever(self, deadline: float) -> None:
@@ -585,11 +600,14 @@ class PooledConnection(psycopg.Connection[Any]):
 
         It is the same for every block, and parsing it would be half of what it costs the server.
         """
-        if self.touched or self.local or self.prepare_threshold is None or self.named >= MOST_NAMES:
+        if self.touched or self.local or self.prepare_threshold is None:
             self.pgconn.send_query_params(sql, values)
             return 0
         if name := self._known.get(sql):
             self.pgconn.send_query_prepared(name, values)
+            return 0
+        if self.named >= MOST_NAMES:
+            self.pgconn.send_query_params(sql, values)
             return 0
         self._known[sql] = name = b"_pgdbpool_%d" % next(_names)
         self.named += 1

@@ -42,7 +42,6 @@ from .check_servers import check_servers, default_label, parse_conninfo
 from .config import CONFIG_KEYS, GROUP_KEYS, Config, EndpointConfig, GroupConfig
 from .keys import Refused, may_hold_password, nearest, show, step
 from .validation import Report, read
-from .yamlfile import parse, read_yaml, retype
 
 _SIZE_LIMIT = 1 << 20
 _GROUP_NAME = re.compile(r"[a-z0-9_]+")
@@ -70,6 +69,8 @@ def load(
     else:
         variable = "PGDBPOOL_CONFIG" if source is None else ""
         origin, text = _read_text(environ[variable] if variable else source, report, variable)
+        from .yamlfile import read_yaml  # late, with PyYAML: a mapping needs none of it
+
         tree = read_yaml(text, origin, environ, report)
     config = build(tree, origin, report)
     for path in report.deprecated:
@@ -142,6 +143,8 @@ def _read_environment(environ: Mapping[str, str], report: Report) -> Mapping[Any
         tree["runtime_dir"] = given["PGDBPOOL_RUNTIME_DIR"]
         report.names["runtime_dir"] = "PGDBPOOL_RUNTIME_DIR"
     if "PGDBPOOL_PROCESSES" in given:
+        from .yamlfile import retype
+
         tree["processes"] = retype(given["PGDBPOOL_PROCESSES"])
         report.names["processes"] = "PGDBPOOL_PROCESSES"
     _add_servers(tree, given, report)
@@ -234,6 +237,8 @@ def _add_keys(
 
 def _value(key: str, text: str, variable: str, environ: Mapping[str, str], report: Report) -> object:
     """Return what a variable says of a key; raises `Refused` for a mapping that is not valid YAML."""
+    from .yamlfile import parse, retype
+
     if GROUP_KEYS[key].key.kind.mapping and text.lstrip().startswith("{"):
         return parse(text, variable, environ, report)
     return retype(text)

@@ -137,11 +137,12 @@ UNKNOWN = Shape(
 
 def shape(query: Any, conn: psycopg.Connection[Any]) -> Shape:
     """Return what the text of a statement says; remembered, since programs repeat themselves."""
-    if isinstance(query, Composable):
-        query = query.as_string(conn)
-    elif isinstance(query, bytes):
-        query = query.decode("utf-8", "replace")
-    elif not isinstance(query, str):
-        return UNKNOWN
+    if not isinstance(query, str):  # first, since that is what it mostly is
+        if isinstance(query, Composable):
+            query = query.as_string(conn)
+        elif isinstance(query, bytes):
+            query = query.decode("utf-8", "replace")
+        else:
+            return UNKNOWN
     # A long text holds its data, so it is not likely to come again, nor worth its memory.
     return _known(query) if len(query) <= 4096 else _analyse(query)

@@ -165,12 +165,46 @@ def test_a_handler_that_is_dropped_after_a_failure_gives_its_connection_back(sta
         assert db.query("SELECT 1").fetchone()[0] == 1
 
 
+def test_a_connection_that_its_block_closes_is_replaced(start: Any) -> None:
+    start(connection_count=1)
+    with Handler("auto") as db:
+        pids = [pid_of(db)]
+        db.connection.close()
+    with Handler("auto", timeout=5) as db:
+        pids.append(pid_of(db))
+        db.connection.close()
+        pids.append(db.query("SELECT pg_backend_pid()").fetchone()[0])  # nothing was lost: it goes on
+    assert len(set(pids)) == 3
+    assert Connection.status().groups["auto"].discarded == {"lost": 2}
+
+
+def test_a_transaction_whose_block_closes_its_connection_is_not_committed_by_halves(
+    start: Any, admin: Any
+) -> None:
+    start(connection_count=1)
+    for group in ("manual", "auto"):
+        with pytest.raises(pgdbpool.TransactionAbortedError), Handler(group) as db, db.transaction():
+            db.query("INSERT INTO t VALUES (1)")
+            db.connection.close()
+            with pytest.raises(pgdbpool.TransactionAbortedError):
+                db.query("INSERT INTO t VALUES (2)")
+    with pytest.raises(pgdbpool.TransactionAbortedError), Handler("manual") as db:
+        db.query("INSERT INTO t VALUES (3)")
+        db.connection.close()
+    with Handler("manual", timeout=5) as db:
+        db.query("INSERT INTO t VALUES (4)")
+        db.rollback()
+        db.connection.close()  # after a rollback it may
+        db.query("INSERT INTO t VALUES (5)")
+    assert values(admin) == [5]
+
+
 def test_status_tells_what_is_in_use(start: Any, mode: str) -> None:
     start()
     with Handler("auto"):
         status = Connection.status()
         group = status.groups["auto"]
-        assert (group.in_use, group.idle, group.size, group.max_size) == (1, 1, 2, 2)
+        assert (group.in_use, group.idle, group.size, group.min_size, group.max_size) == (1, 1, 2, 2, 2)
         assert "test_status_tells" in group.holders[0]
     (endpoint,) = status.endpoints.values()
     assert (endpoint.state, endpoint.role, endpoint.connections) == ("up", "primary", 4)

@@ -1,9 +1,11 @@
 """The samples of the documentation run, and its reference leaves no public name out.
 
 In `doc/`, a `code-block` with `:class: run` is run: Python in one namespace per page, SQL on the primary, and
-YAML becomes the file `pgdbpool.yaml`. A block with `:class: output` is what the one before it prints. YAML
-with `:class: check` is a configuration that is valid. In README.md, `<!-- run -->` marks a block, which finds
-the tables of the example.
+YAML becomes the file `pgdbpool.yaml`. A block with `:class: output` is what the one before it prints. One
+with `:class: file` becomes the file that its caption names, which the samples after it may import. Of a
+console session, the commands run and print what is shown. YAML with `:class: check` is a configuration that
+is valid. A page that begins with `.. needs: flask` is skipped where there is no flask. In README.md,
+`<!-- run -->` marks a block, which finds the tables of the example.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import os
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 import pgdbpool
 from pgdbpool.cluster import Cluster, config_yaml
@@ -37,6 +43,7 @@ class Sample(NamedTuple):
     language: str
     marks: str
     text: str
+    caption: str
 
 
 def samples(page: Path) -> Iterator[Sample]:
@@ -46,11 +53,12 @@ def samples(page: Path) -> Iterator[Sample]:
     while number < len(lines):
         head = re.match(r"( *)\.\. code-block:: (\w+)$", lines[number])
         fence = re.match(r"( *)```(\w+)$", lines[number])
-        before, number = number, number + 1
+        before, number, caption = number, number + 1, ""
         if head:
             marks, indent = "", len(head[1]) + 3
             while lines[number].strip().startswith(":"):
                 marks += lines[number].partition(":class:")[2]
+                caption += lines[number].partition(":caption:")[2].strip()
                 number += 1
             start = number + 1
             number = start
@@ -63,7 +71,7 @@ def samples(page: Path) -> Iterator[Sample]:
         else:
             continue
         text = "\n".join(line[indent:] for line in lines[start:number]).rstrip() + "\n"
-        yield Sample(page, start, (head or fence)[2], marks.strip(), text)
+        yield Sample(page, start, (head or fence)[2], marks.strip(), text, caption)
 
 
 ALL = [sample for page in (*PAGES, README) for sample in samples(page)]
@@ -80,10 +88,17 @@ def room(known_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "pgdbpool.yaml").write_text(config_yaml(known_cluster))
     monkeypatch.setenv("PRIMARY_PORT", str(known_cluster.primary.port))
     monkeypatch.setenv("PGPORT", "1")  # put back after samples that set it
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
     try:
         yield tmp_path
     finally:
         pgdbpool.Connection.reset()
+        for imported in set(sys.modules) - before:
+            module = sys.modules[imported]
+            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            if any(str(place).startswith(str(tmp_path)) for place in places):
+                del sys.modules[imported]
 
 
 def run(sample: Sample, namespace: dict[str, Any], cluster: Cluster, room: Path) -> str:
@@ -97,16 +112,33 @@ def run(sample: Sample, namespace: dict[str, Any], cluster: Cluster, room: Path)
         cluster.primary.execute(sample.text)
     elif sample.language == "yaml":
         (room / "pgdbpool.yaml").write_text(sample.text)
+    elif sample.language == "console":
+        converse(sample)
     else:
         raise AssertionError(f"{name(sample)}: nothing runs {sample.language}")
     cluster.wait_in_sync()
     return printed.getvalue()
 
 
+def converse(sample: Sample) -> None:
+    """Run each command of a console session, and compare what it prints."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": path, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    for part in re.split(r"^\$ ", sample.text, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        ran = subprocess.run(command, shell=True, env=environ, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, f"{name(sample)}: {command}\n{ran.stdout}{ran.stderr}"
+        if shown.strip():
+            same = doctest.OutputChecker().check_output(shown.rstrip() + "\n", ran.stdout, doctest.ELLIPSIS)
+            assert same, f"{name(sample)}: {command} printed\n{ran.stdout}"
+
+
 @pytest.mark.parametrize(
     "page", sorted({s.page for s in ALL if s.marks == "run"}), ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_the_samples_of_a_page_run(page: Path, known_cluster: Cluster, room: Path) -> None:
+    for module in re.findall(r"^\.\. needs: (\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        pytest.importorskip(module)
     namespace: dict[str, Any] = {"__name__": "sample"}
     printed = ""
     if page == README:
@@ -116,6 +148,9 @@ def test_the_samples_of_a_page_run(page: Path, known_cluster: Cluster, room: Pat
         if sample.marks == "run":
             assert not printed.strip(), f"{name(sample)}: what the sample before it prints is not shown"
             printed = run(sample, namespace, known_cluster, room)
+        elif sample.marks == "file":
+            (room / sample.caption).parent.mkdir(parents=True, exist_ok=True)
+            (room / sample.caption).write_text(sample.text)
         elif sample.marks == "output":
             same = doctest.OutputChecker().check_output(sample.text, printed, doctest.ELLIPSIS)
             assert same, f"{name(sample)}: printed was\n{printed}"
@@ -144,3 +179,20 @@ def test_every_public_name_is_in_the_reference(public: str) -> None:
 def test_the_readme_has_its_example() -> None:
     (example,) = [sample for sample in ALL if sample.page == README and sample.marks == "run"]
     assert len(example.text.splitlines()) <= 12
+
+
+def test_what_the_readme_links_to_exists() -> None:
+    links = re.findall(r"\]\(([^):]+)\)", README.read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_alerts_name_metrics_that_exist() -> None:
+    source = (ROOT / "pgdbpool" / "metrics.py").read_text(encoding="utf-8")
+    (rules,) = [s for s in ALL if s.page.name == "alerts.rst" and s.language == "yaml"]
+    expressions = " ".join(
+        rule["expr"] for group in yaml.safe_load(rules.text)["groups"] for rule in group["rules"]
+    )
+    names = set(re.findall(r"pgdbpool_(\w+?)(?:_total|_bucket)?\b", expressions))
+    assert {"timeouts", "wait_seconds"} <= names
+    assert [name for name in sorted(names) if not re.search(rf'"(pgdbpool_)?{name}"', source)] == []

@@ -65,6 +65,16 @@ def test_connections_follow_the_weights_within_one(
         assert sum(counts()) == size
 
 
+def test_a_random_balance_draws_by_weight(start: Any, known_cluster: Any) -> None:
+    heavy, light = (server(n, weight=w) for n, w in zip(known_cluster.standbys, (9, 1), strict=True))
+    start([heavy, light], connection_count=24, balance="random")
+    first, second = counts()
+    assert first + second == 24
+    assert first > second  # otherwise once in a million times
+    start([heavy, nobody()], balance="random")
+    assert set(use()) == {known_cluster.standbys[0].label}
+
+
 def test_blocks_use_every_endpoint(start: Any, known_cluster: Any) -> None:
     start(known_cluster.nodes)
     assert set(use(18).values()) == {6}

@@ -25,10 +25,10 @@ ORDER = [
     "observer", "holds", "runtime", "publisher", "monitor", "changes", "shutdown", "sizing", "health",
     "connection", "handler", "retry", "pool",
 ]  # fmt: skip
-# Of these, imported only when they are needed: at a connect, for a group with tenants, for signals.
+# Of these, imported only when they are needed: at a connect, for tenants, for signals, for YAML.
 LATE = {
     "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health", "runtime",
-    "publisher",
+    "publisher", "yamlfile",
 }  # fmt: skip
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 

@@ -100,6 +100,25 @@ def test_each_returns_what_a_handlers_method_returns_and_commits(start: Any, adm
 
 
 @GROUPS
+def test_fetchmany_returns_the_rows_of_all_sets_or_commits_none(start: Any, admin: Any, group: str) -> None:
+    start()
+    insert = "INSERT INTO t VALUES (%s) RETURNING i, i * 2 AS twice"
+    rows = Connection.fetchmany(group, insert, iter([(1,), (2,)]), **use(group))
+    assert rows == [(1, 2), (2, 4)]
+    assert rows[1].twice == 4
+    assert there(admin) == [1, 2]
+    assert Connection.fetchmany(group, "INSERT INTO t VALUES (%s)", [(3,)], **use(group)) == []
+    assert Connection.fetchmany(group, insert, [], **use(group)) == []
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        Connection.fetchmany(group, insert, [(4,), (1,)], **use(group))
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):  # in an autocommit group as well: one transaction
+        Connection.fetchmany(group, "INSERT INTO child VALUES (%s) RETURNING i", [(1,), (9,)], **use(group))
+    assert there(admin) == [1, 2, 3]
+    assert there(admin, "child") == []
+    assert at_rest(group)
+
+
+@GROUPS
 def test_a_failing_statement_commits_nothing_and_gives_the_connection_back(
     start: Any, admin: Any, group: str
 ) -> None:

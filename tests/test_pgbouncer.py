@@ -14,6 +14,7 @@ from support import config, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
+from pgdbpool.cluster import Cluster
 
 A, B = "a", "b"
 MODES = ["threaded", "non-threaded"]
@@ -231,3 +232,48 @@ def test_what_needs_a_session_is_refused_before_anything_is_opened(key: str, cha
     with pytest.raises(pgdbpool.ConfigError, match=key.replace(".", r"\.")) as caught:
         Connection.init({"db": entry, "groups": {"g": group}})
     assert [problem.path for problem in caught.value.problems] == [key]
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+def test_writes_follow_the_primary_though_pgbouncer_tells_what_was(mode: str) -> None:
+    with Cluster(standbys=1) as cluster:
+        cluster.primary.execute("CREATE ROLE app LOGIN; CREATE TABLE t (i int); GRANT ALL ON t TO app")
+        cluster.wait_in_sync()
+        old, new = cluster.primary, cluster.standbys[0]
+        with PgBouncer(old, ("app",), 4) as before_old, PgBouncer(new, ("app",), 4) as before_new:
+            servers = [server(each, user="app", pooler="transaction") for each in (before_old, before_new)]
+            write = {"target": "primary", "connection_count": 2, "timeout": 2}
+            read = {"target": "standby", "connection_count": 1, "timeout": 2}
+            Connection.init(config(servers, mode, write=write, read=read))
+            try:
+                labels = {
+                    node: f"{each.host}:{each.port}" for node, each in ((old, before_old), (new, before_new))
+                }
+                assert writer() == labels[old]
+                with Handler("read") as db:
+                    assert db.endpoint == labels[new]
+                old.kill()
+                new.promote()
+                wait_for(lambda: writer() == labels[new], what="writes on the new primary")
+                old.rejoin(new)
+                assert {writer() for _ in range(5)} == {labels[new]}
+                # Back again: the connections that are open were told that their server is a primary.
+                cluster.wait_in_sync()
+                new.kill()
+                old.promote()
+                wait_for(lambda: writer() == labels[old], what="writes on the old primary")
+                new.rejoin(old)
+                assert {writer() for _ in range(5)} == {labels[old]}
+            finally:
+                Connection.reset()
+
+
+def writer() -> str | None:
+    """Write, and return where; None where that was refused."""
+    try:
+        with Handler("write") as db:
+            db.query("INSERT INTO t VALUES (1)")
+            return db.endpoint
+    except pgdbpool.Error:
+        return None

@@ -133,6 +133,7 @@ ONE_SHOTS = {
     "executemany": lambda group, **use: Connection.executemany(
         group, "SELECT %s::int", [(i,) for i in range(100)], **use
     ),
+    "fetchmany": lambda group, **use: Connection.fetchmany(group, "SELECT %s::int", [(1,), (2,)], **use),
 }
 TENANT = {"tenant": {"setting": "app.tenant", "verify": "off"}}
 WITH_TENANT = pytest.mark.parametrize("tenant", [False, True], ids=["plain", "tenant"])
