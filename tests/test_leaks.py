@@ -211,7 +211,7 @@ def test_the_query_of_an_overdue_block_is_cancelled(known_cluster: Any, records:
         assert classify(caught.value) is Category.TIMEOUT
         assert isinstance(caught.value, psycopg.OperationalError | psycopg.errors.QueryCanceled)
         assert not caught.value.maybe_committed
-        (record,) = records("block.overdue")
+        (record,) = wait_for(lambda: records("block.overdue"))
         assert record.statement == "SELECT pg_sleep(30)"
         assert record.seconds >= 0.2
         with Handler(group) as db:
