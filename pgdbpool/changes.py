@@ -151,7 +151,9 @@ class Changes:
             rest = tuple(endpoint for endpoint in config.endpoints if endpoint.label != label)
             if len(rest) == len(config.endpoints):
                 known = ", ".join(repr(endpoint.label) for endpoint in rest)
-                raise UnknownEndpointError(f"no endpoint {label!r} is configured; the endpoints are {known}")
+                raise UnknownEndpointError(
+                    f"no endpoint {show(label)} is configured; the endpoints are {known}"
+                )
             changed = {}
             for name, group in config.groups.items():
                 if left := tuple(other for other in group.endpoints if other != label):

@@ -23,6 +23,7 @@ from .endpoint import Endpoint, Role, State
 from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError, one_line
 from .group import Group
 from .holds import Holds
+from .keys import show
 from .monitor import Monitor
 from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
@@ -498,7 +499,7 @@ class Connection(OneShots, Changes):
         except (KeyError, TypeError):
             known = ", ".join(map(repr, endpoints))
             raise UnknownEndpointError(
-                f"no endpoint {label!r} is configured; the endpoints are {known}"
+                f"no endpoint {show(label)} is configured; the endpoints are {known}"
             ) from None
 
     @classmethod

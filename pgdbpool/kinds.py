@@ -147,6 +147,8 @@ class Host(Text):
         host = super().check(value)
         if "," in host:
             raise self.refuse(value, "; one server per entry, list them separately")
+        if not host.startswith(("/", "@")) and len(host.split()) > 1:
+            raise self.refuse(value, "; it is one word, and the other parameters have keys of their own")
         if "@" in host[1:]:  # the first character marks an abstract socket
             raise self.refuse(value, "; an @ in the password of a URI is written %40")
         return host

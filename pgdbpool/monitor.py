@@ -159,7 +159,11 @@ class Monitor:
         with self._lock:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="pgdbpool-monitor", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError as error:  # the next who wakes it tries again
+                    self._thread = None
+                    events.BACKGROUND_FAILED("no thread for the background: %s", error, reason=str(error))
 
     def observe(self, observer: Observer) -> None:
         """Look at what that observer looks at, if it is something else."""

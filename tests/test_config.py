@@ -1595,3 +1595,9 @@ def test_the_reference_page_is_the_one_that_the_declarations_give() -> None:
     generator = REPOSITORY / "doc" / "generate_config.py"
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, generator, "--check"], check=True, env=environ)
+
+
+def test_a_host_that_is_more_than_a_host_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="host") as caught:
+        load({"db": {"host": "h password=pl4nted", "name": "shop", "user": "web"}, "groups": {"g": {}}})
+    assert "pl4nted" not in str(caught.value)
