@@ -99,7 +99,8 @@ def test_a_standby_down_is_degraded_and_a_primary_unhealthy(known_cluster: Any, 
     report = Connection.health()
     assert report["status"] == "degraded"
     assert report["endpoints"][standby.label]["status"] == "unhealthy"
-    assert "refused" in report["endpoints"][standby.label]["error"]
+    # Refused, or cut while the killed server's children still hold its socket.
+    assert "connection failed" in report["endpoints"][standby.label]["error"]
     assert report["groups"]["read"]["status"] == "degraded"
     known_cluster.primary.kill()
     report = Connection.health()

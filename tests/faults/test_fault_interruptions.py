@@ -235,8 +235,10 @@ def test_an_interrupted_connection_is_never_lent_again(pools: None, known_cluste
             for use in (_sleep, _stream, _copy, _pipeline):
                 with pytest.raises(Interruption), Handler(group) as db:
                     used = pid_of(db)
-                    signal.setitimer(signal.ITIMER_REAL, 0.05)
+                    # Again after a second: what is raised in a finalizer goes nowhere.
+                    signal.setitimer(signal.ITIMER_REAL, 0.05, 1.0)
                     use(db)
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 exact(group)
                 with ExitStack() as stack:
                     for _ in range(SIZE):
@@ -269,7 +271,7 @@ def _copy(db: Handler) -> None:
 
 def _pipeline(db: Handler) -> None:
     with db.connection.pipeline():
-        for _ in range(50):
+        for _ in range(400):
             db.connection.execute("SELECT pg_sleep(0.01)")
 
 
