@@ -6,22 +6,20 @@ A reader asks `in_use` first, a plain attribute: a process that sets no deadline
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
 
 from .errors import DeadlineExceeded
+from .scope import Binding, Scope, Variable, current
 
 in_use = False
 """Whether a deadline was ever set in this process."""
 
-_current: ContextVar[float | None] = ContextVar("pgdbpool_deadline", default=None)
+_current: Variable[float] = ContextVar("pgdbpool_deadline", default=None)
 """When the time is up, on the monotonic clock."""
 
 
-@contextmanager
-def deadline(seconds: float) -> Iterator[None]:
+def deadline(seconds: float) -> Scope[float]:
     """Bound everything inside the `with` block to so many seconds from now.
 
     Each wait (for the rate limit, a connection, a connect, a statement's answer) is cut to what is left, and
@@ -32,21 +30,17 @@ def deadline(seconds: float) -> Iterator[None]:
     :raises DeadlineExceeded: by what comes after the time is up, before anything is sent.
     :raises ValueError: `seconds` is not a finite number.
     """
-    token = _current.set(_earlier(seconds))
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return Scope(_current, lambda: _earlier(seconds))
 
 
 def set_current(seconds: float) -> None:
     """Set a deadline for the rest of this context, such as a request's own."""
-    _current.set(_earlier(seconds))
+    _current.set(Binding(_earlier(seconds)))
 
 
 def time_left() -> float | None:
     """Return the seconds that are left until the current deadline, negative after it; None without one."""
-    at = _current.get()
+    at = current(_current)
     return None if at is None else at - monotonic()
 
 
@@ -70,8 +64,8 @@ def earlier(at: float, group: str = "") -> float:
     :raises DeadlineExceeded: it has passed.
     """
     check(group)
-    current = _current.get()
-    return at if current is None else min(at, current)
+    ends = current(_current)
+    return at if ends is None else min(at, ends)
 
 
 def _earlier(seconds: float) -> float:
@@ -79,5 +73,5 @@ def _earlier(seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
         raise ValueError(f"a deadline is a number of seconds, not {seconds!r}")
     in_use = True
-    at, outer = monotonic() + seconds, _current.get()
+    at, outer = monotonic() + seconds, current(_current)
     return at if outer is None else min(at, outer)

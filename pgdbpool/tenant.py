@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from .errors import SettingError, TenantConflictError, TenantRequiredError
+from .scope import Binding, Scope, Variable, current
 
 if TYPE_CHECKING:
     from .config import TenantConfig
@@ -21,34 +21,29 @@ if TYPE_CHECKING:
 Bound = tuple[tuple[str, str], ...]
 """Settings and their values, in order."""
 
-_current: ContextVar[Any] = ContextVar("pgdbpool_tenant", default=None)
+_current: Variable[Any] = ContextVar("pgdbpool_tenant", default=None)
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*")
 
 
-@contextmanager
-def tenant(value: Any) -> Iterator[None]:
+def tenant(value: Any) -> Scope[Any]:
     """Make a tenant the current one inside the `with` block, for every Handler that names none.
 
     It is a context variable: a new thread does not inherit it, `contextvars.copy_context()` passes it on.
 
     :param value: what `Handler(group, tenant=...)` takes, or None for no tenant.
     """
-    token = _current.set(value)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return Scope(_current, lambda: value)
 
 
 def set_current(value: Any) -> None:
     """Make a tenant the current one for the rest of this context, such as a request's own."""
-    _current.set(value)
+    _current.set(Binding(value))
 
 
 def current_tenant() -> Any:
     """Return the current tenant, or None."""
-    return _current.get()
+    return current(_current)
 
 
 def bind_tenant(config: TenantConfig | None, group: str, explicit: Any, override: bool) -> Bound:
@@ -67,8 +62,8 @@ def bind_tenant(config: TenantConfig | None, group: str, explicit: Any, override
                 f"group {group!r} has no tenant setting: remove tenant=, or configure `tenant`"
             )
         return ()
-    current = _current.get()
-    chosen = current if explicit is None else explicit
+    here = current(_current)
+    chosen = here if explicit is None else explicit
     if chosen is None:
         if config.required:
             raise TenantRequiredError(
@@ -77,12 +72,7 @@ def bind_tenant(config: TenantConfig | None, group: str, explicit: Any, override
             )
         return tuple((name, "") for name in config.settings)
     bound = _values(config, group, chosen)
-    if (
-        explicit is not None
-        and current is not None
-        and not override
-        and _values(config, group, current) != bound
-    ):
+    if explicit is not None and here is not None and not override and _values(config, group, here) != bound:
         raise TenantConflictError(
             f"group {group!r}: the block's tenant is not the current one; pass tenant_override=True "
             "where that is meant"

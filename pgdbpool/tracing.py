@@ -9,7 +9,6 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg import sql
 
 from .errors import Error
+from .scope import Binding, Scope, Variable, current
 
 if TYPE_CHECKING:
     from .preamble import Block
@@ -34,12 +34,11 @@ DEEPEST = 100
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.:@=+,-]")
 _SPACE = re.compile(r"\s+")
 
-_current: ContextVar[str | None] = ContextVar("pgdbpool_correlation", default=None)
+_current: Variable[str] = ContextVar("pgdbpool_correlation", default=None)
 _making = threading.RLock()  # a signal handler may come back to it
 
 
-@contextmanager
-def correlation(value: Any) -> Iterator[None]:
+def correlation(value: Any) -> Scope[str]:
     """Give every block that is entered inside the `with` block this correlation id.
 
     It is in the log records of the block and in its errors, and at the server where the group has
@@ -49,21 +48,17 @@ def correlation(value: Any) -> Iterator[None]:
     :param value: such as a request's id. It is made a string of at most 128 characters, in which others than
         ASCII letters, digits and ``_.:@=+,-`` become ``_``; so it may come from outside.
     """
-    token = _current.set(clean(value))
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return Scope(_current, lambda: clean(value))
 
 
 def set_current(value: Any) -> None:
     """Give all blocks of the rest of this context the id, such as that of a request."""
-    _current.set(clean(value))
+    _current.set(Binding(clean(value)))
 
 
 def current_correlation() -> str | None:
     """Return the current correlation id, or None."""
-    return _current.get()
+    return current(_current)
 
 
 def clean(value: Any) -> str:
@@ -87,7 +82,7 @@ def forked() -> None:
 
 def begin(block: Block, given: str | None, frame: FrameType | None) -> None:
     """Note of a block that begins its id, and with a frame the stack that leads to it."""
-    found = _current.get() if given is None else given
+    found = current(_current) if given is None else given
     if found is not None:
         block.own_id = found
     if frame is not None:

@@ -10,6 +10,7 @@ import pytest
 from known import VERSION_VARIABLE, restore
 from proxy import Proxy
 
+import pgdbpool
 from pgdbpool.cluster import Cluster, ClusterError, Node
 
 
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes long: run it with --long"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_current() -> Iterator[None]:
+    """A test leaves the next one no tenant, deadline or correlation id."""
+    yield
+    assert (pgdbpool.current_tenant(), pgdbpool.time_left(), pgdbpool.current_correlation()) == (None,) * 3
 
 
 @pytest.fixture(scope="session")

@@ -170,6 +170,10 @@ class Worker:
             except Exception:  # noqa: BLE001  whatever else it is, it is a finding
                 self.violate(number)
             self.events["blocks"] += 1
+            if (left := pgdbpool.current_tenant()) is not None:
+                self.violations.append(
+                    f"worker {self.number} block {number}: it left the tenant {left!r} behind"
+                )
 
     def violate(self, number: int) -> None:
         """Report the exception that is being handled."""

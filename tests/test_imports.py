@@ -18,7 +18,7 @@ ORDER = [
     "categories",
     "errors", "events", "keys", "kinds", "setting_kinds", "config", "credentials", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
-    "stats", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
+    "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
     "session", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots",
