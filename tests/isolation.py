@@ -227,8 +227,8 @@ class Worker:
             try:
                 with self.gate:
                     self.exposed = False
-                # What another thread has asked for is raised here, where the interpreter looks for it. To take
-                # it back would leave the interpreter looking for ever: Python 3.11 hangs when a profile is set.
+                # What another thread has asked for is raised here, where the interpreter looks for it. To
+                # take it back would leave it looking for ever: Python 3.11 hangs where a profile is set.
                 for _ in range(2):
                     pass
                 return

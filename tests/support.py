@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,17 @@ def config(nodes: Any, mode: str = "threaded", **groups: dict[str, Any]) -> dict
     """Return a configuration with those groups over the nodes (or ready `db` entries)."""
     entries = [node if isinstance(node, dict) else server(node) for node in nodes]
     return {"type": mode, "db": entries, "groups": groups}
+
+
+_taken: list[socket.socket] = []
+
+
+def closed_port() -> int:
+    """Return a loopback port that refuses; it stays bound, so that it is nobody else's in the meantime."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    _taken.append(taken)
+    return int(taken.getsockname()[1])
 
 
 def kill_backends(admin: psycopg.Connection[Any], *pids: int) -> None:

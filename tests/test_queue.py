@@ -133,29 +133,29 @@ def test_a_waiter_learns_at_once_that_no_server_is_left(
                 db.query("SELECT 1")
             began = time.monotonic()
         with pytest.raises(pgdbpool.DBOfflineError):
-            future.result(10)
-        assert time.monotonic() - began < 5
+            future.result(20)
+        assert time.monotonic() - began < 10
 
 
 def test_a_burst_connects_side_by_side(start: Any, known_cluster: Any, proxy_to: Any) -> None:
     proxy = proxy_to(known_cluster.primary)
-    proxy.delay = 0.05
+    proxy.delay = 0.2
     start({"port": proxy.port}, connection_count=9, min_size=1)
     barrier = threading.Barrier(8)
 
     def block() -> float:
-        barrier.wait(5)
+        barrier.wait(10)
         began = time.monotonic()
         with Handler("g"):
             taken = time.monotonic() - began
-            barrier.wait(10)  # all hold theirs at the same time
+            barrier.wait(20)  # all hold theirs at the same time
             return taken
 
     with ThreadPoolExecutor(8) as threads:
-        taken = [future.result(15) for future in [threads.submit(block) for _ in range(8)]]
+        taken = [future.result(30) for future in [threads.submit(block) for _ in range(8)]]
     one = max(taken)
     print(f"8 checkouts over connects through a slow network: {min(taken):.2f} .. {one:.2f} s")
-    assert one < 8 * 0.2 / 2  # one after another would take 8 connects of 0.2 s at least
+    assert one < 8 * 0.8 / 2  # one after another would take 8 connects of 0.8 s at least
 
 
 def test_threads_share_fairly(start: Any) -> None:
