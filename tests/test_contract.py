@@ -663,8 +663,7 @@ def test_a_connection_is_replaced_after_its_lifetime(start: Any) -> None:
 def test_connections_above_min_size_are_closed_when_idle(start: Any, mode: str) -> None:
     start(connection_count=3, min_size=1, max_idle=0.2)
     with Handler("auto"), Handler("auto"), Handler("auto"):
-        pass
-    assert Connection.status().groups["auto"].size == 3
+        assert Connection.status().groups["auto"].size == 3
 
     def shrunk() -> bool:
         with Handler("auto"):
