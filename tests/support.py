@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,20 @@ def wait_for(condition: Callable[[], Any], timeout: float = 10.0, what: str = ""
         assert time.monotonic() < deadline, f"not within {timeout} s: {what or condition}"
         time.sleep(0.005)
     return value
+
+
+def evenness(blocks: list[int], rounds: int = 9, of: int = 500) -> float:
+    """Return the least share over the largest, in the middle one of the next rounds of so many blocks.
+
+    In a few of them the system lets one of the threads or backends wait: that is not the pool's doing.
+    """
+    shares = []
+    for _ in range(rounds):
+        before = blocks[:]
+        wait_for(lambda before=before: sum(blocks) - sum(before) >= of, 60)  # type: ignore[misc]
+        done = [now - then for now, then in zip(blocks, before, strict=True)]
+        shares.append(min(done) / max(done))
+    return statistics.median(shares)
 
 
 def server(node: Any, **changes: Any) -> dict[str, Any]:

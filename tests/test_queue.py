@@ -5,13 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import config, kill_backends, pid_of, server, wait_for
+from support import config, evenness, kill_backends, pid_of, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -160,28 +159,31 @@ def test_a_burst_connects_side_by_side(start: Any, known_cluster: Any, proxy_to:
 
 def test_threads_share_fairly(start: Any) -> None:
     start(connection_count=2)
-    blocks: Counter[int] = Counter()
+    blocks = [0] * 6
     stop = threading.Event()
-    all_there = threading.Barrier(6)
+    all_there = threading.Barrier(7)
 
     def run(i: int) -> None:
         all_there.wait(30)
         while not stop.is_set():
             with Handler("g") as db:
-                db.query("SELECT 1").fetchall()
+                db.query("SELECT pg_sleep(0.002)").fetchall()  # longer than a thread takes to wake up
             blocks[i] += 1
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: sum(blocks.values()) > 3000, 60)
-    stop.set()
-    for thread in threads:
-        thread.join(10)
-    print("blocks by thread:", dict(blocks))
+    all_there.wait(30)
+    try:
+        even = evenness(blocks, of=200)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+    print("blocks by thread:", blocks)
     status = Connection.status().groups["g"]
     assert (status.in_use, status.idle, status.waiting) == (0, 2, 0)
-    assert min(blocks.values()) > 0.5 * max(blocks.values())
+    assert even > 0.5
 
 
 def test_an_interrupted_wait_loses_nothing(start: Any) -> None:

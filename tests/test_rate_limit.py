@@ -118,7 +118,7 @@ def test_a_block_waits_for_its_turn_and_is_refused_when_that_is_too_far(start: A
     began = time.monotonic()
     with pytest.raises(RateLimitExceeded) as caught, Handler("g"):
         pass
-    assert time.monotonic() - began < 2  # it is known at once that five seconds are not enough
+    assert time.monotonic() - began < 4  # it is known at once that five seconds are not enough
     assert 90 < caught.value.retry_after <= 100
     status = Connection.status().groups["g"]
     assert (status.in_use, status.waiting) == (0, 0)
