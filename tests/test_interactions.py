@@ -374,6 +374,26 @@ def test_a_signal_handler_may_close_what_it_interrupts_the_waking_of(known_clust
     in_time(work)
 
 
+def test_two_threads_may_be_the_first_to_use_a_group(known_cluster: Cluster) -> None:
+    Connection.init(config([known_cluster.primary], g={"connection_count": 2}), wait=False)
+
+    def inside(frame: Any, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_name == "_maintain":
+            sys.setprofile(None)
+            other = threading.Thread(target=Connection.fetchval, args=("g", "SELECT 2"))
+            other.start()
+            other.join(10)
+
+    def work() -> Any:
+        sys.setprofile(inside)
+        try:
+            return Connection.fetchval("g", "SELECT 1")
+        finally:
+            sys.setprofile(None)
+
+    assert in_time(work) == 1
+
+
 def test_a_finalizer_may_use_a_group_that_chooses_a_server(known_cluster: Cluster) -> None:
     Connection.init(config([known_cluster.primary], g={"connection_count": 2, "min_size": 0}), wait=False)
     group = Connection.group("g")
