@@ -6,7 +6,6 @@ Loading, error messages and the reference page read the same declaration, so the
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,6 +62,8 @@ def nearest(word: object, known: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the known word closest to a misspelt one, or nothing."""
     if not isinstance(word, str):
         return ""
+    import difflib  # for an error only
+
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(word[:60].lower(), by_lower, 1)
     return f"; did you mean {show(by_lower[matches[0]])}?" if matches else ""
@@ -110,7 +111,7 @@ class Kind:
         return f"``{str(value).lower() if isinstance(value, bool) else value}``"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Key:
     """The declaration of a key, put on a dataclass field with `Annotated`.
 
@@ -127,7 +128,7 @@ class Key:
     nullable: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Setting:
     """A key with what its dataclass field adds: where the value goes, and whether null is a value."""
 

@@ -16,7 +16,7 @@ _PART_LIMIT = 63
 _SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|key$", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class ServerSettings(Kind):
     """A mapping of server settings, each a name and a plain value."""
 
@@ -55,7 +55,7 @@ class ServerSettings(Kind):
         return settings
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class TenantName(Text):
     """The name of a setting of the application's own, which PostgreSQL takes without knowing it."""
 
@@ -78,7 +78,7 @@ class TenantName(Text):
         raise self.refuse(value)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Pattern(Text):
     """A regular expression of Python's."""
 
