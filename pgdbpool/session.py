@@ -310,7 +310,10 @@ class PooledConnection(psycopg.Connection[Any]):
             raise self.own_error(error, status)  # noqa: B904  it is the same object
         except BaseException as interruption:
             if self.pgconn.transaction_status == ACTIVE:
-                self.close()  # psycopg could not end what was under way: where that stands is not known
+                # What was under way was not ended: where it stands is not known, and it is not to run on.
+                with suppress(psycopg.Error):
+                    self.cancel_safe(timeout=1.0)
+                self.close()
             self._note_loss(interruption, status)
             raise
         if self.closed:
