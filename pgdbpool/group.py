@@ -113,7 +113,7 @@ class Group:
         probe: Callable[[], None] | None = None,
     ) -> None:
         self.name = config.name
-        self._lock_free = lock_free
+        self.lock_free = lock_free
         self._probe: Callable[[], None] | None = self._first_use
         self._later_probe = probe
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
@@ -196,7 +196,7 @@ class Group:
 
     def _make_limiter(self) -> RateLimiter | None:
         limit = self.config.rate_limit
-        return RateLimiter(limit, self.name, lock_free=self._lock_free) if limit else None
+        return RateLimiter(limit, self.name, lock_free=self.lock_free) if limit else None
 
     def __repr__(self) -> str:
         pool = self._pool
@@ -541,7 +541,7 @@ class Group:
         conclusive = timeout >= 0.9 * min(full / left, CONCLUSIVE)
         look: Look | None = None
         try:
-            if endpoint.doubtful and not self._lock_free:
+            if endpoint.doubtful and not self.lock_free:
                 deadline = monotonic() + timeout
                 look = self._look(endpoint, timeout)
                 if look is None:
