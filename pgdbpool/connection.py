@@ -68,7 +68,7 @@ class _Pools:
         """Groups that are not in the configuration any more, and may have open blocks."""
         self.monitor = Monitor(
             Observer(self.groups.values()),
-            Holds(self.groups.values()),
+            Holds(self.groups.values(), threaded=config.type == "threaded"),
             threaded=config.type == "threaded",
             publisher=self.publisher,
         )
