@@ -27,6 +27,7 @@ from .errors import (
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
+    RateLimitExceeded,
     SettingError,
     TargetUnavailableError,
     TooManyWaiting,
@@ -124,7 +125,7 @@ class Group:
         self.on_drop = self._dropped
         self._discarded: Counter[str] = Counter()
         self._opened = 0
-        self._timeouts = 0
+        self._timeouts = self._rate_limited = 0
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
         self._waits = Tally()
         """Of those who waited in the queue; the others took no time."""
@@ -255,6 +256,9 @@ class Group:
         try:
             limiter.acquire()
         except Error as error:
+            if isinstance(error, RateLimitExceeded):
+                with self._lock:
+                    self._rate_limited += 1  # not the limiter's: a reload may replace that
             tracing.mark(error, block)
             raise
 
@@ -914,7 +918,7 @@ class Group:
             waits=waits,
             retries=self.retries,
             failovers=sum(endpoint.failovers for endpoint in self.endpoints),
-            rate_limited=limiter.refused if (limiter := self.limiter) else 0,
+            rate_limited=self._rate_limited,
             leaks=self.leaks,
             overdue=self.overdue,
             slow_blocks=self.slow_blocks,

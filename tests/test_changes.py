@@ -322,6 +322,28 @@ def test_keys_of_a_group_that_connections_do_not_have_change_without_them(pools:
     assert getattr(Connection.group("g").config, key) == value
 
 
+def test_what_a_rate_limit_has_refused_stays_counted_when_it_changes(pools: Any) -> None:
+    made = pools(g={"connection_count": 1, "rate_limit": {"per_second": 0.01, "burst": 1, "max_wait": 0}})
+    with Handler("g"):
+        pass
+
+    def refused() -> int:
+        with pytest.raises(pgdbpool.RateLimitExceeded), Handler("g"):
+            pass
+        return Connection.status().groups["g"].rate_limited
+
+    assert (refused(), refused()) == (1, 2)
+    made["groups"]["g"]["rate_limit"]["per_second"] = 0.02
+    Connection.reload(made)
+    assert Connection.status().groups["g"].rate_limited == 2
+    with Handler("g"):
+        pass
+    assert refused() == 3
+    del made["groups"]["g"]["rate_limit"]
+    Connection.reload(made)
+    assert Connection.status().groups["g"].rate_limited == 3
+
+
 @pytest.mark.parametrize(
     "change", [{"row_factory": "tuple"}, {"query_timeout": 1234}, {"prepare_threshold": None}], ids=str
 )
