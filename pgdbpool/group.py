@@ -125,7 +125,7 @@ class Group:
         self.on_drop = self._dropped
         self._discarded: Counter[str] = Counter()
         self._opened = 0
-        self._timeouts = self._rate_limited = 0
+        self._timeouts = self._rate_limited = self._past_failovers = 0
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
         self._waits = Tally()
         """Of those who waited in the queue; the others took no time."""
@@ -145,6 +145,7 @@ class Group:
         self._refill_at = 0.0
         self.on_first_use: Callable[[], None] = lambda: None
         self.config = config
+        self.endpoints: tuple[Endpoint, ...] = ()
         self.limiter = self._make_limiter()
         self._take_over(config, endpoints, row_factory)
         size: dict[str, Any] = {
@@ -168,11 +169,13 @@ class Group:
 
     def _take_over(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
         """Set what follows from the configuration; other threads see one part after the other."""
+        gone = set(self.endpoints).difference(endpoints)
+        self._past_failovers += sum(endpoint.failovers for endpoint in gone)
         self.uses = {endpoint: self.uses.get(endpoint, Tally()) for endpoint in endpoints}
         self.connects = {endpoint: self.connects.get(endpoint, Tally()) for endpoint in endpoints}
         self.config = config
         self.manual: bool = not config.autocommit
-        self.endpoints: tuple[Endpoint, ...] = tuple(endpoints)
+        self.endpoints = tuple(endpoints)
         # Where endpoints tie, processes that have few connections each begin at different ones.
         first = random.randrange(len(self.endpoints))
         self._ring = self.endpoints[first:] + self.endpoints[:first]
@@ -917,7 +920,7 @@ class Group:
             holders=self._holders(),
             waits=waits,
             retries=self.retries,
-            failovers=sum(endpoint.failovers for endpoint in self.endpoints),
+            failovers=self._past_failovers + sum(endpoint.failovers for endpoint in self.endpoints),
             rate_limited=self._rate_limited,
             leaks=self.leaks,
             overdue=self.overdue,

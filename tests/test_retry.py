@@ -331,13 +331,14 @@ def test_work_goes_on_after_a_promotion(mode: str) -> None:
         cluster.wait_in_sync()
         groups = {"write": {"target": "primary", "autocommit": False, "connection_count": 2}}
         Connection.init(config(cluster.nodes, mode, **groups))
+        promotion = threading.Timer(0.5, standby.promote)
         try:
 
             def work(db: Handler, n: int) -> str:
                 db.query("INSERT INTO t VALUES (1)")
                 if n == 1:
                     primary.kill()
-                    threading.Timer(0.5, standby.promote).start()
+                    promotion.start()
                 db.query("INSERT INTO t VALUES (2)")
                 return db.endpoint
 
@@ -350,6 +351,8 @@ def test_work_goes_on_after_a_promotion(mode: str) -> None:
             with standby.connect() as conn:
                 assert conn.execute("SELECT i FROM t ORDER BY i").fetchall() == [(1,), (2,)]
         finally:
+            if promotion.ident is not None:  # the server takes writes before its promotion returns
+                promotion.join()
             Connection.reset()
 
 
