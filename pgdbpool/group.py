@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_loc
 from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
 from .stats import BATCH, GroupStatus, Histogram, Tally
-from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
+from .tenant import Bound, bind_settings, bind_tenant, current_tenant, is_uuid, milliseconds
 from .timing import TimedConnection
 
 if TYPE_CHECKING:
@@ -70,8 +69,6 @@ LASTING = (
 
 REMEMBERED = 1000
 """Tenants whose binding a group remembers."""
-
-_REMEMBERED = (str, int, uuid.UUID)
 
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
@@ -224,9 +221,12 @@ class Group:
             return UNBOUND
         current = current_tenant()
         chosen = current if tenant is None else tenant
-        if type(chosen) not in _REMEMBERED or (tenant is not None and current is not None):
+        kind = type(chosen)
+        if (kind is not str and kind is not int and not is_uuid(chosen)) or (
+            tenant is not None and current is not None
+        ):
             return self._bind(tenant, override, {})
-        key = (type(chosen), chosen)  # 1, True and 1.0 are equal, and not the same
+        key = (kind, chosen)  # 1, True and 1.0 are equal, and not the same
         remembered = self._bindings
         binding = remembered.get(key)
         if binding is None:

@@ -9,7 +9,17 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args, get_type_hints
+from inspect import get_annotations
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_):
+        """Do nothing: it is for type checkers."""
+        return lambda cls: cls
+
 
 _SECRET_TEXT = re.compile(r"(pass\w{0,20}|pwd|secret|key)\s{0,5}=|(pass(word)?|pwd)[\"']?\s{0,5}:", re.I)
 
@@ -75,12 +85,32 @@ def step(key: object) -> str:
     return f".{key}" if plain else f"[{show(key)}]"
 
 
+@dataclass_transform(eq_default=False)
 class Kind:
-    """A sort of value: `allowed` says it in words, `check` returns a value as the package uses it."""
+    """A sort of value: `allowed` says it in words, `check` returns a value as the package uses it.
+
+    Each kind declares what it is made of as a dataclass does. To make it one would write and compile code
+    for each, which was a fifth of the time that importing the package takes.
+    """
 
     text: ClassVar[bool] = False  # text is never taken for a number or a boolean, whatever it looks like
     secret: ClassVar[bool] = False
     mapping: ClassVar[bool] = False  # a variable gives it as YAML: {key: value}
+    _names: ClassVar[dict[str, None]] = {}
+    """What it is made of, in order: what its base is made of first."""
+
+    def __init_subclass__(cls) -> None:
+        own = {name: None for name, hint in get_annotations(cls).items() if not hint.startswith("ClassVar")}
+        cls._names = {**cls._names, **own}
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        names = self._names
+        given = {**dict(zip(names, values, strict=False)), **named}
+        if len(given) != len(values) + len(named) or not names.keys() >= given.keys():
+            raise TypeError(f"{type(self).__name__} is made of {', '.join(names)}")
+        if missing := [name for name in names if name not in given and not hasattr(self, name)]:
+            raise TypeError(f"{type(self).__name__} needs {', '.join(missing)}")
+        self.__dict__.update(given)
 
     @property
     def allowed(self) -> str:
