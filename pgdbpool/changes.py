@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     class _Pools(Protocol):
         config: Config
+        wanted: Config
+        changing: bool
 
         def apply(self, config: Config) -> list[Group]: ...
 
@@ -33,7 +35,8 @@ class Changes:
     """The methods of `Connection` that change the configuration of the pools in use.
 
     They wait for no server. Blocks that are open go on with what they have; a process that is forked later
-    has the changed configuration too.
+    has the changed configuration too. A change by a signal handler that interrupts another one takes effect
+    when that one has, and so after the handler.
     """
 
     if TYPE_CHECKING:
@@ -73,7 +76,7 @@ class Changes:
         :raises UnconfiguredGroupError: there is no such group.
         """
         with cls._lock:
-            config = cls._current().config
+            config = cls._present()
             old = _group(config, group)
             report, path = Report(), f"groups{step(group)}"
             sizes = {"connection_count": connection_count, "min_size": min_size}
@@ -113,7 +116,7 @@ class Changes:
         :raises UnconfiguredGroupError: there is no such group.
         """
         with cls._lock:
-            config = cls._current().config
+            config = cls._present()
             report = Report()
             fields = check_servers({"db": [server]}, report)[0]
             labels = {endpoint.label for endpoint in config.endpoints}
@@ -147,7 +150,7 @@ class Changes:
         :raises ConfigError: a group would have no server left; nothing was changed.
         """
         with cls._lock:
-            config = cls._current().config
+            config = cls._present()
             rest = tuple(endpoint for endpoint in config.endpoints if endpoint.label != label)
             if len(rest) == len(config.endpoints):
                 known = ", ".join(repr(endpoint.label) for endpoint in rest)
@@ -166,6 +169,12 @@ class Changes:
             cls._change(_with_groups(replace(config, endpoints=rest), changed))
 
     @classmethod
+    def _present(cls) -> Config:
+        """Return the configuration to change: the one that is coming where this interrupts a change."""
+        pools = cls._current()
+        return pools.wanted if pools.changing else pools.config
+
+    @classmethod
     def _change(cls, config: Config) -> None:
         with cls._lock:
             pools = cls._current()
@@ -176,7 +185,16 @@ class Changes:
                         f"{key}: cannot change from {was} to {is_now} while the process runs; "
                         "call Connection.init instead"
                     )
-            removed = pools.apply(config)
+            removed: list[Group] = []
+            pools.wanted = config
+            # A signal handler that comes here while `changing` is set leaves its change to this loop; before
+            # and after that it makes it itself, and the loop finds nothing left to do, or does it again.
+            while not pools.changing and pools.wanted is not pools.config:
+                pools.changing = True
+                try:
+                    removed += pools.apply(pools.wanted)
+                finally:
+                    pools.changing = False
         for group in removed:
             group.close(1.0)
 

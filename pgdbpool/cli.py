@@ -11,12 +11,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 import psycopg
+import yaml
 
 from . import Connection, __version__
 from .cluster import Cluster, ClusterError, config_yaml
 from .commands import check as check_command
 from .commands import configuration, output, ping, size, status
-from .demo import DemoError, MissingExtra, Options, Stopped, check_installed, run, stopping_on_signals
+from .demo import (
+    DemoError,
+    MissingExtra,
+    Options,
+    Stopped,
+    check_installed,
+    facts_of_servers,
+    run,
+    stopping_on_signals,
+)
 from .errors import Error
 from .tour import check
 
@@ -55,12 +65,19 @@ address and what to try, and stops everything on Ctrl-C. A server that you kill 
 
 --check goes on a tour by itself, and prints a line for each step: transfers on the primary, reads spread over
 the standbys, a standby killed and back under load, refused transfers, and nothing left at the end.
+
+--json prints one line of JSON as soon as everything runs, for scripts: `url`, `config` (the path of the file
+that has the password too), and `servers`, each with name, role, host, port and pid. The rest goes to standard
+error.
 """
 CLUSTER = """\
 Starts a PostgreSQL primary with streaming standbys in the foreground and prints a pgdbpool.yaml for them,
 with a group `read` and a group `write`. Ctrl-C stops the servers and removes their data.
 
   pgdbpool cluster > pgdbpool.yaml &
+
+--json prints one line of JSON in its place, for scripts: `servers`, each with name, role, host, port and pid,
+and `config`, the same configuration with its password.
 """
 RLS = """\
 Looks for ways in which the role that a group logs in as could get at rows of another tenant: tables without
@@ -82,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if getattr(options, "worker_class", "") == "sync" and (options.threads or 1) > 1:
         parser.error("a sync worker has one thread: leave --threads out, or use --worker-class gthread")
+    if getattr(options, "check", False) and options.json:
+        parser.error("--check prints its steps for people: leave --json out")
     logging.getLogger("pgdbpool").addHandler(logging.NullHandler())  # commands say themselves what is wrong
     try:
         with stopping_on_signals():
@@ -91,16 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         endless = command in (demo, cluster) and not getattr(options, "check", False)
         return 0 if endless else 128 + stopped.signum
     except MissingExtra as error:
+        _show_error(options, error)
         print(f"pgdbpool: {error}", file=sys.stderr)
         return 2
     except (ClusterError, DemoError, Error, psycopg.Error) as error:
-        if getattr(options, "json", False):
-            output.show_json({"status": "error", "error": str(error), "kind": type(error).__name__})
+        _show_error(options, error)
         print(f"pgdbpool: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # who reads our output has gone, as in `pgdbpool demo | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
+
+
+def _show_error(options: argparse.Namespace, error: Exception) -> None:
+    if getattr(options, "json", False):
+        output.show_json({"status": "error", "error": str(error), "kind": type(error).__name__})
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -113,6 +137,7 @@ def demo(options: argparse.Namespace) -> int:
         workers=options.workers,
         worker_class=options.worker_class,
         threads=options.threads or 4,
+        json=options.json,
     )
     if not options.check:
         run(chosen)
@@ -123,7 +148,16 @@ def cluster(options: argparse.Namespace) -> int:
     """Run the servers alone until they are stopped."""
     check_installed(version=options.pg)
     with Cluster(options.standbys, options.pg, auth=options.auth) as servers:
-        print(config_yaml(servers), end="", flush=True)
+        config = config_yaml(servers)
+        if options.json:
+            known = {
+                "status": "running",
+                "servers": facts_of_servers(servers),
+                "config": yaml.safe_load(config),
+            }
+            print(json.dumps(known), flush=True)
+        else:
+            print(config, end="", flush=True)
         for node in servers.nodes:
             print(f"{node.name}  {node.role:7}  {node.label}  process {node.pid}", file=sys.stderr)
         print("Ctrl-C stops them and removes their data.", file=sys.stderr)
@@ -153,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 
     servers = argparse.ArgumentParser(add_help=False)
     servers.add_argument("--standbys", type=output.whole(1, 9), default=2, metavar="N", help="1 to 9 (2)")
+    servers.add_argument("--json", action="store_true", help="print what runs where as one line of JSON")
     servers.add_argument("--pg", type=int, choices=(18, 16), help="version of PostgreSQL (18)")
 
     sub = commands.add_parser(

@@ -53,7 +53,9 @@ class _Pools:
     """Everything that belongs to one configuration in one process."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config = self.wanted = config
+        self.changing = False
+        """Whether the configuration is being changed to the one that is `wanted`."""
         self.publisher: Publisher | None = None
         if config.runtime_dir is not None:
             from .publisher import Publisher  # nothing but this needs it
@@ -68,7 +70,7 @@ class _Pools:
         """Groups that are not in the configuration any more, and may have open blocks."""
         self.monitor = Monitor(
             Observer(self.groups.values()),
-            Holds(self.groups.values()),
+            Holds(self.groups.values(), threaded=config.type == "threaded"),
             threaded=config.type == "threaded",
             publisher=self.publisher,
         )

@@ -1,8 +1,8 @@
 """The cursors of a block: they send its preamble with their statements, and end with it.
 
 `BlockCursor._ride` is psycopg's own execution of one statement with the preamble sent before it. It
-uses these private parts of psycopg, for which the minor version is pinned: `Cursor._start_query`,
-`_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
+uses these private parts of psycopg, for which the minor version is pinned: `Cursor._reset`, `_tx`,
+`_last_query`, `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
 `_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`. `has_rows` uses
 `Cursor._fetch_pipeline` and `_results`.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg._preparing import Prepare
+from psycopg.adapt import AdaptersMap, Transformer
 
 from . import deadlines, errors, tracing
 from .preamble import COMMIT, IDLE, NOTHING, Command
@@ -32,6 +33,16 @@ _NAMED = (
 )
 _NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
 _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
+
+
+class _Context:
+    """What psycopg's adaptation asks of a cursor, without handing its connection out."""
+
+    __slots__ = ("adapters", "connection")
+
+    def __init__(self, adapters: AdaptersMap, connection: PooledConnection) -> None:
+        self.adapters = adapters
+        self.connection = connection
 
 
 class BlockCursor(psycopg.Cursor[Any]):
@@ -204,7 +215,7 @@ class BlockCursor(psycopg.Cursor[Any]):
     @property
     def connection(self) -> PooledConnection:
         """The connection, which may then do anything: its session is cleaned after the block."""
-        # psycopg's own adaptation asks for it with each statement, and does nothing to it.
+        # psycopg itself asks for it too, and does nothing to it.
         if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "psycopg":
             return self._conn
         return self._conn.hand_out()
@@ -235,22 +246,31 @@ class BlockCursor(psycopg.Cursor[Any]):
         conn = self._conn
         with conn.lock:
             try:
-                conn.riding = True
-                for _ in self._start_query(query):
-                    pass
+                self._begin(query)
                 if many is None:
                     converted = self._convert_query(query, params)
                     preparing, name = conn._prepared.get(converted, prepare)
-                    self._exchange(preamble, converted, preparing, name, binary)
+                    if preamble or self.after or preparing is Prepare.SHOULD:
+                        self._exchange(preamble, converted, preparing, name, binary)
+                    else:
+                        self._send(converted, preparing, name, binary)
+                        self._take(converted, preparing, name, conn.receive())
                 else:
                     self._exchange_many(preamble, query, *many)
             except psycopg.Error as error:
                 raise conn.own_error(error)  # noqa: B904  it is the same object
-            finally:
-                conn.riding = False
             self._last_query = query
             if conn._prepared._to_flush:
                 conn.wait(conn._prepared.maintain_gen(conn))
+
+    def _begin(self, query: Any) -> None:
+        """Do what psycopg's `_start_query` does for a connection in autocommit mode, which sends nothing."""
+        if self.closed:
+            raise psycopg.InterfaceError("the cursor is closed")
+        self._reset()
+        if not self._last_query or self._last_query is not query:
+            self._last_query = None
+            self._tx = Transformer(_Context(self._adapters, self._conn))
 
     def _exchange(
         self,
@@ -261,26 +281,42 @@ class BlockCursor(psycopg.Cursor[Any]):
         binary: bool | None,
     ) -> None:
         def send() -> None:
-            if preparing is Prepare.NO:
-                self._execute_send(query, force_extended=bool(preamble or self.after), binary=binary)
-                return
             if preparing is Prepare.SHOULD:
                 self._send_prepare(name, query)
-            self._send_query_prepared(name, query, binary=binary)
+            self._send(query, preparing, name, binary, extended=True)
 
         number = 2 if preparing is Prepare.SHOULD else 1
         answers = self._conn.exchange(preamble, send, number, self.after)
-        self._check_results(answers[0])
-        answer = answers[number - 1]
-        # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
-        key = self._conn._prepared.maybe_add_to_cache(query, preparing, name)
-        if key is not None:
-            self._conn._prepared.validate(key, preparing, name, answer)
         if number > 1:
-            self._check_results(answer)
-        self._set_results(answer)
+            self._check_results(answers[0])
+        self._take(query, preparing, name, answers[number - 1])
         if self.after or len(answers) > number:
             self._check_after(answers[number:])
+
+    def _send(
+        self,
+        query: PostgresQuery,
+        preparing: Prepare,
+        name: bytes,
+        binary: bool | None,
+        extended: bool = False,
+    ) -> None:
+        if preparing is Prepare.NO:
+            self._execute_send(query, force_extended=extended, binary=binary)
+        else:
+            self._send_query_prepared(name, query, binary=binary)
+
+    def _take(self, query: PostgresQuery, preparing: Prepare, name: bytes, answer: list[PGresult]) -> None:
+        """Take the answer to the statement over as the cursor's result, or raise its error."""
+        if preparing is not Prepare.SHOULD:
+            self._check_results(answer)
+        # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
+        prepared = self._conn._prepared
+        if (key := prepared.maybe_add_to_cache(query, preparing, name)) is not None:
+            prepared.validate(key, preparing, name, answer)
+        if preparing is Prepare.SHOULD:  # it is prepared also where it fails itself
+            self._check_results(answer)
+        self._set_results(answer)
 
     def _exchange_many(
         self, preamble: Sequence[Command], query: Any, sets: Sequence[Any], returning: bool

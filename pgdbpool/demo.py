@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -277,6 +278,8 @@ class Options:
     workers: int = 2
     worker_class: WorkerClass = "gthread"
     threads: int = 4
+    json: bool = False
+    """Whether the introduction is one line of JSON, and everything else goes to standard error."""
 
 
 @contextlib.contextmanager
@@ -300,34 +303,61 @@ def started(options: Options, log: IO[bytes] | None = None) -> Iterator[tuple[Cl
 
 def run(options: Options) -> NoReturn:
     """Run the demo until it is interrupted; raises Stopped, ClusterError or DemoError."""
-    say("Starting PostgreSQL and gunicorn ...")
-    with started(options) as (cluster, server):
-        say(introduction(cluster, server))
+    tell = partial(say, to=sys.stderr) if options.json else say
+    tell("Starting PostgreSQL and gunicorn ...")
+    with started(options, sys.stderr.buffer if options.json else None) as (cluster, server):
+        if options.json:
+            say(json.dumps(facts(cluster, server)))
+        else:
+            say(introduction(cluster, server))
         down_since: dict[Node, float] = {}
         while True:
             time.sleep(0.2)
             server.check_running()
             for node in cluster.nodes:
-                look_after(node, down_since)
+                look_after(node, down_since, tell)
 
 
-def look_after(node: Node, down_since: dict[Node, float]) -> None:
+def say(text: str, to: IO[str] | None = None) -> None:
+    """Print at once, also into a pipe."""
+    print(text, file=to, flush=True)
+
+
+def look_after(node: Node, down_since: dict[Node, float], tell: Callable[[str], None] = say) -> None:
     """Tell of a server that was killed, and start it again after a while."""
     if node.running:
         return
     now = time.monotonic()
     if node not in down_since:
         down_since[node] = now
-        say(f"{node.name}, a {node.role}, is gone: the demo starts it again in {RESTART_AFTER:g} s")
+        tell(f"{node.name}, a {node.role}, is gone: the demo starts it again in {RESTART_AFTER:g} s")
     elif now - down_since[node] >= RESTART_AFTER:
         try:
             node.start()
         except ClusterError as error:
-            say(f"{node.name} does not start, next try in {RESTART_AFTER:g} s: {error}")
+            tell(f"{node.name} does not start, next try in {RESTART_AFTER:g} s: {error}")
             down_since[node] = time.monotonic()
         else:
             del down_since[node]
-            say(f"{node.name} is back as process {node.pid}")
+            tell(f"{node.name} is back as process {node.pid}")
+
+
+def facts_of_servers(cluster: Cluster) -> list[dict[str, Any]]:
+    """Return which servers run where, as for JSON."""
+    return [
+        {"name": n.name, "role": n.role, "host": n.host, "port": n.port, "pid": n.pid} for n in cluster.nodes
+    ]
+
+
+def facts(cluster: Cluster, server: Server) -> dict[str, Any]:
+    """Return what runs where, as for JSON; the password is in the configuration's file alone."""
+    return {
+        "status": "running",
+        "url": server.url,
+        "gunicorn": {"host": HOST, "port": server.port, "pid": server.pid},
+        "config": str(cluster.directory / "pgdbpool.yaml"),
+        "servers": facts_of_servers(cluster),
+    }
 
 
 def introduction(cluster: Cluster, server: Server) -> str:
@@ -356,8 +386,3 @@ The example runs at  {url}/
 Try in another terminal:
 {lines}
 Ctrl-C stops everything and removes the data."""
-
-
-def say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from .errors import (
     NotInitializedError,
     PoolExhausted,
     PoolTimeout,
+    RateLimitExceeded,
     SettingError,
     TargetUnavailableError,
     TooManyWaiting,
@@ -39,11 +39,14 @@ from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_loc
 from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
 from .stats import BATCH, GroupStatus, Histogram, Tally
-from .tenant import Bound, bind_settings, bind_tenant, current_tenant, milliseconds
+from .tenant import Bound, bind_settings, bind_tenant, current_tenant, is_uuid, milliseconds
 from .timing import TimedConnection
 
 if TYPE_CHECKING:
     from .config import GroupConfig
+
+Warn = Callable[[], None]
+"""Logs what was found. A handler may hang, or want a connection: so whoever looks for it does it last."""
 
 MOVE_EVERY = 0.2
 """Seconds between two connections that are closed at release to even out the endpoints."""
@@ -66,8 +69,6 @@ LASTING = (
 
 REMEMBERED = 1000
 """Tenants whose binding a group remembers."""
-
-_REMEMBERED = (str, int, uuid.UUID)
 
 REFILL_AFTER = 1.0
 """Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
@@ -113,7 +114,7 @@ class Group:
         probe: Callable[[], None] | None = None,
     ) -> None:
         self.name = config.name
-        self._lock_free = lock_free
+        self.lock_free = lock_free
         self._probe: Callable[[], None] | None = self._first_use
         self._later_probe = probe
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
@@ -121,7 +122,7 @@ class Group:
         self.on_drop = self._dropped
         self._discarded: Counter[str] = Counter()
         self._opened = 0
-        self._timeouts = 0
+        self._timeouts = self._rate_limited = self._past_failovers = 0
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
         self._waits = Tally()
         """Of those who waited in the queue; the others took no time."""
@@ -141,6 +142,7 @@ class Group:
         self._refill_at = 0.0
         self.on_first_use: Callable[[], None] = lambda: None
         self.config = config
+        self.endpoints: tuple[Endpoint, ...] = ()
         self.limiter = self._make_limiter()
         self._take_over(config, endpoints, row_factory)
         size: dict[str, Any] = {
@@ -164,11 +166,13 @@ class Group:
 
     def _take_over(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
         """Set what follows from the configuration; other threads see one part after the other."""
+        gone = set(self.endpoints).difference(endpoints)
+        self._past_failovers += sum(endpoint.failovers for endpoint in gone)
         self.uses = {endpoint: self.uses.get(endpoint, Tally()) for endpoint in endpoints}
         self.connects = {endpoint: self.connects.get(endpoint, Tally()) for endpoint in endpoints}
         self.config = config
         self.manual: bool = not config.autocommit
-        self.endpoints: tuple[Endpoint, ...] = tuple(endpoints)
+        self.endpoints = tuple(endpoints)
         # Where endpoints tie, processes that have few connections each begin at different ones.
         first = random.randrange(len(self.endpoints))
         self._ring = self.endpoints[first:] + self.endpoints[:first]
@@ -196,7 +200,7 @@ class Group:
 
     def _make_limiter(self) -> RateLimiter | None:
         limit = self.config.rate_limit
-        return RateLimiter(limit, self.name, lock_free=self._lock_free) if limit else None
+        return RateLimiter(limit, self.name, lock_free=self.lock_free) if limit else None
 
     def __repr__(self) -> str:
         pool = self._pool
@@ -217,9 +221,12 @@ class Group:
             return UNBOUND
         current = current_tenant()
         chosen = current if tenant is None else tenant
-        if type(chosen) not in _REMEMBERED or (tenant is not None and current is not None):
+        kind = type(chosen)
+        if (kind is not str and kind is not int and not is_uuid(chosen)) or (
+            tenant is not None and current is not None
+        ):
             return self._bind(tenant, override, {})
-        key = (type(chosen), chosen)  # 1, True and 1.0 are equal, and not the same
+        key = (kind, chosen)  # 1, True and 1.0 are equal, and not the same
         remembered = self._bindings
         binding = remembered.get(key)
         if binding is None:
@@ -252,6 +259,9 @@ class Group:
         try:
             limiter.acquire()
         except Error as error:
+            if isinstance(error, RateLimitExceeded):
+                with self._lock:
+                    self._rate_limited += 1  # not the limiter's: a reload may replace that
             tracing.mark(error, block)
             raise
 
@@ -542,7 +552,7 @@ class Group:
         conclusive = timeout >= 0.9 * min(full / left, CONCLUSIVE)
         look: Look | None = None
         try:
-            if endpoint.doubtful and not self._lock_free:
+            if endpoint.doubtful and not self.lock_free:
                 deadline = monotonic() + timeout
                 look = self._look(endpoint, timeout)
                 if look is None:
@@ -911,8 +921,8 @@ class Group:
             holders=self._holders(),
             waits=waits,
             retries=self.retries,
-            failovers=sum(endpoint.failovers for endpoint in self.endpoints),
-            rate_limited=limiter.refused if (limiter := self.limiter) else 0,
+            failovers=self._past_failovers + sum(endpoint.failovers for endpoint in self.endpoints),
+            rate_limited=self._rate_limited,
             leaks=self.leaks,
             overdue=self.overdue,
             slow_blocks=self.slow_blocks,
@@ -937,11 +947,13 @@ class Group:
             reason=one_line(error), sqlstate=error.sqlstate,
         )  # fmt: skip
 
-    def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> None:
-        """Warn of a block that has its connection for longer than `leak_after`."""
+    def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> Warn:
+        """Count a block that has its connection for longer than `leak_after`; return what warns of it."""
         self.leaks += 1
         text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
-        events.BLOCK_LEAKED("group %s: a connection is not given back: %s", self.name, text, **fields)
+        return lambda: events.BLOCK_LEAKED(
+            "group %s: a connection is not given back: %s", self.name, text, **fields
+        )
 
     def _note_slow_block(self, conn: PooledConnection, block: Block, seconds: float) -> None:
         self.slow_blocks += 1
@@ -958,19 +970,20 @@ class Group:
         fields["statement"] = text = tracing.text_of(statement)
         events.STATEMENT_SLOW("group %s: slow statement: %.3f s: %s", self.name, seconds, text, **fields)
 
-    def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> bool:
+    def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> Warn | None:
         """Take the connection from a block that has it for longer than `max_hold`, in any thread.
 
         What runs is cancelled within the deadline. The connection is not closed but cut: its own thread,
-        which may be waiting for it, closes it. Returns False where the block has just given it back.
+        which may be waiting for it, closes it. Returns what warns of it; None where the block has just
+        given it back.
         """
         if self._lent.get(conn) is not block or (owner := self._lent.pop(conn, None)) is None:
-            return False
+            return None
         if owner is not block:  # given back and lent again, between the two
             self._lent[conn] = owner
             if conn.block is not owner and self._lent.pop(conn, None) is not None:  # and given back again
                 self._drop(conn, "interrupted")
-            return False
+            return None
         # Whoever took it out of `_lent` has it: the block's own end finds nothing to give back.
         conn.taken_away = True
         seconds = monotonic() - block.since
@@ -985,9 +998,7 @@ class Group:
         if slot is not None:
             self._pool.free(slot)
         self._pool.refill()
-        # Last, since a log may be kept in a database.
-        events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
-        return True
+        return lambda: events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
 
     # Evidence for errors.
 

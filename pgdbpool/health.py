@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Mapping
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -17,6 +18,9 @@ from .group import CONCLUSIVE, Group
 from .observer import Look
 from .session import PooledConnection
 from .sight import Lag, Sight, behind
+
+ASK_AGAIN = 0.005
+"""Seconds after which a function for user or password is asked again whether it has returned."""
 
 HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 
@@ -34,8 +38,9 @@ class _Visit:
         self._lent = self._borrow()
         self.pooled = self._lent is not None
         pgconn = self._lent[1].pgconn if self._lent else None
-        config = endpoint.groups[0].config
-        self.look = Look(lambda: endpoint.conninfo(config), pgconn)
+        group = endpoint.groups[0]
+        login = endpoint.login if endpoint.login.calls and not group.lock_free else None
+        self.look = Look(partial(endpoint.conninfo, group.config), pgconn, login)
 
     def _borrow(self) -> tuple[Group, PooledConnection] | None:
         for group in self.endpoint.groups:
@@ -70,7 +75,8 @@ class _Visit:
         self.over = True
         look, endpoint = self.look, self.endpoint
         if waited is not None:
-            self.failure = f"no answer within {waited:.3g} s"
+            what = "user and password" if look.asking else "answer"
+            self.failure = f"no {what} within {waited:.3g} s"
         elif not look.answered:
             self.failure = look.failure or "no answer"
         if self.failure or not self.pooled:
@@ -163,7 +169,9 @@ def _wait(visits: list[_Visit], began: float, deadline: float) -> None:
         for visit in flying:
             visit.look.register(poller)
         if flying:
-            poller.poll(max(deadline - monotonic(), 0.0) * 1000)
+            left = max(deadline - monotonic(), 0.0)
+            asking = any(visit.look.asking for visit in flying)
+            poller.poll((min(left, ASK_AGAIN) if asking else left) * 1000)
 
 
 def _unwanted(visit: _Visit) -> str | None:

@@ -6,11 +6,20 @@ Loading, error messages and the reference page read the same declaration, so the
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args, get_type_hints
+from inspect import get_annotations
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_):
+        """Do nothing: it is for type checkers."""
+        return lambda cls: cls
+
 
 _SECRET_TEXT = re.compile(r"(pass\w{0,20}|pwd|secret|key)\s{0,5}=|(pass(word)?|pwd)[\"']?\s{0,5}:", re.I)
 
@@ -63,6 +72,8 @@ def nearest(word: object, known: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the known word closest to a misspelt one, or nothing."""
     if not isinstance(word, str):
         return ""
+    import difflib  # for an error only
+
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(word[:60].lower(), by_lower, 1)
     return f"; did you mean {show(by_lower[matches[0]])}?" if matches else ""
@@ -74,12 +85,32 @@ def step(key: object) -> str:
     return f".{key}" if plain else f"[{show(key)}]"
 
 
+@dataclass_transform(eq_default=False)
 class Kind:
-    """A sort of value: `allowed` says it in words, `check` returns a value as the package uses it."""
+    """A sort of value: `allowed` says it in words, `check` returns a value as the package uses it.
+
+    Each kind declares what it is made of as a dataclass does. To make it one would write and compile code
+    for each, which was a fifth of the time that importing the package takes.
+    """
 
     text: ClassVar[bool] = False  # text is never taken for a number or a boolean, whatever it looks like
     secret: ClassVar[bool] = False
     mapping: ClassVar[bool] = False  # a variable gives it as YAML: {key: value}
+    _names: ClassVar[dict[str, None]] = {}
+    """What it is made of, in order: what its base is made of first."""
+
+    def __init_subclass__(cls) -> None:
+        own = {name: None for name, hint in get_annotations(cls).items() if not hint.startswith("ClassVar")}
+        cls._names = {**cls._names, **own}
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        names = self._names
+        given = {**dict(zip(names, values, strict=False)), **named}
+        if len(given) != len(values) + len(named) or not names.keys() >= given.keys():
+            raise TypeError(f"{type(self).__name__} is made of {', '.join(names)}")
+        if missing := [name for name in names if name not in given and not hasattr(self, name)]:
+            raise TypeError(f"{type(self).__name__} needs {', '.join(missing)}")
+        self.__dict__.update(given)
 
     @property
     def allowed(self) -> str:
@@ -110,7 +141,7 @@ class Kind:
         return f"``{str(value).lower() if isinstance(value, bool) else value}``"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Key:
     """The declaration of a key, put on a dataclass field with `Annotated`.
 
@@ -127,7 +158,7 @@ class Key:
     nullable: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Setting:
     """A key with what its dataclass field adds: where the value goes, and whether null is a value."""
 

@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,7 +27,6 @@ DURATION_EXAMPLES = 'a string such as "500ms", "5s", "2min", "1h"'
 _DOTTED_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-@dataclass(frozen=True)
 class Section(Kind):
     """A mapping or list that has keys of its own, which are read one by one elsewhere."""
 
@@ -43,7 +41,6 @@ class Section(Kind):
         return value
 
 
-@dataclass(frozen=True)
 class Ignored(Kind):
     """Accepted from version 1 whatever it holds, and without effect."""
 
@@ -55,7 +52,6 @@ class Ignored(Kind):
         return None
 
 
-@dataclass(frozen=True)
 class Text(Kind):
     """A string that can be sent to a server; `or_empty` takes an empty one for a key left out."""
 
@@ -78,14 +74,12 @@ class Text(Kind):
         return str(value) or None
 
 
-@dataclass(frozen=True)
 class Secret(Text):
     """Text that no message and no repr shows."""
 
     secret: ClassVar[bool] = True
 
 
-@dataclass(frozen=True)
 class Provided(Text):
     """Text, or a function that returns it when it is needed.
 
@@ -109,14 +103,12 @@ class Provided(Text):
         return super().check(value)
 
 
-@dataclass(frozen=True)
 class ProvidedSecret(Provided):
     """The same, and no message and no repr shows it."""
 
     secret: ClassVar[bool] = True
 
 
-@dataclass(frozen=True)
 class Label(Text):
     """A name as logs and status pages print it."""
 
@@ -131,7 +123,6 @@ class Label(Text):
         return label
 
 
-@dataclass(frozen=True)
 class Host(Text):
     """One host name, address, or directory of a Unix socket."""
 
@@ -154,7 +145,6 @@ class Host(Text):
         return host
 
 
-@dataclass(frozen=True)
 class File(Text):
     """The path of a file that exists and can be read; `~` is the home directory."""
 
@@ -176,7 +166,6 @@ class File(Text):
         return path
 
 
-@dataclass(frozen=True)
 class Directory(Text):
     """The absolute path of a directory, which need not be there yet; `~` is the home directory."""
 
@@ -192,7 +181,6 @@ class Directory(Text):
         return path
 
 
-@dataclass(frozen=True)
 class Flag(Kind):
     """A boolean; `digits` takes 0 and 1 too, as libpq writes them."""
 
@@ -212,7 +200,6 @@ class Flag(Kind):
         raise self.refuse(value)
 
 
-@dataclass(frozen=True)
 class Word(Kind):
     """One of a few words; `other` are further spellings, `flags` the words that true and false stand for."""
 
@@ -240,7 +227,6 @@ class Word(Kind):
         return str(word)
 
 
-@dataclass(frozen=True)
 class Integer(Kind):
     """A whole number; `unit` and `zero` say what it counts and what 0 means."""
 
@@ -271,7 +257,6 @@ class Integer(Kind):
         return f"{words} ({self.zero})" if value == 0 and self.zero else f"{words} {self.unit}".strip()
 
 
-@dataclass(frozen=True)
 class Number(Kind):
     """A number above 0, whole or not."""
 
@@ -291,7 +276,6 @@ class Number(Kind):
         raise self.refuse(value)
 
 
-@dataclass(frozen=True)
 class Seconds(Kind):
     """A duration in seconds; 0 is allowed where `zero` says what it means."""
 
@@ -330,7 +314,6 @@ class Seconds(Kind):
         return f"``{value:g}`` s{hours}"
 
 
-@dataclass(frozen=True)
 class Milliseconds(Kind):
     """A duration in whole milliseconds, as PostgreSQL's own timeouts have it."""
 
@@ -364,7 +347,6 @@ class MaxLag(NamedTuple):
     seconds: float | None
 
 
-@dataclass(frozen=True)
 class LagLimit(Kind):
     """How far a standby may be behind, in bytes, in seconds, or in both."""
 
@@ -401,7 +383,6 @@ class LagLimit(Kind):
         return MaxLag(limits.get("bytes"), limits.get("seconds"))
 
 
-@dataclass(frozen=True)
 class Bytes(Kind):
     """An amount of data, above 0."""
 
@@ -424,7 +405,6 @@ class Bytes(Kind):
         return int(number)
 
 
-@dataclass(frozen=True)
 class Labels(Kind):
     """A list of different labels; an empty one would leave a group without a server."""
 
@@ -454,7 +434,6 @@ class Labels(Kind):
         return tuple(labels)
 
 
-@dataclass(frozen=True)
 class Factory(Kind):
     """A callable, a dotted name that imports one, or one of a few words."""
 
@@ -490,7 +469,6 @@ class Factory(Kind):
         return found
 
 
-@dataclass(frozen=True)
 class Subclass(Kind):
     """A class that is derived from another one, or a dotted name that imports it."""
 

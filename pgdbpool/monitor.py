@@ -139,10 +139,11 @@ class Monitor:
             reason = f"{type(error).__name__}: {one_line(error)}"
             if reason != self._failed:
                 self._failed = reason
-                events.BACKGROUND_FAILED(
-                    "what is done in the background failed, and is tried again: %s", reason,
-                    exc_info=error, reason=reason,
-                )  # fmt: skip
+                with suppress(Exception):  # of a handler of the log, which may be what has failed
+                    events.BACKGROUND_FAILED(
+                        "what is done in the background failed, and is tried again: %s", reason,
+                        exc_info=error, reason=reason,
+                    )  # fmt: skip
             return RETRY_AFTER
 
     def _tell(self) -> None:

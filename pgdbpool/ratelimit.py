@@ -63,7 +63,6 @@ class RateLimiter:
         self._queue: list[_Turn] = []
         self._level = (float(config.burst), clock())
         """Tokens, and when there were so many: one attribute, so that both change at once."""
-        self.refused = 0
 
     def acquire(self) -> None:
         """Take a token; wait for it within `max_wait` and the current deadline.
@@ -104,7 +103,6 @@ class RateLimiter:
         if left is not None:
             allowed = min(allowed, left)
         if due > allowed:
-            self.refused += 1
             raise RateLimitExceeded(
                 f"group {self._group!r}: the rate limit of {self._config.per_second:g} blocks per second is "
                 f"reached; {len(self._queue)} wait already, there is room in {due:.3f} s, and this one may "

@@ -63,6 +63,7 @@ def run(
             priority=priority,
             correlation_id=correlation_id,
         )
+        reads = _reads(db)
         try:
             with db:
                 return function(db)
@@ -70,7 +71,7 @@ def run(
             delay = min(max_backoff, backoff * 2 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)
             left = deadlines.time_left() if deadlines.in_use else None
             in_time = left is None or delay < left
-            if attempt >= attempts or not in_time or not _harmless(db, error, idempotent):
+            if attempt >= attempts or not in_time or not _harmless(db, error, reads, idempotent):
                 if attempt > 1:
                     _note(error, attempt)
                 raise
@@ -102,10 +103,17 @@ def retrying(group: str, **options: Any) -> Callable[[Callable[Concatenate[Handl
     return decorate
 
 
-def _harmless(db: Handler, error: Exception, idempotent: bool) -> bool:
-    """Tell whether the failure may pass, and whether nothing of the attempt can have taken effect."""
+def _reads(db: Handler) -> bool:
+    return db._group.config.target in ("read-only", "standby")
+
+
+def _harmless(db: Handler, error: Exception, reads: bool, idempotent: bool) -> bool:
+    """Tell whether the failure may pass, and whether nothing of the attempt can have taken effect.
+
+    :param reads: whether the group could only read before the attempt.
+    """
     block = db._block
-    reads = db._group.config.target in ("read-only", "standby")
+    reads = reads and _reads(db)  # a reload may have changed that, before the block had its connection
     category = classify(error)
     passing = category in _PASSING or (category is Category.READ_ONLY and not reads)
     if not passing or (isinstance(error, DBConnectionError) and not isinstance(error, DBOfflineError)):

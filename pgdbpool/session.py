@@ -22,6 +22,7 @@ import psycopg
 from psycopg import pq
 from psycopg.adapt import AdaptersMap
 from psycopg.errors import _WaitTimeout
+from psycopg.generators import execute
 from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets, tracing
@@ -309,7 +310,10 @@ class PooledConnection(psycopg.Connection[Any]):
             raise self.own_error(error, status)  # noqa: B904  it is the same object
         except BaseException as interruption:
             if self.pgconn.transaction_status == ACTIVE:
-                self.close()  # psycopg could not end what was under way: where that stands is not known
+                # What was under way was not ended: where it stands is not known, and it is not to run on.
+                with suppress(psycopg.Error):
+                    self.cancel_safe(timeout=1.0)
+                self.close()
             self._note_loss(interruption, status)
             raise
         if self.closed:
@@ -513,6 +517,10 @@ class PooledConnection(psycopg.Connection[Any]):
             except psycopg.Error as error:
                 raise self.own_error(error)  # noqa: B904  it is the same object
 
+    def receive(self) -> list[PGresult]:
+        """Wait for the answer to a statement that was sent alone; psycopg does it in C, with its own wait."""
+        return self.wait(execute(self.pgconn))  # type: ignore[no-any-return]
+
     def exchange(
         self,
         commands: Sequence[Command],
@@ -522,9 +530,8 @@ class PooledConnection(psycopg.Connection[Any]):
     ) -> list[list[PGresult]]:
         """Send commands, and a statement after them, and wait; return the statement's answers.
 
-        More than one travel in a pipeline. This is what psycopg's generators do, in one loop: half of
-        what a statement costs at the client is theirs. The caller must hold `lock` and make errors its
-        own.
+        They travel in a pipeline. This is what psycopg's generators do, in one loop: half of what a
+        statement costs at the client is theirs. The caller must hold `lock` and make errors its own.
 
         :param send: sends the statement.
         :param answers: how many answers it has.
@@ -539,24 +546,21 @@ class PooledConnection(psycopg.Connection[Any]):
         if deadlines.in_use:
             patience = self._within_deadline(patience)
         deadline = None if patience is None else monotonic() + patience
-        pipelined = answers != 1 or bool(commands or after)
         before = len(commands)
         outcomes: list[list[PGresult]] = []
         current: list[PGresult] = []
         try:
-            if pipelined:
-                pgconn.enter_pipeline_mode()
-                for sql, values in commands:
-                    if values is None:
-                        pgconn.send_query_params(sql, None)
-                    else:
-                        before += self._send_bound(sql, values)
+            pgconn.enter_pipeline_mode()
+            for sql, values in commands:
+                if values is None:
+                    pgconn.send_query_params(sql, None)
+                else:
+                    before += self._send_bound(sql, values)
             if send is not None:
                 send()
-            if pipelined:
-                for sql, _ in after:
-                    pgconn.send_query_params(sql, None)
-                pgconn.pipeline_sync()
+            for sql, _ in after:
+                pgconn.send_query_params(sql, None)
+            pgconn.pipeline_sync()
             if pgconn.flush():
                 self._flush(deadline)
             while True:
@@ -575,11 +579,8 @@ class PooledConnection(psycopg.Connection[Any]):
                 if not current and pgconn.status == _BAD:
                     raise psycopg.OperationalError("the connection is lost")
                 outcomes.append(current)
-                if not pipelined:
-                    break
                 current = []
-            if pipelined:
-                pgconn.exit_pipeline_mode()
+            pgconn.exit_pipeline_mode()
         except BaseException as error:
             # Where the session stands is not known. As psycopg does, do not leave a statement running.
             if not isinstance(error, psycopg.Error):

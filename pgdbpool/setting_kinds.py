@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .keys import Kind, Refused, Unreadable, show, step
@@ -16,7 +15,6 @@ _PART_LIMIT = 63
 _SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|key$", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
 class ServerSettings(Kind):
     """A mapping of server settings, each a name and a plain value."""
 
@@ -55,7 +53,6 @@ class ServerSettings(Kind):
         return settings
 
 
-@dataclass(frozen=True)
 class TenantName(Text):
     """The name of a setting of the application's own, which PostgreSQL takes without knowing it."""
 
@@ -78,7 +75,6 @@ class TenantName(Text):
         raise self.refuse(value)
 
 
-@dataclass(frozen=True)
 class Pattern(Text):
     """A regular expression of Python's."""
 

@@ -22,6 +22,11 @@ class TimedConnection(PooledConnection):
     on_slow: Callable[[PooledConnection, Any, float], None]
     """Is called with the connection, the statement and its seconds."""
 
+    def receive(self) -> list[PGresult]:
+        """Wait, as any connection, for the answer to a statement that was sent alone."""
+        with self._timed(getattr(self.block, "statement", None)):
+            return super().receive()
+
     def exchange(
         self,
         commands: Sequence[Command],
@@ -29,7 +34,7 @@ class TimedConnection(PooledConnection):
         answers: int = 0,
         after: Sequence[Command] = NOTHING,
     ) -> list[list[PGresult]]:
-        """Send and wait, as any connection; a statement is timed with the preamble that it rides with."""
+        """Send and wait; a statement is timed with the preamble that it rides with."""
         if send is None:
             return super().exchange(commands, send, answers, after)
         with self._timed(getattr(self.block, "statement", None)):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from support import config, pid_of, server, wait_for
 import pgdbpool
 from pgdbpool import Connection, Handler
 from pgdbpool.cluster import Cluster
+from pgdbpool.observer import Observer
 
 
 @pytest.fixture(params=["threaded", "non-threaded"])
@@ -322,6 +327,28 @@ def test_keys_of_a_group_that_connections_do_not_have_change_without_them(pools:
     assert getattr(Connection.group("g").config, key) == value
 
 
+def test_what_a_rate_limit_has_refused_stays_counted_when_it_changes(pools: Any) -> None:
+    made = pools(g={"connection_count": 1, "rate_limit": {"per_second": 0.01, "burst": 1, "max_wait": 0}})
+    with Handler("g"):
+        pass
+
+    def refused() -> int:
+        with pytest.raises(pgdbpool.RateLimitExceeded), Handler("g"):
+            pass
+        return Connection.status().groups["g"].rate_limited
+
+    assert (refused(), refused()) == (1, 2)
+    made["groups"]["g"]["rate_limit"]["per_second"] = 0.02
+    Connection.reload(made)
+    assert Connection.status().groups["g"].rate_limited == 2
+    with Handler("g"):
+        pass
+    assert refused() == 3
+    del made["groups"]["g"]["rate_limit"]
+    Connection.reload(made)
+    assert Connection.status().groups["g"].rate_limited == 3
+
+
 @pytest.mark.parametrize(
     "change", [{"row_factory": "tuple"}, {"query_timeout": 1234}, {"prepare_threshold": None}], ids=str
 )
@@ -438,6 +465,98 @@ def test_max_lag_comes_and_goes(pools: Any) -> None:
     made["groups"]["g"]["max_lag"] = limit
     Connection.reload(made)
     wait_for(lambda: looks(True) and Connection.status().endpoints["b"].lag_bytes is not None)
+
+
+INTERRUPTED = {"changes.py", "connection.py", "group.py", "endpoint.py", "pools.py", "monitor.py", "holds.py"}
+
+
+def tangled(pools: Any) -> list[str]:
+    """Return which parts of the pools have another configuration than the pools themselves."""
+    made, wrong = pools.config, []
+    if {label: endpoint.config for label, endpoint in pools.endpoints.items()} != {
+        entry.label: entry for entry in made.endpoints
+    }:
+        wrong.append("the endpoints")
+    for name, described in made.groups.items():
+        group = pools.groups[name]
+        members = [pools.endpoints[label] for label in described.endpoints]
+        limit = group.limiter and group.limiter._config
+        if not (
+            group.config is described
+            and list(group.endpoints) == members
+            and (group._timeout, limit) == (described.timeout, described.rate_limit)
+            and group._pool._slots.limit == described.connection_count
+            and group._pool._min_size == described.min_size
+            and not any(group not in endpoint.groups for endpoint in members)
+        ):
+            wrong.append(name)
+    if list(pools.groups) != list(made.groups) or pools.monitor.holds._groups != [
+        group for group in pools.all_groups if group.config.max_hold
+    ]:
+        wrong.append("the groups")
+    observer = pools.monitor._next or pools.monitor.observer
+    if observer.plan != Observer(pools.groups.values()).plan:
+        wrong.append("what the observer looks at")
+    return wrong
+
+
+@pytest.mark.parametrize("second", ["reload", "resize"])
+def test_a_change_that_a_signal_handlers_change_interrupts_ends_in_one_of_the_two(
+    pools: Any, known_cluster: Cluster, mode: str, second: str
+) -> None:
+    """Interrupted at each line that it comes to."""
+
+    def made(labels: str, groups: str, **group: Any) -> dict[str, Any]:
+        entries = [entry(known_cluster, label) for label in labels]
+        return config(entries, mode, **{name: {"min_size": 0, **group} for name in groups})
+
+    limit = {"per_second": 1, "burst": 1, "max_wait": 0}
+    first = made("abc", "gh", connection_count=5, timeout=5, max_hold=5, rate_limit=limit)
+    other = made("bc", "gi", connection_count=7, timeout=7, target="standby")
+
+    def handler() -> None:
+        if second == "reload":
+            Connection.reload(other)
+        else:
+            Connection.resize("g", 9)
+
+    def interrupted(line: int) -> bool:
+        lines = 0
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal lines
+            if Path(frame.f_code.co_filename).name not in INTERRUPTED:
+                return None
+            lines += event == "line"
+            if lines == line:
+                sys.settrace(None)
+                handler()
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            Connection.reload(first)
+        finally:
+            sys.settrace(before)
+        return lines >= line
+
+    outcomes, line = set(), 0
+    while True:
+        line += 1
+        Connection.init(made("ab", "gh", connection_count=3), wait=False)
+        if not interrupted(line):
+            break
+        now = Connection._pools
+        assert now is not None
+        assert not tangled(now), line
+        outcomes.add((tuple(now.groups), now.config.groups["g"].connection_count))
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(Connection.resize, "h" if "h" in now.groups else "i", 4).result(5)
+        with Handler("g") as db:
+            assert db.query("SELECT 1").fetchone()[0] == 1
+    assert line > 100
+    assert outcomes == {(("g", "h"), 5), (("g", "i"), 7) if second == "reload" else (("g", "h"), 9)}
 
 
 def test_a_forked_child_has_the_changed_configuration(pools: Any) -> None:

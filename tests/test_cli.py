@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ def test_without_a_command_the_help_goes_to_standard_error(capsys: pytest.Captur
         (["dmeo"], "invalid choice: 'dmeo'"),
         (["demo", "--chekc"], "unrecognized arguments: --chekc"),
         (["cluster", "--auth", "md5"], "invalid choice"),
+        (["demo", "--check", "--json"], "leave --json out"),
     ],
 )
 def test_wrong_arguments_are_named(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,3 +110,25 @@ def test_the_cluster_comes_with_a_configuration_that_works(auth: str, room: Path
         command.process.send_signal(signal.SIGTERM)
         assert command.process.wait(15) == 0
         assert not alive(family)
+
+
+def test_the_cluster_tells_scripts_what_runs_where(room: Path) -> None:
+    with Running("cluster", "--standbys", "1", "--json", room=room) as command:
+        found = json.loads(command.wait_for_output("\n").splitlines()[0])
+        assert found["status"] == "running"
+        assert [(entry["name"], entry["role"]) for entry in found["servers"]] == [
+            ("node1", "primary"),
+            ("node2", "standby"),
+        ]
+        assert {entry["pid"] for entry in found["servers"]} <= command.family()
+        try:
+            pgdbpool.Connection.init(found["config"])
+            ports = [server["port"] for server in found["servers"]]
+            with pgdbpool.Handler("write") as db:
+                assert db.connection.info.port == ports[0]
+            with pgdbpool.Handler("read") as db:
+                assert db.connection.info.port == ports[1]
+        finally:
+            pgdbpool.Connection.reset()
+        command.process.send_signal(signal.SIGTERM)
+        assert command.process.wait(15) == 0

@@ -276,6 +276,66 @@ def test_an_observer_without_a_password_harms_no_request(start: Any) -> None:
     assert Connection.status().endpoints.popitem()[1].state == "up"
 
 
+class Hanging:
+    """A function that does not return but in the main thread, until it is told to."""
+
+    def __init__(self) -> None:
+        self.main: threading.Thread | None = threading.current_thread()
+        self.go_on = threading.Event()
+        self.asked: list[threading.Thread] = []
+
+    def __call__(self) -> str:
+        if threading.current_thread() is not self.main:
+            self.asked.append(threading.current_thread())
+            assert self.go_on.wait(20)
+        return FIRST
+
+
+@pytest.fixture
+def hanging() -> Iterator[Hanging]:
+    function = Hanging()
+    yield function
+    Connection.reset()
+    function.go_on.set()
+    for thread in function.asked:
+        if thread is not threading.current_thread():
+            thread.join(10)
+
+
+def test_while_a_function_hangs_the_background_goes_on(node: Any, admin: Any, hanging: Hanging) -> None:
+    hung = server(node, label="hung", user="web", **{"pass": hanging})
+    well = server(node, label="well", user="web", **{"pass": FIRST})
+    group = {"connection_count": 1, "min_size": 0, "timeout": 3}
+    groups = {
+        "g": {**group, "endpoints": ["hung"], "max_lag": {"seconds": 5}},
+        "held": {**group, "endpoints": ["well"], "max_hold": 0.05},
+    }
+    Connection.init(config([hung, well], **groups), wait=False)
+    assert user() == "web"
+    wait_for(lambda: hanging.asked)
+    with Handler("held"):
+        wait_for(lambda: Connection.status().groups["held"].overdue == 1, timeout=5)
+    assert not hanging.go_on.is_set()
+    hanging.go_on.set()
+    name = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgdbpool observer'"
+    wait_for(lambda: admin.execute(name).fetchone()[0])  # and it looks again, where it could not
+
+
+def test_while_a_function_hangs_health_is_over_in_time(node: Any, admin: Any, hanging: Hanging) -> None:
+    hung = server(node, label="hung", user="web", **{"pass": hanging})
+    well = server(node, label="well", user="web", **{"pass": FIRST})
+    Connection.init(config([hung, well], g={"connection_count": 1, "min_size": 0}), wait=False)
+    hanging.main = None
+    for _ in range(3):
+        health = Connection.health(timeout=0.2)
+        assert health["status"] == "degraded"
+        assert health["endpoints"]["hung"]["error"] == "no user and password within 0.2 s"
+        assert health["endpoints"]["well"]["reachable"]
+    assert len(hanging.asked) == 1  # which is still under way
+    hanging.go_on.set()
+    assert Connection.health()["status"] == "healthy"
+
+
 def test_health_asks_too_and_tells_that_there_is_no_password(start: Any, admin: Any) -> None:
     password = Asked(FIRST, OSError(FIRST))
     start(**{"pass": password})

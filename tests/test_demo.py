@@ -130,6 +130,20 @@ def test_a_signal_ends_the_demo_and_leaves_nothing(signum: signal.Signals, room:
     assert "Traceback" not in demo.output
 
 
+def test_the_demo_tells_scripts_what_runs_where(room: Path) -> None:
+    with Running("demo", "--standbys", "1", "--json", room=room) as demo:
+        demo.wait_for_output('{"status"')
+        [line] = [line for line in demo.lines if line.startswith("{")]
+        found = json.loads(line)
+        assert get(f"{found['url']}/health")[0] == 200
+        assert [entry["role"] for entry in found["servers"]] == ["primary", "standby"]
+        assert {found["gunicorn"]["pid"], *(e["pid"] for e in found["servers"])} <= demo.family()
+        assert "pass" in Path(found["config"]).read_text()
+        assert "Try in another" not in demo.output
+        demo.process.send_signal(signal.SIGTERM)
+        assert demo.process.wait(15) == 0
+
+
 def test_a_killed_demo_leaves_nothing(room: Path) -> None:
     with Running("demo", "--standbys", "1", room=room) as demo:
         demo.wait_for_output("Ctrl-C stops everything")

@@ -532,5 +532,7 @@ def test_a_promotion_is_counted_as_a_failover(known_cluster: Any, records: Any, 
         assert (record.role, record.previous) == ("primary", "standby")
         (down,) = [r for r in records("endpoint.down") if r.endpoint == "one"]
         assert down.reason
+        Connection.remove_endpoint("two")
+        assert Connection.status().groups["write"].failovers == 1  # a counter never falls
     finally:
         Connection.reset()

@@ -243,6 +243,63 @@ def test_an_overdue_block_that_does_nothing_gives_its_place_to_another(start: An
         assert db.query("SELECT 1").fetchone()[0] == 1
 
 
+@pytest.fixture
+def handlers() -> Iterator[Callable[[Callable[[], Any]], None]]:
+    """Make every record of the package call a function, until the end of the test."""
+    added: list[logging.Handler] = []
+
+    class Calling(logging.Handler):
+        def __init__(self, function: Callable[[], Any]) -> None:
+            super().__init__()
+            self.function = function
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.function()
+
+    def add(function: Callable[[], Any]) -> None:
+        added.append(Calling(function))
+        logging.getLogger("pgdbpool").addHandler(added[-1])
+
+    yield add
+    for handler in added:
+        logging.getLogger("pgdbpool").removeHandler(handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_log_that_raises_keeps_no_connection(start: Any, mode: str, handlers: Any) -> None:
+    start(leak_after=0.02, max_hold=0.1)
+
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    handlers(fail)
+    for number in (1, 2):
+        with Handler("auto"):
+            seen(mode, lambda number=number: Connection.status().groups["auto"].overdue == number)
+    assert Connection.status().groups["auto"].leaks == 2
+
+
+@pytest.mark.parametrize("mode", ["threaded"], indirect=True)
+def test_a_log_that_hangs_keeps_no_connection(start: Any, mode: str, handlers: Any, records: Any) -> None:
+    start(leak_after=0.02, max_hold=0.1)
+    go_on, hanging = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hanging.set()
+        go_on.wait(20)
+
+    logging.getLogger("pgdbpool").setLevel(logging.WARNING)  # those of requests would hang too
+    handlers(hang)
+    try:
+        for number in (1, 2):
+            with Handler("auto"):
+                wait_for(lambda number=number: Connection.status().groups["auto"].overdue == number)
+        assert hanging.is_set()
+    finally:
+        go_on.set()
+    wait_for(lambda: (len(records("block.leaked")), len(records("block.overdue"))) == (2, 2))
+
+
 def test_an_overdue_autocommit_block_goes_on_with_another_connection(start: Any, mode: str) -> None:
     start(max_hold=1)
     with Handler("auto") as db:

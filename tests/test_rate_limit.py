@@ -59,7 +59,6 @@ def test_a_burst_is_let_in_and_the_next_is_told_when_to_come_back() -> None:
     clock.now += caught.value.retry_after
     bucket.acquire()
     assert not granted(bucket)
-    assert bucket.refused == 2
 
 
 def test_no_more_than_the_burst_is_kept_of_a_quiet_time() -> None:

@@ -285,6 +285,28 @@ def test_a_group_that_only_reads_is_repeated(start: Any, mode: str, known_cluste
         Connection.reset()
 
 
+@pytest.mark.parametrize(("before", "after"), [("primary", "standby"), ("standby", "primary")])
+def test_a_group_that_a_reload_made_read_only_or_not_in_between_is_not_repeated(
+    mode: str, known_cluster: Any, before: str, after: str
+) -> None:
+    def made(target: str) -> dict[str, Any]:
+        group = {"connection_count": 1, "min_size": 0, "target": target}
+        return config([known_cluster.primary, known_cluster.standbys[0]], mode, g=group)
+
+    def work(db: Handler, n: int) -> None:
+        Connection.reload(made(after))
+        serialization_failure(db)
+
+    Connection.init(made(before), wait=False)
+    try:
+        counted = Work(work)
+        with pytest.raises(psycopg.errors.SerializationFailure):
+            pgdbpool.run("g", counted, backoff=0.001)
+        assert counted.begun == 1
+    finally:
+        Connection.reset()
+
+
 # Servers that are away.
 
 
@@ -309,13 +331,14 @@ def test_work_goes_on_after_a_promotion(mode: str) -> None:
         cluster.wait_in_sync()
         groups = {"write": {"target": "primary", "autocommit": False, "connection_count": 2}}
         Connection.init(config(cluster.nodes, mode, **groups))
+        promotion = threading.Timer(0.5, standby.promote)
         try:
 
             def work(db: Handler, n: int) -> str:
                 db.query("INSERT INTO t VALUES (1)")
                 if n == 1:
                     primary.kill()
-                    threading.Timer(0.5, standby.promote).start()
+                    promotion.start()
                 db.query("INSERT INTO t VALUES (2)")
                 return db.endpoint
 
@@ -328,6 +351,8 @@ def test_work_goes_on_after_a_promotion(mode: str) -> None:
             with standby.connect() as conn:
                 assert conn.execute("SELECT i FROM t ORDER BY i").fetchall() == [(1,), (2,)]
         finally:
+            if promotion.ident is not None:  # the server takes writes before its promotion returns
+                promotion.join()
             Connection.reset()
 
 
