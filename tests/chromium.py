@@ -66,14 +66,19 @@ class Browser:
 
     def call(self, method: str, **params: Any) -> Any:
         """Send a command and return its result."""
+        answer = self._ask(method, params)
+        assert "error" not in answer, (method, answer["error"])
+        return answer["result"]
+
+    def _ask(self, method: str, params: dict[str, Any]) -> Any:
+        """Send a command and return the answer to it."""
         self._sent += 1
         number = self._sent
         self._send(json.dumps({"id": number, "method": method, "params": params}).encode())
         while True:
             message = json.loads(self._receive())
             if message.get("id") == number:
-                assert "error" not in message, (method, message["error"])
-                return message["result"]
+                return message
             self._note(message)
 
     def go(self, url: str) -> None:
@@ -82,8 +87,16 @@ class Browser:
         wait_for(lambda: self.run("document.readyState") == "complete" and self.run("location.href") == url)
 
     def run(self, expression: str) -> Any:
-        """Return the value of an expression in the page."""
-        done = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        """Return the value of an expression in the page; where that is being replaced, in the next one."""
+        params = {"expression": expression, "returnByValue": True, "awaitPromise": True}
+        answer: dict[str, Any] = {}
+
+        def evaluated() -> bool:
+            answer.update(self._ask("Runtime.evaluate", params))
+            return "result" in answer
+
+        wait_for(evaluated, what=f"an answer to {expression}")
+        done = answer["result"]
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
@@ -92,14 +105,19 @@ class Browser:
         return str(self.run(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
 
     def click(self, selector: str) -> None:
-        """Click with the mouse in the middle of an element, as a person does."""
-        box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView();"
-            "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            x, y = box
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        """Click with the mouse in the middle of an element, as a person does: again where it moved away."""
+
+        def clicked() -> bool:
+            x, y = self.run(
+                f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView();"
+                "window.missed = true; e.addEventListener('click', () => { window.missed = false; });"
+                "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            )
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            return self.run("window.missed") is not True  # nor is it on the page that a click leads to
+
+        wait_for(clicked, what=f"{selector} is clicked")
 
     def press(self, key: str) -> None:
         """Press a key, by its name."""

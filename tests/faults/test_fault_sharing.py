@@ -73,14 +73,14 @@ def test_eight_threads_share_four_connections_evenly(
         ready.wait(10)
         while not stop.is_set():
             with Handler("g") as db:
-                db.query("SELECT pg_sleep(0.002)").fetchall()
+                db.query("SELECT pg_sleep(0.01)").fetchall()  # longer than a thread takes to wake up
             blocks[i] += 1
 
     with ThreadPoolExecutor(8) as threads:
         futures = [threads.submit(run, i) for i in range(8)]
         ready.wait(10)
         try:
-            spread = 100 * (1 - evenness(blocks))
+            spread = 100 * (1 - evenness(blocks, of=320))
         finally:
             stop.set()
         for future in futures:
