@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,13 +88,15 @@ def room(known_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pgdbpool.yaml").write_text(config_yaml(known_cluster))
     monkeypatch.setenv("PRIMARY_PORT", str(known_cluster.primary.port))
-    monkeypatch.setenv("PGPORT", "1")  # put back after samples that set it
     monkeypatch.syspath_prepend(tmp_path)
-    before = set(sys.modules)
+    before, environ = set(sys.modules), dict(os.environ)
     try:
         yield tmp_path
     finally:
         pgdbpool.Connection.reset()
+        os.environ.clear()
+        os.environ.update(environ)
+        time.tzset()  # Django sets its time zone
         for imported in set(sys.modules) - before:
             module = sys.modules[imported]
             places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
