@@ -80,7 +80,7 @@ def test_the_page_shows_all_processes_and_keeps_itself_current(
 ) -> None:
     pids = {str(process["pid"]) for process in site.overview()["processes"]}
     assert len(pids) == 4
-    with Load(site, threads=8):
+    with Load(site, threads=3):
         for pid in pids:
             assert pid in browser.text("#processes")
         wait_for(lambda: "● up" in state(browser, "db-3"), what="db-3 is up")
