@@ -391,7 +391,8 @@ class Group:
     def _maintain(self, now: float, deadline: float) -> None:
         """Do at a checkout what a thread does in threaded mode: probe, and open what is missing."""
         probe = self._probe
-        assert probe is not None
+        if probe is None:
+            return  # threaded: another thread's was the first use, a moment ago
         probe()
         if self._probe is None:
             return  # threaded: that was the first use

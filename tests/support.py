@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,20 @@ def wait_for(condition: Callable[[], Any], timeout: float = 10.0, what: str = ""
     return value
 
 
+def evenness(blocks: list[int], rounds: int = 9, of: int = 500) -> float:
+    """Return the least share over the largest, in the middle one of the next rounds of so many blocks.
+
+    In a few of them the system lets one of the threads or backends wait: that is not the pool's doing.
+    """
+    shares = []
+    for _ in range(rounds):
+        before = blocks[:]
+        wait_for(lambda before=before: sum(blocks) - sum(before) >= of, 60)  # type: ignore[misc]
+        done = [now - then for now, then in zip(blocks, before, strict=True)]
+        shares.append(min(done) / max(done))
+    return statistics.median(shares)
+
+
 def server(node: Any, **changes: Any) -> dict[str, Any]:
     """Return the `db` entry for a node of the embedded cluster."""
     entry = {"host": node.host, "port": node.port, "name": "postgres", "user": "postgres", **changes}
@@ -31,6 +47,17 @@ def config(nodes: Any, mode: str = "threaded", **groups: dict[str, Any]) -> dict
     """Return a configuration with those groups over the nodes (or ready `db` entries)."""
     entries = [node if isinstance(node, dict) else server(node) for node in nodes]
     return {"type": mode, "db": entries, "groups": groups}
+
+
+_taken: list[socket.socket] = []
+
+
+def closed_port() -> int:
+    """Return a loopback port that refuses; it stays bound, so that it is nobody else's in the meantime."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    _taken.append(taken)
+    return int(taken.getsockname()[1])
 
 
 def kill_backends(admin: psycopg.Connection[Any], *pids: int) -> None:

@@ -72,7 +72,7 @@ def timeline(node: Node) -> int:
 def test_a_cluster_replicates_and_leaves_nothing(programs: dict[str, object], major: int) -> None:
     began = time.monotonic()
     with Cluster(standbys=2, **programs) as cluster:  # type: ignore[arg-type]
-        assert time.monotonic() - began < 10  # about 1 on an idle machine
+        assert time.monotonic() - began < 60  # about 1 on an idle machine
         assert [node.name for node in cluster.nodes] == ["node1", "node2", "node3"]
         assert (cluster.primary, *cluster.standbys) == tuple(cluster.nodes)
         for node in cluster.nodes:

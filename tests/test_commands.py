@@ -145,14 +145,14 @@ def test_check_compares_with_max_connections(known_cluster: Cluster, run: Run, w
 
 
 def test_check_of_a_stopped_server_ends_in_time(known_cluster: Cluster, run: Run, write: Any) -> None:
-    entries = [server(node, connect_timeout=1) for node in known_cluster.nodes]
+    entries = [server(node, connect_timeout=2) for node in known_cluster.nodes]
     path = write(entries)
     known_cluster.standbys[1].pause()
     try:
         began = monotonic()
         status, text = run("check", path)
         assert status == 3
-        assert monotonic() - began < 8
+        assert monotonic() - began < 30
         assert "whether the server hangs" in text
     finally:
         known_cluster.standbys[1].resume()

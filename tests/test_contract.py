@@ -87,7 +87,7 @@ def test_an_unknown_group_is_refused_with_the_known_names(start: Any) -> None:
 
 
 def test_a_nested_block_on_an_exhausted_pool_says_who_holds_it(start: Any) -> None:
-    start(timeout=5)
+    start(timeout=30)
     began = time.monotonic()
     with Handler("auto"), Handler("auto"):
         with pytest.raises(pgdbpool.PoolTimeout) as caught:
@@ -96,7 +96,7 @@ def test_a_nested_block_on_an_exhausted_pool_says_who_holds_it(start: Any) -> No
     assert "MainThread" in str(caught.value)
     assert caught.value.in_use == 2
     assert len(caught.value.holders) == 2
-    assert time.monotonic() - began < 2  # nobody else could release one, so there is no wait
+    assert time.monotonic() - began < 10  # nobody else could release one, so there is no wait
     with Handler("auto") as db:
         assert db.query("SELECT 1").fetchone()[0] == 1
 
@@ -663,8 +663,7 @@ def test_a_connection_is_replaced_after_its_lifetime(start: Any) -> None:
 def test_connections_above_min_size_are_closed_when_idle(start: Any, mode: str) -> None:
     start(connection_count=3, min_size=1, max_idle=0.2)
     with Handler("auto"), Handler("auto"), Handler("auto"):
-        pass
-    assert Connection.status().groups["auto"].size == 3
+        assert Connection.status().groups["auto"].size == 3
 
     def shrunk() -> bool:
         with Handler("auto"):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import config, server, wait_for
+from support import closed_port, config, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -44,9 +44,7 @@ def use(n: int = 12) -> Counter[str]:
 
 def nobody() -> dict[str, Any]:
     """A `db` entry at whose port nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return {"host": "127.0.0.1", "port": free.getsockname()[1], "name": "postgres", "user": "postgres"}
+    return {"host": "127.0.0.1", "port": closed_port(), "name": "postgres", "user": "postgres"}
 
 
 # Spreading.
@@ -229,13 +227,13 @@ def test_a_hung_server_is_found_by_the_ping_and_costs_one_request(
 ) -> None:
     first, second = known_cluster.standbys
     proxy = proxy_to(second)
-    start([first, server(second, port=proxy.port)], ping="always", ping_timeout=0.3)
+    start([first, server(second, port=proxy.port)], ping="always", ping_timeout=1)
     proxy.stall()
     slow = 0
     for _ in range(30):
         began = time.monotonic()
         assert set(use(1)) == {first.label}
-        slow += time.monotonic() - began > 0.25
+        slow += time.monotonic() - began > 0.9
     assert slow <= 1
     proxy.resume()
     wait_for(lambda: len(use()) == 2, 15)
@@ -267,7 +265,7 @@ def test_a_statement_on_a_hung_server_ends_with_its_deadline(
         proxy.resume()
     assert caught.value.maybe_executed
     print(f"query_timeout 0.2 s: the client gave up after {took:.2f} s")
-    assert 1.1 < took < 3
+    assert 1.1 < took < 5
 
 
 def writes() -> bool:
@@ -335,10 +333,10 @@ def test_init_fails_within_the_connect_timeout(start: Any, known_cluster: Any, p
         proxy.stall()
     began = time.monotonic()
     with pytest.raises(pgdbpool.DBConnectionError, match="no answer"):
-        start([server(known_cluster.primary, port=p.port, connect_timeout=1) for p in proxies])
+        start([server(known_cluster.primary, port=p.port, connect_timeout=2) for p in proxies])
     took = time.monotonic() - began
-    print(f"three servers that do not answer, connect_timeout 1 s: {took:.2f} s")
-    assert took < 2.5
+    print(f"three servers that do not answer, connect_timeout 2 s: {took:.2f} s")
+    assert took < 5  # one after another it would be 6
 
 
 def test_a_password_is_never_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -566,7 +566,7 @@ def test_a_full_pool_and_a_slow_statement_are_503(start: Start, nodes: list[Node
         db: {{host: 127.0.0.1, port: {nodes[0].port}, name: bank, user: postgres}}
         groups:
           read: {{connection_count: 1}}
-          write: {{connection_count: 1, autocommit: false, timeout: 0.2, query_timeout: 1500}}
+          write: {{connection_count: 1, autocommit: false, timeout: 0.2, query_timeout: 5000}}
         """
     )
     app = start("--workers", "1", PGDBPOOL_CONFIG=str(config))
@@ -577,7 +577,7 @@ def test_a_full_pool_and_a_slow_statement_are_503(start: Start, nodes: list[Node
         second = app.transfer(3, 4, "1")
         assert (second.status, second.headers["Retry-After"]) == (503, "1")
         assert app("GET", "/health").json["groups"] == {"read": "ok", "write": "busy"}
-        assert first.result(10).status == 503  # PostgreSQL has cancelled its statement
+        assert first.result(20).status == 503  # PostgreSQL has cancelled its statement
     assert app.transfer(3, 4, "1").status == 201
     log = app.log.read_text()
     assert "no connection became free within 0.2 s" in log

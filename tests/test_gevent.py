@@ -98,11 +98,12 @@ def test_a_wait_for_the_server_lets_other_greenlets_run(known_cluster: Any) -> N
         began = time.monotonic()
         for name in ("statement", "transaction", "stream", "waits"):
             gevent.joinall([gevent.spawn(globals()[name]) for _ in range(8)], raise_error=True)
-        took, worst = time.monotonic() - began, max(gaps)
+        took, gone = time.monotonic() - began, [gap for gap in gaps if gap > 0.25]
         large()
-        print(f"{took:.2f} s for 24 waits of 0.3 s, largest gap {worst * 1000:.0f} ms")
-        assert took < 4, took
-        assert worst < 0.25, worst
+        print(f"{took:.2f} s for 24 waits of 0.3 s, largest gap {max(gaps) * 1000:.0f} ms")
+        assert took < 6, took   # one after another they are 7.2 s
+        # Any kind of wait that lets nobody else run is eight of these; the machine may make one, too.
+        assert len(gone) < 4, gone
         for name in "gm":
             counts(name)
         """,
@@ -122,7 +123,7 @@ def test_a_server_that_does_not_answer_stalls_no_greenlet(known_cluster: Any, pr
         except pgdbpool.DBConnectionError as error:
             print(type(error).__name__, f"largest gap {max(gaps) * 1000:.0f} ms")
         assert len(gaps) > 50, len(gaps)
-        assert max(gaps) < 0.5, max(gaps)
+        assert max(gaps) < 1.5, max(gaps)   # a connect may take 2 s
         """,
     )
     assert "Error" in printed, printed

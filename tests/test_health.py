@@ -205,7 +205,8 @@ def test_another_thread_does_not_touch_a_lock_free_pool(known_cluster: Any) -> N
 
 
 def test_requests_and_checks_do_not_disturb_each_other(known_cluster: Any) -> None:
-    Connection.init(config([known_cluster.primary], g={"connection_count": 2, "timeout": 20}))
+    node = server(known_cluster.primary, query_timeout="30s")
+    Connection.init(config([node], g={"connection_count": 2, "timeout": 30}))
     over = threading.Event()
     errors: list[Exception] = []
 

@@ -83,12 +83,12 @@ def test_a_deadline_never_gives_a_one_shot_more_than_query_timeout(
     node = server(known_cluster.primary, query_timeout=300)
     Connection.init(config([node], mode, g={"connection_count": 1, "autocommit": False}))
     began = time.monotonic()
-    with deadline(1.3), pytest.raises(psycopg.errors.QueryCanceled):
+    with deadline(8), pytest.raises(psycopg.errors.QueryCanceled):
         if many:
-            Connection.executemany("g", "SELECT pg_sleep(%s)", [(1.1,)])
+            Connection.executemany("g", "SELECT pg_sleep(%s)", [(6,)])
         else:
-            Connection.fetch("g", "SELECT pg_sleep(1.1)")
-    assert time.monotonic() - began < 1.0
+            Connection.fetch("g", "SELECT pg_sleep(6)")
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("key", ["deadline", "annotate"])
@@ -183,7 +183,7 @@ def test_a_drain_is_kept_when_a_probe_fails_meanwhile(known_cluster: Cluster) ->
 
 
 def test_who_waits_gets_the_idle_connection_that_is_no_longer_reserved(known_cluster: Cluster) -> None:
-    made = config([known_cluster.primary], g={"connection_count": 2, "reserved": 1, "timeout": 5})
+    made = config([known_cluster.primary], g={"connection_count": 2, "reserved": 1, "timeout": 30})
     Connection.init(made)
     release = threading.Event()
     holder = threading.Thread(target=lambda: _hold("g", release))
@@ -196,7 +196,7 @@ def test_who_waits_gets_the_idle_connection_that_is_no_longer_reserved(known_clu
     made["groups"]["g"]["reserved"] = 0
     Connection.reload(made)
     try:
-        wait_for(lambda: group.status().in_use == 2, timeout=2)
+        wait_for(lambda: group.status().in_use == 2)
     finally:
         release.set()
         holder.join(10)
@@ -326,7 +326,7 @@ def test_the_background_survives_what_goes_wrong_in_it(known_cluster: Cluster) -
 def test_what_is_told_of_a_connection_taken_away_may_need_one_itself(
     known_cluster: Cluster, mode: str
 ) -> None:
-    group = {"connection_count": 1, "max_hold": 0.05, "timeout": 3}
+    group = {"connection_count": 1, "max_hold": 0.05, "timeout": 9}
     Connection.init(config([known_cluster.primary], mode, g=group, other={"connection_count": 1}))
     took: list[float] = []
 
@@ -350,7 +350,7 @@ def test_what_is_told_of_a_connection_taken_away_may_need_one_itself(
             db.query("SELECT 1")
     finally:
         logging.getLogger("pgdbpool").removeHandler(handler)
-    assert took[0] < 2
+    assert took[0] < 8
 
 
 def test_a_signal_handler_may_close_what_it_interrupts_the_waking_of(known_cluster: Cluster) -> None:
@@ -372,6 +372,26 @@ def test_a_signal_handler_may_close_what_it_interrupts_the_waking_of(known_clust
             sys.setprofile(None)
 
     in_time(work)
+
+
+def test_two_threads_may_be_the_first_to_use_a_group(known_cluster: Cluster) -> None:
+    Connection.init(config([known_cluster.primary], g={"connection_count": 2}), wait=False)
+
+    def inside(frame: Any, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_name == "_maintain":
+            sys.setprofile(None)
+            other = threading.Thread(target=Connection.fetchval, args=("g", "SELECT 2"))
+            other.start()
+            other.join(10)
+
+    def work() -> Any:
+        sys.setprofile(inside)
+        try:
+            return Connection.fetchval("g", "SELECT 1")
+        finally:
+            sys.setprofile(None)
+
+    assert in_time(work) == 1
 
 
 def test_a_finalizer_may_use_a_group_that_chooses_a_server(known_cluster: Cluster) -> None:

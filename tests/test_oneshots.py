@@ -273,11 +273,11 @@ def test_a_commit_whose_answer_is_lost_may_be_one(
     start(proxy.port)
     thread = during(admin, "COMMIT", lambda pid: proxy.reset_all())
     with pytest.raises(pgdbpool.ConnectionLostError) as caught:
-        Connection.execute(group, "INSERT INTO slow VALUES (1)", **use(group))
+        Connection.execute(group, "INSERT INTO slow VALUES (3)", **use(group))
     thread.join()
     assert caught.value.maybe_committed
     assert not caught.value.repeatable
-    wait_for(lambda: there(admin, "slow") == [1])  # it was committed
+    wait_for(lambda: there(admin, "slow") == [3])  # it was committed
     assert at_rest(group)
 
 
@@ -285,8 +285,8 @@ def test_a_commit_whose_answer_is_lost_may_be_one(
 def test_a_commit_that_the_server_did_not_live_to_may_be_one(start: Any, admin: Any, group: str) -> None:
     start()
     for statement, found in (
-        ("INSERT INTO slow VALUES (1)", "COMMIT"),
-        ("SELECT pg_sleep(5)", "%pg_sleep(5)%"),
+        ("INSERT INTO slow VALUES (20)", "COMMIT"),
+        ("SELECT pg_sleep(20)", "%pg_sleep(20)%"),
     ):
         thread = during(admin, found, lambda pid: kill_backends(admin, pid))
         with pytest.raises(pgdbpool.ConnectionLostError) as caught:
@@ -317,9 +317,9 @@ def test_a_lost_statement_of_an_autocommit_group_may_have_taken_effect(
     start: Any, admin: Any, group: str
 ) -> None:
     start()
-    thread = during(admin, "%pg_sleep(5)%", lambda pid: kill_backends(admin, pid))
+    thread = during(admin, "%pg_sleep(20)%", lambda pid: kill_backends(admin, pid))
     with pytest.raises(pgdbpool.ConnectionLostError) as caught:
-        Connection.fetch(group, "SELECT pg_sleep(5)", **use(group))
+        Connection.fetch(group, "SELECT pg_sleep(20)", **use(group))
     thread.join()
     assert (caught.value.maybe_executed, caught.value.maybe_committed) == (True, False)
     assert at_rest(group)

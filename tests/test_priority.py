@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -200,8 +201,8 @@ def test_interrupted_waits_lose_nothing_of_the_share(start: Any, priority: Any) 
     try:
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 3
-        while interrupted < 60 and time.monotonic() < deadline:
+        deadline = time.monotonic() + 20
+        while (interrupted < 60 or not min(counts.values())) and time.monotonic() < deadline:
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.002)
                 while True:
@@ -243,18 +244,19 @@ def test_one_saturated_group_does_not_slow_another(start: Any) -> None:
         thread.start()
     try:
         wait_for(lambda: waiting() == 4 and refused[0])
-        longest = 0.0
+        took = []
         for _ in range(100):
             began = time.monotonic()
             with Handler("other", timeout=5) as db:
                 assert db.query("SELECT 1").fetchone()[0] == 1
-            longest = max(longest, time.monotonic() - began)
+            took.append(time.monotonic() - began)
         status = Connection.status().groups
     finally:
         stop.set()
         for thread in threads:
             thread.join(20)
-    print(f"100 blocks beside a full group: {longest * 1000:.1f} ms the longest")
-    assert longest < 1.0
+    half = statistics.median(took)
+    print(f"100 blocks beside a full group: {half * 1000:.1f} ms, {max(took) * 1000:.1f} ms the longest")
+    assert half < 0.2  # a turn in the full group is that and more; one alone may meet a stall of the machine
     assert status["other"].timeouts == 0
     assert status["g"].in_use == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import server
+from support import closed_port, server
 
 from pgdbpool.config import Config
 from pgdbpool.endpoint import Endpoint
@@ -18,12 +18,6 @@ from pgdbpool.sources import load
 def endpoint_config(**entry: Any) -> Any:
     config: Config = load({"db": entry, "groups": {"g": {"connection_count": 1}}})
     return Endpoint(config.endpoints[0]).config
-
-
-def unused_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def probe(config: Any) -> StartupProbe:
@@ -41,7 +35,7 @@ def test_the_server_of_a_service_file_is_the_one_that_is_asked(
     monkeypatch.setenv("PGSERVICEFILE", str(services))
     config = endpoint_config(conninfo="service=mine")
     assert probe(config).accepting
-    services.write_text(services.read_text().replace(f"port={node.port}", f"port={unused_port()}"))
+    services.write_text(services.read_text().replace(f"port={node.port}", f"port={closed_port()}"))
     refused = probe(config)
     assert not refused.accepting
     assert "refused" in refused.reason
@@ -52,7 +46,7 @@ def test_the_next_address_of_a_name_is_asked_when_one_refuses(
 ) -> None:
     node = known_cluster.primary
     stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
-    resolved = [(*stream, ("127.0.0.1", unused_port())), (*stream, (node.host, node.port))]
+    resolved = [(*stream, ("127.0.0.1", closed_port())), (*stream, (node.host, node.port))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: list(resolved))
     config = endpoint_config(**server(node, host="db.example"))
     assert probe(config).accepting

@@ -5,13 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import config, kill_backends, pid_of, server, wait_for
+from support import config, evenness, kill_backends, pid_of, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -133,55 +132,58 @@ def test_a_waiter_learns_at_once_that_no_server_is_left(
                 db.query("SELECT 1")
             began = time.monotonic()
         with pytest.raises(pgdbpool.DBOfflineError):
-            future.result(10)
-        assert time.monotonic() - began < 5
+            future.result(20)
+        assert time.monotonic() - began < 10
 
 
 def test_a_burst_connects_side_by_side(start: Any, known_cluster: Any, proxy_to: Any) -> None:
     proxy = proxy_to(known_cluster.primary)
-    proxy.delay = 0.05
+    proxy.delay = 0.2
     start({"port": proxy.port}, connection_count=9, min_size=1)
     barrier = threading.Barrier(8)
 
     def block() -> float:
-        barrier.wait(5)
+        barrier.wait(10)
         began = time.monotonic()
         with Handler("g"):
             taken = time.monotonic() - began
-            barrier.wait(10)  # all hold theirs at the same time
+            barrier.wait(20)  # all hold theirs at the same time
             return taken
 
     with ThreadPoolExecutor(8) as threads:
-        taken = [future.result(15) for future in [threads.submit(block) for _ in range(8)]]
+        taken = [future.result(30) for future in [threads.submit(block) for _ in range(8)]]
     one = max(taken)
     print(f"8 checkouts over connects through a slow network: {min(taken):.2f} .. {one:.2f} s")
-    assert one < 8 * 0.2 / 2  # one after another would take 8 connects of 0.2 s at least
+    assert one < 8 * 0.8 / 2  # one after another would take 8 connects of 0.8 s at least
 
 
 def test_threads_share_fairly(start: Any) -> None:
     start(connection_count=2)
-    blocks: Counter[int] = Counter()
+    blocks = [0] * 6
     stop = threading.Event()
-    all_there = threading.Barrier(6)
+    all_there = threading.Barrier(7)
 
     def run(i: int) -> None:
         all_there.wait(30)
         while not stop.is_set():
             with Handler("g") as db:
-                db.query("SELECT 1").fetchall()
+                db.query("SELECT pg_sleep(0.002)").fetchall()  # longer than a thread takes to wake up
             blocks[i] += 1
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: sum(blocks.values()) > 3000, 60)
-    stop.set()
-    for thread in threads:
-        thread.join(10)
-    print("blocks by thread:", dict(blocks))
+    all_there.wait(30)
+    try:
+        even = evenness(blocks, of=200)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+    print("blocks by thread:", blocks)
     status = Connection.status().groups["g"]
     assert (status.in_use, status.idle, status.waiting) == (0, 2, 0)
-    assert min(blocks.values()) > 0.5 * max(blocks.values())
+    assert even > 0.5
 
 
 def test_an_interrupted_wait_loses_nothing(start: Any) -> None:

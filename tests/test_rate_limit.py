@@ -117,14 +117,14 @@ def test_a_block_waits_for_its_turn_and_is_refused_when_that_is_too_far(start: A
     began = time.monotonic()
     with pytest.raises(RateLimitExceeded) as caught, Handler("g"):
         pass
-    assert time.monotonic() - began < 2  # it is known at once that five seconds are not enough
+    assert time.monotonic() - began < 4  # it is known at once that five seconds are not enough
     assert 90 < caught.value.retry_after <= 100
     status = Connection.status().groups["g"]
     assert (status.in_use, status.waiting) == (0, 0)
 
 
 def test_threads_get_exactly_what_the_rate_allows_in_the_order_they_came(start: Any) -> None:
-    start(per_second=50, burst=1, max_wait=30)
+    start(per_second=20, burst=1, max_wait=30)
     limiter = Connection.group("g").limiter
     assert limiter is not None
     order: list[int] = []
@@ -139,16 +139,17 @@ def test_threads_get_exactly_what_the_rate_allows_in_the_order_they_came(start: 
         futures = []
         for i in range(20):
             futures.append(threads.submit(block, i))
-            time.sleep(0.002)
+            wait_for(lambda i=i: len(limiter._queue) + len(order) > i)
         for future in futures:
             future.result(20)
-    # The last one's turn is 20 turns after the first; which thread goes on first within one is the system's.
-    assert time.monotonic() - began >= 20 / 50 - 0.01
-    assert sum(abs(place - i) for place, i in enumerate(order)) < 20
+    # The last one's turn is 20 turns after the first; which thread goes on first of those that the system
+    # lets go on late is the system's. In no order at all this sum is 133.
+    assert time.monotonic() - began >= 20 / 20 - 0.01
+    assert sum(abs(place - i) for place, i in enumerate(order)) < 60
 
 
 def test_interrupted_waiters_take_no_token_and_leave_the_queue(start: Any) -> None:
-    start(per_second=100, burst=1, max_wait=60)
+    start(per_second=20, burst=1, max_wait=60)
     limiter = Connection.group("g").limiter
     assert limiter is not None
 
@@ -171,7 +172,7 @@ def test_interrupted_waiters_take_no_token_and_leave_the_queue(start: Any) -> No
     try:
         for thread in threads:
             thread.start()
-        while time.monotonic() - began < 2:
+        while time.monotonic() - began < 3:
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.005)
                 while True:
@@ -185,7 +186,7 @@ def test_interrupted_waiters_take_no_token_and_leave_the_queue(start: Any) -> No
         stop.set()
         for thread in threads:
             thread.join(20)
-    taken, allowed = len(begun) + mine, (time.monotonic() - began) * 100 + 1
+    taken, allowed = len(begun) + mine, (time.monotonic() - began) * 20 + 1
     print(f"{interrupted} interrupted, {len(begun)} + {mine} of {allowed:.0f} turns taken")
     assert interrupted > 20
     assert not limiter._queue
@@ -194,7 +195,7 @@ def test_interrupted_waiters_take_no_token_and_leave_the_queue(start: Any) -> No
 
 
 def test_those_behind_an_interrupted_waiter_move_up(start: Any) -> None:
-    start(per_second=2, burst=1, max_wait=60)
+    start(per_second=0.5, burst=1, max_wait=60)
     limiter = Connection.group("g").limiter
     assert limiter is not None
     limiter.acquire()
@@ -207,22 +208,25 @@ def test_those_behind_an_interrupted_waiter_move_up(start: Any) -> None:
 
     previous = signal.signal(signal.SIGALRM, interrupt)
     began = time.monotonic()
-    with ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(2) as threads:
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
 
             def behind() -> float:
                 wait_for(lambda: limiter._queue)
                 limiter.acquire()
                 return time.monotonic() - began
 
+            def interrupt_the_first() -> None:
+                wait_for(lambda: len(limiter._queue) == 2)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
             future = threads.submit(behind)
+            threads.submit(interrupt_the_first)
             with pytest.raises(Interrupt):
                 limiter.acquire()
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
-        assert 0.45 < future.result(10) < 0.95  # the first turn, at half a second, and not the second
+        assert 1.9 < future.result(10) < 3.9  # the first turn, at two seconds, and not the second
 
 
 def test_a_forked_child_has_a_bucket_of_its_own(start: Any, mode: str) -> None:
@@ -248,10 +252,10 @@ def test_a_forked_child_has_a_bucket_of_its_own(start: Any, mode: str) -> None:
 
 
 def test_the_wait_for_a_turn_is_cut_by_the_deadline(start: Any, mode: str) -> None:
-    start(mode, per_second=1, burst=1, max_wait=30)
+    start(mode, per_second=0.1, burst=1, max_wait=30)
     with Handler("g"):
         pass
     began = time.monotonic()
     with pytest.raises(RateLimitExceeded), pgdbpool.deadline(0.3), Handler("g"):
         pass
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < 5

@@ -363,11 +363,11 @@ def test_nothing_is_repeated_beyond_the_deadline(start: Any, mode: str) -> None:
     start(mode)
     work = Work(serialization_failure)
     began = time.monotonic()
-    with pytest.raises(psycopg.Error) as caught, deadline(0.5):
-        pgdbpool.run("manual", work, attempts=1000, backoff=0.1, max_backoff=0.2)
+    with pytest.raises(psycopg.Error) as caught, deadline(2):
+        pgdbpool.run("manual", work, attempts=1000, backoff=0.4, max_backoff=0.8)
     # The last attempt may be one that had hardly any time left.
     assert classify(caught.value) in (Category.RETRYABLE, Category.TIMEOUT)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 5
     assert 2 <= work.begun <= 8
 
 

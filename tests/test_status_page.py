@@ -90,11 +90,11 @@ def test_the_page_shows_all_processes_and_keeps_itself_current(
         )
 
         known_cluster.nodes[2].kill()
-        wait_for(lambda: "down" in state(browser, "db-3"), 3, "the killed standby is shown")
+        wait_for(lambda: "down" in state(browser, "db-3"), 15, "the killed standby is shown")
         assert "down" in browser.run("document.title")
         wait_for(lambda: "is down" in browser.text("#events"), what="an event tells of it")
         known_cluster.nodes[2].start()
-        wait_for(lambda: "up" in state(browser, "db-3"), 10, "the standby is back")
+        wait_for(lambda: "up" in state(browser, "db-3"), 20, "the standby is back")
 
         browser.click(row_of("db-2"))
         wait_for(lambda: "draining" in state(browser, "db-2"), what="db-2 is drained")
@@ -169,7 +169,7 @@ def test_the_page_says_when_nobody_answers(site: Site, browser: Browser) -> None
     workers = [process["pid"] for process in site.overview()["processes"]]
     os.kill(workers[0], signal.SIGSTOP)
     try:
-        wait_for(lambda: "silent" in browser.text("#processes"), 15, "a stopped process is silent")
+        wait_for(lambda: "silent" in browser.text("#processes"), 25, "a stopped process is silent")
         assert "1 process does not answer" in browser.text("#summary")
     finally:
         os.kill(workers[0], signal.SIGCONT)

@@ -16,6 +16,8 @@ from proxy import Proxy
 from pgdbpool.cluster import Cluster, ClusterError, Node
 
 VICTIM = "SELECT pid FROM pg_stat_activity WHERE usename = %s ORDER BY random() LIMIT 1"
+LEAST = 9
+"""Faults of a run, however slow the machine is."""
 ALL_ENDED = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s"
 
 
@@ -49,11 +51,13 @@ class Nemesis:
     def run(self, until: float, recovered: Callable[[float], bool], patience: float) -> None:
         """Go through all faults in random order, again and again; end with everything mended.
 
-        The first is a failover, which so comes in the shortest of runs. After each, wait until `recovered`
-        says that all have recovered since then, or for the `patience`.
+        The first is a failover, which so comes in the shortest of runs; on a slow machine it goes on until
+        there were `LEAST`. After each, wait until `recovered` says that all have recovered since then, or for
+        the `patience`.
         """
-        deck = [Nemesis.fail_over]
-        while time.monotonic() < until:
+        deck, struck = [Nemesis.fail_over], 0
+        while time.monotonic() < until or struck < LEAST:
+            struck += 1
             if not deck:
                 deck = self.random.sample(FAULTS, len(FAULTS))
             mended = self.strike(deck.pop())

@@ -259,6 +259,11 @@ class Report:
         return [sample for sample in self.samples if sample.exact != self.samples[0].exact]
 
     @property
+    def enough(self) -> bool:
+        """Whether so much has happened that the report says something, also of a slow machine."""
+        return len(self.samples) > 4 and len(self.faults) > 1 and self.events["blocks"] > 500
+
+    @property
     def settled(self) -> list[Sample]:
         """The samples after the first third, in which caches fill."""
         return self.samples[len(self.samples) // 3 :]
@@ -321,8 +326,9 @@ def run(plan: Plan) -> Report:
 
         nemesis = Nemesis(cluster, proxies, USER, random, note)
         until = time.monotonic() + plan.seconds
+        at_last = until + 4 * plan.seconds
         try:
-            while time.monotonic() < until:
+            while (now := time.monotonic()) < until or (now < at_last and not report.enough):
                 time.sleep(random.uniform(0.5, 2.0))
                 sample_at_pause(report, process, cluster)
                 nemesis.strike(random.choice(QUICK))
@@ -355,7 +361,7 @@ def sample_at_pause(report: Report, process: subprocess.Popen[bytes], cluster: C
 
     # What was closed a moment ago ends a moment later: a thread, a backend.
     with suppress(AssertionError):
-        wait_for(settled, 10)
+        wait_for(settled, 30)
     report.samples.append(sample)
     process.stdin.write(b"w")
     process.stdin.flush()

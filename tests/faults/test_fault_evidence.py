@@ -143,7 +143,7 @@ def expect_down(start: Any, known_cluster: Any, proxy_to: Any) -> Callable[[str,
     proxy = proxy_to(known_cluster.standbys[0])
 
     def check(fault: str, mend: str, says: str) -> None:
-        start([server(known_cluster.standbys[0], port=proxy.port, connect_timeout=0.4)], min_size=0)
+        start([server(known_cluster.standbys[0], port=proxy.port, connect_timeout=1.5)], min_size=0)
         with Handler("g"):  # on the one connection that there is
             getattr(proxy, fault)()
             found = call()

@@ -11,9 +11,9 @@ from load import Load, call
 from support import server, wait_for
 
 import pgdbpool
-from pgdbpool import Connection, Handler
+from pgdbpool import Connection, Handler, group
 
-PING, CONNECT = 0.4, 0.6
+PING, CONNECT, QUERY = 1.0, 1.2, 1.0
 
 
 @pytest.fixture(params=["stopped process", "dead network"])
@@ -63,12 +63,14 @@ def test_a_connect_to_a_hung_server_is_bounded(start: Any, hung: Any, measured: 
 
 @pytest.mark.parametrize("timeout", [0, 0.1])
 def test_a_hurried_ping_is_no_evidence_and_costs_what_it_may(
-    start: Any, known_cluster: Any, proxy_to: Any, measured: Any, timeout: float
+    start: Any, known_cluster: Any, proxy_to: Any, measured: Any, timeout: float, monkeypatch: Any
 ) -> None:
     proxy = proxy_to(known_cluster.standbys[0])
     start([server(known_cluster.standbys[0], port=proxy.port)], ping="always", ping_timeout=5)
-    with Handler("g", timeout=timeout) as db:  # a ping takes a moment, also where there is no time to wait
-        assert db.query("SELECT 1").fetchone()[0] == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(group, "HURRY", 5)  # that long on a machine that is busy
+        with Handler("g", timeout=timeout) as db:  # a ping has its moment, also with no time to wait
+            assert db.query("SELECT 1").fetchone()[0] == 1
     proxy.stall()
     began = time.monotonic()
     with (
@@ -86,7 +88,7 @@ def test_a_hurried_ping_is_no_evidence_and_costs_what_it_may(
 def test_a_statement_on_a_hung_server_is_bounded_and_a_reason_to_ping(
     start: Any, hung: Any, measured: Any, known_cluster: Any
 ) -> None:
-    entry, hang, go_on = hung(query_timeout=200, connect_timeout=CONNECT)
+    entry, hang, go_on = hung(query_timeout=f"{QUERY} s", connect_timeout=CONNECT)
     start([entry], ping_timeout=PING)
     with Handler("g") as db:
         hang()
@@ -94,7 +96,7 @@ def test_a_statement_on_a_hung_server_is_bounded_and_a_reason_to_ping(
         with pytest.raises(pgdbpool.QueryDeadlineError) as caught:
             db.query("SELECT 1")
         measured(
-            "a statement of at most 0.2 s", time.monotonic() - began, at_most=0.2 + 1 + 1.5, at_least=1.2
+            "a statement of at most 1 s", time.monotonic() - began, at_most=QUERY + 2.5, at_least=QUERY + 1
         )
         assert caught.value.maybe_executed
         assert db._conn is None or db._conn.closed
@@ -114,7 +116,7 @@ SESSIONS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgdbpool'
 def test_other_requests_go_to_the_healthy_server_and_pay_nothing(
     start: Any, hung: Any, measured: Any, known_cluster: Any, mode: str
 ) -> None:
-    entry, hang, go_on = hung(query_timeout=200, connect_timeout=CONNECT)
+    entry, hang, go_on = hung(query_timeout=f"{QUERY} s", connect_timeout=CONNECT)
     other = known_cluster.standbys[1]
     start([entry, server(other)], connection_count=8, ping_timeout=PING)
     clients = 4 if mode == "threaded" else 1
@@ -126,10 +128,10 @@ def test_other_requests_go_to_the_healthy_server_and_pay_nothing(
         known = time.monotonic()
         wait_for(lambda: len(load.good_since(known)) > 300)
     assert all(isinstance(error, pgdbpool.QueryDeadlineError) for error in load.errors)
-    slow = [each for each in load.calls if each.ended > since and each.took > 0.25]
-    measured("until the server counts as down", known - since, at_most=0.2 + 1 + PING + 2)
+    slow = [each for each in load.calls if each.ended > since and each.took > 0.9]
+    measured("until the server counts as down", known - since, at_most=QUERY + 1 + PING + 2)
     measured("calls that paid", len(slow), "", at_most=2 * clients + 1)  # a statement, and a ping, each
     fast = [each for each in load.calls if each.began > known]
     assert {each.endpoint for each in fast} == {other.label}
-    measured("slowest call after that", max(each.took for each in fast) * 1000, "ms", at_most=500)
+    measured("slowest call after that", max(each.took for each in fast) * 1000, "ms", at_most=900)
     go_on()

@@ -33,8 +33,8 @@ def test_a_restart_costs_no_error_whatever_is_stale(
         assert [each.error for each in calls if each.error] == []
         what = f"{stale} stale connections, {clients} clients"
         first = min(each.ended for each in calls) - accepting
-        measured(f"first success, {what}", first * 1000, "ms", at_most=500)
-        measured(f"slowest call, {what}", max(each.took for each in calls) * 1000, "ms", at_most=1000)
+        measured(f"first success, {what}", first * 1000, "ms", at_most=1000)
+        measured(f"slowest call, {what}", max(each.took for each in calls) * 1000, "ms", at_most=2000)
         wait_for(lambda: call().error is None and Connection.status().groups["g"].idle >= min(stale, 5))
         Connection.reset()
 

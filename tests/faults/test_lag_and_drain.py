@@ -68,12 +68,12 @@ def test_a_standby_that_is_too_far_behind_gets_no_block_until_it_has_caught_up(
 
 
 def test_an_idle_primary_is_no_lag(start: Any, known_cluster: Any) -> None:
-    start(known_cluster.nodes, target="standby", max_lag={"seconds": 0.5})
-    ends = time.monotonic() + 2
+    start(known_cluster.nodes, target="standby", max_lag={"seconds": 1.5})
+    ends = time.monotonic() + 3
     while time.monotonic() < ends:  # nobody writes
         assert use(1)
     lags = [Connection.status().endpoints[node.label].lag_seconds for node in known_cluster.standbys]
-    assert max(lag or 0.0 for lag in lags) < 0.5
+    assert max(lag or 0.0 for lag in lags) < 1.5
 
 
 def test_with_every_standby_behind_the_error_says_how_far(start: Any, known_cluster: Any) -> None:
