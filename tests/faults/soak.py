@@ -352,14 +352,17 @@ def sample_at_pause(report: Report, process: subprocess.Popen[bytes], cluster: C
     report.events = Counter(json.loads(answer))
     expected = report.samples[0].exact if report.samples else None
 
+    sample = look_at(process.pid, cluster)
+
     def settled() -> bool:
+        nonlocal sample
         sample = look_at(process.pid, cluster)
         return sample.exact == expected if expected else sample.backends == sum(SIZES.values())
 
     # What was closed a moment ago ends a moment later: a thread, a backend.
     with suppress(AssertionError):
         wait_for(settled, 30)
-    report.samples.append(look_at(process.pid, cluster))
+    report.samples.append(sample)
     process.stdin.write(b"w")
     process.stdin.flush()
 
