@@ -84,7 +84,9 @@ class Browser:
     def go(self, url: str) -> None:
         """Go to an address and wait until the page is there."""
         self.call("Page.navigate", url=url)
-        wait_for(lambda: self.run("document.readyState") == "complete" and self.run("location.href") == url)
+        wait_for(
+            lambda: self.run("document.readyState") == "complete" and self.run("location.href") == url, 60
+        )
 
     def run(self, expression: str) -> Any:
         """Return the value of an expression in the page; where that is being replaced, in the next one."""
@@ -95,7 +97,7 @@ class Browser:
             answer.update(self._ask("Runtime.evaluate", params))
             return "result" in answer
 
-        wait_for(evaluated, what=f"an answer to {expression}")
+        wait_for(evaluated, 60, f"an answer to {expression}")
         done = answer["result"]
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
@@ -117,7 +119,7 @@ class Browser:
                 self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
             return self.run("window.missed") is not True  # nor is it on the page that a click leads to
 
-        wait_for(clicked, what=f"{selector} is clicked")
+        wait_for(clicked, 60, f"{selector} is clicked")
 
     def press(self, key: str) -> None:
         """Press a key, by its name."""
@@ -198,7 +200,7 @@ def _page(port: int) -> str | None:
 
 def _websocket(url: str) -> socket.socket:
     parts = urlsplit(url)
-    link = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30)
+    link = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=60)
     key = base64.b64encode(os.urandom(16)).decode()
     link.sendall(
         f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

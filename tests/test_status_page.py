@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 from chromium import PROGRAM, Browser
 from site_of_processes import PASSWORD, TOKEN, Load, Site
-from support import server, wait_for
+from support import server
+from support import wait_for as wait_until
 
 from pgdbpool.cluster import Cluster
 
@@ -24,6 +25,11 @@ needs_chromium = pytest.mark.skipif(
 )
 PICTURES = Path(__file__).parents[1] / "doc" / "pictures"
 WORKERS = ("--workers", "4", "--worker-class", "gthread", "--threads", "6")
+
+
+def wait_for(condition: Callable[[], Any], what: str = "") -> Any:
+    """Wait for the page: a browser on a busy machine takes its time for each look at it."""
+    return wait_until(condition, 60, what)
 
 
 def settings(cluster: Cluster) -> dict[str, Any]:
@@ -45,7 +51,7 @@ def settings(cluster: Cluster) -> dict[str, Any]:
 @pytest.fixture
 def site(known_cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     with Site(tmp_path, settings(known_cluster), *WORKERS) as running:
-        wait_for(lambda: len(running.overview()["processes"]) == 4, 20, "all workers publish")
+        wait_for(lambda: len(running.overview()["processes"]) == 4, "all workers publish")
         yield running
 
 
@@ -85,16 +91,14 @@ def test_the_page_shows_all_processes_and_keeps_itself_current(
             assert pid in browser.text("#processes")
         wait_for(lambda: "● up" in state(browser, "db-3"), what="db-3 is up")
         assert "All endpoints up" in browser.text("#summary")
-        wait_for(
-            lambda: float(browser.text("#groups figure b").replace(",", "")) > 0, 20, "blocks are plotted"
-        )
+        wait_for(lambda: float(browser.text("#groups figure b").replace(",", "")) > 0, "blocks are plotted")
 
         known_cluster.nodes[2].kill()
-        wait_for(lambda: "down" in state(browser, "db-3"), 15, "the killed standby is shown")
+        wait_for(lambda: "down" in state(browser, "db-3"), "the killed standby is shown")
         assert "down" in browser.run("document.title")
         wait_for(lambda: "is down" in browser.text("#events"), what="an event tells of it")
         known_cluster.nodes[2].start()
-        wait_for(lambda: "up" in state(browser, "db-3"), 20, "the standby is back")
+        wait_for(lambda: "up" in state(browser, "db-3"), "the standby is back")
 
         browser.click(row_of("db-2"))
         wait_for(lambda: "draining" in state(browser, "db-2"), what="db-2 is drained")
@@ -169,7 +173,7 @@ def test_the_page_says_when_nobody_answers(site: Site, browser: Browser) -> None
     workers = [process["pid"] for process in site.overview()["processes"]]
     os.kill(workers[0], signal.SIGSTOP)
     try:
-        wait_for(lambda: "silent" in browser.text("#processes"), 25, "a stopped process is silent")
+        wait_for(lambda: "silent" in browser.text("#processes"), "a stopped process is silent")
         assert "1 process does not answer" in browser.text("#summary")
     finally:
         os.kill(workers[0], signal.SIGCONT)
