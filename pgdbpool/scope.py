@@ -2,7 +2,9 @@
 
 An asynchronous exception (a signal handler's, such as a job's time limit) may come between any two steps of
 the block's beginning and end, and before the first step of `__exit__`, which then does nothing. So the value
-ends with whichever comes first, its `__exit__` or its `Scope`, which only the `with` statement refers to.
+ends with whichever comes first, its `__exit__` or its `Scope`, which only the `with` statement refers to. Its
+end is seen by a weak reference and not by `__del__`, which would run after each block and swallow an
+interruption there.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from contextvars import ContextVar
+from functools import partial
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import ref
 
 T = TypeVar("T")
 
@@ -19,12 +23,14 @@ T = TypeVar("T")
 class Binding(Generic[T]):
     """A value, the binding that it hides, and whether it is over while others still lead to it."""
 
-    __slots__ = ("hidden", "over", "value")
+    __slots__ = ("hidden", "over", "value", "watch")
 
     def __init__(self, value: T, hidden: Binding[T] | None = None) -> None:
         self.value = value
         self.hidden = hidden
         self.over = False
+        self.watch: ref[Any] | None = None
+        """Tells when its Scope is dropped."""
 
 
 Variable = ContextVar["Binding[T] | None"]
@@ -60,9 +66,11 @@ class Scope(ContextDecorator, Generic[T]):
     def __enter__(self) -> None:
         if self._binding is not None:
             raise RuntimeError("this block has begun already: make one of its own for each `with`")
+        variable = self._variable
         try:
-            self._binding = Binding(self._value(), _live(self._variable))
-            self._variable.set(self._binding)
+            binding = self._binding = Binding(self._value(), _live(variable))
+            binding.watch = ref(self, partial(_end, variable, binding))
+            variable.set(binding)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -70,22 +78,21 @@ class Scope(ContextDecorator, Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._binding is None:
+        if (binding := self._binding) is None:
             return
         top = self._variable.get()
-        while top is not None and top is not self._binding:  # those above it were interrupted in their end
+        while top is not None and top is not binding:  # those above it were interrupted in their end
             top = top.hidden
-        self._end(restore=top is not None)
+        if top is None:
+            binding.over = True
+        else:
+            self._variable.set(binding.hidden)
+        self._binding = binding.watch = None
 
-    def __del__(self) -> None:
-        if self._binding is not None:
-            self._end(restore=self._variable.get() is self._binding)
 
-    def _end(self, restore: bool) -> None:
-        if self._binding is None:
-            return
-        if restore:
-            self._variable.set(self._binding.hidden)
-        else:  # this is another context, or a later block: who still comes to it passes it by
-            self._binding.over = True
-        self._binding = None
+def _end(variable: Variable[T], binding: Binding[T], _: ref[Scope[T]]) -> None:
+    """End a value late, perhaps in another context or beneath a later block: who comes to it passes it by."""
+    if variable.get() is binding:
+        variable.set(binding.hidden)
+    else:
+        binding.over = True

@@ -94,10 +94,6 @@ def interrupted_at(step: int, do: Callable[[], None]) -> Interrupt | None:
     return None
 
 
-in_its_end = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in its __del__
-
-
-@in_its_end
 @kinds
 def test_whatever_is_interrupted_nothing_is_left(make: Any, seen: Any, one: Any, two: Any) -> None:
     def inner() -> None:
@@ -118,7 +114,6 @@ def test_whatever_is_interrupted_nothing_is_left(make: Any, seen: Any, one: Any,
     assert step > 50
 
 
-@in_its_end
 def test_an_end_that_comes_too_late_takes_nothing_from_a_later_block() -> None:
     def inner() -> None:
         with pgdbpool.tenant("two"):
