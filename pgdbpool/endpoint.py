@@ -47,6 +47,9 @@ PROBE_AFTER = (0.5, 0.75)
 PROBE_TIMEOUT = 2.0
 """Seconds that a server has to answer a probe."""
 
+PROBE_AT_LEAST = 0.05
+"""Seconds that it has in any case, also where a request has no time left."""
+
 
 CHANGING = ("weight", "connect_timeout", "password", "pass_file")
 """Keys of a server that may change while its connections stay."""
@@ -356,6 +359,10 @@ class Endpoint:
             steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
             return waiting.wait_conn(steps, interval=0.1, timeout=deadline - began)
 
+        def had_time() -> bool:
+            """Tell whether the server had; a function for the password may have left it hardly any."""
+            return deadline - began >= 0.9 * min(timeout, 1.0)
+
         try:
             pgconn = self._log_in(group, opening)
             conn = pooled(group.connection_class, kind)(pgconn)
@@ -374,14 +381,12 @@ class Endpoint:
                 set_up(conn)
         except _WaitTimeout:
             error: Exception = ConnectionTimeout(f"no answer within {deadline - began:.1f} s")
-            # A function for the password may have left the server hardly any time.
-            down = conclusive and deadline - began >= 0.9 * min(timeout, 1.0)
-            raise self._failed(error, down) from error
+            raise self._failed(error, conclusive and had_time()) from error
         except (psycopg.Error, Error) as error:
             if conn is not None:
                 conn.close()
             told = error.__cause__ if isinstance(error, HookError) else error
-            down = isinstance(told, psycopg.Error) and self._is_down(deadline)
+            down = isinstance(told, psycopg.Error) and self._is_down(deadline, conclusive and had_time())
             raise self._failed(error, down) from error
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
         conn.row_factory = row_factory
@@ -452,8 +457,11 @@ class Endpoint:
                 self.role = None  # the pooler is up; its server may be gone, and another promoted
         return DialError(self, message, down)
 
-    def _is_down(self, deadline: float) -> bool:
-        """Ask the server itself why it refused: libpq gives no SQLSTATE and its text is translated."""
+    def _is_down(self, deadline: float, conclusive: bool) -> bool:
+        """Ask the server itself why it refused: libpq gives no SQLSTATE and its text is translated.
+
+        :param conclusive: whether no answer says that it is down, and not that there was no time for one.
+        """
         probe = self.probe()
-        probe.run(min(deadline - monotonic(), PROBE_TIMEOUT))
-        return not probe.accepting
+        probe.run(min(max(deadline - monotonic(), PROBE_AT_LEAST), PROBE_TIMEOUT))
+        return not probe.accepting and (conclusive or not probe.out_of_time)

@@ -51,6 +51,8 @@ class StartupProbe:
         self.done = False
         self.accepting = False
         self.reason = "no answer"
+        self.out_of_time = False
+        """Whether `run` gave up before there was an answer."""
 
     def start(self) -> None:
         """Begin to connect; a name is resolved first, which the system's resolver bounds."""
@@ -121,6 +123,7 @@ class StartupProbe:
         while not self.step():
             left = deadline - monotonic()
             if left <= 0:
+                self.out_of_time = True
                 self._finish(False, f"no answer within {timeout:.1f} s")
                 return
             self.wait(left)

@@ -134,6 +134,26 @@ def test_a_terminated_backend_is_only_a_reason_to_look(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("timeout", [0, 0.1])
+def test_a_hurried_connect_that_is_set_up_slowly_puts_no_endpoint_down(
+    start: Any, known_cluster: Any, timeout: float
+) -> None:
+    """As behind a pooler that has all of its sessions in use: it logs in at once, and a statement waits."""
+
+    def configure(conn: psycopg.Connection[Any]) -> None:
+        conn.execute("SELECT pg_sleep(%s)", (sleep,))
+
+    sleep = 2
+    start([known_cluster.primary], min_size=0, configure=configure, wait=False)
+    for _ in range(3):
+        with pytest.raises(pgdbpool.DBConnectionError) as caught, Handler("g", timeout=timeout):
+            pass
+        assert not isinstance(caught.value, pgdbpool.DBOfflineError)
+        assert state() == "up"
+    sleep = 0
+    assert call().error is None
+
+
 # Evidence.
 
 
