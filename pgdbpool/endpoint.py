@@ -80,24 +80,50 @@ class DialError(Exception):
         self.down = down
 
 
+class _Gate:
+    """Shut until it is opened, and open from then on."""
+
+    __slots__ = ("_lock", "_opened")
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._lock.acquire()
+        self._opened = False
+
+    def open(self) -> None:
+        """Let all pass, now and later."""
+        self._opened = True
+        try:  # noqa: SIM105  suppress() would be calls in which an interruption could come in
+            self._lock.release()
+        except RuntimeError:
+            pass  # open already
+
+    def wait(self, timeout: float) -> None:
+        """Wait until it is open, at most for the timeout (seconds)."""
+        try:
+            self._lock.acquire(timeout=max(timeout, 0.0))
+        finally:  # for the next, also where this one is interrupted with the lock in its hand
+            if self._opened:
+                try:  # noqa: SIM105
+                    self._lock.release()
+                except RuntimeError:
+                    pass  # by another
+
+
 class Look:
     """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object.
 
-    So those who wait for an end hold its lock alone: whoever is interrupted on the way ends it too.
+    So those who wait for an end hold its gate alone: whoever is interrupted on the way ends it too.
     """
 
-    __slots__ = ("__weakref__", "ended", "over")
+    __slots__ = ("__weakref__", "over")
 
     def __init__(self) -> None:
-        self.over = Lock()
-        self.over.acquire()
-        self.ended = False
+        self.over = _Gate()
 
     def end(self) -> None:
-        """Let those go on who wait; once, since one of them may hold the lock then."""
-        if not self.ended:
-            self.ended = True
-            self.over.release()
+        """Let those go on who wait."""
+        self.over.open()
 
     __del__ = end
 

@@ -593,8 +593,7 @@ class Group:
                 return endpoint.begin_look()
             over = other.over
             del other
-        if over.acquire(timeout=max(timeout, 0.0)):
-            over.release()  # for the next who waits
+        over.wait(timeout)
         return None
 
     def _set_up(self, conn: PooledConnection) -> None:

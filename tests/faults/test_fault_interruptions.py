@@ -6,13 +6,14 @@ back. `interrupt_at` does so at the n-th such point of a block, so that a test c
 
 from __future__ import annotations
 
+import ctypes
 import random
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import psycopg
@@ -199,6 +200,31 @@ def test_an_error_in_a_loop_ends_the_transaction_around_it(pools: None, group: s
             db.rollback()
             assert db.query("SELECT count(*) FROM t").fetchone() == (0,)
         exact(group)
+
+
+def test_who_is_interrupted_when_a_look_ends_keeps_nobody_else_waiting(pools: None, mode: str) -> None:
+    if mode == "non-threaded":
+        pytest.skip("nobody waits for another in lock-free mode")
+    group = Connection.group("auto")
+    endpoint = group.endpoints[0]
+    look = endpoint.begin_look()
+
+    def wait() -> None:
+        with suppress(Interruption):
+            group._look(endpoint, 60)
+
+    waiters = [threading.Thread(target=wait) for _ in range(4)]
+    for waiter in waiters:
+        waiter.start()
+    for waiter in waiters[:3]:  # raised as soon as it has the lock that it waits for
+        assert waiter.ident is not None
+        number, kind = ctypes.c_ulong(waiter.ident), ctypes.py_object(Interruption)
+        wait_for(lambda number=number, kind=kind: ctypes.pythonapi.PyThreadState_SetAsyncExc(number, kind))
+    time.sleep(0.1)  # now they wait, as far as can be told
+    endpoint.end_look(look)
+    for waiter in waiters:
+        waiter.join(10)
+    assert [waiter.is_alive() for waiter in waiters] == [False] * 4
 
 
 def test_an_interruption_at_any_point_of_a_connect_leaves_the_counts_exact(
