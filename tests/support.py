@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -21,6 +23,42 @@ def wait_for(condition: Callable[[], Any], timeout: float = 10.0, what: str = ""
         assert time.monotonic() < deadline, f"not within {timeout} s: {what or condition}"
         time.sleep(0.005)
     return value
+
+
+class Interruption(BaseException):
+    """As KeyboardInterrupt is, no Exception."""
+
+
+@contextmanager
+def interruptions() -> Iterator[Callable[[float, Callable[[], object]], bool]]:
+    """Yield a function that repeats some work until, after some seconds, a signal's handler raises in it.
+
+    It tells whether the exception came out: Python drops one that is raised in a finalizer.
+    """
+    fired = False
+
+    def alarm(*_: Any) -> None:
+        nonlocal fired
+        fired = True
+        raise Interruption
+
+    def interrupt(after: float, work: Callable[[], object]) -> bool:
+        nonlocal fired
+        fired = False
+        try:
+            signal.setitimer(signal.ITIMER_REAL, after)
+            while not fired:
+                work()
+        except Interruption:
+            return True
+        return False
+
+    previous = signal.signal(signal.SIGALRM, alarm)
+    try:
+        yield interrupt
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def evenness(blocks: list[int], rounds: int = 9, of: int = 500) -> float:

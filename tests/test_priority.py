@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import statistics
 import threading
 import time
@@ -12,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import pytest
-from support import config, kill_backends, pid_of, server, wait_for
+from support import config, interruptions, kill_backends, pid_of, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -181,12 +180,6 @@ def test_interrupted_waits_lose_nothing_of_the_share(start: Any, priority: Any) 
     """The main thread is interrupted again and again while others of both priorities come and go."""
     start(connection_count=3, reserved=1)
 
-    class Interrupt(BaseException):
-        pass
-
-    def interrupt(*_: Any) -> None:
-        raise Interrupt
-
     stop = threading.Event()
     counts = {"high": 0, "normal": 0}
 
@@ -196,23 +189,20 @@ def test_interrupted_waits_lose_nothing_of_the_share(start: Any, priority: Any) 
                 counts[mine] += 1
 
     threads = [threading.Thread(target=others, args=(p,)) for p in ("high", "normal", "normal", "normal")]
-    previous = signal.signal(signal.SIGALRM, interrupt)
     interrupted = 0
+
+    def block() -> None:
+        with Handler("g", timeout=20, priority=priority):
+            pass
+
     try:
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + 20
-        while (interrupted < 60 or not min(counts.values())) and time.monotonic() < deadline:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.002)
-                while True:
-                    with Handler("g", timeout=20, priority=priority):
-                        pass
-            except Interrupt:
-                interrupted += 1
+        with interruptions() as interrupt:
+            while (interrupted < 60 or not min(counts.values())) and time.monotonic() < deadline:
+                interrupted += interrupt(0.002, block)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
         stop.set()
         for thread in threads:
             thread.join(20)

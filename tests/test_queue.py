@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import config, evenness, kill_backends, pid_of, server, wait_for
+from support import config, evenness, interruptions, kill_backends, pid_of, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -189,38 +188,26 @@ def test_threads_share_fairly(start: Any) -> None:
 def test_an_interrupted_wait_loses_nothing(start: Any) -> None:
     """The main thread is interrupted again and again while others hand connections to it."""
     start()
-
-    class Interrupt(BaseException):
-        pass
-
-    def interrupt(*_: Any) -> None:
-        raise Interrupt
-
     stop = threading.Event()
+
+    def block() -> None:
+        with Handler("g", timeout=20):
+            pass
 
     def others() -> None:
         while not stop.is_set():
-            with Handler("g", timeout=20):
-                pass
+            block()
 
     threads = [threading.Thread(target=others) for _ in range(3)]
-    previous = signal.signal(signal.SIGALRM, interrupt)
     interrupted = 0
     try:
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + 3
-        while interrupted < 60 and time.monotonic() < deadline:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.002)
-                while True:
-                    with Handler("g", timeout=20):
-                        pass
-            except Interrupt:
-                interrupted += 1
+        with interruptions() as interrupt:
+            while interrupted < 60 and time.monotonic() < deadline:
+                interrupted += interrupt(0.002, block)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
         stop.set()
         for thread in threads:
             thread.join(20)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import config, server, wait_for
+from support import config, interruptions, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler, RateLimitExceeded
@@ -153,12 +153,6 @@ def test_interrupted_waiters_take_no_token_and_leave_the_queue(start: Any) -> No
     limiter = Connection.group("g").limiter
     assert limiter is not None
 
-    class Interrupt(BaseException):
-        pass
-
-    def interrupt(*_: Any) -> None:
-        raise Interrupt
-
     stop, begun = threading.Event(), []
 
     def others() -> None:
@@ -167,22 +161,20 @@ def test_interrupted_waiters_take_no_token_and_leave_the_queue(start: Any) -> No
                 begun.append(time.monotonic())
 
     threads = [threading.Thread(target=others) for _ in range(3)]
-    previous = signal.signal(signal.SIGALRM, interrupt)
     began, interrupted, mine = time.monotonic(), 0, 0
+
+    def acquire() -> None:
+        nonlocal mine
+        limiter.acquire()
+        mine += 1
+
     try:
         for thread in threads:
             thread.start()
-        while time.monotonic() - began < 3:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.005)
-                while True:
-                    limiter.acquire()
-                    mine += 1
-            except Interrupt:
-                interrupted += 1
+        with interruptions() as interrupt:
+            while time.monotonic() - began < 3:
+                interrupted += interrupt(0.005, acquire)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
         stop.set()
         for thread in threads:
             thread.join(20)
