@@ -336,12 +336,9 @@ class BlockCursor(psycopg.Cursor[Any]):
 
         def send() -> None:
             for converted, how, name in plan:
-                if how is Prepare.NO:
-                    self._execute_send(converted, force_extended=True)
-                    continue
                 if how is Prepare.SHOULD:
                     self._send_prepare(name, converted)
-                self._send_query_prepared(name, converted)
+                self._send(converted, how, name, None, extended=True)
 
         number = len(plan) + sum(how is Prepare.SHOULD for _, how, _ in plan)
         answers = iter(self._conn.exchange(preamble, send, number, self.after))

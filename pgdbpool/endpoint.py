@@ -47,8 +47,8 @@ PROBE_AFTER = (0.5, 0.75)
 PROBE_TIMEOUT = 2.0
 """Seconds that a server has to answer a probe."""
 
-PROBE_AT_LEAST = 0.05
-"""Seconds that it has in any case, also where a request has no time left."""
+HURRY = 0.05
+"""Seconds that a connect, ping or probe may take in any case, also where a request has no time to wait."""
 
 
 CHANGING = ("weight", "connect_timeout", "password", "pass_file")
@@ -385,9 +385,9 @@ class Endpoint:
             steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
             return waiting.wait_conn(steps, interval=0.1, timeout=deadline - began)
 
-        def had_time() -> bool:
-            """Tell whether the server had; a function for the password may have left it hardly any."""
-            return deadline - began >= 0.9 * min(timeout, 1.0)
+        def telling() -> bool:
+            """Tell whether silence is evidence: a function for the password may have left hardly any time."""
+            return conclusive and deadline - began >= 0.9 * min(timeout, 1.0)
 
         try:
             pgconn = self._log_in(group, opening)
@@ -407,12 +407,12 @@ class Endpoint:
                 set_up(conn)
         except _WaitTimeout:
             error: Exception = ConnectionTimeout(f"no answer within {deadline - began:.1f} s")
-            raise self._failed(error, conclusive and had_time()) from error
+            raise self._failed(error, telling()) from error
         except (psycopg.Error, Error) as error:
             if conn is not None:
                 conn.close()
             told = error.__cause__ if isinstance(error, HookError) else error
-            down = isinstance(told, psycopg.Error) and self._is_down(deadline, conclusive and had_time())
+            down = isinstance(told, psycopg.Error) and self._is_down(deadline, telling())
             raise self._failed(error, down) from error
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
         conn.row_factory = row_factory
@@ -489,5 +489,5 @@ class Endpoint:
         :param conclusive: whether no answer says that it is down, and not that there was no time for one.
         """
         probe = self.probe()
-        probe.run(min(max(deadline - monotonic(), PROBE_AT_LEAST), PROBE_TIMEOUT))
+        probe.run(min(max(deadline - monotonic(), HURRY), PROBE_TIMEOUT))
         return not probe.accepting and (conclusive or not probe.out_of_time)

@@ -17,7 +17,7 @@ import psycopg
 
 from . import deadlines, events, greenlets, tracing
 from .balance import Candidate, order, suits, worth_moving
-from .endpoint import DialError, Endpoint, Look, Role, State
+from .endpoint import HURRY, DialError, Endpoint, Look, Role, State
 from .errors import (
     DBConnectionError,
     DBOfflineError,
@@ -78,9 +78,6 @@ LONG = 1.0
 
 LOOKED_AT = 5
 """Connections to an endpoint whose sockets tell the time of a round trip."""
-
-HURRY = 0.05
-"""Seconds that a ping or a connect may take in any case, also where a request has no time to wait."""
 
 
 def _role_last(settings: Bound) -> Bound:

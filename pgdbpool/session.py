@@ -163,7 +163,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
     abandoned: bool = False
     riding: bool
-    """Whether a cursor of the block is sending a statement with its preamble."""
+    """Whether statements go through that are the pool's own, not a block's."""
     wrapped: bool
     """Whether the open transaction is there for one statement of an autocommit block, and ends with it."""
     holder: int = 0
