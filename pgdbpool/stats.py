@@ -39,9 +39,9 @@ class Tally:
 
     def count(self) -> None:
         """Count what is kept, unless somebody does so already."""
-        if not self._counting.acquire(blocking=False):
+        if self._counting.locked():
             return
-        try:
+        with self._counting:
             batch = self.recent[:]
             del self.recent[: len(batch)]  # what others append meanwhile comes after that
             batch.sort()
@@ -52,8 +52,6 @@ class Tally:
                 below = up_to
             self._counts[-1] += len(batch) - below
             self._sum += sum(batch)
-        finally:
-            self._counting.release()
 
     def read(self) -> tuple[list[int], float]:
         """Return how many there are for each bucket, and their sum."""

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,35 @@ def interruptions() -> Iterator[Callable[[float, Callable[[], object]], bool]]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def interrupt_at(n: int, block: Callable[[], object]) -> bool:
+    """Run the block and raise at its n-th point; return False where it has fewer.
+
+    A signal's handler, KeyboardInterrupt or gevent.Timeout raises where a function is entered or a call has
+    come back.
+    """
+    points = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal points
+        if event in ("call", "c_return"):
+            points += 1
+            if points == n:
+                sys.setprofile(None)
+                raise Interruption
+
+    try:
+        sys.setprofile(profile)
+        block()
+    except Interruption:
+        pass
+    except psycopg.Error:
+        if points < n:  # else it is what the driver has made of the interruption
+            raise
+    finally:
+        sys.setprofile(None)
+    return points >= n
 
 
 def evenness(blocks: list[int], rounds: int = 9, of: int = 500) -> float:

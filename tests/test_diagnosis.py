@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from support import config, kill_backends, pid_of, server, wait_for
+from support import config, interrupt_at, kill_backends, pid_of, server, wait_for
 
 import pgdbpool
 from pgdbpool import (
@@ -394,6 +394,16 @@ def test_many_threads_lose_no_duration() -> None:
     assert histogram.count == 80 * BATCH
     assert histogram.sum == pytest.approx(0.08 * BATCH)
     assert len(tally.recent) == 0
+
+
+def test_who_is_interrupted_while_counting_does_not_end_it() -> None:
+    tally, point = Tally(), 1
+    while interrupt_at(point, tally.count):
+        tally.add(0.001)
+        tally.count()
+        assert not tally.recent, point
+        point += 1
+    assert point > 10
 
 
 def test_a_quantile_is_the_end_of_its_bucket() -> None:

@@ -1,7 +1,6 @@
 """Exceptions that come from outside, at any point: the pool's counts are exact afterwards.
 
-A signal's handler, KeyboardInterrupt or gevent.Timeout raises where a function is entered or a call has come
-back. `interrupt_at` does so at the n-th such point of a block, so that a test can try each one.
+`interrupt_at` raises at the n-th point of a block at which something from outside may do so.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.transaction import OutOfOrderTransactionNesting
-from support import Interruption, config, interruptions, pid_of, server, wait_for
+from support import Interruption, config, interrupt_at, interruptions, pid_of, server, wait_for
 
 from pgdbpool import Connection, Handler, TransactionAbortedError
 
@@ -60,31 +59,6 @@ def exact(group: str) -> None:
         assert all(block.query("SELECT 1").fetchone()[0] == 1 for block in blocks)
     status = Connection.status().groups[group]
     assert (status.in_use, status.idle, status.size) == (0, SIZE, SIZE), status
-
-
-def interrupt_at(n: int, block: Callable[[], object]) -> bool:
-    """Run the block and raise at its n-th point; return False where it has fewer."""
-    points = 0
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal points
-        if event in ("call", "c_return"):
-            points += 1
-            if points == n:
-                sys.setprofile(None)
-                raise Interruption
-
-    try:
-        sys.setprofile(profile)
-        block()
-    except Interruption:
-        pass
-    except psycopg.Error:
-        if points < n:  # else it is what the driver has made of the interruption
-            raise
-    finally:
-        sys.setprofile(None)
-    return points >= n
 
 
 @pytest.mark.parametrize("group", ["auto", "manual"])
