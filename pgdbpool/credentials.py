@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psycopg
 
 from . import events
+from .asking import Asking
 from .errors import CredentialError
 from .keys import Refused, show
 from .kinds import is_text
@@ -38,21 +39,22 @@ class Login:
         self._read: tuple[object, str | None] = None, None
         """The state of `pass_file` when it was last read, and the password in it."""
         self._warned = ""
-        self._asking: Asking | None = None
+        self._asking: Asking[dict[str, str]] | None = None
 
     @property
     def calls(self) -> bool:
         """Whether a function of the application is called for it, which may not return."""
         return callable(self._config.user) or callable(self._config.password)
 
-    def asking(self) -> Asking:
+    def asking(self, *, anew: bool = False) -> Asking[dict[str, str]]:
         """Ask in a thread of its own; where one that was begun before has not returned, that is the one.
 
+        :param anew: as for `ask`.
         :raises CredentialError: there is no thread for it.
         """
         asking = self._asking
         if asking is None or not asking.under_way:
-            self._asking = asking = Asking(self)
+            asking = self._asking = Asking(partial(self.ask, anew=anew), "user and password", CredentialError)
         return asking
 
     def ask(self, *, anew: bool = False) -> dict[str, str]:
@@ -107,41 +109,6 @@ class Login:
             if password is None:
                 password = str(self._config.password)  # as it was when the configuration was read
         return password
-
-
-class Asking:
-    """User and password that are asked for in a thread of their own: who wants them goes on meanwhile."""
-
-    def __init__(self, login: Login) -> None:
-        self._login = login
-        self._answer: dict[str, str] | CredentialError = CredentialError(
-            "a function for user or password ended its thread"
-        )
-        self._thread = threading.Thread(target=self._run, name="pgdbpool-login", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError as error:
-            raise CredentialError(f"no thread to ask for user and password: {error}") from error
-
-    @property
-    def under_way(self) -> bool:
-        """Whether there is no answer yet."""
-        return self._thread.is_alive()
-
-    def answer(self) -> dict[str, str]:
-        """Return what came of it, as `Login.ask` does.
-
-        :raises CredentialError: a function failed.
-        """
-        if isinstance(self._answer, CredentialError):
-            raise self._answer
-        return self._answer
-
-    def _run(self) -> None:
-        try:
-            self._answer = self._login.ask()
-        except CredentialError as error:
-            self._answer = error
 
 
 def refused(error: psycopg.Error) -> bool:

@@ -13,7 +13,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ref
@@ -24,9 +23,12 @@ from psycopg.conninfo import make_conninfo
 from psycopg.errors import ConnectionTimeout, _WaitTimeout
 
 from . import events
+from .arrival import Arrival
+from .asking import Gate
 from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
-from .errors import CredentialError, Error, HookError, one_line
+from .errors import Error, HookError, one_line
+from .names import Name, UnresolvedError
 from .preamble import GRACE
 from .probe import StartupProbe
 from .roundtrip import round_trip
@@ -80,36 +82,6 @@ class DialError(Exception):
         self.down = down
 
 
-class _Gate:
-    """Shut until it is opened, and open from then on."""
-
-    __slots__ = ("_lock", "_opened")
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._lock.acquire()
-        self._opened = False
-
-    def open(self) -> None:
-        """Let all pass, now and later."""
-        self._opened = True
-        try:  # noqa: SIM105  suppress() would be calls in which an interruption could come in
-            self._lock.release()
-        except RuntimeError:
-            pass  # open already
-
-    def wait(self, timeout: float) -> None:
-        """Wait until it is open, at most for the timeout (seconds)."""
-        try:
-            self._lock.acquire(timeout=max(timeout, 0.0))
-        finally:  # for the next, also where this one is interrupted with the lock in its hand
-            if self._opened:
-                try:  # noqa: SIM105
-                    self._lock.release()
-                except RuntimeError:
-                    pass  # by another
-
-
 class Look:
     """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object.
 
@@ -119,7 +91,7 @@ class Look:
     __slots__ = ("__weakref__", "over")
 
     def __init__(self) -> None:
-        self.over = _Gate()
+        self.over = Gate()
 
     def end(self) -> None:
         """Let those go on who wait."""
@@ -137,11 +109,15 @@ class Endpoint:
 
     The attributes are written by whoever has the evidence and read without a lock: each is one
     assignment, and a reader that is late by one is corrected by its own evidence.
+
+    :param threads: whether there may be threads beside those of the application.
     """
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, *, threads: bool = True) -> None:
         self.config = config
+        self.name = Name.of(config)
         self.login = Login(config)
+        self.threads = threads
         self.label = config.label
         self.weight = config.weight
         self.state = State.UP
@@ -380,8 +356,6 @@ class Endpoint:
         def opening(conninfo: str) -> pq.abc.PGconn:
             nonlocal began
             began = monotonic()
-            if began >= deadline:
-                raise CredentialError(f"user and password took the {timeout:.1f} s that a connect may take")
             steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
             return waiting.wait_conn(steps, interval=0.1, timeout=deadline - began)
 
@@ -390,7 +364,7 @@ class Endpoint:
             return conclusive and deadline - began >= 0.9 * min(timeout, 1.0)
 
         try:
-            pgconn = self._log_in(group, opening)
+            pgconn = self._log_in(group, opening, deadline)
             conn = pooled(group.connection_class, kind)(pgconn)
             conn.patience = max(deadline - monotonic(), 0.1)
             conn.endpoint = self
@@ -406,8 +380,11 @@ class Endpoint:
             if set_up is not None:
                 set_up(conn)
         except _WaitTimeout:
-            error: Exception = ConnectionTimeout(f"no answer within {deadline - began:.1f} s")
+            error: Exception = ConnectionTimeout(f"no answer within {max(deadline - began, 0):.1f} s")
             raise self._failed(error, telling()) from error
+        except UnresolvedError as error:
+            stands_for_nothing = self.name is not None and not self.name.known
+            raise self._failed(error, stands_for_nothing and telling()) from error
         except (psycopg.Error, Error) as error:
             if conn is not None:
                 conn.close()
@@ -434,38 +411,44 @@ class Endpoint:
         :raises psycopg.Error: it could not be opened.
         :raises CredentialError: the user and password could not be had.
         """
-        return self._log_in(group, partial(psycopg.connect, autocommit=True))
+        deadline = monotonic() + (group.connect_timeout or self.config.connect_timeout)
+        return self._log_in(group, partial(psycopg.connect, autocommit=True), deadline)
+
+    def arrive(self, *, anew: bool = False) -> Arrival:
+        """Begin to ask for what a connection needs.
+
+        :param anew: the password was refused: read a file of it again.
+        :raises UnresolvedError: see `Arrival`.
+        :raises CredentialError: see `Arrival`.
+        """
+        return Arrival(self.name, self.login, threads=self.threads, anew=anew)
 
     def probe(self) -> StartupProbe:
         """Return a probe that asks whether the server accepts sessions."""
-        return StartupProbe(self.config, self.login.user)
+        return StartupProbe(self.config, self.login.user, self.name, threads=self.threads)
 
     def statement_timeout(self, group: GroupConfig) -> int:
         """Return the statement_timeout of the group's connections in milliseconds; 0 is none."""
         return self.config.query_timeout if group.query_timeout is None else group.query_timeout
 
-    def conninfo(self, group: GroupConfig, login: Mapping[str, str] | None = None) -> str:
-        """Return libpq's connection string for one of the group's connections.
-
-        :param login: the user and password, else they are asked for.
-        :raises CredentialError: they could not be had.
-        """
+    def conninfo(self, group: GroupConfig, given: Mapping[str, str]) -> str:
+        """Return libpq's connection string for one of the group's connections, with what was asked for."""
         params: dict[str, Any] = self.config.conninfo_params()
-        params.update(self.login.ask() if login is None else login)
+        params.update(given)
         # Also where it is empty: libpq would send PGOPTIONS otherwise.
         params["options"] = self.config.server_options(self.statement_timeout(group))
         return make_conninfo("", **params)
 
-    def _log_in(self, group: GroupConfig, opening: Callable[[str], _Opened]) -> _Opened:
+    def _log_in(self, group: GroupConfig, opening: Callable[[str], _Opened], deadline: float) -> _Opened:
         """Open a connection; where its password is refused and there is another one by now, with that."""
-        login = self.login.ask()
+        given = self.arrive().within(deadline)
         try:
-            return opening(self.conninfo(group, login))
+            return opening(self.conninfo(group, given))
         except psycopg.OperationalError as error:
             if not refused(error):
                 raise
-            other = self.login.ask(anew=True)
-            if other == login:
+            other = self.arrive(anew=True).within(deadline)
+            if other.get("password") == given.get("password") and other.get("user") == given.get("user"):
                 raise
         return opening(self.conninfo(group, other))
 

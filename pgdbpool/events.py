@@ -77,6 +77,11 @@ ENDPOINT_REMOVED = Event(
     "A changed configuration has no such server any more, or has another by its name.",
     "endpoint",
 )  # fmt: skip
+ENDPOINT_NAME = Event(
+    "endpoint.name", WARNING,
+    "A server's host name is not resolved: the addresses that it had the last time serve.",
+    "endpoint", "reason",
+)  # fmt: skip
 ENDPOINT_PASS_FILE = Event(
     "endpoint.pass_file", WARNING, "A `pass_file` cannot be read: the last password that was read serves.",
     "endpoint", "reason",

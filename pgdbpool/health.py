@@ -39,8 +39,7 @@ class _Visit:
         self.pooled = self._lent is not None
         pgconn = self._lent[1].pgconn if self._lent else None
         group = endpoint.groups[0]
-        login = endpoint.login if endpoint.login.calls and not group.lock_free else None
-        self.look = Look(partial(endpoint.conninfo, group.config), pgconn, login)
+        self.look = Look(partial(endpoint.conninfo, group.config), endpoint.arrive, pgconn)
 
     def _borrow(self) -> tuple[Group, PooledConnection] | None:
         for group in self.endpoint.groups:
@@ -75,8 +74,7 @@ class _Visit:
         self.over = True
         look, endpoint = self.look, self.endpoint
         if waited is not None:
-            what = "user and password" if look.asking else "answer"
-            self.failure = f"no {what} within {waited:.3g} s"
+            self.failure = f"no {look.missing or 'answer'} within {waited:.3g} s"
         elif not look.answered:
             self.failure = look.failure or "no answer"
         if self.failure or not self.pooled:
@@ -170,7 +168,7 @@ def _wait(visits: list[_Visit], began: float, deadline: float) -> None:
             visit.look.register(poller)
         if flying:
             left = max(deadline - monotonic(), 0.0)
-            asking = any(visit.look.asking for visit in flying)
+            asking = any(visit.look.missing for visit in flying)
             poller.poll((min(left, ASK_AGAIN) if asking else left) * 1000)
 
 

@@ -20,12 +20,12 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.waiting import Wait
 
 from . import events, greenlets
-from .credentials import Asking, Login
 from .endpoint import Endpoint, Role, State
 from .errors import CredentialError, one_line
 from .sight import QUERY, Course, Sight, read
 
 if TYPE_CHECKING:
+    from .arrival import Arrival
     from .group import Group
 
 QUICKLY = (0.2, 0.3)
@@ -49,22 +49,22 @@ def _events(wait: int) -> int:
 class Look:
     """One look at a server, step by step; its connection may serve for the next one.
 
-    :param conninfo: returns the connection string, for a login or for what it asks for itself.
-    :param pgconn: a connection that there is.
-    :param login: what is asked for in a thread of its own, since functions are called for it.
+    :param conninfo: returns the connection string, given what was asked for.
+    :param arrive: begins to ask for that.
+    :param pgconn: a connection that there is, in place of both.
     """
 
     def __init__(
         self,
-        conninfo: Callable[[Mapping[str, str] | None], str],
+        conninfo: Callable[[Mapping[str, str]], str],
+        arrive: Callable[[], Arrival],
         pgconn: pq.abc.PGconn | None = None,
-        login: Login | None = None,
     ) -> None:
         self.pgconn = pgconn
-        self._login = login
-        self._asking: Asking | None = None
-        self.asking = False
-        """Whether it waits for user and password, and so for nothing that a poller knows."""
+        self._arrive = arrive
+        self._arrival: Arrival | None = None
+        self.missing = ""
+        """What it waits for that a poller knows nothing of: the server's address, user and password."""
         self.sight: Sight | None = None
         self.failure = ""
         self.asked_at: float | None = None
@@ -78,11 +78,11 @@ class Look:
         """Go on as far as possible without waiting; return whether it is over."""
         try:
             if self._waits is None:
-                if self._login is not None and self.pgconn is None and self._asking is None:
-                    self._asking = self._login.asking()
-                self.asking = self._asking is not None and self._asking.under_way
-                if self.asking:
-                    return False
+                if self.pgconn is None:
+                    self._arrival = self._arrival or self._arrive()
+                    self.missing = self._arrival.missing
+                    if self.missing:
+                        return False
                 self._waits = next(self._steps)
             while ready := self._ready(*self._waits):
                 self._waits = self._steps.send(ready)
@@ -119,12 +119,10 @@ class Look:
         ready = (Wait.R if event & ~select.POLLOUT else 0) | (Wait.W if event & ~select.POLLIN else 0)
         return ready & wait
 
-    def _look(
-        self, conninfo: Callable[[Mapping[str, str] | None], str]
-    ) -> Generator[tuple[int, int], int, None]:
+    def _look(self, conninfo: Callable[[Mapping[str, str]], str]) -> Generator[tuple[int, int], int, None]:
         if self.pgconn is None:
-            login = None if self._asking is None else self._asking.answer()
-            connecting: Any = generators.connect(conninfo(login))
+            assert self._arrival is not None
+            connecting: Any = generators.connect(conninfo(self._arrival.parameters()))
             self.pgconn = yield from connecting
         pgconn: Any = self.pgconn
         self.asked_at = monotonic()
@@ -208,9 +206,7 @@ class Observer:
                 self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
                 return
             kept = self._kept.pop(endpoint, None)
-            # In lock-free mode there are no threads, and who steps this asks the function anyway.
-            login = endpoint.login if endpoint.login.calls and not self._login[endpoint].lock_free else None
-            look = Look(partial(self._conninfo, endpoint), kept, login)
+            look = Look(partial(self._conninfo, endpoint), endpoint.arrive, kept)
             self._looks[endpoint] = look, now + LOOK_TIMEOUT
         look, deadline = self._looks[endpoint]
         if not look.step() and now < deadline:
@@ -224,7 +220,7 @@ class Observer:
         else:
             self._kept[endpoint] = pgconn
         if sight is None:
-            reason = look.failure or ("no user and password" if look.asking else "no answer")
+            reason = look.failure or f"no {look.missing or 'answer'}"
             events.ENDPOINT_SILENT(
                 "endpoint %s: no look: %s", endpoint.label, reason, endpoint=endpoint.label, reason=reason
             )
@@ -233,8 +229,8 @@ class Observer:
         if self._limited:
             self._measure(endpoint, sight)
 
-    def _conninfo(self, endpoint: Endpoint, login: Mapping[str, str] | None) -> str:
-        own = endpoint.conninfo(self._login[endpoint].config, login)
+    def _conninfo(self, endpoint: Endpoint, given: Mapping[str, str]) -> str:
+        own = endpoint.conninfo(self._login[endpoint].config, given)
         name = conninfo_to_dict(own).get("application_name") or "pgdbpool"
         return make_conninfo(own, application_name=f"{name} observer")
 

@@ -10,14 +10,12 @@ import struct
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from psycopg.conninfo import make_conninfo
-from psycopg.pq import Conninfo, PGconn
+from .names import Name, Resolving, UnresolvedError, destination
 
 if TYPE_CHECKING:
     from .config import EndpointConfig
 
 _NOT_YET = {errno.ENOTCONN, errno.EINPROGRESS, errno.EALREADY}
-_SOCKET_DIRECTORY = next((d for d in ("/var/run/postgresql", "/run/postgresql") if os.path.isdir(d)), "/tmp")
 
 
 class StartupProbe:
@@ -31,19 +29,26 @@ class StartupProbe:
     in passing. For the same reason a function that gives the user is not called here.
 
     :param user: the user as it was last known; any will do, the server answers before it looks.
+    :param name: the server's, where somebody has it.
+    :param threads: resolve it in a thread of its own; else a step waits for the system's resolver.
     """
 
-    def __init__(self, config: EndpointConfig, user: str | None = None) -> None:
-        # What is left out comes from libpq's defaults, which are PGHOST, PGPORT, PGUSER ...
-        defaults = Conninfo.get_defaults()
-        params: dict[str, Any] = {o.keyword.decode(): o.val.decode() for o in defaults if o.val}
-        params.update(config.conninfo_params())
-        if "service" in params:
-            params.update(_service(config.conninfo_params()))  # libpq's defaults come after a service's
+    def __init__(
+        self,
+        config: EndpointConfig,
+        user: str | None = None,
+        name: Name | None = None,
+        *,
+        threads: bool = False,
+    ) -> None:
+        params = destination(config)
         self._user = str(user or params.get("user") or "postgres")
-        self._dbname = str(params.get("dbname") or self._user)
-        self._host = str(params.get("hostaddr") or params.get("host") or _SOCKET_DIRECTORY)
-        self._port = int(params.get("port") or 5432)
+        self._dbname = params.get("dbname") or self._user
+        self._host, self._port = params["host"], int(params.get("port") or 5432)
+        self._hostaddr = params.get("hostaddr")
+        self._name = name or Name.of(config)
+        self._threads = threads
+        self._resolving: Resolving | None = None
         self._addresses: list[tuple[int, Any]] = []
         self._socket: socket.socket | None = None
         self._sent = False
@@ -54,19 +59,27 @@ class StartupProbe:
         self.out_of_time = False
         """Whether `run` gave up before there was an answer."""
 
-    def start(self) -> None:
-        """Begin to connect; a name is resolved first, which the system's resolver bounds."""
-        try:
-            if self._host.startswith(("/", "@")):
-                path = f"{self._host}/.s.PGSQL.{self._port}"
-                self._addresses = [(socket.AF_UNIX, "\0" + path[1:] if path.startswith("@") else path)]
+    def _find(self) -> bool:
+        """Find where to connect to; return whether that is known."""
+        if self._name is None:
+            addresses: tuple[str, ...] = (self._hostaddr or self._host,)
+        elif self._threads:
+            if self._resolving is None:
+                self._resolving = self._name.asking()
+            if self._resolving.under_way:
+                self.reason = f"host {self._host!r} is not resolved yet"
+                return False
+            addresses = self._resolving.answer()
+        else:
+            addresses = self._name.ask()
+        for address in addresses:
+            if address.startswith(("/", "@")):
+                path = f"{address}/.s.PGSQL.{self._port}"
+                found: Any = socket.AF_UNIX, "\0" + path[1:] if path.startswith("@") else path
             else:
-                found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-                self._addresses = [(family, address) for family, _, _, _, address in found]
-        except OSError as error:
-            self._finish(False, str(error))
-            return
-        self._next()
+                found = socket.AF_INET6 if ":" in address else socket.AF_INET, (address, self._port)
+            self._addresses.append(found)
+        return True
 
     def _next(self) -> None:
         """Begin to connect to the next address."""
@@ -94,7 +107,13 @@ class StartupProbe:
     def step(self) -> bool:
         """Go on as far as possible without waiting; return whether the answer is known."""
         if self._socket is None and not self.done:
-            self.start()
+            try:
+                if not self._find():
+                    return False
+            except UnresolvedError as error:
+                self._finish(False, str(error))
+                return True
+            self._next()
         if self.done or self._socket is None:
             return True
         try:
@@ -130,7 +149,9 @@ class StartupProbe:
 
     def wait(self, timeout: float) -> None:
         """Sleep until there is something to do, at most for the timeout (seconds)."""
-        if self._socket is not None and not self.done:
+        if self._socket is None and self._resolving is not None:
+            self._resolving.wait(monotonic() + timeout)
+        elif self._socket is not None and not self.done:
             poller = select.poll()
             poller.register(self._socket, select.POLLIN if self._sent else select.POLLOUT)
             poller.poll(max(timeout, 0.0) * 1000)
@@ -161,12 +182,3 @@ class StartupProbe:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-
-
-def _service(params: dict[str, Any]) -> dict[str, str]:
-    """Return the parameters with those of the service file, which libpq reads when it connects."""
-    pgconn = PGconn.connect_start(make_conninfo("", **params).encode())
-    try:
-        return {option.keyword.decode(): option.val.decode() for option in pgconn.info if option.val}
-    finally:
-        pgconn.finish()

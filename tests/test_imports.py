@@ -16,7 +16,8 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
     "categories",
-    "errors", "events", "keys", "kinds", "setting_kinds", "config", "credentials", "validation",
+    "errors", "events", "asking", "keys", "kinds", "setting_kinds", "config", "names", "credentials",
+    "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
     "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
     "session", "timing", "cursors", "copying", "queries",

@@ -46,7 +46,7 @@ def test_the_next_address_of_a_name_is_asked_when_one_refuses(
 ) -> None:
     node = known_cluster.primary
     stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
-    resolved = [(*stream, ("127.0.0.1", closed_port())), (*stream, (node.host, node.port))]
+    resolved = [(*stream, ("127.0.0.9", node.port)), (*stream, (node.host, node.port))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: list(resolved))
     config = endpoint_config(**server(node, host="db.example"))
     assert probe(config).accepting

@@ -1,0 +1,67 @@
+"""What has to be asked for before a connection to a server can be opened."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from .errors import CredentialError
+from .names import UnresolvedError
+
+if TYPE_CHECKING:
+    from .credentials import Login
+    from .names import Name
+
+
+class Arrival:
+    """The server's addresses, the user and the password, for one connection.
+
+    :param name: of the server, if it has one.
+    :param threads: ask what may take its time in threads of its own; else `parameters` asks.
+    :raises UnresolvedError: there is no thread to resolve the name.
+    :raises CredentialError: there is none to ask for user and password.
+    """
+
+    def __init__(self, name: Name | None, login: Login, *, threads: bool, anew: bool = False) -> None:
+        self._name, self._login, self._anew = name, login, anew
+        self._resolving = name.asking() if threads and name else None
+        self._asking = login.asking(anew=anew) if threads and login.calls else None
+
+    @property
+    def missing(self) -> str:
+        """What there is no answer to yet; empty where it is known or `parameters` asks for it."""
+        if self._resolving is not None and self._resolving.under_way:
+            return "address"
+        return "user and password" if self._asking is not None and self._asking.under_way else ""
+
+    def parameters(self) -> dict[str, str]:
+        """Return it all as parameters of libpq.
+
+        :raises UnresolvedError: the server's name stands for nothing.
+        :raises CredentialError: user and password could not be had.
+        """
+        given: dict[str, str] = {}
+        if self._name is not None:
+            addresses = self._name.ask() if self._resolving is None else self._resolving.answer()
+            given["host"] = ",".join([self._name.host] * len(addresses))
+            given["hostaddr"] = ",".join(addresses)
+        given.update(self._login.ask(anew=self._anew) if self._asking is None else self._asking.answer())
+        return given
+
+    def within(self, deadline: float) -> dict[str, str]:
+        """Wait for what is missing, at most until the deadline (`monotonic`), and return the parameters.
+
+        :raises UnresolvedError: as `parameters`, or time is up.
+        :raises CredentialError: as `parameters`, or time is up.
+        """
+        timeout = deadline - monotonic()
+        for asking in (self._resolving, self._asking):
+            if asking is not None:
+                asking.wait(deadline)
+        missing = self.missing
+        given = {} if missing else self.parameters()
+        if missing == "address" or (self._name and not self._login.calls and monotonic() >= deadline):
+            raise UnresolvedError(f"its address took the {timeout:.1f} s that a connect may take")
+        if missing or (self._login.calls and monotonic() >= deadline):
+            raise CredentialError(f"user and password took the {timeout:.1f} s that a connect may take")
+        return given

@@ -1,0 +1,140 @@
+"""A program with a name server of its own, which may be silent; for tests of what the pools do then.
+
+    python name_server.py scenario mode port
+
+It runs as root in a mount namespace in which /etc/resolv.conf names `ADDRESS`: the resolver is the system's.
+It prints what it found, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from support import wait_for
+
+import pgdbpool
+from pgdbpool import Connection, Handler
+
+ADDRESS = "127.0.0.77"
+RESOLV_CONF = f"nameserver {ADDRESS}\noptions timeout:1 attempts:2\n"
+NO_SUCH_NAME, SILENT = "", None
+
+
+class NameServer:
+    """Says of every name that it is `address`, or that there is none, or nothing at all."""
+
+    def __init__(self) -> None:
+        self.address: str | None = "127.0.0.1"
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((ADDRESS, 53))
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            query, client = self._socket.recvfrom(512)
+            if self.address is not SILENT:
+                self._socket.sendto(self._reply(query, self.address), client)
+
+    def _reply(self, query: bytes, address: str) -> bytes:
+        """Return the reply to a question; https://www.rfc-editor.org/rfc/rfc1035#section-4."""
+        end = query.index(b"\0", 12) + 5
+        (kind,) = struct.unpack("!H", query[end - 4 : end - 2])
+        answers = kind == 1 and address != NO_SUCH_NAME
+        code = 3 if address == NO_SUCH_NAME else 0
+        record = struct.pack("!HHHLH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(address) if answers else b""
+        return query[:2] + struct.pack("!5H", 0x8180 | code, 1, answers, 0, 0) + query[12:end] + record
+
+
+class Pulse:
+    """A thread that measures how long it was kept from going on."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while True:
+            time.sleep(0.005)
+            now = time.monotonic()
+            self.longest, last = max(self.longest, now - last), now
+
+
+def timed(block: Callable[[], Any]) -> tuple[float, str]:
+    """Return the seconds that it took, and the class and text of what it raised."""
+    began, error = time.monotonic(), ""
+    try:
+        block()
+    except pgdbpool.Error as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return time.monotonic() - began, error
+
+
+def state() -> str:
+    return Connection.status().endpoints["db"].state
+
+
+def use() -> None:
+    with Handler("g") as db:
+        db.query("SELECT 1")
+
+
+def silent_later(server: NameServer) -> dict[str, Any]:
+    """A connection is open, and a second and a third are wanted when the name server is silent."""
+    use()
+    pulse = Pulse()
+    server.address = SILENT
+    with Handler("g") as held:
+        second = timed(use)
+        with Handler("g"):
+            third = timed(use)
+        held.query("SELECT 1")
+    return {"second": second, "third": third, "pulse": pulse.longest, "state": state()}
+
+
+def silent_first(server: NameServer) -> dict[str, Any]:
+    """The name server is silent from the start; then it answers."""
+    server.address = SILENT
+    pulse = Pulse()
+    first = timed(use)
+    then = timed(use)
+    found = {"first": first, "then": then, "pulse": pulse.longest, "state": state()}
+    server.address = "127.0.0.1"
+    wait_for(lambda: not timed(use)[1])
+    return found
+
+
+def gone(server: NameServer) -> dict[str, Any]:
+    """There is no such name any more when a second connection is wanted."""
+    use()
+    server.address = NO_SUCH_NAME
+    with Handler("g"):
+        second = timed(use)
+    return {"second": second, "state": state()}
+
+
+def main() -> None:
+    scenario, mode, port = sys.argv[1:]
+    server = NameServer()
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pgdbpool").addHandler(handler)
+    db = {"label": "db", "host": "db.test", "port": int(port), "name": "postgres", "user": "postgres"}
+    group = {"connection_count": 4, "min_size": 0, "timeout": 5}
+    Connection.init({"type": mode, "db": {**db, "connect_timeout": 3}, "groups": {"g": group}}, wait=False)
+    found = {"silent-later": silent_later, "silent-first": silent_first, "gone": gone}[scenario](server)
+    print(json.dumps({**found, "warnings": warnings}))
+    Connection.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A server's name is resolved for each connection, and a silent name server stops nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import name_server
+import pytest
+
+
+@pytest.fixture(params=["threaded", "non-threaded"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def run(known_cluster: Any, mode: str, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """A function that runs a scenario of `name_server`, and returns what it found."""
+    conf = tmp_path / "resolv.conf"
+    conf.write_text(name_server.RESOLV_CONF)
+    bind = f"mount --bind {conf} /etc/resolv.conf"
+    own = ["unshare", "--mount", "sh", "-c"]
+    if os.geteuid() or not shutil.which("unshare") or subprocess.run([*own, bind]).returncode:
+        pytest.skip("no /etc/resolv.conf of one's own, and no port 53, for this user on this machine")
+
+    def scenario(name: str) -> dict[str, Any]:
+        script = [sys.executable, name_server.__file__, name, mode, str(known_cluster.primary.port)]
+        command = [*own, f'{bind} && exec "$@"', "sh", *script]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        print(found)
+        return found
+
+    return scenario
+
+
+def test_while_no_name_is_resolved_new_connections_go_to_the_last_addresses(
+    run: Callable[[str], dict[str, Any]], mode: str
+) -> None:
+    found = run("silent-later")
+    assert found["second"][1] == found["third"][1] == ""
+    assert found["state"] == "up"
+    (warning,) = found["warnings"]
+    assert "endpoint db: its last addresses are used: host 'db.test' is not resolved: " in warning
+    assert found["pulse"] < 0.4  # no other thread waits for it
+    if mode == "threaded":  # else as long as the system's resolver takes
+        assert 0.5 <= found["second"][0] < 1.5
+        assert found["third"][0] < 0.4  # it is being asked for all along
+
+
+def test_a_name_that_was_never_resolved_is_a_server_that_is_down(
+    run: Callable[[str], dict[str, Any]], mode: str
+) -> None:
+    found = run("silent-first")
+    seconds, error = found["first"]
+    assert error.startswith("DBOfflineError")
+    assert "its address took the 3.0 s that a connect may take" in error or "failed to resolve host" in error
+    assert seconds < 5
+    assert found["then"][0] < 0.4  # the probes wait for it, and no request
+    assert found["state"] in ("down", "probing")
+    assert found["pulse"] < 0.4
+
+
+def test_a_name_that_there_is_no_more_is_a_server_that_is_down(run: Callable[[str], dict[str, Any]]) -> None:
+    found = run("gone")
+    assert "DBOfflineError" in found["second"][1]
+    assert "failed to resolve host 'db.test'" in found["second"][1]
+    assert found["state"] in ("down", "probing")
