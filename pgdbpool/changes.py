@@ -12,15 +12,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from .check_groups import check_pooler, check_sizes
-from .check_servers import check_servers
-from .config import GROUP_KEYS, Config, EndpointConfig, GroupConfig
 from .errors import ConfigError, UnconfiguredGroupError, UnknownEndpointError
-from .keys import Refused, show, step
-from .sources import load
-from .validation import Report
 
+# What reads and checks a configuration is imported where it is needed, as for `init`.
 if TYPE_CHECKING:
+    from .config import Config, GroupConfig
     from .group import Group
 
     class _Pools(Protocol):
@@ -62,6 +58,8 @@ class Changes:
             or `runtime_dir`; nothing was changed.
         :raises NotInitializedError: `init` was not called.
         """
+        from .sources import load
+
         loaded = load(config)
         cls._change(loaded)
 
@@ -75,6 +73,11 @@ class Changes:
         :raises ConfigError: the sizes do not fit together; nothing was changed.
         :raises UnconfiguredGroupError: there is no such group.
         """
+        from .check_groups import check_sizes
+        from .config import GROUP_KEYS
+        from .keys import Refused, step
+        from .validation import Report
+
         with cls._lock:
             config = cls._present()
             old = _group(config, group)
@@ -115,6 +118,12 @@ class Changes:
         :raises ConfigError: something is wrong with it; nothing was changed.
         :raises UnconfiguredGroupError: there is no such group.
         """
+        from .check_groups import check_pooler
+        from .check_servers import check_servers
+        from .config import EndpointConfig
+        from .keys import show, step
+        from .validation import Report
+
         with cls._lock:
             config = cls._present()
             report = Report()
@@ -149,6 +158,8 @@ class Changes:
         :raises UnknownEndpointError: there is none of that label; names those that there are.
         :raises ConfigError: a group would have no server left; nothing was changed.
         """
+        from .keys import show
+
         with cls._lock:
             config = cls._present()
             rest = tuple(endpoint for endpoint in config.endpoints if endpoint.label != label)

@@ -17,23 +17,22 @@ import psycopg
 
 from . import events, greenlets, rows, tracing
 from .changes import Changes
-from .config import Config, EndpointConfig, GroupConfig
 from .deadlines import deadline
 from .endpoint import Endpoint, Role, State
 from .errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError, one_line
 from .group import Group
 from .holds import Holds
-from .keys import show
 from .monitor import Monitor
 from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
-from .sources import load
-from .stats import EndpointStatus, Histogram, Status, Tally
+from .tally import Tally
 
 if TYPE_CHECKING:
+    from .config import Config, EndpointConfig, GroupConfig
     from .publisher import Publisher
     from .rls import Audit
     from .shutdown import SignalHandlers
+    from .stats import EndpointStatus, Status
 
 CUT_WITHIN = 0.5
 """Seconds that cancelling what runs may take, where connections are closed under their blocks."""
@@ -157,6 +156,8 @@ class _Pools:
 
     def status(self) -> Status:
         """Return a snapshot."""
+        from .stats import Status  # no block needs it
+
         return Status(
             pid=os.getpid(),
             type=self.config.type,
@@ -316,6 +317,8 @@ class Connection(OneShots, Changes):
             endpoint's own reason, within the connect timeout. One endpoint of several is a warning.
         :raises ThreadingModelError: gevent has patched the process too late, or in part.
         """
+        from .sources import load  # a quarter of what there is to import, and this alone needs it
+
         greenlets.check()
         cls._notice_fork()
         pools = _Pools(load(config))
@@ -499,6 +502,8 @@ class Connection(OneShots, Changes):
         try:
             return endpoints[label]
         except (KeyError, TypeError):
+            from .keys import show
+
             known = ", ".join(map(repr, endpoints))
             raise UnknownEndpointError(
                 f"no endpoint {show(label)} is configured; the endpoints are {known}"
@@ -591,6 +596,8 @@ class _Leaving:
 
 
 def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
+    from .stats import EndpointStatus, Histogram
+
     at = endpoint.last_error_at
     return EndpointStatus(
         label=endpoint.label,

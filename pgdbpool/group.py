@@ -38,12 +38,13 @@ from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
-from .stats import BATCH, GroupStatus, Histogram, Tally
+from .tally import BATCH, Tally
 from .tenant import Bound, bind_settings, bind_tenant, current_tenant, is_uuid, milliseconds
 from .timing import TimedConnection
 
 if TYPE_CHECKING:
     from .config import GroupConfig
+    from .stats import GroupStatus
 
 Warn = Callable[[], None]
 """Logs what was found. A handler may hang, or want a connection: so whoever looks for it does it last."""
@@ -899,6 +900,8 @@ class Group:
 
     def status(self) -> GroupStatus:
         """Return a snapshot."""
+        from .stats import GroupStatus, Histogram  # no block needs it
+
         pool, counts = self._pool, self._counts()
         waits = Histogram.of([self._waits]).count
         return GroupStatus(

@@ -28,7 +28,7 @@ from psycopg.transaction import OutOfOrderTransactionNesting
 from . import deadlines, errors, greenlets, tracing
 from .preamble import BEGIN, CLEANING, GRACE, IDLE, INTRANS, NOTHING, Block, Command, deallocate, set_local
 from .statements import Shape
-from .stats import Tally
+from .tally import Tally
 from .tenant import Bound
 
 if TYPE_CHECKING:

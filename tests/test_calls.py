@@ -85,4 +85,4 @@ def test_a_statement_makes_no_call_for_what_its_block_does_not_use(mode: str) ->
     finally:
         sys.setprofile(None)
     assert "pgdbpool.group" in names
-    assert not names & {"pgdbpool.tracing", "pgdbpool.events", "pgdbpool.timing", "pgdbpool.stats"}
+    assert not names & {"pgdbpool.tracing", "pgdbpool.events", "pgdbpool.timing", "pgdbpool.tally"}

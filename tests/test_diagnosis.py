@@ -25,7 +25,8 @@ from pgdbpool import (
     current_correlation,
     tracing,
 )
-from pgdbpool.stats import BATCH, BUCKETS, Histogram, Tally
+from pgdbpool.stats import Histogram
+from pgdbpool.tally import BATCH, BUCKETS, Tally
 
 
 @pytest.fixture(params=["threaded", "non-threaded"])
