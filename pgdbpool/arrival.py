@@ -17,19 +17,17 @@ class Arrival:
     """The server's addresses, the user and the password, for one connection.
 
     :param name: of the server, if it has one.
-    :param threads: ask what may take its time in threads of its own; else `parameters` asks.
-    :raises UnresolvedError: there is no thread to resolve the name.
-    :raises CredentialError: there is none to ask for user and password.
+    :param anew: the password was refused: read a file of it again.
     """
 
-    def __init__(self, name: Name | None, login: Login, *, threads: bool, anew: bool = False) -> None:
+    def __init__(self, name: Name | None, login: Login, *, anew: bool = False) -> None:
         self._name, self._login, self._anew = name, login, anew
-        self._resolving = name.asking() if threads and name else None
-        self._asking = login.asking(anew=anew) if threads and login.calls else None
+        self._resolving = name.asking() if name else None
+        self._asking = login.asking(anew=anew) if login.calls else None
 
     @property
     def missing(self) -> str:
-        """What there is no answer to yet; empty where it is known or `parameters` asks for it."""
+        """What there is no answer to yet; empty where everything is known."""
         if self._resolving is not None and self._resolving.under_way:
             return "address"
         return "user and password" if self._asking is not None and self._asking.under_way else ""
@@ -41,8 +39,8 @@ class Arrival:
         :raises CredentialError: user and password could not be had.
         """
         given: dict[str, str] = {}
-        if self._name is not None:
-            addresses = self._name.ask() if self._resolving is None else self._resolving.answer()
+        if self._name is not None and self._resolving is not None:
+            addresses = self._resolving.answer()
             given["host"] = ",".join([self._name.host] * len(addresses))
             given["hostaddr"] = ",".join(addresses)
         given.update(self._login.ask(anew=self._anew) if self._asking is None else self._asking.answer())
@@ -58,10 +56,7 @@ class Arrival:
         for asking in (self._resolving, self._asking):
             if asking is not None:
                 asking.wait(deadline)
-        missing = self.missing
-        given = {} if missing else self.parameters()
-        if missing == "address" or (self._name and not self._login.calls and monotonic() >= deadline):
-            raise UnresolvedError(f"its address took the {timeout:.1f} s that a connect may take")
-        if missing or (self._login.calls and monotonic() >= deadline):
-            raise CredentialError(f"user and password took the {timeout:.1f} s that a connect may take")
-        return given
+        if missing := self.missing:
+            failure = UnresolvedError if missing == "address" else CredentialError
+            raise failure(f"{missing}: no answer within the {timeout:.1f} s that a connect may take")
+        return self.parameters()

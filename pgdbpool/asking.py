@@ -47,8 +47,7 @@ class Gate:
 class Asking(Generic[_Answer]):
     """A question that is asked in a thread of its own: who wants to know goes on meanwhile, or waits.
 
-    :param what: what is asked for, as in "a thread for ...".
-    :raises failure: there is no thread for it.
+    :param failure: what `answer` raises where the thread was ended, with what was asked for.
     """
 
     def __init__(self, ask: Callable[[], _Answer], what: str, failure: type[Exception]) -> None:
@@ -59,8 +58,8 @@ class Asking(Generic[_Answer]):
         self._over = Gate()
         try:
             threading.Thread(target=self._run, name="pgdbpool-asking", daemon=True).start()
-        except RuntimeError as error:
-            raise failure(f"no thread to ask for {what}: {error}") from error
+        except RuntimeError:  # there are no more threads, or the interpreter is about to end
+            self._run()
 
     @property
     def under_way(self) -> bool:

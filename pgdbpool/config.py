@@ -625,7 +625,7 @@ class Config:
         Key(
             Word(get_args(Model), other=(("lock-free", "non-threaded"),)),
             "``threaded`` for servers that run requests in threads; ``non-threaded``, which takes no lock "
-            "and starts no thread, for those that run one request at a time in a process.",
+            "and has no thread of its own, for those that run one request at a time in a process.",
         ),
     ] = "threaded"
     endpoints: Annotated[

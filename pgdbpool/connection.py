@@ -82,7 +82,7 @@ class _Pools:
         return [*self.groups.values(), *self.removed]
 
     def _endpoint(self, config: EndpointConfig) -> Endpoint:
-        endpoint = Endpoint(config, threads=self.config.type != "non-threaded")
+        endpoint = Endpoint(config)
         endpoint.on_down = self._went_down
         endpoint.on_up = self._came_up
         endpoint.on_seen = self._seen

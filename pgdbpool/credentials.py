@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ class Login:
         """The state of `pass_file` when it was last read, and the password in it."""
         self._warned = ""
         self._asking: Asking[dict[str, str]] | None = None
+        self._lock = threading.RLock()  # a signal handler may come back to it
 
     @property
     def calls(self) -> bool:
@@ -50,12 +52,12 @@ class Login:
         """Ask in a thread of its own; where one that was begun before has not returned, that is the one.
 
         :param anew: as for `ask`.
-        :raises CredentialError: there is no thread for it.
         """
-        asking = self._asking
-        if asking is None or not asking.under_way:
-            asking = self._asking = Asking(partial(self.ask, anew=anew), "user and password", CredentialError)
-        return asking
+        with self._lock:
+            if self._asking is None or not self._asking.under_way:
+                ask = partial(self.ask, anew=anew)
+                self._asking = Asking(ask, "user and password", CredentialError)
+            return self._asking
 
     def ask(self, *, anew: bool = False) -> dict[str, str]:
         """Return libpq's `user` and `password` for one connection, where they are not libpq's to find.

@@ -109,15 +109,12 @@ class Endpoint:
 
     The attributes are written by whoever has the evidence and read without a lock: each is one
     assignment, and a reader that is late by one is corrected by its own evidence.
-
-    :param threads: whether there may be threads beside those of the application.
     """
 
-    def __init__(self, config: EndpointConfig, *, threads: bool = True) -> None:
+    def __init__(self, config: EndpointConfig) -> None:
         self.config = config
         self.name = Name.of(config)
         self.login = Login(config)
-        self.threads = threads
         self.label = config.label
         self.weight = config.weight
         self.state = State.UP
@@ -415,17 +412,12 @@ class Endpoint:
         return self._log_in(group, partial(psycopg.connect, autocommit=True), deadline)
 
     def arrive(self, *, anew: bool = False) -> Arrival:
-        """Begin to ask for what a connection needs.
-
-        :param anew: the password was refused: read a file of it again.
-        :raises UnresolvedError: see `Arrival`.
-        :raises CredentialError: see `Arrival`.
-        """
-        return Arrival(self.name, self.login, threads=self.threads, anew=anew)
+        """Begin to ask for what a connection needs; see `Arrival`."""
+        return Arrival(self.name, self.login, anew=anew)
 
     def probe(self) -> StartupProbe:
         """Return a probe that asks whether the server accepts sessions."""
-        return StartupProbe(self.config, self.login.user, self.name, threads=self.threads)
+        return StartupProbe(self.config, self.login.user, self.name)
 
     def statement_timeout(self, group: GroupConfig) -> int:
         """Return the statement_timeout of the group's connections in milliseconds; 0 is none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,7 @@ class Name:
         self.known: tuple[str, ...] = ()
         """The addresses that it stands for, as far as the resolver could last tell."""
         self._asking: Resolving | None = None
+        self._lock = threading.RLock()  # a signal handler may come back to it
         self._warned = ""
 
     @classmethod
@@ -115,10 +117,10 @@ class Name:
 
     def asking(self) -> Resolving:
         """Resolve it in a thread of its own; where that is under way already, that is the one."""
-        asking = self._asking
-        if asking is None or asking.over:
-            self._asking = asking = Resolving(self)
-        return asking
+        with self._lock:
+            if self._asking is None or self._asking.over:
+                self._asking = Resolving(self)
+            return self._asking
 
     def remember(self, reason: str) -> tuple[str, ...]:
         """Return the last answer in place of one that there is not, which is logged once."""

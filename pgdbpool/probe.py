@@ -30,7 +30,6 @@ class StartupProbe:
 
     :param user: the user as it was last known; any will do, the server answers before it looks.
     :param name: the server's, where somebody has it.
-    :param threads: resolve it in a thread of its own; else a step waits for the system's resolver.
     """
 
     def __init__(
@@ -38,8 +37,6 @@ class StartupProbe:
         config: EndpointConfig,
         user: str | None = None,
         name: Name | None = None,
-        *,
-        threads: bool = False,
     ) -> None:
         params = destination(config)
         self._user = str(user or params.get("user") or "postgres")
@@ -47,7 +44,6 @@ class StartupProbe:
         self._host, self._port = params["host"], int(params.get("port") or 5432)
         self._hostaddr = params.get("hostaddr")
         self._name = name or Name.of(config)
-        self._threads = threads
         self._resolving: Resolving | None = None
         self._addresses: list[tuple[int, Any]] = []
         self._socket: socket.socket | None = None
@@ -63,15 +59,13 @@ class StartupProbe:
         """Find where to connect to; return whether that is known."""
         if self._name is None:
             addresses: tuple[str, ...] = (self._hostaddr or self._host,)
-        elif self._threads:
+        else:
             if self._resolving is None:
                 self._resolving = self._name.asking()
             if self._resolving.under_way:
                 self.reason = f"host {self._host!r} is not resolved yet"
                 return False
             addresses = self._resolving.answer()
-        else:
-            addresses = self._name.ask()
         for address in addresses:
             if address.startswith(("/", "@")):
                 path = f"{address}/.s.PGSQL.{self._port}"

@@ -1,8 +1,8 @@
 """A program with a name server of its own, which may be silent; for tests of what the pools do then.
 
-    python name_server.py scenario mode port
+    python name_server.py scenario mode port address
 
-It runs as root in a mount namespace in which /etc/resolv.conf names `ADDRESS`: the resolver is the system's.
+It runs as root in a mount namespace whose /etc/resolv.conf names the address: the resolver is the system's.
 It prints what it found, as JSON.
 """
 
@@ -23,18 +23,17 @@ from support import wait_for
 import pgdbpool
 from pgdbpool import Connection, Handler
 
-ADDRESS = "127.0.0.77"
-RESOLV_CONF = f"nameserver {ADDRESS}\noptions timeout:1 attempts:2\n"
+RESOLV_CONF = "nameserver {}\noptions timeout:1 attempts:2\n"
 NO_SUCH_NAME, SILENT = "", None
 
 
 class NameServer:
     """Says of every name that it is `address`, or that there is none, or nothing at all."""
 
-    def __init__(self) -> None:
+    def __init__(self, at: str) -> None:
         self.address: str | None = "127.0.0.1"
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((ADDRESS, 53))
+        self._socket.bind((at, 53))
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -122,15 +121,22 @@ def gone(server: NameServer) -> dict[str, Any]:
 
 
 def main() -> None:
-    scenario, mode, port = sys.argv[1:]
-    server = NameServer()
+    scenario, mode, port, address = sys.argv[1:]
+    server = NameServer(address)
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("pgdbpool").addHandler(handler)
-    db = {"label": "db", "host": "db.test", "port": int(port), "name": "postgres", "user": "postgres"}
+    db: dict[str, Any] = {
+        "label": "db",
+        "host": "db.test",
+        "port": int(port),
+        "name": "postgres",
+        "user": "postgres",
+    }
     group = {"connection_count": 4, "min_size": 0, "timeout": 5}
-    Connection.init({"type": mode, "db": {**db, "connect_timeout": 3}, "groups": {"g": group}}, wait=False)
+    db["connect_timeout"] = 0.5 if scenario == "silent-first" else 3
+    Connection.init({"type": mode, "db": db, "groups": {"g": group}}, wait=False)
     found = {"silent-later": silent_later, "silent-first": silent_first, "gone": gone}[scenario](server)
     print(json.dumps({**found, "warnings": warnings}))
     Connection.close()

@@ -19,8 +19,8 @@ ORDER = [
     "errors", "events", "asking", "keys", "kinds", "setting_kinds", "config", "names", "credentials",
     "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
-    "tally", "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble", "greenlets",
-    "session", "timing", "cursors", "copying", "queries",
+    "tally", "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble",
+    "greenlets", "session", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots",
     "observer", "holds", "runtime", "publisher", "monitor", "changes", "shutdown", "sizing", "health",
@@ -29,8 +29,8 @@ ORDER = [
 # Of these, imported only when they are needed: at `init`, at a connect, for tenants, for signals, for YAML.
 LATE = {
     "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health", "runtime",
-    "publisher", "yamlfile", "config", "setting_kinds", "validation", "check_servers", "check_groups", "sources",
-    "stats",
+    "publisher", "yamlfile", "config", "setting_kinds", "validation", "check_servers", "check_groups",
+    "sources", "stats",
 }  # fmt: skip
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
