@@ -17,13 +17,12 @@ class Arrival:
     """The server's addresses, the user and the password, for one connection.
 
     :param name: of the server, if it has one.
-    :param anew: the password was refused: read a file of it again.
     """
 
-    def __init__(self, name: Name | None, login: Login, *, anew: bool = False) -> None:
-        self._name, self._login, self._anew = name, login, anew
+    def __init__(self, name: Name | None, login: Login) -> None:
+        self._name, self._login = name, login
         self._resolving = name.asking() if name else None
-        self._asking = login.asking(anew=anew) if login.calls else None
+        self._asking = login.asking() if login.calls else None
 
     @property
     def missing(self) -> str:
@@ -43,7 +42,7 @@ class Arrival:
             addresses = self._resolving.answer()
             given["host"] = ",".join([self._name.host] * len(addresses))
             given["hostaddr"] = ",".join(addresses)
-        given.update(self._login.ask(anew=self._anew) if self._asking is None else self._asking.answer())
+        given.update(self._login.ask() if self._asking is None else self._asking.answer())
         return given
 
     def within(self, deadline: float) -> dict[str, str]:
@@ -52,11 +51,13 @@ class Arrival:
         :raises UnresolvedError: as `parameters`, or time is up.
         :raises CredentialError: as `parameters`, or time is up.
         """
-        timeout = deadline - monotonic()
-        for asking in (self._resolving, self._asking):
-            if asking is not None:
-                asking.wait(deadline)
-        if missing := self.missing:
-            failure = UnresolvedError if missing == "address" else CredentialError
-            raise failure(f"{missing}: no answer within the {timeout:.1f} s that a connect may take")
+        timeout = max(deadline - monotonic(), 0.0)
+        if self._name is not None and self._resolving is not None:
+            self._resolving.wait(deadline)
+            if not self._resolving.over and not self._name.known:
+                raise UnresolvedError(f"host {self._name.host!r}: no address within {timeout:.1f} s")
+        if self._asking is not None:
+            self._asking.wait(deadline)
+            if self._asking.under_way:
+                raise CredentialError(f"no user and password within {timeout:.1f} s")
         return self.parameters()

@@ -551,7 +551,11 @@ class Connection(OneShots, Changes):
                 old.publisher.abandon()
         cls._all = weakref.WeakSet()
         if cls._pools is not None:
+            known = {label: endpoint.name for label, endpoint in cls._pools.endpoints.items()}
             cls._pools = _Pools(cls._pools.config)
+            for label, endpoint in cls._pools.endpoints.items():
+                name = known.get(label)
+                endpoint.name = name.again() if name else None
             cls._all.add(cls._pools)  # for a child of this child
         cls._pid = os.getpid()
 

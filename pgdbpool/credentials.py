@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from . import events
-from .asking import Asking
+from .asking import Asking, OneAtATime
 from .errors import CredentialError
 from .keys import Refused, show
 from .kinds import is_text
@@ -40,24 +39,28 @@ class Login:
         self._read: tuple[object, str | None] = None, None
         """The state of `pass_file` when it was last read, and the password in it."""
         self._warned = ""
-        self._asking: Asking[dict[str, str]] | None = None
-        self._lock = threading.RLock()  # a signal handler may come back to it
+        self._one: OneAtATime[Asking[dict[str, str]]] = OneAtATime()
 
     @property
     def calls(self) -> bool:
         """Whether a function of the application is called for it, which may not return."""
         return callable(self._config.user) or callable(self._config.password)
 
-    def asking(self, *, anew: bool = False) -> Asking[dict[str, str]]:
-        """Ask in a thread of its own; where one that was begun before has not returned, that is the one.
+    def asking(self) -> Asking[dict[str, str]]:
+        """Ask in a thread of its own; where one that was begun before has not returned, that is the one."""
+        return self._one.asking(lambda: Asking(self.ask, "user and password", CredentialError))
 
-        :param anew: as for `ask`.
+    def again(self, deadline: float) -> dict[str, str]:
+        """Return what `ask` gives now that a password was refused, within the deadline (`monotonic`).
+
+        :raises CredentialError: as `ask`, or time is up.
         """
-        with self._lock:
-            if self._asking is None or not self._asking.under_way:
-                ask = partial(self.ask, anew=anew)
-                self._asking = Asking(ask, "user and password", CredentialError)
-            return self._asking
+        ask = partial(self.ask, anew=True)
+        if not self.calls:
+            return ask()
+        asking = Asking(ask, "user and password", CredentialError)  # who was asked before may know no better
+        asking.wait(deadline)
+        return asking.answer()
 
     def ask(self, *, anew: bool = False) -> dict[str, str]:
         """Return libpq's `user` and `password` for one connection, where they are not libpq's to find.

@@ -27,7 +27,7 @@ from .arrival import Arrival
 from .asking import Gate
 from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
-from .errors import Error, HookError, one_line
+from .errors import CredentialError, Error, HookError, one_line
 from .names import Name, UnresolvedError
 from .preamble import GRACE
 from .probe import StartupProbe
@@ -113,7 +113,8 @@ class Endpoint:
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
-        self.name = Name.of(config)
+        self.name: Name | None = None
+        """Its host name, where that has to be resolved, as it was when somebody last connected."""
         self.login = Login(config)
         self.label = config.label
         self.weight = config.weight
@@ -411,12 +412,14 @@ class Endpoint:
         deadline = monotonic() + (group.connect_timeout or self.config.connect_timeout)
         return self._log_in(group, partial(psycopg.connect, autocommit=True), deadline)
 
-    def arrive(self, *, anew: bool = False) -> Arrival:
+    def arrive(self) -> Arrival:
         """Begin to ask for what a connection needs; see `Arrival`."""
-        return Arrival(self.name, self.login, anew=anew)
+        self.name = Name.of(self.config, self.name)  # a service file may name another
+        return Arrival(self.name, self.login)
 
     def probe(self) -> StartupProbe:
         """Return a probe that asks whether the server accepts sessions."""
+        self.name = Name.of(self.config, self.name)
         return StartupProbe(self.config, self.login.user, self.name)
 
     def statement_timeout(self, group: GroupConfig) -> int:
@@ -439,8 +442,11 @@ class Endpoint:
         except psycopg.OperationalError as error:
             if not refused(error):
                 raise
-            other = self.arrive(anew=True).within(deadline)
-            if other.get("password") == given.get("password") and other.get("user") == given.get("user"):
+            try:
+                other = {**given, **self.login.again(deadline)}
+            except CredentialError as failure:
+                raise error from failure
+            if other == given:
                 raise
         return opening(self.conninfo(group, other))
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
+from collections.abc import Iterable
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg.conninfo import make_conninfo
-from psycopg.pq import Conninfo, PGconn
+from psycopg.pq import Conninfo, ConninfoOption, PGconn
 
 from . import events
-from .asking import Asking
+from .asking import Asking, OneAtATime
 
 if TYPE_CHECKING:
     from .config import EndpointConfig
 
-PATIENCE = 0.5
+PATIENCE = 0.25
 """Seconds that the system's resolver has where an earlier answer can take the place of its own."""
 
 _NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
@@ -39,12 +39,12 @@ def destination(config: EndpointConfig) -> dict[str, str]:
     `host` is always there, and `hostaddr` where the host is not to be resolved.
     """
     defaults = Conninfo.get_defaults()
-    params = {option.keyword.decode(): option.val.decode() for option in defaults if option.val}
+    params = _decoded(defaults)
     given = {key: str(value) for key, value in config.conninfo_params().items()}
     params.update(given)
     if "service" in params:
         params.update(_service(given))  # libpq's defaults come after a service's
-    params.setdefault("host", params.get("hostaddr", _SOCKET_DIRECTORY))
+    params["host"] = params.get("host") or params.get("hostaddr") or _SOCKET_DIRECTORY
     if is_address(params["host"]):
         params.setdefault("hostaddr", params["host"])
     return params
@@ -61,12 +61,22 @@ def is_address(host: str) -> bool:
     return False
 
 
+def is_name(host: str) -> bool:
+    """Tell whether a host has to be resolved: it is neither an address nor a Unix socket."""
+    return not host.startswith(("/", "@")) and not is_address(host)
+
+
+def _decoded(options: Iterable[ConninfoOption]) -> dict[str, str]:
+    # Some are not in UTF-8, perhaps: none of those that count here.
+    return {o.keyword.decode(): o.val.decode(errors="surrogateescape") for o in options if o.val}
+
+
 def _service(params: dict[str, str]) -> dict[str, str]:
     """Return the parameters with those of the service file, which libpq reads when it is to connect."""
     # It reads all parameters before it refuses one, and connects to nothing.
     pgconn = PGconn.connect_start(make_conninfo("", **{**params, "sslmode": "nothing"}).encode())
     try:
-        found = {option.keyword.decode(): option.val.decode() for option in pgconn.info if option.val}
+        found = _decoded(pgconn.info)
     finally:
         pgconn.finish()
     found.pop("sslmode", None)
@@ -77,86 +87,97 @@ class Name:
     """A server's host name.
 
     Several threads may ask at a time: each attribute is written in one assignment.
+
+    :param known: the addresses that it stood for when somebody else asked.
     """
 
-    def __init__(self, host: str, port: str, label: str) -> None:
+    def __init__(self, host: str, port: str, label: str, known: tuple[str, ...] = ()) -> None:
         self.host = host
-        self._port = port
-        self._label = label
-        self.known: tuple[str, ...] = ()
+        self.port = port
+        self.known = known
         """The addresses that it stands for, as far as the resolver could last tell."""
-        self._asking: Resolving | None = None
-        self._lock = threading.RLock()  # a signal handler may come back to it
-        self._warned = ""
+        self.late = ""
+        """Why they had to be used the last time, if the resolver did not tell in time."""
+        self._label = label
+        self._one: OneAtATime[Resolving] = OneAtATime()
 
     @classmethod
-    def of(cls, config: EndpointConfig) -> Name | None:
-        """Return that of a server, or None where there is nothing to resolve."""
-        params = destination(config)
-        host = params["host"]
-        if "hostaddr" in params or host.startswith(("/", "@")) or "," in host:  # a service may list several
+    def of(cls, config: EndpointConfig, before: Name | None = None) -> Name | None:
+        """Return that of a server, the one from before where it is the same; None if it has none."""
+        if config.host and not is_name(config.host):
             return None
-        return cls(host, params.get("port", "5432"), config.label)
+        params = destination(config)
+        host, port = params["host"], params.get("port") or "5432"
+        if "hostaddr" in params or not is_name(host) or "," in host:  # a service may list several
+            return None
+        if before is not None and (before.host, before.port) == (host, port):
+            return before
+        return cls(host, port, config.label)
+
+    def again(self) -> Name:
+        """Return the name with what is known of it, for a forked child."""
+        return Name(self.host, self.port, self._label, self.known)
 
     def ask(self) -> tuple[str, ...]:
         """Resolve it; where the resolver cannot tell, return what it last said.
 
         :raises UnresolvedError: there is no such name, or no answer, and none to remember.
         """
+        began = monotonic()
         try:
-            found = socket.getaddrinfo(self.host, int(self._port), type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            if isinstance(error, UnicodeError) or error.errno in _NO_SUCH_NAME:
-                self.known = ()
-            if not self.known:
+            found = socket.getaddrinfo(self.host, int(self.port), type=socket.SOCK_STREAM)
+        except (OSError, ValueError) as error:
+            known = self.known
+            if not isinstance(error, OSError) or error.errno in _NO_SUCH_NAME:
+                self.known = known = ()
+            if not known:
                 raise UnresolvedError(f"failed to resolve host {self.host!r}: {error}") from error
-            return self.remember(str(error))
-        self.known = tuple(dict.fromkeys(str(address[0]) for *_, address in found))
-        self._warned = ""
-        return self.known
+            self.note_late(str(error))
+            return known
+        self.known = known = tuple(dict.fromkeys(str(address[0]) for *_, address in found))
+        if monotonic() < began + PATIENCE:
+            self.late = ""
+        return known
 
     def asking(self) -> Resolving:
         """Resolve it in a thread of its own; where that is under way already, that is the one."""
-        with self._lock:
-            if self._asking is None or self._asking.over:
-                self._asking = Resolving(self)
-            return self._asking
+        return self._one.asking(lambda: Resolving(self))
 
-    def remember(self, reason: str) -> tuple[str, ...]:
-        """Return the last answer in place of one that there is not, which is logged once."""
-        if not self._warned:
-            self._warned = reason
+    def note_late(self, reason: str) -> None:
+        """Remember, and log once, that the last answer is used in place of one that there is not."""
+        if not self.late:
+            self.late = reason
             text = "endpoint %s: its last addresses are used: host %r is not resolved: %s"
             events.ENDPOINT_NAME(text, self._label, self.host, reason, endpoint=self._label, reason=reason)
-        return self.known
 
 
 class Resolving(Asking[tuple[str, ...]]):
-    """A name that is being resolved: with an earlier answer at hand, one waits for a moment only."""
+    """A name that is being resolved: with an earlier answer at hand, one waits for a moment only.
+
+    Or not at all, where the resolver was late the last time.
+    """
 
     def __init__(self, name: Name) -> None:
         self._name = name
+        self._patience = 0.0 if name.late else PATIENCE
         super().__init__(name.ask, f"the addresses of {name.host!r}", UnresolvedError)
 
     @property
-    def over(self) -> bool:
-        """Whether the resolver has answered, or has failed."""
-        return not super().under_way
-
-    @property
     def under_way(self) -> bool:
-        """Whether there is no answer to go by."""
-        return not self.over and not (self._name.known and monotonic() >= self.began + PATIENCE)
+        """Whether there is nothing to go by yet."""
+        return not self.over and not (self._name.known and monotonic() >= self.began + self._patience)
 
     def wait(self, deadline: float) -> None:
-        """Wait until there is one, at most until the deadline (`monotonic`)."""
-        super().wait(min(deadline, self.began + PATIENCE) if self._name.known else deadline)
+        """Wait as long as it is under way, at most until the deadline, or halfway with addresses at hand."""
+        super().wait((monotonic() + deadline) / 2 if self._name.known else deadline)
 
     def answer(self) -> tuple[str, ...]:
         """Return the addresses.
 
         :raises UnresolvedError: there are none.
         """
-        if not self.over:
-            return self._name.remember(f"no answer within {PATIENCE:.3g} s")
-        return super().answer()
+        known = self._name.known
+        if self.over or not known:
+            return super().answer()
+        self._name.note_late("no answer in time")
+        return known

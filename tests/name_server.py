@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import struct
 import sys
@@ -111,6 +112,18 @@ def silent_first(server: NameServer) -> dict[str, Any]:
     return found
 
 
+def forked(server: NameServer) -> dict[str, Any]:
+    """A child wants its first connection when the name server is silent."""
+    use()
+    server.address = SILENT
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.write(writing, json.dumps(timed(use)).encode())
+        os._exit(0)
+    os.wait()
+    return {"first": json.loads(os.read(reading, 1000))}
+
+
 def gone(server: NameServer) -> dict[str, Any]:
     """There is no such name any more when a second connection is wanted."""
     use()
@@ -137,7 +150,9 @@ def main() -> None:
     group = {"connection_count": 4, "min_size": 0, "timeout": 5}
     db["connect_timeout"] = 0.5 if scenario == "silent-first" else 3
     Connection.init({"type": mode, "db": db, "groups": {"g": group}}, wait=False)
-    found = {"silent-later": silent_later, "silent-first": silent_first, "gone": gone}[scenario](server)
+    found = {"silent-later": silent_later, "silent-first": silent_first, "forked": forked, "gone": gone}[
+        scenario
+    ](server)
     print(json.dumps({**found, "warnings": warnings}))
     Connection.close()
 
