@@ -184,8 +184,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         if conn.annotates and sets:
             preamble = conn.annotate(preamble)
         try:
-            with conn.waiting_for(len(sets)):
-                self._ride(preamble, query, None, None, None, many=(sets, returning))
+            self._ride(preamble, query, None, None, None, many=(sets, returning))
             if first:
                 conn.bound = conn.pgconn.transaction_status != IDLE
         except errors.ConnectionLostError as error:

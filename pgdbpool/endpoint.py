@@ -29,7 +29,7 @@ from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
 from .errors import CredentialError, Error, HookError, one_line
 from .names import Name, UnresolvedError
-from .preamble import GRACE
+from .preamble import GRACE, HURRY
 from .probe import StartupProbe
 from .roundtrip import round_trip
 from .session import PooledConnection, pooled
@@ -48,10 +48,6 @@ PROBE_AFTER = (0.5, 0.75)
 
 PROBE_TIMEOUT = 2.0
 """Seconds that a server has to answer a probe."""
-
-HURRY = 0.05
-"""Seconds that a connect, ping or probe may take in any case, also where a request has no time to wait."""
-
 
 CHANGING = ("weight", "connect_timeout", "password", "pass_file")
 """Keys of a server that may change while its connections stay."""
@@ -364,7 +360,7 @@ class Endpoint:
         try:
             pgconn = self._log_in(group, opening, deadline)
             conn = pooled(group.connection_class, kind)(pgconn)
-            conn.patience = max(deadline - monotonic(), 0.1)
+            conn.until = max(deadline, monotonic() + HURRY)
             conn.endpoint = self
             conn.watch()
             conn.autocommit = True
@@ -389,6 +385,7 @@ class Endpoint:
             told = error.__cause__ if isinstance(error, HookError) else error
             down = isinstance(told, psycopg.Error) and self._is_down(deadline, telling())
             raise self._failed(error, down) from error
+        conn.until = None
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
         conn.row_factory = row_factory
         conn.cursor_factory = BlockCursor

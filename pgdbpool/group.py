@@ -17,7 +17,7 @@ import psycopg
 
 from . import deadlines, events, greenlets, tracing
 from .balance import Candidate, order, suits, worth_moving
-from .endpoint import HURRY, DialError, Endpoint, Look, Role, State
+from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
     DBConnectionError,
     DBOfflineError,
@@ -35,7 +35,7 @@ from .errors import (
 )
 from .hooks import Hooks
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
-from .preamble import BEGIN, GRACE, IDLE, KEEP, UNBOUND, Binding, Block, set_local
+from .preamble import BEGIN, GRACE, HURRY, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
 from .session import PooledConnection, Slot
 from .tally import BATCH, Tally
@@ -465,12 +465,22 @@ class Group:
                 endpoint.mark_down(f"no answer to a ping within {timeout:.3g} s")
                 return "ping"
         if (  # after the ping, since a role that changed is reported with the next message
-            not self._any_role
-            and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted
-            and not suits(self.config.target, endpoint.note_role(conn), endpoint.read_only)
+            not self._any_role and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted
         ):
-            return "role"
+            return self._unwanted(conn, deadline)
         return None
+
+    def _unwanted(self, conn: PooledConnection, deadline: float) -> str | None:
+        """Return why a connection must not be lent whose server may have another role now, or None."""
+        # A pooler's server has to be asked: for no longer than it would be pinged.
+        conn.until = monotonic() + min(self.config.ping_timeout, max(deadline - monotonic(), HURRY))
+        try:
+            role = conn.endpoint.note_role(conn)
+        except psycopg.Error:
+            return "lost"
+        finally:
+            conn.until = None
+        return None if suits(self.config.target, role, conn.endpoint.read_only) else "role"
 
     def _drop(self, conn: PooledConnection, reason: str) -> None:
         self._discarded[reason] += 1

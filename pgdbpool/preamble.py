@@ -52,6 +52,9 @@ CLEANING: tuple[Command, ...] = (
 GRACE = 1.0
 """Seconds that the client waits beyond the server's own statement_timeout."""
 
+HURRY = 0.05
+"""Seconds that a connect, ping or probe may take in any case, also where a request has no time to wait."""
+
 
 KEEP = -1.0
 """The patience of a block that does not set a statement_timeout: the connection's own."""

@@ -35,6 +35,10 @@ class RuntimeDirError(Error):
     """The `runtime_dir` cannot be used; says why, and what mends it."""
 
 
+class LockedError(RuntimeDirError):
+    """Another process keeps the lock of the `runtime_dir` for longer than what it is for can take."""
+
+
 class RuntimeDir:
     """An open runtime directory, that of this user and of nobody else.
 
@@ -103,7 +107,8 @@ class RuntimeDir:
                 elif (snapshot := _read(fd)) is not None:
                     living.append(snapshot)
         if dead and not self._guest:
-            self._sweep(dead)
+            with contextlib.suppress(LockedError):  # the next one will
+                self._sweep(dead)
         return living
 
     def gone(self) -> dict[str, Any]:
@@ -182,7 +187,16 @@ class RuntimeDir:
         """Be the only process that changes what they share; held for one small file's time."""
         fd = self._open("lock", os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            for _ in range(_TRIES):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:  # who has it stands still, if it is for longer than a moment
+                    time.sleep(0.01)
+            else:
+                raise LockedError(
+                    f"runtime_dir {self.path!r}: a process keeps its lock: is one of them stopped?"
+                )
             yield
         finally:
             os.close(fd)

@@ -26,10 +26,22 @@ from psycopg.generators import execute
 from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets, tracing
-from .preamble import BEGIN, CLEANING, GRACE, IDLE, INTRANS, NOTHING, Block, Command, deallocate, set_local
+from .preamble import (
+    BEGIN,
+    CLEANING,
+    GRACE,
+    HURRY,
+    IDLE,
+    INTRANS,
+    NOTHING,
+    Block,
+    Command,
+    deallocate,
+    set_local,
+)
 from .statements import Shape
 from .tally import Tally
-from .tenant import Bound
+from .tenant import Bound, milliseconds
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -88,6 +100,10 @@ class Slot:
         self.lent = False
 
 
+MOST_LATE = 100
+"""How often something more is read after the deadline, where a server does not stop sending."""
+
+
 class _Answers(deque[Any]):
     """What psycopg waits for in a pipeline; a COMMIT implied by its Sync that fails is one answer more."""
 
@@ -117,6 +133,8 @@ class PooledConnection(psycopg.Connection[Any]):
     block: Block | None
     patience: float | None = None
     """Seconds that one wait for the server may take; None for no bound."""
+    until: float | None = None
+    """When it ends in any case, on the clock of `monotonic`: while it is opened, asked, or left early."""
     own_timeout: bool = False
     """Whether the block has set a statement_timeout by itself."""
     limited: bool = False
@@ -217,12 +235,15 @@ class PooledConnection(psycopg.Connection[Any]):
         try:
             pgconn.send_query(b"")
             pgconn.flush()
-            while pgconn.is_busy():
-                if not self.wait_readable(max(0.0, deadline - monotonic()) * 1000):
-                    return False
-                pgconn.consume_input()
-            while pgconn.get_result():
-                pass
+            while True:
+                # Before each result: get_result waits in C, with the interpreter's lock and without a bound.
+                while pgconn.is_busy():
+                    left = deadline - monotonic()
+                    if left <= 0 or not self.wait_readable(left * 1000):
+                        return False
+                    pgconn.consume_input()
+                if pgconn.get_result() is None:
+                    break
         except psycopg.OperationalError:
             return False
         self.used_at = monotonic()
@@ -240,8 +261,14 @@ class PooledConnection(psycopg.Connection[Any]):
         self.prepares = self.prepares or what.prepares
         self.tainted = self.tainted or what.taints
         if what.timeout:
-            # How long a statement may take is the server's to say from here on.
-            self.patience, self.own_timeout, self.altered = None, True, True
+            # How long a statement may take is the server's to say from here on: no less than that, and where
+            # it is not known there is no bound.
+            self.own_timeout = self.altered = True
+            allowed = milliseconds(what.allows)
+            if not allowed or self.patience is None:
+                self.patience = None
+            else:
+                self.patience = max(self.patience, allowed / 1000 + GRACE)
 
     def hand_out(self) -> PooledConnection:
         """Give the connection itself to the block, which may then do anything with it."""
@@ -293,11 +320,17 @@ class PooledConnection(psycopg.Connection[Any]):
         """Run psycopg's generator within the deadline; errors are raised as `DBQueryError`."""
         if self.abandoned:
             raise errors.BlockClosedError(_PARENTS)
-        patience = self.patience if timeout is None else timeout
-        if deadlines.in_use and timeout is None:
-            patience = self._within_deadline(patience)
+        patience = timeout
+        if timeout is None:
+            patience = self.patience
+            if deadlines.in_use or self.until is not None:
+                patience = self._within_deadline(patience)
         status = self.pgconn.transaction_status
         if patience is not None and patience <= 0:
+            if self.until is not None and self.closed:  # psycopg asks all the same; what was lost is noted
+                raise psycopg.OperationalError(
+                    "the connection was lost where a stream or COPY was left early"
+                )
             # psycopg would still take what has arrived, and a stream that flows would never end.
             raise self._unanswered(status)
         try:
@@ -314,6 +347,7 @@ class PooledConnection(psycopg.Connection[Any]):
                 with suppress(psycopg.Error):
                     self.cancel_safe(timeout=1.0)
                 self.close()
+            self.until = None  # psycopg has cancelled by itself, perhaps
             self._note_loss(interruption, status)
             raise
         if self.closed:
@@ -330,6 +364,17 @@ class PooledConnection(psycopg.Connection[Any]):
         if status != ACTIVE or block.manual or self.bound or self._num_transactions:
             block.lost = True
             block.failure = errors.without_frames(error) if isinstance(error, Exception) else None
+
+    def _try_cancel(self, *, timeout: float = 5.0) -> None:
+        """Cancel what is left early: a stream, COPY. psycopg then takes what is on its way, for a second."""
+        left = self._within_deadline(self.patience)
+        try:
+            self.cancel_safe(timeout=max(HURRY, min(timeout, GRACE, GRACE if left is None else left)))
+            self.until = monotonic() + GRACE
+        except psycopg.Error as error:
+            status, self.until = self.pgconn.transaction_status, 0.0
+            self.close()
+            self._note_loss(error, status)
 
     def close(self) -> None:
         """Close the connection, and with it a transaction of its block; one of the parent's is left alone."""
@@ -383,7 +428,12 @@ class PooledConnection(psycopg.Connection[Any]):
         self.endpoint.suspected_at = monotonic()
         left = deadlines.time_left() if deadlines.in_use and self.block is not None else None
         cut = left is not None and left <= 0
-        within = "before the deadline" if cut else f"within {self.patience:g} s"
+        if cut:
+            within = "before the deadline"
+        elif self.until is not None or self.patience is None:
+            within = "in time"
+        else:
+            within = f"within {self.patience:g} s"
         error = errors.QueryDeadlineError(f"{self.endpoint.label} gave no answer {within}: connection closed")
         if self.block is not None:
             error.correlation_id = tracing.id_of(self.block)
@@ -394,12 +444,15 @@ class PooledConnection(psycopg.Connection[Any]):
     # what is under way ends with its connection.
 
     def _within_deadline(self, patience: float | None) -> float | None:
-        """Return how long a wait may take that would have this long without the current deadline."""
-        left = deadlines.time_left()
-        if left is None or self.block is None:  # opening a connection has a bound that knows of it
+        """Return how long a wait may take that would have this long without a deadline."""
+        if self.until is not None:
+            left = self.until - monotonic()
+            patience = left if patience is None else min(patience, left)
+        rest = deadlines.time_left()
+        if rest is None or self.block is None:  # opening a connection has a bound that knows of it
             return patience
-        left = max(left, GRACE if self.ending else 0.0)
-        return left if patience is None else min(patience, left)
+        rest = max(rest, GRACE if self.ending else 0.0)
+        return rest if patience is None else min(patience, rest)
 
     def limit(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
         """Add the statement_timeout that the current deadline leaves to what goes before a statement.
@@ -489,7 +542,7 @@ class PooledConnection(psycopg.Connection[Any]):
         try:
             yield
         finally:
-            self.holder = 0
+            self.holder, self.until = 0, None
             if self.pgconn.transaction_status == ACTIVE and not self._pipeline:
                 # Interrupted again, while psycopg was ending what was under way.
                 self.close()
@@ -543,10 +596,10 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.BlockClosedError(_PARENTS)
         began_in = pgconn.transaction_status
         patience = self.patience
-        if deadlines.in_use:
+        if deadlines.in_use or self.until is not None:
             patience = self._within_deadline(patience)
         deadline = None if patience is None else monotonic() + patience
-        before = len(commands)
+        before, late = len(commands), 0
         outcomes: list[list[PGresult]] = []
         current: list[PGresult] = []
         try:
@@ -562,10 +615,14 @@ class PooledConnection(psycopg.Connection[Any]):
                 pgconn.send_query_params(sql, None)
             pgconn.pipeline_sync()
             if pgconn.flush():
-                self._flush(deadline)
+                self._flush(deadline, answers > 1)
+                if answers > 1:
+                    deadline = self._deadline()
             while True:
                 while pgconn.is_busy():
-                    self._await(self.wait_readable, deadline)
+                    late += self._await(self.wait_readable, deadline)
+                    if late > MOST_LATE:
+                        raise self._unanswered()
                     pgconn.consume_input()
                 result = pgconn.get_result()
                 if result is not None:
@@ -580,6 +637,8 @@ class PooledConnection(psycopg.Connection[Any]):
                     raise psycopg.OperationalError("the connection is lost")
                 outcomes.append(current)
                 current = []
+                if answers > 1:  # each statement has its time
+                    deadline = self._deadline()
             pgconn.exit_pipeline_mode()
         except BaseException as error:
             # Where the session stands is not known. As psycopg does, do not leave a statement running.
@@ -640,18 +699,33 @@ class PooledConnection(psycopg.Connection[Any]):
         self.stale = False  # the cleaning has a transaction of its own
         return error
 
-    def _await(self, poll: Callable[[float | None], Any], deadline: float | None) -> None:
-        """Wait until the server has sent something, at most to the deadline."""
-        if not poll(None if deadline is None else max(0.0, deadline - monotonic()) * 1000):
+    def _await(self, poll: Callable[[float | None], Any], deadline: float | None) -> bool:
+        """Wait until the server has sent something, at most to the deadline; tell whether that had passed."""
+        if deadline is None:
+            poll(None)
+            return False
+        left = deadline - monotonic()
+        if not poll(max(0.0, left) * 1000):
             raise self._unanswered()
+        return left <= 0  # this process may have stood still while the answer came
 
-    def _flush(self, deadline: float | None) -> None:
-        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile."""
+    def _deadline(self) -> float | None:
+        """Return until when to wait for an answer."""
+        patience = self._within_deadline(self.patience)
+        return None if patience is None else monotonic() + patience
+
+    def _flush(self, deadline: float | None, many: bool = False) -> None:
+        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile.
+
+        :param many: they are many statements, each of which has its time.
+        """
         poller = select.poll()
         poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
         while self.pgconn.flush():
             self._await(poller.poll, deadline)
             self.pgconn.consume_input()
+            if many:
+                deadline = self._deadline()
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -43,7 +43,7 @@ _UTILITY = {
 _ENDS = {"COMMIT", "END", "ROLLBACK", "ABORT"}
 _BEGINS = {"BEGIN", "START"}
 # What this reads differently from PostgreSQL: nested comments, and a string continued on the next line.
-_DOUBTFUL = re.compile(r"/\*(?:(?!\*/).)*?/\*|'\s*[\n\r]\s*'", re.DOTALL)
+_DOUBTFUL = re.compile(r"/\*(?:(?!\*/).)*?/\*|'[^\S\n\r]*[\n\r]\s*'", re.DOTALL)
 _TOUCHES = {
     "SET",
     "RESET",
@@ -64,9 +64,14 @@ _REACHES = re.compile(
     r"|dblink_connect",
     re.I,
 )
+# One of these is in each of them; to look for these takes a twentieth of the time.
+_HINTS = ("set_config", "pg_settings", "advisory", "temp", "setseed", "hold", "dblink_connect")
+_PIECE, _OVERLAP = 65_536, 1_000
 _TAINTS = re.compile(r"\bload\b|dblink_connect", re.I)
 _PREPARES = re.compile(r"\bprepare\b", re.I)
 _TIMEOUT = re.compile(r"statement_timeout", re.I)
+# In whose text a setting's name may be a string's.
+_QUOTES = re.compile(r"set_config|pg_settings", re.I)
 
 
 class Shape(NamedTuple):
@@ -92,6 +97,8 @@ class Shape(NamedTuple):
     """It may leave something behind that no statement removes."""
     timeout: bool
     """It may change how long a statement may take."""
+    allows: str
+    """How long, in PostgreSQL's words, where the text says so."""
     sets: bool
     """It is a SET: that takes no time, and SET TRANSACTION comes before any query of its transaction."""
 
@@ -108,10 +115,12 @@ def _analyse(text: str) -> Shape:
         part.split(None, 2)[:2] for part in code.replace("(", " ").split(";") if part.strip(" \t\r\n\f\v()")
     ]
     words = [head[0].upper() for head in heads if head]
-    touches = _REACHES.search(text) is not None or any(
+    touches = _reaches(text) or any(
         word in _TOUCHES and not (word == "SET" and len(head) > 1 and head[1].upper() in _LOCAL)
         for word, head in zip(words, heads, strict=True)
     )
+    quoted = doubtful or "DO" in words or _QUOTES.search(text) is not None
+    timeout = (touches or "SET" in words) and _TIMEOUT.search(text if quoted else code) is not None
     return Shape(
         number=max(2 if doubtful else 1, len(words)),
         alone=any(word in _ALONE for word in words),
@@ -122,15 +131,35 @@ def _analyse(text: str) -> Shape:
         touches=touches or doubtful,
         prepares=touches and _PREPARES.search(text) is not None,
         taints=touches and _TAINTS.search(text) is not None,
-        # SET LOCAL too, which leaves nothing behind.
-        timeout=(touches or "SET" in words) and _TIMEOUT.search(text) is not None,
+        timeout=timeout,  # SET LOCAL too, which leaves nothing behind
+        allows=_allows(text) if timeout and words == ["SET"] else "",
         sets=words == ["SET"],
     )
 
 
+def _reaches(text: str) -> bool:
+    """Tell whether the text has a word that may leave something in the session: also if that is in its data.
+
+    A long text is looked through in pieces, since no other thread goes on during a search.
+    """
+    small = text.lower()
+    if not any(hint in small for hint in _HINTS):
+        return False
+    starts = range(0, len(text), _PIECE)
+    return any(_REACHES.search(text, start, start + _PIECE + _OVERLAP) for start in starts)
+
+
+def _allows(text: str) -> str:
+    """Return the value in a SET of statement_timeout; empty where it is none."""
+    parts = [part for part in text.replace("=", " = ").split() if part.upper() not in ("LOCAL", "SESSION")]
+    if len(parts) > 3 and parts[1].lower() == "statement_timeout" and parts[2].upper() in ("=", "TO"):
+        return "".join(parts[3:]).strip("';")
+    return ""
+
+
 UNKNOWN = Shape(
     number=1, alone=False, utility=False, ends=False, commits=False, controls=False,
-    touches=True, prepares=False, taints=False, timeout=False, sets=False,
+    touches=True, prepares=False, taints=False, timeout=False, allows="", sets=False,
 )  # fmt: skip
 """Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
 

@@ -129,6 +129,8 @@ class Proxy:
     gets it; `cut_after(text)` passes it on, and resets the connection when the server has answered, so that
     what was asked is done and the client does not know. `cuts` counts both.
 
+    `lose_after(count)` passes on so many bytes more of what servers send, and nothing after that.
+
     `rename(old, new)` writes another name of the same length wherever the server sends the one.
     """
 
@@ -139,6 +141,7 @@ class Proxy:
         self.cuts = 0
         self._cut: tuple[bytes, bool] | None = None
         self._renamed = b"\0", b"\0"
+        self._passes: int | None = None
         self._links: set[Link] = set()
         self._stalled = False
         self._closing = False
@@ -215,6 +218,10 @@ class Proxy:
     def cut_after(self, text: bytes) -> None:
         """Reset the next connection that sends the text, in place of the server's answer to it."""
         self._cut = text, True
+
+    def lose_after(self, count: int) -> None:
+        """Pass on so many bytes more of what servers send; what they send after that is lost."""
+        self._passes = count
 
     def rename(self, old: bytes, new: bytes) -> None:
         """Write another name of the same length wherever the server sends the one."""
@@ -325,6 +332,11 @@ class Proxy:
             self.round_trips += link.asked and bool(data)
             link.asked = link.asked and not data
             data = data.replace(*self._renamed)
+            if self._passes is not None:
+                data = data[: self._passes]
+                self._passes -= len(data)
+                if not data:
+                    return
         flow.put(data, time.monotonic() + self.delay)
 
     def _cuts(self, link: Link, flow: Flow, data: bytes) -> bool:

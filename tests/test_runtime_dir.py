@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -213,6 +214,24 @@ def test_a_file_that_was_removed_is_made_again(start: Callable[..., None], place
     for file in Path(place).glob("*.status"):
         file.unlink()
     wait_for(lambda: told(place), what="another file")
+
+
+def test_a_process_that_stands_still_with_the_lock_stops_no_other(
+    start: Callable[..., None], place: str
+) -> None:
+    start()
+    wait_for(lambda: told(place))
+    dead = Path(place) / "1-00000000.status"
+    dead.write_bytes(b"")
+    with RuntimeDir(place) as room, open(Path(place) / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeDirError, match="a process keeps its lock: is one of them stopped"):
+            room.secret()
+        assert len(room.snapshots()) == 1
+        assert dead.exists()
+        fcntl.flock(held, fcntl.LOCK_UN)
+        room.snapshots()
+        assert not dead.exists()
 
 
 def test_a_torn_file_is_not_read(start: Callable[..., None], place: str) -> None:

@@ -135,3 +135,83 @@ def test_other_requests_go_to_the_healthy_server_and_pay_nothing(
     assert {each.endpoint for each in fast} == {other.label}
     measured("slowest call after that", max(each.took for each in fast) * 1000, "ms", at_most=900)
     go_on()
+
+
+def test_a_ping_that_is_answered_in_part_is_bounded(
+    start: Any, known_cluster: Any, proxy_to: Any, measured: Any
+) -> None:
+    """As where a pooler or the network comes between the two messages that are the answer."""
+    proxy = proxy_to(known_cluster.standbys[0])
+    start([server(known_cluster.standbys[0], port=proxy.port)], ping="always", ping_timeout=PING)
+    assert call().error is None
+    proxy.lose_after(5)  # EmptyQueryResponse
+    found = call()
+    assert isinstance(found.error, pgdbpool.DBOfflineError)
+    measured("the call that finds it by its ping", found.took, at_most=PING + CONNECT + 1)
+
+
+def test_a_pooler_that_does_not_tell_the_role_is_bounded(
+    start: Any, known_cluster: Any, proxy_to: Any, measured: Any
+) -> None:
+    """It is asked at the checkout, where the server it is in front of may be another by now."""
+    proxy = proxy_to(known_cluster.primary)
+    entry = server(known_cluster.primary, port=proxy.port, pooler="transaction", query_timeout="10 s")
+    start([entry], ping="always", ping_timeout=PING, target="primary", timeout=0.5)
+    assert call().error is None
+    Connection.group("g").endpoints[0].suspected_at = time.monotonic()  # as when it has refused a write
+    proxy.lose_after(11)  # the answer to the ping
+    found = call()
+    assert isinstance(found.error, pgdbpool.DBConnectionError)
+    measured("a checkout that may take 0.5 s", found.took, at_most=PING + 1)
+
+
+@pytest.mark.parametrize("use", ["stream", "COPY"])
+def test_what_is_left_early_on_a_hung_server_is_bounded(
+    start: Any, hung: Any, measured: Any, use: str
+) -> None:
+    entry, hang, _ = hung(query_timeout=f"{10 * QUERY} s", connect_timeout=CONNECT)
+    start([entry], ping_timeout=PING)
+    numbers = "SELECT i, repeat('x', 1000) FROM generate_series(1, 100000) i"
+    began = 0.0
+    with Handler("g") as db, pytest.raises(KeyError), db.connection.cursor() as cursor:
+        if use == "stream":
+            for _ in cursor.stream(numbers):
+                hang()
+                began = time.monotonic()
+                raise KeyError
+        with cursor.copy(f"COPY ({numbers}) TO STDOUT") as copy:
+            for _ in copy:
+                hang()
+                began = time.monotonic()
+                raise KeyError
+    measured(f"the end of a {use}", time.monotonic() - began, at_most=4)
+
+
+def test_many_sets_of_parameters_on_a_hung_server_are_bounded(
+    start: Any, known_cluster: Any, proxy_to: Any, measured: Any
+) -> None:
+    known_cluster.primary.execute("CREATE TABLE t (i int)")
+    proxy = proxy_to(known_cluster.primary)
+    entry = server(known_cluster.primary, port=proxy.port, query_timeout=f"{QUERY} s")
+    start([entry], ping_timeout=PING)
+    with Handler("g") as db:
+        proxy.stall()
+        began = time.monotonic()
+        with pytest.raises(pgdbpool.QueryDeadlineError):
+            db.executemany("INSERT INTO t VALUES (%s)", [(i,) for i in range(1000)])
+        measured("1,000 sets, each of at most 1 s", time.monotonic() - began, at_most=QUERY + 2.5)
+
+
+def test_a_statement_with_a_time_of_its_own_is_bounded_on_a_hung_server(
+    start: Any, hung: Any, measured: Any
+) -> None:
+    entry, hang, _ = hung(query_timeout=f"{QUERY} s", connect_timeout=CONNECT)
+    start([entry], ping_timeout=PING)
+    with Handler("g") as db:
+        db.query("SELECT length('a temp note on statement_timeout')")
+        db.query("SET statement_timeout = '1500ms'")
+        hang()
+        began = time.monotonic()
+        with pytest.raises(pgdbpool.QueryDeadlineError):
+            db.query("SELECT 1")
+        measured("a statement of at most 1.5 s", time.monotonic() - began, at_most=5, at_least=2.5)
