@@ -12,6 +12,9 @@ import psycopg
 
 from .errors import Error
 
+BORN_WITHIN = 5.0
+"""Seconds after which a thread that does not run is taken for one that never will."""
+
 AGAIN_AFTER = 60.0
 """Seconds after which a question without an answer is asked once more, in another thread."""
 
@@ -74,7 +77,12 @@ class Asking(Generic[_Answer]):
     @property
     def over(self) -> bool:
         """Whether it is answered, or has failed."""
-        return self._over.opened or (not self._begun and monotonic() > self.began + 1.0)
+        return self._over.opened or (not self._begun and monotonic() > self.began + BORN_WITHIN)
+
+    @property
+    def answered(self) -> bool:
+        """Whether it was answered, or failed, by its thread."""
+        return self._over.opened
 
     @property
     def under_way(self) -> bool:

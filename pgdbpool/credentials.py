@@ -40,6 +40,7 @@ class Login:
         """The state of `pass_file` when it was last read, and the password in it."""
         self._warned = ""
         self._one: OneAtATime[Asking[dict[str, str]]] = OneAtATime()
+        self._other: OneAtATime[Asking[dict[str, str]]] = OneAtATime()
 
     @property
     def calls(self) -> bool:
@@ -58,7 +59,8 @@ class Login:
         ask = partial(self.ask, anew=True)
         if not self.calls:
             return ask()
-        asking = Asking(ask, "user and password", CredentialError)  # who was asked before may know no better
+        # Not the one that was begun before: it may know no better.
+        asking = self._other.asking(lambda: Asking(ask, "user and password", CredentialError))
         asking.wait(deadline)
         return asking.answer()
 

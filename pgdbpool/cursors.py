@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
     from psycopg.pq.abc import PGresult
 
+FLUSH_EVERY = 4
+"""Statements of `executemany` after which their answers are asked for: the server keeps them otherwise."""
+
 _NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
     "open one with db.transaction()"
@@ -334,13 +337,16 @@ class BlockCursor(psycopg.Cursor[Any]):
             plan.append((converted, how, name))
 
         def send() -> None:
-            for converted, how, name in plan:
+            for place, (converted, how, name) in enumerate(plan, 1):
                 if how is Prepare.SHOULD:
                     self._send_prepare(name, converted)
                 self._send(converted, how, name, None, extended=True)
+                if place % FLUSH_EVERY == 0:
+                    self._pgconn.send_flush_request()
 
         number = len(plan) + sum(how is Prepare.SHOULD for _, how, _ in plan)
-        answers = iter(self._conn.exchange(preamble, send, number, self.after))
+        many = min(len(plan), FLUSH_EVERY)
+        answers = iter(self._conn.exchange(preamble, send, number, self.after, many))
         for converted, how, name in plan:
             if how is Prepare.SHOULD:
                 self._check_results(next(answers))

@@ -177,7 +177,7 @@ class Resolving(Asking[tuple[str, ...]]):
         :raises UnresolvedError: there are none.
         """
         known = self._name.known
-        if self.over or not known:
+        if self.answered or not known:
             return super().answer()
         self._name.note_late("no answer in time")
         return known

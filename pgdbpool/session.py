@@ -13,6 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from math import inf
 from threading import Lock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -98,10 +99,6 @@ class Slot:
         self.endpoint: Endpoint | None = None
         """Where its connection is, or is being opened to."""
         self.lent = False
-
-
-MOST_LATE = 100
-"""How often something more is read after the deadline, where a server does not stop sending."""
 
 
 class _Answers(deque[Any]):
@@ -264,8 +261,8 @@ class PooledConnection(psycopg.Connection[Any]):
             # How long a statement may take is the server's to say from here on: no less than that, and where
             # it is not known there is no bound.
             self.own_timeout = self.altered = True
-            allowed = milliseconds(what.allows)
-            if not allowed or self.patience is None:
+            allowed = milliseconds(what.allows) or 0.0
+            if allowed < 1 or self.patience is None:  # less than a millisecond rounds to 0: no limit
                 self.patience = None
             else:
                 self.patience = max(self.patience, allowed / 1000 + GRACE)
@@ -347,7 +344,6 @@ class PooledConnection(psycopg.Connection[Any]):
                 with suppress(psycopg.Error):
                     self.cancel_safe(timeout=1.0)
                 self.close()
-            self.until = None  # psycopg has cancelled by itself, perhaps
             self._note_loss(interruption, status)
             raise
         if self.closed:
@@ -370,11 +366,13 @@ class PooledConnection(psycopg.Connection[Any]):
         left = self._within_deadline(self.patience)
         try:
             self.cancel_safe(timeout=max(HURRY, min(timeout, GRACE, GRACE if left is None else left)))
-            self.until = monotonic() + GRACE
-        except psycopg.Error as error:
+        except (psycopg.Error, OSError) as error:
             status, self.until = self.pgconn.transaction_status, 0.0
             self.close()
             self._note_loss(error, status)
+        else:
+            if self.holder:  # which puts it back
+                self.until = min(monotonic() + GRACE, self.until or inf)
 
     def close(self) -> None:
         """Close the connection, and with it a transaction of its block; one of the parent's is left alone."""
@@ -538,11 +536,11 @@ class PooledConnection(psycopg.Connection[Any]):
     @contextmanager
     def held(self) -> Iterator[None]:
         """Note who has the connection's lock for longer than a statement."""
-        self.holder = get_ident()
+        self.holder, until = get_ident(), self.until
         try:
             yield
         finally:
-            self.holder, self.until = 0, None
+            self.holder, self.until = 0, until
             if self.pgconn.transaction_status == ACTIVE and not self._pipeline:
                 # Interrupted again, while psycopg was ending what was under way.
                 self.close()
@@ -580,6 +578,7 @@ class PooledConnection(psycopg.Connection[Any]):
         send: Callable[[], None] | None = None,
         answers: int = 0,
         after: Sequence[Command] = NOTHING,
+        many: int = 1,
     ) -> list[list[PGresult]]:
         """Send commands, and a statement after them, and wait; return the statement's answers.
 
@@ -588,6 +587,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
         :param send: sends the statement.
         :param answers: how many answers it has.
+        :param many: how many statements the server may keep the answers of: each has its time.
         :param after: commands without parameters that follow the statement; their answers follow its own.
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
@@ -596,10 +596,13 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.BlockClosedError(_PARENTS)
         began_in = pgconn.transaction_status
         patience = self.patience
-        if deadlines.in_use or self.until is not None:
-            patience = self._within_deadline(patience)
-        deadline = None if patience is None else monotonic() + patience
-        before, late = len(commands), 0
+        if many > 1:
+            deadline = self._deadline(many)
+        else:
+            if deadlines.in_use or self.until is not None:
+                patience = self._within_deadline(patience)
+            deadline = None if patience is None else monotonic() + patience
+        before, late = len(commands), 0.0
         outcomes: list[list[PGresult]] = []
         current: list[PGresult] = []
         try:
@@ -615,14 +618,15 @@ class PooledConnection(psycopg.Connection[Any]):
                 pgconn.send_query_params(sql, None)
             pgconn.pipeline_sync()
             if pgconn.flush():
-                self._flush(deadline, answers > 1)
-                if answers > 1:
-                    deadline = self._deadline()
+                self._flush(deadline, many)
+                if many > 1:
+                    deadline = self._deadline(many)
             while True:
                 while pgconn.is_busy():
-                    late += self._await(self.wait_readable, deadline)
-                    if late > MOST_LATE:
-                        raise self._unanswered()
+                    if self._await(self.wait_readable, deadline):
+                        late = late or monotonic()
+                        if monotonic() > late + GRACE:  # it does not stop sending
+                            raise self._unanswered()
                     pgconn.consume_input()
                 result = pgconn.get_result()
                 if result is not None:
@@ -637,8 +641,8 @@ class PooledConnection(psycopg.Connection[Any]):
                     raise psycopg.OperationalError("the connection is lost")
                 outcomes.append(current)
                 current = []
-                if answers > 1:  # each statement has its time
-                    deadline = self._deadline()
+                if many > 1:
+                    deadline = self._deadline(many)
             pgconn.exit_pipeline_mode()
         except BaseException as error:
             # Where the session stands is not known. As psycopg does, do not leave a statement running.
@@ -709,23 +713,20 @@ class PooledConnection(psycopg.Connection[Any]):
             raise self._unanswered()
         return left <= 0  # this process may have stood still while the answer came
 
-    def _deadline(self) -> float | None:
-        """Return until when to wait for an answer."""
-        patience = self._within_deadline(self.patience)
+    def _deadline(self, many: int) -> float | None:
+        """Return until when to wait for the next of so many answers."""
+        patience = self._within_deadline(None if self.patience is None else self.patience * many)
         return None if patience is None else monotonic() + patience
 
-    def _flush(self, deadline: float | None, many: bool = False) -> None:
-        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile.
-
-        :param many: they are many statements, each of which has its time.
-        """
+    def _flush(self, deadline: float | None, many: int = 1) -> None:
+        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile."""
         poller = select.poll()
         poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
         while self.pgconn.flush():
             self._await(poller.poll, deadline)
             self.pgconn.consume_input()
-            if many:
-                deadline = self._deadline()
+            if many > 1:
+                deadline = self._deadline(many)
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -70,7 +70,8 @@ _PIECE, _OVERLAP = 65_536, 1_000
 _TAINTS = re.compile(r"\bload\b|dblink_connect", re.I)
 _PREPARES = re.compile(r"\bprepare\b", re.I)
 _TIMEOUT = re.compile(r"statement_timeout", re.I)
-# In whose text a setting's name may be a string's.
+# In whose text a setting's name may be a string or quoted.
+_NAMES = {"SET", "RESET", "DO", "CALL", "EXECUTE"}
 _QUOTES = re.compile(r"set_config|pg_settings", re.I)
 
 
@@ -119,7 +120,7 @@ def _analyse(text: str) -> Shape:
         word in _TOUCHES and not (word == "SET" and len(head) > 1 and head[1].upper() in _LOCAL)
         for word, head in zip(words, heads, strict=True)
     )
-    quoted = doubtful or "DO" in words or _QUOTES.search(text) is not None
+    quoted = doubtful or not _NAMES.isdisjoint(words) or _QUOTES.search(text) is not None
     timeout = (touches or "SET" in words) and _TIMEOUT.search(text if quoted else code) is not None
     return Shape(
         number=max(2 if doubtful else 1, len(words)),

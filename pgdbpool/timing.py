@@ -33,12 +33,13 @@ class TimedConnection(PooledConnection):
         send: Callable[[], None] | None = None,
         answers: int = 0,
         after: Sequence[Command] = NOTHING,
+        many: int = 1,
     ) -> list[list[PGresult]]:
         """Send and wait; a statement is timed with the preamble that it rides with."""
         if send is None:
-            return super().exchange(commands, send, answers, after)
+            return super().exchange(commands, send, answers, after, many)
         with self._timed(getattr(self.block, "statement", None)):
-            return super().exchange(commands, send, answers, after)
+            return super().exchange(commands, send, answers, after, many)
 
     def commit(self) -> None:
         """Commit the open transaction, if any."""

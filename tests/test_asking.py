@@ -39,6 +39,7 @@ def test_a_thread_that_ends_before_it_runs_is_a_question_without_an_answer(
 ) -> None:
     """As does one that an asynchronous exception hits which was meant for the thread that started it."""
     monkeypatch.setattr(asking._thread, "start_new_thread", lambda *_: 1)
+    monkeypatch.setattr(asking, "BORN_WITHIN", 0.1)
     asked = question(lambda: "said")
     assert asked.under_way
     asked.wait(time.monotonic() + 5)

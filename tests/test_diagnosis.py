@@ -323,6 +323,14 @@ def test_a_slow_statement_is_logged_without_its_parameters(start: Any, records: 
         assert Connection.status().groups[group].slow_statements == 1
 
 
+def test_sets_of_parameters_are_one_slow_statement(start: Any, records: Any) -> None:
+    start(slow_query="200ms")
+    with Handler("auto") as db:
+        db.executemany("SELECT pg_sleep(%s)", [(0.05,)] * 6)
+    (record,) = records("statement.slow")
+    assert record.seconds >= 0.3
+
+
 def test_a_slow_commit_is_logged_as_one(start: Any, records: Any) -> None:
     start(slow_query="500ms")
     with Handler("manual") as db:

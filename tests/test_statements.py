@@ -19,6 +19,8 @@ def shape(text: str) -> Shape:
         ("SET SESSION statement_timeout='10 s';", True, "10s"),
         ("SET statement_timeout TO DEFAULT", True, "DEFAULT"),
         ("RESET statement_timeout", True, ""),
+        ("SET \"statement_timeout\" = '10s'", True, ""),
+        ("EXECUTE p('statement_timeout', '10s')", True, ""),
         ("SET lock_timeout = 5; SET statement_timeout = 5", True, ""),
         ("SELECT set_config('statement_timeout', '5s', false)", True, ""),
         ("DO $$ BEGIN SET statement_timeout = '5s'; END $$", True, ""),
