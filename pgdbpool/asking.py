@@ -75,14 +75,14 @@ class Asking(Generic[_Answer]):
             self._run()
 
     @property
-    def over(self) -> bool:
-        """Whether it is answered, or has failed."""
-        return self._over.opened or (not self._begun and monotonic() > self.began + BORN_WITHIN)
+    def answered(self) -> bool:
+        """Whether it was answered, or has failed."""
+        return self._over.opened
 
     @property
-    def answered(self) -> bool:
-        """Whether it was answered, or failed, by its thread."""
-        return self._over.opened
+    def over(self) -> bool:
+        """Whether there is no answer to come: it was answered, or the thread was never born."""
+        return self.answered or (not self._begun and monotonic() > self.began + BORN_WITHIN)
 
     @property
     def under_way(self) -> bool:

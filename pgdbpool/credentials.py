@@ -49,7 +49,7 @@ class Login:
 
     def asking(self) -> Asking[dict[str, str]]:
         """Ask in a thread of its own; where one that was begun before has not returned, that is the one."""
-        return self._one.asking(lambda: Asking(self.ask, "user and password", CredentialError))
+        return self._one.asking(partial(self._begin, self.ask))
 
     def again(self, deadline: float) -> dict[str, str]:
         """Return what `ask` gives now that a password was refused, within the deadline (`monotonic`).
@@ -60,9 +60,13 @@ class Login:
         if not self.calls:
             return ask()
         # Not the one that was begun before: it may know no better.
-        asking = self._other.asking(lambda: Asking(ask, "user and password", CredentialError))
+        asking = self._other.asking(partial(self._begin, ask))
         asking.wait(deadline)
         return asking.answer()
+
+    @staticmethod
+    def _begin(ask: Callable[[], dict[str, str]]) -> Asking[dict[str, str]]:
+        return Asking(ask, "user and password", CredentialError)
 
     def ask(self, *, anew: bool = False) -> dict[str, str]:
         """Return libpq's `user` and `password` for one connection, where they are not libpq's to find.

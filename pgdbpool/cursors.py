@@ -288,7 +288,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             self._send(query, preparing, name, binary, extended=True)
 
         number = 2 if preparing is Prepare.SHOULD else 1
-        answers = self._conn.exchange(preamble, send, number, self.after)
+        answers = self._conn.exchange(preamble, send, self.after)
         if number > 1:
             self._check_results(answers[0])
         self._take(query, preparing, name, answers[number - 1])
@@ -344,9 +344,8 @@ class BlockCursor(psycopg.Cursor[Any]):
                 if place % FLUSH_EVERY == 0:
                     self._pgconn.send_flush_request()
 
-        number = len(plan) + sum(how is Prepare.SHOULD for _, how, _ in plan)
         many = min(len(plan), FLUSH_EVERY)
-        answers = iter(self._conn.exchange(preamble, send, number, self.after, many))
+        answers = iter(self._conn.exchange(preamble, send, self.after, many))
         for converted, how, name in plan:
             if how is Prepare.SHOULD:
                 self._check_results(next(answers))

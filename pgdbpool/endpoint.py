@@ -416,8 +416,9 @@ class Endpoint:
 
     def probe(self) -> StartupProbe:
         """Return a probe that asks whether the server accepts sessions."""
-        self.name = Name.of(self.config, self.name)
-        return StartupProbe(self.config, self.login.user, self.name)
+        probe = StartupProbe(self.config, self.login.user, self.name)
+        self.name = probe.name
+        return probe
 
     def statement_timeout(self, group: GroupConfig) -> int:
         """Return the statement_timeout of the group's connections in milliseconds; 0 is none."""

@@ -464,9 +464,8 @@ class Group:
                     return "ping cut short"
                 endpoint.mark_down(f"no answer to a ping within {timeout:.3g} s")
                 return "ping"
-        if (  # after the ping, since a role that changed is reported with the next message
-            not self._any_role and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted
-        ):
+        # After the ping, since a role that changed is reported with the next message.
+        if not self._any_role and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted:
             return self._unwanted(conn, deadline)
         return None
 

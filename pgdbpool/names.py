@@ -106,13 +106,17 @@ class Name:
         """Return that of a server, the one from before where it is the same; None if it has none."""
         if config.host and not is_name(config.host):
             return None
-        params = destination(config)
+        return cls.at(destination(config), config.label, before)
+
+    @classmethod
+    def at(cls, params: dict[str, str], label: str, before: Name | None = None) -> Name | None:
+        """Return that of a `destination`, as `of` does."""
         host, port = params["host"], params.get("port") or "5432"
         if "hostaddr" in params or not is_name(host) or "," in host:  # a service may list several
             return None
         if before is not None and (before.host, before.port) == (host, port):
             return before
-        return cls(host, port, config.label)
+        return cls(host, port, label)
 
     def again(self) -> Name:
         """Return the name with what is known of it, for a forked child."""

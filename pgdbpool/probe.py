@@ -29,21 +29,21 @@ class StartupProbe:
     in passing. For the same reason a function that gives the user is not called here.
 
     :param user: the user as it was last known; any will do, the server answers before it looks.
-    :param name: the server's, where somebody has it.
+    :param before: the server's name, where somebody has it.
     """
 
     def __init__(
         self,
         config: EndpointConfig,
         user: str | None = None,
-        name: Name | None = None,
+        before: Name | None = None,
     ) -> None:
         params = destination(config)
         self._user = str(user or params.get("user") or "postgres")
         self._dbname = params.get("dbname") or self._user
         self._host, self._port = params["host"], int(params.get("port") or 5432)
         self._hostaddr = params.get("hostaddr")
-        self._name = name or Name.of(config)
+        self.name = Name.at(params, config.label, before)
         self._resolving: Resolving | None = None
         self._addresses: list[tuple[int, Any]] = []
         self._socket: socket.socket | None = None
@@ -57,11 +57,11 @@ class StartupProbe:
 
     def _find(self) -> bool:
         """Find where to connect to; return whether that is known."""
-        if self._name is None:
+        if self.name is None:
             addresses: tuple[str, ...] = (self._hostaddr or self._host,)
         else:
             if self._resolving is None:
-                self._resolving = self._name.asking()
+                self._resolving = self.name.asking()
             if self._resolving.under_way:
                 self.reason = f"host {self._host!r} is not resolved yet"
                 return False

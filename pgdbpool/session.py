@@ -576,7 +576,6 @@ class PooledConnection(psycopg.Connection[Any]):
         self,
         commands: Sequence[Command],
         send: Callable[[], None] | None = None,
-        answers: int = 0,
         after: Sequence[Command] = NOTHING,
         many: int = 1,
     ) -> list[list[PGresult]]:
@@ -586,9 +585,8 @@ class PooledConnection(psycopg.Connection[Any]):
         statement costs at the client is theirs. The caller must hold `lock` and make errors its own.
 
         :param send: sends the statement.
-        :param answers: how many answers it has.
-        :param many: how many statements the server may keep the answers of: each has its time.
         :param after: commands without parameters that follow the statement; their answers follow its own.
+        :param many: how many statements the server may keep the answers of: each has its time.
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
         pgconn = self.pgconn
@@ -618,9 +616,7 @@ class PooledConnection(psycopg.Connection[Any]):
                 pgconn.send_query_params(sql, None)
             pgconn.pipeline_sync()
             if pgconn.flush():
-                self._flush(deadline, many)
-                if many > 1:
-                    deadline = self._deadline(many)
+                deadline = self._flush(deadline, many)
             while True:
                 while pgconn.is_busy():
                     if self._await(self.wait_readable, deadline):
@@ -718,8 +714,11 @@ class PooledConnection(psycopg.Connection[Any]):
         patience = self._within_deadline(None if self.patience is None else self.patience * many)
         return None if patience is None else monotonic() + patience
 
-    def _flush(self, deadline: float | None, many: int = 1) -> None:
-        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile."""
+    def _flush(self, deadline: float | None, many: int) -> float | None:
+        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile.
+
+        :returns: the deadline of what is waited for next.
+        """
         poller = select.poll()
         poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
         while self.pgconn.flush():
@@ -727,6 +726,7 @@ class PooledConnection(psycopg.Connection[Any]):
             self.pgconn.consume_input()
             if many > 1:
                 deadline = self._deadline(many)
+        return deadline
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -120,8 +120,10 @@ def _analyse(text: str) -> Shape:
         word in _TOUCHES and not (word == "SET" and len(head) > 1 and head[1].upper() in _LOCAL)
         for word, head in zip(words, heads, strict=True)
     )
-    quoted = doubtful or not _NAMES.isdisjoint(words) or _QUOTES.search(text) is not None
-    timeout = (touches or "SET" in words) and _TIMEOUT.search(text if quoted else code) is not None
+    timeout = False
+    if touches or "SET" in words:
+        quoted = doubtful or not _NAMES.isdisjoint(words) or _QUOTES.search(text) is not None
+        timeout = _TIMEOUT.search(text if quoted else code) is not None
     return Shape(
         number=max(2 if doubtful else 1, len(words)),
         alone=any(word in _ALONE for word in words),

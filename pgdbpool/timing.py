@@ -31,15 +31,14 @@ class TimedConnection(PooledConnection):
         self,
         commands: Sequence[Command],
         send: Callable[[], None] | None = None,
-        answers: int = 0,
         after: Sequence[Command] = NOTHING,
         many: int = 1,
     ) -> list[list[PGresult]]:
         """Send and wait; a statement is timed with the preamble that it rides with."""
         if send is None:
-            return super().exchange(commands, send, answers, after, many)
+            return super().exchange(commands, send, after, many)
         with self._timed(getattr(self.block, "statement", None)):
-            return super().exchange(commands, send, answers, after, many)
+            return super().exchange(commands, send, after, many)
 
     def commit(self) -> None:
         """Commit the open transaction, if any."""

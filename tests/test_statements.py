@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pgdbpool.statements import _OVERLAP, _PIECE, Shape, _analyse
-
-
-def shape(text: str) -> Shape:
-    return _analyse(text)
+from pgdbpool.statements import _OVERLAP, _PIECE
+from pgdbpool.statements import _analyse as shape
 
 
 @pytest.mark.parametrize(
