@@ -44,6 +44,12 @@ def nothing_current() -> Iterator[None]:
     assert (pgdbpool.current_tenant(), pgdbpool.time_left(), pgdbpool.current_correlation()) == (None,) * 3
 
 
+@pytest.fixture(params=["threaded", "non-threaded"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """Each of the two threading models."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A primary and two standbys, shared by all tests, of the version or programs in the environment."""

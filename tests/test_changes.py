@@ -21,11 +21,6 @@ from pgdbpool.cluster import Cluster
 from pgdbpool.observer import Observer
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def pools(known_cluster: Cluster, mode: str) -> Iterator[Callable[..., dict[str, Any]]]:
     """Initialise groups over the three servers `a` (the primary), `b` and `c`; return the configuration."""

@@ -34,11 +34,6 @@ def node(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield cluster.primary
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def admin(node: Any) -> Iterator[psycopg.Connection[Any]]:
     """A connection beside the pools, with the table `t` empty."""

@@ -31,11 +31,6 @@ def node() -> Iterator[Any]:
         yield cluster.primary
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def admin(node: Any) -> Iterator[psycopg.Connection[Any]]:
     """A connection beside the pools; the roles `web` and `other` have the first password."""

@@ -19,11 +19,6 @@ from pgdbpool.tenant import milliseconds
 from pgdbpool.wsgi import DeadlineMiddleware, TenantMiddleware
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def start(known_cluster: Any, mode: str) -> Iterator[Callable[..., None]]:
     def init(entry: dict[str, Any] | None = None, **changes: Any) -> None:

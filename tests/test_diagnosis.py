@@ -29,11 +29,6 @@ from pgdbpool.stats import Histogram
 from pgdbpool.tally import BATCH, BUCKETS, Tally
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def start(known_cluster: Any, mode: str) -> Iterator[Callable[..., None]]:
     def init(entry: dict[str, Any] | None = None, **changes: Any) -> None:

@@ -16,11 +16,6 @@ from pgdbpool import Connection, Handler
 from pgdbpool.cluster import Cluster
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def admin(known_cluster: Cluster) -> Iterator[psycopg.Connection[Any]]:
     with known_cluster.primary.connect() as conn:

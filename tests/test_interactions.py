@@ -31,11 +31,6 @@ from pgdbpool.config import RateLimit
 from pgdbpool.ratelimit import RateLimiter
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(autouse=True)
 def reset() -> Iterator[None]:
     yield

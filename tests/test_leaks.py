@@ -24,11 +24,6 @@ from pgdbpool import (
 )
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def start(known_cluster: Any, mode: str) -> Iterator[Callable[..., None]]:
     def init(**changes: Any) -> None:

@@ -16,11 +16,6 @@ import name_server
 import pytest
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def run(known_cluster: Any, mode: str, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     """A function that runs a scenario of `name_server`, and returns what it found."""

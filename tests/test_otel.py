@@ -27,11 +27,6 @@ from pgdbpool.group import Group
 POOL, STATE = otel.POOL, otel.STATE
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def pools(known_cluster: Any, mode: str, tmp_path: Any) -> Iterator[None]:
     try:

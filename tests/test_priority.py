@@ -17,11 +17,6 @@ import pgdbpool
 from pgdbpool import Connection, Handler
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def start(known_cluster: Any) -> Iterator[Callable[..., None]]:
     def init(mode: str = "threaded", **changes: Any) -> None:

@@ -42,11 +42,6 @@ def run(node: Any, mode: str, body: str, timeout: float = 60) -> tuple[Done, flo
     return done, time.monotonic()
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.mark.parametrize(
     "body",
     [

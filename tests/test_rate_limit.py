@@ -88,11 +88,6 @@ def test_who_waits_begins_at_its_time_also_when_threads_wake_late() -> None:
     assert clock.now - began == pytest.approx(9.9, abs=0.04)
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def start(known_cluster: Any) -> Iterator[Callable[..., None]]:
     def init(mode: str = "threaded", **limit: Any) -> None:

@@ -18,11 +18,6 @@ from pgdbpool import Category, Connection, Handler, classify, deadline
 from pgdbpool.cluster import Cluster
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def admin(known_cluster: Any) -> Iterator[psycopg.Connection[Any]]:
     with known_cluster.primary.connect() as conn:

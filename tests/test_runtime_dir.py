@@ -26,11 +26,6 @@ from pgdbpool.overview import gather, overview
 from pgdbpool.runtime import RuntimeDir, RuntimeDirError
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> str:
     return str(tmp_path / "run")

@@ -28,11 +28,6 @@ RUNNING = (
 )
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def admin(known_cluster: Any) -> Iterator[psycopg.Connection[Any]]:
     with known_cluster.primary.connect(autocommit=True) as connection:

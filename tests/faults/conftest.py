@@ -13,11 +13,6 @@ from pgdbpool import Connection
 FIGURES = pytest.StashKey[list[str]]()
 
 
-@pytest.fixture(params=["threaded", "non-threaded"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
 def start(mode: str) -> Iterator[Callable[..., None]]:
     """Initialise the pools with one group `g` over nodes or `db` entries, in each mode."""
