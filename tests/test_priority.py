@@ -158,7 +158,7 @@ def test_close_tells_those_who_wait_of_either_priority(start: Any) -> None:
     with ThreadPoolExecutor(2) as threads, Handler("g"):
         block = Blocks(threads)
         futures = [block("n", "normal", timeout=30), block("h", "high", timeout=30)]
-        Connection.close()
+        Connection.close(timeout=0.2)
         for future in futures:
             with pytest.raises(pgdbpool.NotInitializedError):
                 future.result(5)
