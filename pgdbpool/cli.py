@@ -89,10 +89,17 @@ bypass it. Each finding comes with the SQL that mends it. Nothing is changed.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments and return its exit status; wrong ones raise SystemExit."""
+def main(
+    argv: Sequence[str] | None = None, *, adjust: Callable[[argparse.Namespace], None] | None = None
+) -> int:
+    """Run the command with these arguments and return its exit status; wrong ones raise SystemExit.
+
+    :param adjust: changes the parsed options, for a program that has the configuration itself.
+    """
     parser = _parser()
     options = parser.parse_args(argv)
+    if adjust is not None:
+        adjust(options)
     command: Callable[[argparse.Namespace], int] | None = options.command
     if command is None:
         parser.print_help(sys.stderr)

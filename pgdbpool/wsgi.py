@@ -85,7 +85,7 @@ class TenantMiddleware:
             return _answer(start_response, self._missing, "this request needs a tenant")
         context = copy_context()
         context.run(set_current, tenant)
-        return _Body(context, context.run(self._app, environ, start_response))
+        return in_context(context, self._app, environ, start_response)
 
 
 class DeadlineMiddleware:
@@ -110,7 +110,7 @@ class DeadlineMiddleware:
             return self._app(environ, start_response)
         context = copy_context()
         context.run(deadlines.set_current, seconds)
-        return _Body(context, context.run(self._app, environ, start_response))
+        return in_context(context, self._app, environ, start_response)
 
 
 def mount(app: WSGIApplication, path: str, mounted: WSGIApplication) -> WSGIApplication:
@@ -213,6 +213,13 @@ class HealthApp:
             return good, report
         states = {name: part["status"] for name, part in parts.items()}
         return good, {"status": report["status"], "pid": report["pid"], "groups": states}
+
+
+def in_context(
+    context: Context, app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse
+) -> Iterable[bytes]:
+    """Run the application in the context, and so each step of its streamed body and its `close()`."""
+    return _Body(context, context.run(app, environ, start_response))
 
 
 class _Body:

@@ -64,21 +64,21 @@ def run(options: argparse.Namespace) -> int:
         time.sleep(options.watch)
 
 
-def runtime_dir(place: str | None) -> str:
-    """Return the directory that is meant.
+def runtime_dir(place: Any) -> str:
+    """Return the directory that is meant: itself, or that of a configuration.
 
     :raises ConfigError: there is none of that name, or the configuration names none.
     """
     if place is None and (variable := os.environ.get("PGDBPOOL_RUNTIME_DIR")):
         return variable
-    if place is not None and os.path.isdir(place):
+    if isinstance(place, str) and os.path.isdir(place):
         return os.path.abspath(place)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        found = load(place).runtime_dir
-    if found is None:
+        config = load(place)
+    if (found := config.runtime_dir) is None:
         raise ConfigError(
-            f"{place or 'the environment'} has no runtime_dir, so its processes publish nothing: "
+            f"{config.origin} has no runtime_dir, so its processes publish nothing: "
             "set it to a directory of theirs alone, such as /run/shop"
         )
     return found
