@@ -1,7 +1,8 @@
 """What can be told from a statement's text: how many it holds, what it may do to the session.
 
-This is no SQL parser and need not be: where in doubt it says "several", "alone" or "touches", which
-costs a round trip or a cleaning and is never wrong.
+It reads a text as PostgreSQL's lexer does, with `standard_conforming_strings` on, so the number of
+statements is exact. It does not parse them: in doubt it says "alone" or "touches", which costs a round trip
+or a cleaning and is never wrong.
 """
 
 from __future__ import annotations
@@ -13,17 +14,26 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.sql import Composable
 
-_NOT_CODE = re.compile(
-    r"""  (?<![\w$])[eE]'[^'\\]*(?:(?:\\.|'')[^'\\]*)*'   # a string with backslash escapes
-        | '[^']*(?:''[^']*)*'                 # a string
-        | "[^"]*(?:""[^"]*)*"                 # a quoted name
-        | (?<![\w$])\$([A-Za-z_]\w{0,62})\$.*?\$\1\$   # a dollar-quoted string, with a tag
-        | (?<![\w$])\$\$.*?\$\$              # a dollar-quoted string
+# As PostgreSQL's lexer reads them. A constant that goes on in a later line is one; a constant with a doubled
+# quote reads as two here, which covers the same text. What has no end takes the rest, so that no text is read
+# twice: PostgreSQL refuses it.
+# https://www.postgresql.org/docs/current/sql-syntax-lexical.html
+_OPAQUE = re.compile(
+    r"""  (?<![\w$\x80-\U0010ffff])[eE]           # a string with backslash escapes, in all of its lines
+          '[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)
+          (?: [ \t\f\v]* (?:--[^\n\r]*)? [\n\r] [ \t\n\r\f\v]* (?:--[^\n\r]*[\n\r][ \t\n\r\f\v]*)*
+              '[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)
+            | '[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z) )*
+        | '[^']*(?:'|\Z)                      # a string, or a part of one
+        | "[^"]*(?:"|\Z)                      # a quoted name, or a part of one
+        | (?<![\w$\x80-\U0010ffff])\$((?:[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*)?)\$
+          (?:.*?\$\1\$|.*)                      # a dollar-quoted string
         | --[^\n\r]*                            # a comment
-        | /\*.*?\*/                           # a comment; of a nested one the tail stays, as code
+        | (?P<comment>/\*)                      # the beginning of one that may hold others
     """,
-    re.VERBOSE | re.DOTALL,
+    re.VERBOSE | re.DOTALL | re.ASCII,
 )
+_COMMENT_MARK = re.compile(r"/\*|\*/")
 
 # First words, in upper case.
 _ALONE = {"COPY", "CALL", "DO"}
@@ -42,8 +52,13 @@ _UTILITY = {
 }
 _ENDS = {"COMMIT", "END", "ROLLBACK", "ABORT"}
 _BEGINS = {"BEGIN", "START"}
-# What this reads differently from PostgreSQL: nested comments, and a string continued on the next line.
-_DOUBTFUL = re.compile(r"/\*(?:(?!\*/).)*?/\*|'[^\S\n\r]*[\n\r]\s*'", re.DOTALL)
+# The body of a function in SQL holds statements, with END after the last one; see `_statements`.
+_ATOMIC = re.compile(
+    r"\s*CREATE\s+(?:OR\s+REPLACE\s+)?(?:FUNCTION|PROCEDURE)\b.*?\bBEGIN\s+ATOMIC\b(?!\s+END\b)",
+    re.I | re.DOTALL,
+)
+_END = re.compile(r"\s*END\b", re.I)
+_PARENTHESIS = re.compile(r"[()]")
 _TOUCHES = {
     "SET",
     "RESET",
@@ -110,34 +125,93 @@ def _known(text: str) -> Shape:
 
 
 def _analyse(text: str) -> Shape:
-    code = _NOT_CODE.sub(" ", text)
-    doubtful = _DOUBTFUL.search(text) is not None
-    heads = [
-        part.split(None, 2)[:2] for part in code.replace("(", " ").split(";") if part.strip(" \t\r\n\f\v()")
-    ]
-    words = [head[0].upper() for head in heads if head]
+    code = _code(text)
+    heads = [head for part in _statements(code) if (head := _first_words(part))]
+    words = [head[0].upper() for head in heads]
     touches = _reaches(text) or any(
         word in _TOUCHES and not (word == "SET" and len(head) > 1 and head[1].upper() in _LOCAL)
         for word, head in zip(words, heads, strict=True)
     )
     timeout = False
     if touches or "SET" in words:
-        quoted = doubtful or not _NAMES.isdisjoint(words) or _QUOTES.search(text) is not None
+        quoted = not _NAMES.isdisjoint(words) or _QUOTES.search(text) is not None
         timeout = _TIMEOUT.search(text if quoted else code) is not None
     return Shape(
-        number=max(2 if doubtful else 1, len(words)),
+        number=max(1, len(words)),
         alone=any(word in _ALONE for word in words),
         utility=any(word in _UTILITY for word in words),
-        ends=doubtful or any(word in _ENDS for word in words),
+        ends=any(word in _ENDS for word in words),
         commits=any(word in ("COMMIT", "END") for word in words),
-        controls=doubtful or any(word in _ENDS or word in _BEGINS for word in words),
-        touches=touches or doubtful,
+        controls=any(word in _ENDS or word in _BEGINS for word in words),
+        touches=touches,
         prepares=touches and _PREPARES.search(text) is not None,
         taints=touches and _TAINTS.search(text) is not None,
         timeout=timeout,  # SET LOCAL too, which leaves nothing behind
         allows=_allows(text) if timeout and words == ["SET"] else "",
         sets=words == ["SET"],
     )
+
+
+def _code(text: str) -> str:
+    """Return the text with a blank in place of each comment, string and quoted name."""
+    if "/*" not in text:
+        return _OPAQUE.sub(" ", text)
+    parts, at = [], 0
+    while found := _OPAQUE.search(text, at):
+        parts.append(text[at : found.start()])
+        at = found.end() if found["comment"] is None else _end_of_comment(text, found.end())
+    return " ".join((*parts, text[at:]))
+
+
+def _end_of_comment(text: str, at: int) -> int:
+    """Return where a comment ends that began before `at`, with those inside of it."""
+    depth = 1
+    for mark in _COMMENT_MARK.finditer(text, at):
+        depth += 1 if mark[0] == "/*" else -1
+        if not depth:
+            return mark.end()
+    return len(text)
+
+
+def _statements(code: str) -> list[str]:
+    """Split code at the semicolons between statements.
+
+    Not at those in parentheses (the actions of a rule), nor in the body of a function, where an END that
+    follows a semicolon is the body's.
+    """
+    if ";" not in code:
+        return [code]
+    statements: list[str] = []
+    pending, opened, depth = [], 0, 0
+    for part in code.split(";"):
+        pending.append(part)
+        opened += part.count("(") - part.count(")")
+        if opened > 0:
+            continue
+        statement = pending[0] if len(pending) == 1 else ";".join(pending)
+        pending, opened = [], 0
+        if not depth:
+            statements.append(statement)
+        if depth and _END.match(statement):
+            depth -= 1
+        elif "ATOMIC" in statement.upper() and _ATOMIC.match(_outside_parentheses(statement)):
+            depth += 1
+    return [*statements, ";".join(pending)] if pending else statements
+
+
+def _first_words(code: str) -> list[str]:
+    """Return the first word of a statement and what comes next; nothing if it is empty."""
+    return code.lstrip(" \t\r\n\f\v(")[:200].replace("(", " ").split(None, 2)[:2]
+
+
+def _outside_parentheses(code: str) -> str:
+    parts, at, depth = [], 0, 0
+    for mark in _PARENTHESIS.finditer(code):
+        if not depth:
+            parts.append(code[at : mark.start()])
+        depth += 1 if mark[0] == "(" else -1
+        at = mark.end()
+    return " ".join((*parts, code[at:]))
 
 
 def _reaches(text: str) -> bool:

@@ -125,6 +125,20 @@ def serialization_failure(db: Handler, _: int = 0) -> None:
     db.query("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
 
 
+def test_the_end_of_a_functions_body_is_no_commit(start: Any, mode: str, admin: Any) -> None:
+    start(mode, settings={"work_mem": "5MB"})
+    body = "BEGIN ATOMIC SELECT CASE 1 WHEN 1 THEN 2 END; SELECT 3; END"
+
+    def deadlock(db: Handler, attempt: int) -> Any:
+        db.query(f"CREATE FUNCTION made() RETURNS int {body}")
+        if attempt == 1:
+            db.query("DO $$ BEGIN RAISE deadlock_detected; END $$")
+        return db.fetchval("SELECT made()")
+
+    work = Work(deadlock)
+    assert (pgdbpool.run("manual", work), work.begun) == (3, 2)
+
+
 def test_the_last_error_is_raised_with_the_number_of_attempts(start: Any, mode: str) -> None:
     start(mode)
     work = Work(serialization_failure)

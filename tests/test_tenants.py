@@ -544,3 +544,17 @@ def test_a_group_without_a_tenant_setting_cannot_be_audited(start: Any, known_cl
     Connection.init(config([known_cluster.primary], g={"connection_count": 1}))
     with pytest.raises(pgdbpool.ConfigError, match="no tenant setting"):
         Connection.audit_rls("g")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "text", ["SELECT '1' /* a /* b; */ c; */", "SELECT 'a;'\n'b;'", "SELECT $a$;$$;$a$", "SELECT E'\\';'"]
+)
+def test_a_semicolon_in_a_constant_or_comment_is_not_between_statements(
+    start: Any, group: str, text: str
+) -> None:
+    start(prepare_threshold=5)
+    for _ in range(7):
+        with Handler(group, tenant=A) as db:
+            assert len(db.fetch(text)) == 1
+    assert len(Connection.fetch(group, text + " || %s", ("x",), tenant=A)) == 1
