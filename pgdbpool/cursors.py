@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 FLUSH_EVERY = 4
 """Statements of `executemany` after which their answers are asked for: the server keeps them otherwise."""
 
+RECOVERY_CONFLICT = "40001"
+"""SQLSTATE of a statement that a standby cancelled since its replay could wait no longer."""
+
 _NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
     "open one with db.transaction()"
@@ -117,6 +120,8 @@ class BlockCursor(psycopg.Cursor[Any]):
         except psycopg.Error as error:
             block.failure = errors.without_frames(error)
             block.committed = block.committed or (what.ends and what.number > 1)
+            if error.sqlstate == RECOVERY_CONFLICT:
+                self._note_conflict(error, autocommit, rode, touched, what.number == 1)
             if conn.pgconn.transaction_status == ACTIVE:
                 # psycopg leaves a COPY that it refuses under way: where that ends is not known.
                 conn.close()
@@ -159,15 +164,31 @@ class BlockCursor(psycopg.Cursor[Any]):
         block = self.block
         block.failure = errors.without_frames(error)
         block.lost = block.lost or not autocommit
-        if not error.repeatable:
+        if error.repeatable:
+            return
+        if not errors.undone(error):
             error.maybe_executed = error.maybe_executed or autocommit
             error.maybe_committed = error.maybe_committed or ends
-            # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
-            # block had made its own (a lock, a temporary table) is gone, and it should know.
-            # Nor can a server that takes no writes have done any.
-            error.repeatable = not touched and (
-                (rode and block.manual) or (autocommit and self._conn.reads and single)
-            )
+        if isinstance(error, errors.TransactionTimeoutError) or errors.is_poolers_refusal(error):
+            return  # it would take as long again
+        idle = isinstance(error, errors.IdleSessionTimeoutError) and not self._conn._pipeline
+        error.repeatable = self._may_repeat(autocommit, rode, touched, single) or (
+            idle and autocommit and not touched
+        )
+
+    def _may_repeat(self, autocommit: bool, rode: bool, touched: bool, single: bool) -> bool:
+        """Return whether nothing of the statement can have taken effect, nor anything be lost before it."""
+        # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
+        # block had made its own (a lock, a temporary table) is gone, and it should know.
+        # Nor can a server that takes no writes have done any.
+        return not touched and ((rode and self.block.manual) or (autocommit and self._conn.reads and single))
+
+    def _note_conflict(
+        self, error: psycopg.Error, autocommit: bool, rode: bool, touched: bool, single: bool
+    ) -> None:
+        """Note in the error whether a statement that a standby cancelled for its replay can be sent again."""
+        if self._conn.reads and isinstance(error, errors.DBQueryError):
+            error.repeatable = self._may_repeat(autocommit, rode, touched, single)
 
     def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
         """Execute the statement once for each of the parameter sets, in one pipeline with the preamble."""
@@ -195,6 +216,8 @@ class BlockCursor(psycopg.Cursor[Any]):
             raise
         except psycopg.Error as error:
             block.failure = errors.without_frames(error)
+            if error.sqlstate == RECOVERY_CONFLICT:
+                self._note_conflict(error, autocommit, bool(first), touched, single=False)
             raise
 
     def stream(self, query: Any, params: Any = None, **kwargs: Any) -> Iterator[Any]:
@@ -454,7 +477,8 @@ class CommittingCursor(BlockCursor):
         except errors.NotCleanError:
             raise  # all that followed was skipped
         except errors.ConnectionLostError as error:
-            error.maybe_committed, error.repeatable = True, False
+            if not errors.undone(error):
+                error.maybe_committed, error.repeatable = True, False
             self.block.lost = False  # or committed: this error says that nobody knows
             raise
 

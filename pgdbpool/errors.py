@@ -187,6 +187,8 @@ class DBQueryError(Error):
     category: Category | None = None
     maybe_executed: bool = False
     maybe_committed: bool = False
+    repeatable: bool = False
+    """Whether the statement can be sent again: the first of its transaction, or a read-only server's."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         reduced = super().__reduce__()  # psycopg's, which makes the server's fields picklable
@@ -204,8 +206,30 @@ class ConnectionLostError(DBQueryError, psycopg.OperationalError):
 
     category = Category.CONNECTION_LOST
 
-    repeatable: bool = False
-    """The statement was the first of its transaction, or a read-only server's: sent again it does no harm."""
+
+class TransactionTimeoutError(ConnectionLostError):
+    """The transaction took longer than the server's `transaction_timeout` (SQLSTATE 25P04).
+
+    The server ended the session. The statement is not sent again: it would take as long.
+    """
+
+    category = Category.TIMEOUT
+
+
+class IdleInTransactionTimeoutError(ConnectionLostError):
+    """The block left its transaction idle beyond `idle_in_transaction_session_timeout` (SQLSTATE 25P03).
+
+    The server rolled it back and ended the session.
+    """
+
+    category = Category.TIMEOUT
+
+
+class IdleSessionTimeoutError(ConnectionLostError):
+    """The block left its connection idle beyond the server's `idle_session_timeout` (SQLSTATE 57P05).
+
+    The server ended the session outside of a transaction, and did not execute the statement.
+    """
 
 
 class NotCleanError(ConnectionLostError):
@@ -298,6 +322,33 @@ def ends_session(error: psycopg.Error) -> bool:
     if severity is not None:  # the server's word: an ERROR of class 08 is that of a foreign server
         return severity in ("FATAL", "PANIC")
     return (error.sqlstate or "").startswith("08")
+
+
+_OWN_ENDS: dict[str | None, type[ConnectionLostError]] = {
+    "25P03": IdleInTransactionTimeoutError,
+    "25P04": TransactionTimeoutError,
+    "57P05": IdleSessionTimeoutError,
+}
+_UNDONE = ("25P03", "40001", "57P05")
+"""Ends of a session that say that its transaction was rolled back. 40001 is a standby's recovery conflict."""
+
+_POOLERS_REFUSALS = ("query_wait_timeout", "server login has been failing")
+"""Of PgBouncer, under SQLSTATE 08P01: it found no server for the statement."""
+
+
+def end_of_session(error: psycopg.Error) -> type[ConnectionLostError]:
+    """Return the class of an error with which a session has ended."""
+    return _OWN_ENDS.get(error.sqlstate, ConnectionLostError)
+
+
+def is_poolers_refusal(error: psycopg.Error) -> bool:
+    """Return whether a pooler never passed the statement on: it has waited for a server in vain already."""
+    return error.sqlstate == "08P01" and str(error).startswith(_POOLERS_REFUSALS)
+
+
+def undone(error: psycopg.Error) -> bool:
+    """Return whether an end of the session says that nothing of the statement or COMMIT took effect."""
+    return error.sqlstate in _UNDONE or is_poolers_refusal(error)
 
 
 def classify(error: BaseException) -> Category:

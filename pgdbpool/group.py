@@ -946,13 +946,13 @@ class Group:
         """Return the connections in use with their blocks."""
         return list(self._lent.items())
 
-    def note_retry(self, block: Block | None, error: psycopg.Error) -> None:
+    def note_retry(self, block: Block | None, error: Error) -> None:
         """Count a statement that is sent again."""
         self.retries += 1
         events.STATEMENT_RETRIED(
             "group %s: statement sent again: %s", self.name, error, group=self.name,
             correlation_id=None if block is None else tracing.id_of(block),
-            reason=one_line(error), sqlstate=error.sqlstate,
+            reason=one_line(error), sqlstate=getattr(error, "sqlstate", None),
         )  # fmt: skip
 
     def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> Warn:

@@ -17,7 +17,7 @@ from .connection import Connection
 from .cursors import BlockClientCursor, BlockCursor
 from .errors import (
     BlockClosedError,
-    ConnectionLostError,
+    DBQueryError,
     Error,
     QueryDeadlineError,
     TransactionAbortedError,
@@ -154,12 +154,11 @@ class Handler(Queries):
         make = BlockClientCursor if several and shape(statement, conn).number > 1 else BlockCursor
         try:
             return make(conn).execute(statement, params)
-        except ConnectionLostError as error:
+        except DBQueryError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self._group.note_retry(self._block, error)
-        assert self._block is not None
-        self._block.lost = False
+        self.rollback()  # nothing of it can have been committed
         return make(self._live()).execute(statement, params)
 
     def query_prepared(self, params: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from weakref import ref
 
 from . import tracing
 from .cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
-from .errors import ConnectionLostError, Error, QueryDeadlineError
+from .errors import DBQueryError, Error, QueryDeadlineError
 from .preamble import IDLE, Block, is_high
 from .queries import all_rows, command_tag, first_row, first_value, rows_of_all
 from .statements import shape
@@ -148,7 +148,7 @@ class _OneShot:
         params = params or None
         try:
             return self._cursor(statement, params).execute(statement, params)
-        except ConnectionLostError as error:
+        except DBQueryError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self.group.note_retry(self.block, error)
@@ -161,7 +161,7 @@ class _OneShot:
         try:
             cursor.executemany(statement, sets, returning=returning)
             return cursor
-        except ConnectionLostError as error:
+        except DBQueryError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self.group.note_retry(self.block, error)
@@ -177,10 +177,12 @@ class _OneShot:
         return (BlockClientCursor if params is not None and what.number > 1 else BlockCursor)(self.conn)
 
     def _replace(self) -> None:
-        """Go on with another connection: nothing of the statement can have taken effect."""
+        """Begin again, on another connection if this one is lost: the statement had no effect."""
         self.block.lost = False
-        self.group.discard(self.conn, "lost")
-        self.conn = self.group.checkout(self.block, self.timeout)
+        self.conn.undo()
+        if self.conn.closed:
+            self.group.discard(self.conn, "lost")
+            self.conn = self.group.checkout(self.block, self.timeout)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None

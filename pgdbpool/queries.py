@@ -11,7 +11,7 @@ import psycopg
 from . import rows
 from .copying import Copying
 from .cursors import BlockCursor, has_rows
-from .errors import ConnectionLostError, QueryDeadlineError
+from .errors import DBQueryError, QueryDeadlineError
 
 if TYPE_CHECKING:
     from .group import Group
@@ -77,7 +77,7 @@ class Queries(Copying):
             cursor = BlockCursor(self._live())
             cursor.executemany(statement, sets, returning=returning)
             return cursor
-        except ConnectionLostError as error:
+        except DBQueryError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self._group.note_retry(self._block, error)

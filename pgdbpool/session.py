@@ -11,7 +11,7 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import inf
 from threading import Lock, get_ident
@@ -64,6 +64,9 @@ MARGIN = 0.1
 
 MOST_NAMES = 20
 """How often a session prepares a preamble: anew after a block that touched it; nothing removes the old."""
+
+MOST_LEFT = 100
+"""Answers that are taken at most from a connection that was lost."""
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
@@ -411,7 +414,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if errors.ends_session(error) or self.taken_away:
             self.close()
         self._note_loss(error, status)
-        kind: type[errors.DBQueryError] = errors.ConnectionLostError if self.closed else errors.DBQueryError
+        kind: type[errors.DBQueryError] = errors.end_of_session(error) if self.closed else errors.DBQueryError
         if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
             kind = errors.ReadOnlyServerError
         if self.taken_away:
@@ -645,6 +648,8 @@ class PooledConnection(psycopg.Connection[Any]):
             if not isinstance(error, psycopg.Error):
                 with suppress(psycopg.Error):
                     self.cancel_safe(timeout=1.0)
+            if (answer := self._last_words(error, (*outcomes, current))) is not None:
+                raise self._ended_by(answer, began_in) from None
             pgconn.finish()
             self._note_loss(error, began_in)
             raise
@@ -654,6 +659,29 @@ class PooledConnection(psycopg.Connection[Any]):
         if commands:
             self._check(outcomes[:before])
         return outcomes[before:]
+
+    def _last_words(self, error: BaseException, outcomes: Iterable[list[PGresult]]) -> PGresult | None:
+        """Return the answer with which the server ended the session; None if it sent none.
+
+        libpq finds the end of the stream while answers that arrived ahead of it are not taken yet.
+        """
+        if type(error) is not psycopg.OperationalError:  # not libpq's word for a lost connection
+            return None
+        answers = [answer for answers in outcomes for answer in answers]
+        with suppress(psycopg.OperationalError):
+            for _ in range(MOST_LEFT):
+                if self.pgconn.is_busy():
+                    break
+                if (answer := self.pgconn.get_result()) is not None:
+                    answers.append(answer)
+        return next((answer for answer in reversed(answers) if _ends_session(answer)), None)
+
+    def _ended_by(self, answer: PGresult, status: int) -> psycopg.Error:
+        """Close the connection, and return the error that the server ended it with."""
+        error = psycopg.errors.error_from_result(answer, encoding=self.info.encoding)
+        self.pgconn.finish()
+        self._note_loss(error, status)
+        return error
 
     def _send_bound(self, sql: bytes, values: Sequence[bytes | None]) -> int:
         """Queue a command that has parameters, prepared where the session keeps what is; count extra answers.
@@ -761,7 +789,7 @@ class PooledConnection(psycopg.Connection[Any]):
                 yield
             except Exception as error:
                 if autocommit and self.closed and isinstance(error, errors.ConnectionLostError):
-                    error.maybe_executed = True
+                    error.maybe_executed = not errors.undone(error)
                 if self.block is block:
                     block.failure = errors.without_frames(
                         error
@@ -811,10 +839,10 @@ class PooledConnection(psycopg.Connection[Any]):
         try:
             super().commit()
         except errors.ConnectionLostError as error:
-            error.maybe_committed = True
+            error.maybe_committed = not errors.undone(error)
             if block is not None:
                 block.lost = False  # or committed: nobody knows, and this error says so
-                block.committed = True
+                block.committed = block.committed or error.maybe_committed
             raise
         finally:
             self.ending = False
@@ -881,7 +909,8 @@ class PooledConnection(psycopg.Connection[Any]):
                     raise errors.TransactionAbortedError(FAILED) from block.failure
                 body_ended = True
         except errors.ConnectionLostError as error:
-            error.maybe_committed = error.maybe_committed or (body_ended and outermost)
+            unknown = body_ended and outermost and not errors.undone(error)
+            error.maybe_committed = error.maybe_committed or unknown
             raise
         except OutOfOrderTransactionNesting as error:
             # Two were ended crosswise, or one was interrupted on its way in. psycopg leaves the savepoint and
@@ -936,6 +965,11 @@ class PooledConnection(psycopg.Connection[Any]):
         finally:
             if self.block is block:  # left open, it ends when another may have the connection
                 self.patience, self.holder = patience, 0
+
+
+def _ends_session(answer: PGresult) -> bool:
+    """Return whether an answer is the server's word that it ends the session, not libpq's own."""
+    return answer.status == _FATAL and errors.ends_session(psycopg.errors.error_from_result(answer))
 
 
 _classes: dict[tuple[type[Any], type[PooledConnection]], type[PooledConnection]] = {}

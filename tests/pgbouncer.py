@@ -43,9 +43,11 @@ class PgBouncer:
 
     For root it runs as an unprivileged user. Nothing else is set than what it needs: in particular it does
     not take `options` at start-up, and does not reset a session between two clients.
+
+    :param settings: further settings of its section `pgbouncer`.
     """
 
-    def __init__(self, node: Node, users: tuple[str, ...], pool_size: int) -> None:
+    def __init__(self, node: Node, users: tuple[str, ...], pool_size: int, **settings: object) -> None:
         assert PROGRAM is not None, "PgBouncer is not installed"
         self.host = HOST
         self.pool_size = pool_size
@@ -60,6 +62,7 @@ class PgBouncer:
         text = SETTINGS.format(
             node=node, host=HOST, port=self.port, directory=self._directory, pool_size=pool_size
         )
+        text += "".join(f"{name} = {value}\n" for name, value in settings.items())
         (self._directory / "ini").write_text(text)
         (self._directory / "users").write_text("".join(f'"{user}" ""\n' for user in users))
         self._process: subprocess.Popen[bytes] | None = None

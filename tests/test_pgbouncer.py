@@ -37,8 +37,8 @@ def bouncer(known_cluster: Any) -> Iterator[Callable[..., PgBouncer]]:
     """)
     running: list[PgBouncer] = []
 
-    def start(pool_size: int = 1) -> PgBouncer:
-        running.append(PgBouncer(known_cluster.primary, ("app",), pool_size).__enter__())
+    def start(pool_size: int = 1, **settings: object) -> PgBouncer:
+        running.append(PgBouncer(known_cluster.primary, ("app",), pool_size, **settings).__enter__())
         return running[-1]
 
     yield start
@@ -277,3 +277,19 @@ def writer() -> str | None:
             return db.endpoint
     except pgdbpool.Error:
         return None
+
+
+@with_pgbouncer
+def test_a_statement_that_the_pooler_had_no_server_for_is_not_queued_twice(
+    bouncer: Callable[..., PgBouncer], mode: str
+) -> None:
+    front = bouncer(pool_size=1, query_wait_timeout=1)
+    init(front, mode)
+    with front.connect("app") as busy:
+        busy.execute("BEGIN")  # has the pooler's one session
+        for group in GROUPS:
+            with pytest.raises(pgdbpool.ConnectionLostError, match="query_wait_timeout") as caught:
+                with Handler(group, tenant=A) as db:
+                    db.query("SELECT 1")
+            assert not caught.value.maybe_executed
+            assert Connection.status().groups[group].retries == 0
