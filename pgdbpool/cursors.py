@@ -19,7 +19,7 @@ from psycopg._preparing import Prepare
 from psycopg.adapt import AdaptersMap, Transformer
 
 from . import deadlines, errors, tracing
-from .preamble import COMMIT, IDLE, NOTHING, Command
+from .preamble import COMMIT, IDLE, NOTHING, Block, Command
 from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
 from .statements import Shape, shape
 
@@ -39,6 +39,15 @@ _NAMED = (
 )
 _NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
 _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
+
+
+def _gone(block: Block) -> errors.Error:
+    """Return the error for a cursor whose block no longer has its connection."""
+    if not block.open:
+        return errors.BlockClosedError(_ENDED)
+    error = errors.ConnectionLostError("the connection was lost in a statement of another thread")
+    error.repeatable = not block.lost
+    return error
 
 
 class _Context:
@@ -75,58 +84,63 @@ class BlockCursor(psycopg.Cursor[Any]):
     ) -> BlockCursor:
         """Execute a statement, with the preamble of the block where one is due."""
         conn, block = self._conn, self.block
-        if conn.block is not block:
-            raise errors.BlockClosedError(_ENDED)
-        block.statement = query
         what = shape(query, conn)
-        touched = conn.touched
-        if what.touches or what.timeout:
-            conn.touch(what)
-        if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
-            raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-        if conn.holder or conn.wrapped:
+        if conn.holder:
             conn.check_free()
-        autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
-        first = preamble = NOTHING if conn._pipeline else block.preamble(conn)
-        if deadlines.in_use or conn.annotates:
-            preamble = self._extended(preamble, what, autocommit)
-        rode = False
-        if what.ends:
-            # Also where it is interrupted at its end: what it chains to has no tenant yet.
-            conn.bound, block.committed = False, block.committed or what.commits
-        try:
-            if conn._pipeline:
-                super().execute(query, params, prepare=prepare, binary=binary)
-            elif not preamble and what.number == 1:
-                self._ride(NOTHING, query, params, prepare, binary)
-            elif what.number > 1 or what.alone or (what.utility and autocommit and not block.settings):
-                with conn.ready(), conn.waiting_for(what.number):
-                    self._ride(NOTHING, self._commented(query), params, prepare, binary)
-            else:
-                rode = first != NOTHING
-                self._ride(preamble, query, params, prepare, binary)
-                if rode and not what.ends:
-                    conn.bound = conn.pgconn.transaction_status != IDLE
+        # From here on no other thread's statement comes between what is due, what is sent and what is noted.
+        with conn.turn:
+            if conn.block is not block:
+                raise _gone(block)
+            block.statement = query
+            touched = conn.touched
+            if what.touches or what.timeout:
+                conn.touch(what)
+            if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
+                raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+            if conn.wrapped:
+                conn.end_wrapped()
+            autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
+            first = preamble = NOTHING if conn._pipeline else block.preamble(conn)
+            if deadlines.in_use or conn.annotates:
+                preamble = self._extended(preamble, what, autocommit)
+            rode = False
             if what.ends:
-                conn.bound = False
-                block.committed = True
-                if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
-                    raise errors.TransactionAbortedError(FAILED) from block.failure
-        except errors.ConnectionLostError as error:
-            single = what.number == 1 and not conn._pipeline
-            block.committed = block.committed or what.ends
-            self._note_loss(error, autocommit, what.ends, rode, touched, single)
-            raise
-        except psycopg.Error as error:
-            block.failure = errors.without_frames(error)
-            block.committed = block.committed or (what.ends and what.number > 1)
-            if error.sqlstate == RECOVERY_CONFLICT:
-                self._note_conflict(error, autocommit, rode, touched, what.number == 1)
-            if conn.pgconn.transaction_status == ACTIVE:
-                # psycopg leaves a COPY that it refuses under way: where that ends is not known.
-                conn.close()
-                block.lost = not autocommit
-            raise
+                # Also where it is interrupted at its end: what it chains to has no tenant yet.
+                conn.bound, block.committed = False, block.committed or what.commits
+            try:
+                if conn._pipeline:
+                    with conn.owning():
+                        super().execute(query, params, prepare=prepare, binary=binary)
+                elif not preamble and what.number == 1:
+                    self._ride(NOTHING, query, params, prepare, binary)
+                elif what.number > 1 or what.alone or (what.utility and autocommit and not block.settings):
+                    with conn.owning(), conn.ready(), conn.waiting_for(what.number):
+                        self._ride(NOTHING, self._commented(query), params, prepare, binary)
+                else:
+                    rode = first != NOTHING
+                    self._ride(preamble, query, params, prepare, binary)
+                    if rode and not what.ends:
+                        conn.bound = conn.pgconn.transaction_status != IDLE
+                if what.ends:
+                    conn.bound = False
+                    block.committed = True
+                    if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
+                        raise errors.TransactionAbortedError(FAILED) from block.failure
+            except errors.ConnectionLostError as error:
+                single = what.number == 1 and not conn._pipeline
+                block.committed = block.committed or what.ends
+                self._note_loss(error, autocommit, what.ends, rode, touched, single)
+                raise
+            except psycopg.Error as error:
+                block.failure = errors.without_frames(error)
+                block.committed = block.committed or (what.ends and what.number > 1)
+                if error.sqlstate == RECOVERY_CONFLICT:
+                    self._note_conflict(error, autocommit, rode, touched, what.number == 1)
+                if conn.pgconn.transaction_status == ACTIVE:
+                    # psycopg leaves a COPY that it refuses under way: where that ends is not known.
+                    conn.close()
+                    block.lost = not autocommit
+                raise
         return self
 
     def _extended(self, preamble: tuple[Command, ...], what: Shape, autocommit: bool) -> tuple[Command, ...]:
@@ -193,6 +207,12 @@ class BlockCursor(psycopg.Cursor[Any]):
     def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
         """Execute the statement once for each of the parameter sets, in one pipeline with the preamble."""
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        self._conn.check_free()
+        with self._conn.alone():
+            self._execute_many(query, sets, returning)
+
+    def _execute_many(self, query: Any, sets: Sequence[Any], returning: bool) -> None:
+        """Do what `executemany` does; the caller has the turn."""
         block, touched = self.block, self._conn.touched
         conn, what = self._own(query), shape(query, self._conn)
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
@@ -222,20 +242,27 @@ class BlockCursor(psycopg.Cursor[Any]):
 
     def stream(self, query: Any, params: Any = None, **kwargs: Any) -> Iterator[Any]:
         """Iterate row by row over a result that the client does not hold as a whole."""
-        conn = self._own(query)
-        with conn.ready(), conn.held():
-            yield from super().stream(query, params, **kwargs)
+        conn = self._conn
+        conn.check_free()
+        with conn.alone():
+            self._own(query)
+            with conn.ready(), conn.held():
+                conn.streamed = True
+                yield from super().stream(query, params, **kwargs)
 
     @contextmanager
     def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
         """Start a COPY; what the block needs first is sent before, since COPY cannot ride."""
-        conn = self._own(statement)
-        with (
-            conn.ready(),
-            conn.held(),
-            super().copy(self._commented(statement), params, writer=writer) as copy,
-        ):
-            yield copy
+        conn = self._conn
+        conn.check_free()
+        with conn.alone():
+            self._own(statement)
+            with (
+                conn.ready(),
+                conn.held(),
+                super().copy(self._commented(statement), params, writer=writer) as copy,
+            ):
+                yield copy
 
     @property
     def connection(self) -> PooledConnection:
@@ -246,16 +273,17 @@ class BlockCursor(psycopg.Cursor[Any]):
         return self._conn.hand_out()
 
     def _own(self, query: Any) -> PooledConnection:
+        """Return the connection, once a statement may go over it; the caller has the turn."""
         conn = self._conn
         if conn.block is not self.block:
-            raise errors.BlockClosedError(_ENDED)
+            raise _gone(self.block)
         self.block.statement = query
         what = shape(query, conn)
         if what.touches or what.timeout:
             conn.touch(what)
         if what.controls and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-        conn.check_free()
+        conn.end_wrapped()
         return conn
 
     def _ride(
@@ -267,26 +295,25 @@ class BlockCursor(psycopg.Cursor[Any]):
         binary: bool | None,
         many: tuple[Sequence[Any], bool] | None = None,
     ) -> None:
-        """Send the statement, with the preamble before it, as psycopg sends it alone."""
+        """Send the statement as psycopg sends it alone, after the preamble; the caller has the turn."""
         conn = self._conn
-        with conn.lock:
-            try:
-                self._begin(query)
-                if many is None:
-                    converted = self._convert_query(query, params)
-                    preparing, name = conn._prepared.get(converted, prepare)
-                    if preamble or self.after or preparing is Prepare.SHOULD:
-                        self._exchange(preamble, converted, preparing, name, binary)
-                    else:
-                        self._send(converted, preparing, name, binary)
-                        self._take(converted, preparing, name, conn.receive())
+        try:
+            self._begin(query)
+            if many is None:
+                converted = self._convert_query(query, params)
+                preparing, name = conn._prepared.get(converted, prepare)
+                if preamble or self.after or preparing is Prepare.SHOULD:
+                    self._exchange(preamble, converted, preparing, name, binary)
                 else:
-                    self._exchange_many(preamble, query, *many)
-            except psycopg.Error as error:
-                raise conn.own_error(error)  # noqa: B904  it is the same object
-            self._last_query = query
-            if conn._prepared._to_flush:
-                conn.wait(conn._prepared.maintain_gen(conn))
+                    self._send(converted, preparing, name, binary)
+                    self._take(converted, preparing, name, conn.receive())
+            else:
+                self._exchange_many(preamble, query, *many)
+        except psycopg.Error as error:
+            raise conn.own_error(error)  # noqa: B904  it is the same object
+        self._last_query = query
+        if conn._prepared._to_flush:
+            conn.wait(conn._prepared.maintain_gen(conn))
 
     def _begin(self, query: Any) -> None:
         """Do what psycopg's `_start_query` does for a connection in autocommit mode, which sends nothing."""
@@ -405,18 +432,21 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
     def execute(self, query: Any, params: Any = None, **kwargs: Any) -> BlockServerCursor:
         """Declare the cursor for the query, after the preamble of the block."""
         conn, block = self._conn, self.block
-        if conn.block is not block:
-            raise errors.BlockClosedError(_ENDED)
-        if block.settings and not block.manual and conn.pgconn.transaction_status == IDLE:
-            raise errors.as_query_error(psycopg.NotSupportedError(_NAMED))
-        block.statement = query
-        what = shape(query, conn)
-        if what.touches or what.timeout:
-            conn.touch(what)
-        if self.withhold:
-            conn.touched = True  # it outlives its transaction, and may outlive the block
-        with conn.ready():
-            super().execute(query, params, **kwargs)
+        conn.check_free()
+        with conn.alone():
+            if conn.block is not block:
+                raise _gone(block)
+            conn.end_wrapped()
+            if block.settings and not block.manual and conn.pgconn.transaction_status == IDLE:
+                raise errors.as_query_error(psycopg.NotSupportedError(_NAMED))
+            block.statement = query
+            what = shape(query, conn)
+            if what.touches or what.timeout:
+                conn.touch(what)
+            if self.withhold:
+                conn.touched = True  # it outlives its transaction, and may outlive the block
+            with conn.ready():
+                super().execute(query, params, **kwargs)
         return self
 
     def close(self) -> None:

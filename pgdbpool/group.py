@@ -358,7 +358,10 @@ class Group:
             return "lost" if conn.closed else "not idle"
         if now >= conn.expires_at:
             return "expired"
-        if conn.holder or ((conn.touched or conn.altered) and not self._tidied(conn)):
+        if conn.turn.locked():
+            conn.cut()  # from another thread's statement, which outlasts the block; or a loop left open
+            return "not clean"
+        if (conn.touched or conn.altered) and not self._tidied(conn):
             return "not clean"
         if conn.endpoint.state is not State.UP:
             return str(conn.endpoint.state.value)

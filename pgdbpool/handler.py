@@ -252,17 +252,23 @@ class Handler(Queries):
         """Return the block's connection, another one where it was lost outside a transaction."""
         block, conn = self._opened(), self._conn
         if conn is not None and conn.closed:
-            self._conn = None
-            self._group.discard(conn, "lost")
-            conn = None
+            with conn.replacing:  # by one of the threads that share the block
+                if self._conn is conn:
+                    self._group.discard(conn, "lost")
+                    self._check_not_lost(block)
+                    self._conn = self._group.checkout(block, self._timeout)
+            conn = self._conn
+        self._check_not_lost(block)
+        if conn is None:
+            conn = self._conn = self._group.checkout(block, self._timeout)
+        return conn
+
+    def _check_not_lost(self, block: Block) -> None:
         if block.lost:
             raise TransactionAbortedError(
                 "the connection was lost with an open transaction: nothing of it was committed; "
                 "call rollback() to begin another in this block, or leave the block"
             ) from block.failure
-        if conn is None:
-            conn = self._conn = self._group.checkout(block, self._timeout)
-        return conn
 
     def _end(self, block: Block, conn: PooledConnection | None, *, failed: bool) -> None:
         """End what is open: commit at a clean end, roll back after an exception."""
@@ -274,7 +280,7 @@ class Handler(Queries):
             return
         if conn is None or conn.closed:
             return
-        if conn.pgconn.transaction_status == _ACTIVE or conn.lock.locked():
+        if conn.pgconn.transaction_status == _ACTIVE or conn.turn.locked():
             conn.cut()  # interrupted in a statement, or in a loop: where it stands is unknown
             if not failed:
                 raise TransactionAbortedError("the block ends with a statement under way: connection closed")

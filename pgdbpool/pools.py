@@ -537,7 +537,7 @@ class LockFreePool:
             except IndexError:  # a signal handler has taken the last one out
                 return self.take(timeout, high)
             self.taken += 1
-            if len(self._idle) < self._least_idle:
+            if self._least_idle and len(self._idle) < self._least_idle:
                 self._least_idle = len(self._idle)
             return conn
         if slot := self._slots.new():

@@ -12,9 +12,9 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from math import inf
-from threading import Lock, get_ident
+from threading import Lock, RLock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -55,6 +55,7 @@ ACTIVE = int(pq.TransactionStatus.ACTIVE)
 _BAD = int(pq.ConnStatus.BAD)
 _INERROR = int(pq.TransactionStatus.INERROR)
 _OPEN = (INTRANS, _INERROR)
+_OVER = (IDLE, int(pq.TransactionStatus.UNKNOWN))
 _FATAL = int(pq.ExecStatus.FATAL_ERROR)
 _SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 _COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
@@ -82,6 +83,8 @@ _BUSY = "a stream, COPY or notifies() of this connection is still open in this t
 _PARENTS = "this connection belongs to the parent process: open a Handler in this one"
 FAILED = "a statement of this transaction failed: it was rolled back, nothing was committed"
 
+_EMPTY: Command = (b"", None)
+_HELD = nullcontext()
 _names = itertools.count(1)
 
 _ATTRIBUTES = (
@@ -122,8 +125,9 @@ class PooledConnection(psycopg.Connection[Any]):
     # What every connection has. In its dictionary these would be too many for the form in which instances
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
-        "_known", "block", "bound", "client_encoding", "endpoint", "expires_at", "lent", "named", "poll",
-        "reads", "riding", "settled", "slot", "speaks_utf8", "used_at", "uses", "wait_readable", "wrapped",
+        "_known", "block", "bound", "client_encoding", "endpoint", "expires_at", "lent", "named", "owner",
+        "poll", "reads", "replacing", "riding", "settled", "slot", "speaks_utf8", "turn", "used_at", "uses",
+        "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -182,19 +186,30 @@ class PooledConnection(psycopg.Connection[Any]):
     abandoned: bool = False
     riding: bool
     """Whether statements go through that are the pool's own, not a block's."""
+    streamed: bool
+    """Whether libpq may give the first result of a pipeline row by row, as it did in a stream."""
+    pipelines: int = 0
+    """Psycopg's pipelines that are open over it, or are being opened or ended."""
     wrapped: bool
     """Whether the open transaction is there for one statement of an autocommit block, and ends with it."""
     holder: int = 0
     """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
+    turn: Lock
+    """Held from looking at what is due before a statement to the end of the statement; see `alone`."""
+    owner: int
+    """The thread that holds it for several steps."""
+    replacing: AbstractContextManager[Any]
+    """Held while a block that has lost it takes another in its place."""
     settled: dict[str, Any] | None
     client_encoding: bytes | None
     speaks_utf8: bool
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
+        self.owner, self.replacing = 0, RLock()
         super().__init__(pgconn, *args, **kwargs)
         self.slot = self.block = self.settled = self.client_encoding = None
-        self.lent = self.bound = self.reads = self.riding = self.wrapped = False
+        self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
         self.speaks_utf8 = True
         self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0
 
@@ -206,9 +221,42 @@ class PooledConnection(psycopg.Connection[Any]):
         self.poll, self.wait_readable = greenlets.polls(self.pgconn.socket)
         self.used_at = monotonic()
 
+    # Threads may share a block, as they may share a connection of psycopg. What is due before a statement is
+    # decided, sent and noted without another thread's statement in between.
+
+    @property  # type: ignore[override]
+    def lock(self) -> AbstractContextManager[Any]:
+        """What psycopg holds during each of its steps: nothing more where its thread has the turn already."""
+        return _HELD if self.owner == get_ident() else self.turn
+
+    @lock.setter
+    def lock(self, lock: Lock) -> None:
+        self.turn = lock
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the connection for several steps; other threads wait. May be nested."""
+        if self.owner == get_ident():
+            yield
+            return
+        with self.turn, self.owning():
+            yield
+
+    @contextmanager
+    def owning(self) -> Iterator[None]:
+        """Let psycopg's own methods through, which take the lock; to be called with the turn."""
+        before, self.owner = self.owner, get_ident()
+        try:
+            yield
+        finally:
+            self.owner = before
+
     def retire(self) -> None:
         """Close the connection and give its slot back."""
-        self.close()
+        if self._is_anothers():
+            self.cut()
+        else:
+            self.close()
         self.slot = None
 
     def alive(self) -> bool:
@@ -284,7 +332,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.pgconn.parameter_status(b"client_encoding") != self.client_encoding:
             return False
         # A generator left open (`notifies`, `stream`) still holds the lock.
-        if self.lock.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
+        if self.turn.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
             return False
         if self.altered:
             for name, value in (self.settled or {}).items():
@@ -404,7 +452,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def abandon(self) -> None:
         """In a forked child: never touch the socket or the lock again, which are the parent's."""
-        self.abandoned, self.block, self.lock = True, None, Lock()
+        self.abandoned, self.block, self.turn = True, None, Lock()
 
     # An exception is never kept in a local variable of a frame that it passes: that would be a cycle, and
     # keep the connection with its slot until the next collection of garbage.
@@ -510,31 +558,45 @@ class PooledConnection(psycopg.Connection[Any]):
             self.riding = False
 
     def check_free(self) -> None:
-        """Refuse what would wait for ever on psycopg's lock, which this thread holds itself.
-
-        :raises ConnectionLostError: what an interruption left open could not be ended; nothing was sent.
-        """
-        if self.holder:
-            self._check_held()
-        elif self.wrapped and not self._pipeline:
-            # Its end was interrupted: what follows would run in it, with what was done to its settings.
-            if self.pgconn.transaction_status != IDLE:
-                self.undo()
-            self.wrapped = False
-            if self.closed:
-                error = errors.ConnectionLostError("a transaction whose end was interrupted cannot be ended")
-                error.repeatable = True
-                raise error
-
-    def _check_held(self) -> None:
+        """Refuse what would wait for ever on psycopg's lock, which this thread holds itself."""
         if self.holder == get_ident():
             raise errors.as_query_error(psycopg.ProgrammingError(_BUSY))
 
+    def end_wrapped(self) -> None:
+        """End a transaction around one statement whose end was interrupted; the caller has the turn.
+
+        What follows would run in it, with what was done to its settings.
+
+        :raises ConnectionLostError: it could not be ended; nothing was sent.
+        """
+        if not self.wrapped or self.pipelines:
+            return
+        if self.pgconn.transaction_status != IDLE:
+            with self.owning():
+                self.undo()
+        self.wrapped = False
+        if self.closed:
+            error = errors.ConnectionLostError("a transaction whose end was interrupted cannot be ended")
+            error.repeatable = True
+            raise error
+
     def cut(self) -> None:
-        """Close the connection, whatever loop is open over it and holds psycopg's lock for good."""
+        """End the connection, whatever loop is open over it and holds psycopg's lock for good.
+
+        Another thread that is in a statement finds the connection lost, and closes it: psycopg reads what
+        is freed where it is closed under a wait.
+        """
+        if self._is_anothers():
+            self.sever(monotonic())
+            self.expires_at = -inf
+            return
         self.close()
-        if self.lock.locked():
-            self.lock, self.holder = Lock(), 0
+        if self.turn.locked():
+            self.turn, self.holder, self.owner = Lock(), 0, 0
+
+    def _is_anothers(self) -> bool:
+        """Return whether another thread has the turn."""
+        return self.turn.locked() and self.owner != get_ident()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -597,6 +659,10 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.BlockClosedError(_PARENTS)
         began_in = pgconn.transaction_status
         patience = self.patience
+        if self.streamed:
+            self.streamed = False
+            if not commands or commands[0][1] is not None:
+                commands = (_EMPTY, *commands)  # it has no rows
         if many > 1:
             deadline = self._deadline(many)
         else:
@@ -760,7 +826,18 @@ class PooledConnection(psycopg.Connection[Any]):
     def ready(self) -> Iterator[None]:
         """Send what the block needs first in a round trip of its own, for what cannot ride.
 
-        In an autocommit block with settings a transaction is opened for it, and committed after it.
+        In an autocommit block with settings a transaction is opened for it, and committed after it. Other
+        threads wait until it is over.
+        """
+        with self.alone():
+            block, autocommit, wrap = self._send_due()
+            with self._over(block, autocommit, wrap):
+                yield
+
+    def _send_due(self) -> tuple[Block, bool, bool]:
+        """Send what the block needs first; the caller has the turn.
+
+        :returns: the block, whether it is in no transaction of its own, and whether one was opened for it.
         """
         block = self.block
         if block is None:
@@ -768,8 +845,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if deadlines.in_use:
             deadlines.check()
         if self._pipeline:
-            yield
-            return
+            return block, False, False
         autocommit = not block.manual and self.pgconn.transaction_status == IDLE
         wrap = bool(block.settings) and autocommit
         commands = block.preamble(self)
@@ -784,6 +860,11 @@ class PooledConnection(psycopg.Connection[Any]):
             self.wrapped = wrap
             self.run(commands)
             self.bound = self.pgconn.transaction_status != IDLE
+        return block, autocommit, wrap
+
+    @contextmanager
+    def _over(self, block: Block, autocommit: bool, wrap: bool) -> Iterator[None]:
+        """End the transaction that was opened for the body, and note in the block what went wrong."""
         if not wrap:
             try:
                 yield
@@ -809,7 +890,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def undo(self) -> None:
         """Roll back after an error, which is the one to see; where that fails, close."""
         try:
-            if self.pgconn.transaction_status == ACTIVE or self.lock.locked():
+            if self.pgconn.transaction_status == ACTIVE or self.holder or self._is_anothers():
                 self.cut()
             elif not self.closed:
                 self.rollback()
@@ -822,10 +903,20 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises TransactionAbortedError: a statement of the transaction had failed.
         :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
         """
+        if self.owner == get_ident() and not self.holder:
+            self._commit()
+            return
+        self.check_free()
+        with self.turn:
+            self.owner = get_ident()
+            try:
+                self._commit()
+            finally:
+                self.owner = 0
+
+    def _commit(self) -> None:
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-        if self.holder:
-            self._check_held()
         self.bound = False
         block, status = self.block, self.pgconn.transaction_status
         if self.taken_away and status != IDLE:
@@ -851,16 +942,16 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def rollback(self) -> None:
         """Roll the open transaction back, if any."""
-        if self._pipeline and self.block is not None and self.block.settings:
-            raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-        if self.holder:
-            self._check_held()
-        self.bound = False
-        self.ending = True
-        try:
-            super().rollback()
-        finally:
-            self.ending = False
+        self.check_free()
+        with self.alone():
+            if self._pipeline and self.block is not None and self.block.settings:
+                raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+            self.bound = False
+            self.ending = True
+            try:
+                super().rollback()
+            finally:
+                self.ending = False
 
     def _check_deadline(self) -> None:
         """Roll back instead of a COMMIT that would begin after the deadline."""
@@ -882,18 +973,21 @@ class PooledConnection(psycopg.Connection[Any]):
             deadlines.check()
         self.check_free()
         self.altered = True  # psycopg's Transaction has the connection as an attribute
-        commands = block.preamble(self)
-        if self.pgconn.transaction_status == IDLE and not block.manual:
-            # psycopg sends BEGIN; the settings go with the first statement after it.
-            commands = self.cleaning if self.stale else NOTHING
-        if commands and not self._pipeline:
-            # Before the savepoint, so that rolling back to it does not undo the settings.
-            self.run(commands)
-            self.bound = self.pgconn.transaction_status != IDLE
-        outermost = self.pgconn.transaction_status == IDLE
+        with self.alone():
+            self.end_wrapped()
+            commands = block.preamble(self)
+            if self.pgconn.transaction_status == IDLE and not block.manual:
+                # psycopg sends BEGIN; the settings go with the first statement after it.
+                commands = self.cleaning if self.stale else NOTHING
+            if commands and not self._pipeline:
+                # Before the savepoint, so that rolling back to it does not undo the settings.
+                self.run(commands)
+                self.bound = self.pgconn.transaction_status != IDLE
+            outermost = self.pgconn.transaction_status == IDLE
         body_ended = False
         try:
             with super().transaction(savepoint_name, force_rollback) as transaction:
+                outermost = transaction._outer_transaction  # another thread may have ended one meanwhile
                 try:
                     yield transaction
                 finally:
@@ -921,16 +1015,38 @@ class PooledConnection(psycopg.Connection[Any]):
             raise
         finally:
             self.ending = False
-            left_open = self.pgconn.transaction_status not in (IDLE, pq.TransactionStatus.UNKNOWN)
-            if left_open and outermost and not block.manual and self.block is block:
+            if outermost and not block.manual and self.pgconn.transaction_status not in _OVER:
+                self._undo_left_open(block)
+
+    def _undo_left_open(self, block: Block) -> None:
+        """Roll back a transaction that psycopg was interrupted in while it ended it."""
+        with self.alone():
+            # It may be another thread's by now.
+            ended = self.pgconn.transaction_status in _OVER or self._num_transactions
+            if not ended and self.block is block:
                 self.wrapped = True
-                self.undo()  # psycopg was interrupted while it ended it
+                self.undo()
+
+    @contextmanager
+    def _wrapped_pipeline(self) -> Iterator[None]:
+        """Send what the block needs first; other threads may take part in the body."""
+        counted = False
+        try:
+            with self.alone():
+                self.end_wrapped()
+                self.pipelines, counted = self.pipelines + 1, True
+                block, autocommit, wrap = self._send_due()
+            with self._over(block, autocommit, wrap):
+                yield
+        finally:
+            if counted:
+                self.pipelines -= 1
 
     @contextmanager
     def pipeline(self) -> Iterator[psycopg.Pipeline]:
         """Switch to pipeline mode; what the block needs first is sent before."""
         self.check_free()
-        with self.ready():
+        with self._wrapped_pipeline():
             try:
                 with super().pipeline() as pipeline:
                     if not isinstance(pipeline.result_queue, _Answers):
@@ -953,18 +1069,19 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def notifies(self, **kwargs: Any) -> Generator[psycopg.Notify]:
         """Yield notifications; waiting for them is no statement, so it has no deadline of its own."""
-        block, patience = self.block, self.patience
         self.check_free()
         left = deadlines.time_left() if deadlines.in_use else None
         if left is not None:  # it ends with the request's time, as with a timeout of its own
             given = kwargs.get("timeout")
             kwargs["timeout"] = max(0.0, left if given is None else min(given, left))
-        self.patience, self.holder = None, get_ident()
-        try:
-            yield from super().notifies(**kwargs)
-        finally:
-            if self.block is block:  # left open, it ends when another may have the connection
-                self.patience, self.holder = patience, 0
+        with self.alone():
+            block, patience = self.block, self.patience
+            self.patience, self.holder = None, get_ident()
+            try:
+                yield from super().notifies(**kwargs)
+            finally:
+                if self.block is block:  # left open, it ends when another may have the connection
+                    self.patience, self.holder = patience, 0
 
 
 def _ends_session(answer: PGresult) -> bool:

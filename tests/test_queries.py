@@ -395,3 +395,14 @@ def test_none_of_them_makes_the_next_block_clean_up(start: Any) -> None:
         conn = db._conn
         assert not conn.touched
     assert not conn.stale
+
+
+@pytest.mark.parametrize("group", ["auto", "manual", "auto_t", "manual_t"])
+def test_a_stream_changes_nothing_for_the_statements_after_it(start: Any, group: str) -> None:
+    start(prepare_threshold=0)  # libpq goes on row by row in a pipeline, if that begins with a query
+    with Handler(group, tenant="acme" if group.endswith("_t") else None) as db:
+        for _ in range(2):
+            assert len(list(db.cursor().stream(THREE))) == 3
+            assert len(db.fetchmany(THREE + " WHERE i < %s", [(3,), (4,)])) == 5
+            list(db.cursor().stream(THREE))
+            assert len(db.fetch(THREE)) == 3
