@@ -670,6 +670,7 @@ class PooledConnection(psycopg.Connection[Any]):
                 patience = self._within_deadline(patience)
             deadline = None if patience is None else monotonic() + patience
         before, late = len(commands), 0.0
+        cleaning = len(self.cleaning) if self.stale else 0
         outcomes: list[list[PGresult]] = []
         current: list[PGresult] = []
         try:
@@ -705,6 +706,8 @@ class PooledConnection(psycopg.Connection[Any]):
                 if not current and pgconn.status == _BAD:
                     raise psycopg.OperationalError("the connection is lost")
                 outcomes.append(current)
+                if cleaning and len(outcomes) == cleaning:
+                    self._forget_notifications()
                 current = []
                 if many > 1:
                     deadline = self._deadline(many)
@@ -748,6 +751,15 @@ class PooledConnection(psycopg.Connection[Any]):
         self.pgconn.finish()
         self._note_loss(error, status)
         return error
+
+    def _forget_notifications(self) -> None:
+        """Drop what came for the LISTEN of an earlier block, now that this has ended.
+
+        libpq has read no further than to the answer that was taken last.
+        """
+        while self.pgconn.notifies():
+            pass
+        self._notifies_backlog = deque()
 
     def _send_bound(self, sql: bytes, values: Sequence[bytes | None]) -> int:
         """Queue a command that has parameters, prepared where the session keeps what is; count extra answers.
@@ -1075,6 +1087,8 @@ class PooledConnection(psycopg.Connection[Any]):
             given = kwargs.get("timeout")
             kwargs["timeout"] = max(0.0, left if given is None else min(given, left))
         with self.alone():
+            if self.stale and self.pgconn.transaction_status == IDLE:
+                self.run(self.cleaning)  # what the last block listened to is not this one's
             block, patience = self.block, self.patience
             self.patience, self.holder = None, get_ident()
             try:
