@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 CUT_WITHIN = 0.5
 """Seconds that cancelling what runs may take, where connections are closed under their blocks."""
 
+ASK_WITHIN = 0.1
+"""Seconds that a status may wait in lock-free mode for a server that has closed idle connections."""
+
 REFUSE_WITHIN = 1.0
 """Seconds that a change of the configuration has to be over, before new blocks are refused in its middle."""
 
@@ -158,12 +161,28 @@ class _Pools:
         """Return a snapshot."""
         from .stats import Status  # no block needs it
 
+        self._look_at_idle()
         return Status(
             pid=os.getpid(),
             type=self.config.type,
             groups={name: group.status() for name, group in self.groups.items()},
             endpoints={label: _endpoint_status(e) for label, e in self.endpoints.items()},
         )
+
+    @property
+    def parent(self) -> int | None:
+        """The process that this one was forked from, with the package loaded."""
+        return Connection._parent
+
+    def _look_at_idle(self) -> None:
+        """Have the servers asked that have closed idle connections: without requests nobody else would."""
+        doubtful: set[Endpoint] = set().union(*(group.lost_servers() for group in self.groups.values()))
+        for endpoint in doubtful:
+            self.monitor.doubts.note(endpoint)
+        if self.config.type == "non-threaded":  # no thread goes on with it
+            self.monitor.doubts.finish(ASK_WITHIN)
+        elif doubtful:
+            self.monitor.wake()
 
     def _went_down(self, endpoint: Endpoint) -> None:
         if self.publisher is not None:
@@ -295,6 +314,8 @@ class Connection(OneShots, Changes):
     _closed = False
     _handlers: SignalHandlers | None = None
     _pid = os.getpid()
+    _parent: int | None = None
+    """The process that this one was forked from, with the package loaded."""
     _noticing = threading.Lock()
 
     deadline = staticmethod(deadline)
@@ -557,7 +578,7 @@ class Connection(OneShots, Changes):
                 name = known.get(label)
                 endpoint.name = name.again() if name else None
             cls._all.add(cls._pools)  # for a child of this child
-        cls._pid = os.getpid()
+        cls._parent, cls._pid = cls._pid, os.getpid()
 
     @classmethod
     def _notice_fork(cls) -> None:

@@ -759,6 +759,21 @@ class Group:
             self._drop(conn, failure or "not idle")
             self._pool.refill()
 
+    def lost_servers(self) -> set[Endpoint]:
+        """Close the idle connections that were closed at the other end; return the servers concerned.
+
+        It costs a zero-timeout poll for each. In lock-free mode only the owner's thread looks.
+        """
+        lost: set[Endpoint] = set()
+        if not self._pool.mine():
+            return lost
+        for conn in self._pool.remove(lambda conn: bool(conn.poll(0))):
+            alive = conn.alive()  # not under the pool's lock: it may call a notice handler
+            if not alive:
+                lost.add(conn.endpoint)
+            self.give_back(conn, None if alive else "lost")
+        return lost
+
     def note_timelines(self) -> None:
         """Bar the servers that were left behind by a promotion, if the group writes."""
         if not self.writes:

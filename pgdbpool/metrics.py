@@ -89,9 +89,8 @@ class PoolCollector(Collector):
             view = gather(self._runtime_dir)
         except NotInitializedError:
             return
-        yield GaugeMetricFamily(
-            "pgdbpool_processes", "Processes that publish their status.", value=len(view["processes"])
-        )
+        serving = sum(not process["forks"] for process in view["processes"])
+        yield GaugeMetricFamily("pgdbpool_processes", "Processes that publish their status.", value=serving)
         yield from _of_endpoints(view["endpoints"])
         yield from _of_groups(view["groups"], view["buckets"])
 
@@ -144,12 +143,18 @@ def _of_endpoints(endpoints: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
     primary = GaugeMetricFamily(
         "pgdbpool_endpoint_primary", "Whether the endpoint is a primary.", labels=("endpoint",)
     )
+    outdated = GaugeMetricFamily(
+        "pgdbpool_endpoint_outdated",
+        "Whether the endpoint takes writes on an older timeline than another server.",
+        labels=("endpoint",),
+    )
     for endpoint in endpoints:
+        outdated.add_metric((endpoint["label"],), endpoint["outdated"])
         for state in ("up", "down", "draining"):
             states.add_metric((endpoint["label"], state), endpoint["states"].get(state, 0))
         if endpoint["role"] is not None:
             primary.add_metric((endpoint["label"],), endpoint["role"] == "primary")
-    yield from (states, primary)
+    yield from (states, primary, outdated)
     for key, (name, meaning) in _ENDPOINT.items():
         gauge = GaugeMetricFamily(f"pgdbpool_{name}", meaning, labels=("endpoint",))
         for endpoint in endpoints:

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from . import events
+from .doubts import Doubts
 from .endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
 from .errors import one_line
 from .holds import Holds
@@ -100,6 +101,7 @@ class Monitor:
         self, observer: Observer, holds: Holds, *, threaded: bool, publisher: Publisher | None = None
     ) -> None:
         self.prober = Prober()
+        self.doubts = Doubts()
         self.observer = observer
         self.holds = holds
         self._next: Observer | None = None
@@ -124,7 +126,8 @@ class Monitor:
         if self._next is not None:
             self.observer.close()
             self.observer, self._next = self._next, None
-        pause = min(self._try(self.prober), self._try(self.observer), self._try(self.holds))
+        parts: tuple[_Part, ...] = (self.prober, self.doubts, self.observer, self.holds)
+        pause = min(map(self._try, parts))
         if self.publisher is not None:
             pause = min(pause, self._try(self.publisher))
         if self._due_at == soon:  # nobody woke it meanwhile
@@ -184,6 +187,7 @@ class Monitor:
 
     def _end(self) -> None:
         self.prober.close()
+        self.doubts.close()
         self.observer.close()
         self.holds.close()
         if self.publisher is not None:
@@ -194,7 +198,8 @@ class Monitor:
         while not self._closed:
             self._news.acquire(timeout=max(self.step(), 0.0))
             with self._lock:
-                needed = self.prober.needed or self.observer.needed or self.holds.needed
+                parts = (self.prober, self.doubts, self.observer, self.holds)
+                needed = any(part.needed for part in parts)
                 publishing = self.publisher is not None and self.publisher.needed
                 if not needed and not publishing and self._next is None:
                     # Under the lock, so that `wake` starts another or is seen here.

@@ -45,8 +45,9 @@ def gather(runtime_dir: str | None = None) -> dict[str, Any]:
 
 def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], now: float) -> dict[str, Any]:
     """Combine the snapshots of processes, and what those counted that are gone, as they are at a moment."""
-    processes = [_process(snapshot, now) for snapshot in snapshots]
-    endpoints, groups = _endpoints(snapshots, now), _groups(snapshots, gone, now)
+    forking = _forking(snapshots)
+    processes = [_process(snapshot, now, forking) for snapshot in snapshots]
+    endpoints, groups = _endpoints(snapshots, now, forking), _groups(snapshots, gone, now, forking)
     return {
         "time": now,
         "ok": bool(processes)
@@ -77,23 +78,39 @@ def quantile(counts: Sequence[int], bounds: Sequence[float], share: float) -> fl
     return None
 
 
-def _process(snapshot: Mapping[str, Any], now: float) -> dict[str, Any]:
+def _forking(snapshots: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Return the processes that serve nothing: others were forked from them, and they had no block."""
+    parents = {snapshot.get("parent") for snapshot in snapshots}
+    return {
+        snapshot["status"]["pid"]
+        for snapshot in snapshots
+        if snapshot["status"]["pid"] in parents and not _blocks(snapshot)
+    }
+
+
+def _blocks(snapshot: Mapping[str, Any]) -> int:
+    return sum(group["checkouts"] for group in snapshot["counts"].values())
+
+
+def _process(snapshot: Mapping[str, Any], now: float, forking: set[int]) -> dict[str, Any]:
     status = snapshot["status"]
     age = max(now - snapshot["time"], 0.0)
+    forks = status["pid"] in forking
     return {
         "pid": status["pid"],
         "type": status["type"],
         "started": snapshot["started"],
+        "forks": forks,
         "age": age,
-        # A lock-free one tells nothing while it has no requests.
-        "silent": status["type"] == "threaded" and age > SILENT_AFTER,
+        # A lock-free one tells nothing while it has no requests, and uWSGI's master runs no Python.
+        "silent": status["type"] == "threaded" and not forks and age > SILENT_AFTER,
         "in_use": sum(group["in_use"] for group in status["groups"].values()),
         "connections": sum(group["size"] for group in status["groups"].values()),
-        "blocks": sum(group["checkouts"] for group in snapshot["counts"].values()),
+        "blocks": _blocks(snapshot),
     }
 
 
-def _endpoints(snapshots: Sequence[Mapping[str, Any]], now: float) -> list[dict[str, Any]]:
+def _endpoints(snapshots: Sequence[Mapping[str, Any]], now: float, forking: set[int]) -> list[dict[str, Any]]:
     views: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for snapshot in snapshots:
         for label, endpoint in snapshot["status"]["endpoints"].items():
@@ -101,6 +118,8 @@ def _endpoints(snapshots: Sequence[Mapping[str, Any]], now: float) -> list[dict[
     total = sum(endpoint["connections"] for view in views.values() for _, endpoint in view)
     found = []
     for label, view in views.items():
+        every = [endpoint for _, endpoint in view]
+        view = [pair for pair in view if pair[0]["status"]["pid"] not in forking] or view
         seen = [endpoint for _, endpoint in view]
         states = Counter("down" if endpoint["state"] == "probing" else endpoint["state"] for endpoint in seen)
         state = next(state for state in _WORST_FIRST if state in states)
@@ -111,7 +130,7 @@ def _endpoints(snapshots: Sequence[Mapping[str, Any]], now: float) -> list[dict[
             if endpoint["last_error"] is not None
         ]
         error_time, last_error = max(errors, default=(None, None))
-        connections = sum(endpoint["connections"] for endpoint in seen)
+        connections = sum(endpoint["connections"] for endpoint in every)
         role = max(view, key=lambda pair: (pair[1]["role"] is not None, pair[0]["time"]))[1]["role"]
         found.append(
             {
@@ -138,12 +157,14 @@ def _endpoints(snapshots: Sequence[Mapping[str, Any]], now: float) -> list[dict[
 
 
 def _groups(
-    snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], now: float
+    snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], now: float, forking: set[int]
 ) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for snapshot in snapshots for name in snapshot["status"]["groups"])
     found = []
     for name in names:
-        seen = [s["status"]["groups"][name] for s in snapshots if name in s["status"]["groups"]]
+        having = [s["status"] for s in snapshots if name in s["status"]["groups"]]
+        seen = [status["groups"][name] for status in having]
+        serving = [status["groups"][name] for status in having if status["pid"] not in forking] or seen
         counts: dict[str, Any] = {}
         for more in (gone, *(snapshot["counts"] for snapshot in snapshots)):
             add_counts(counts, more.get(name, {}))
@@ -153,10 +174,8 @@ def _groups(
         found.append(
             {
                 "name": name,
-                **{
-                    key: sum(group[key] for group in seen)
-                    for key in ("size", "idle", "in_use", "waiting", "min_size", "max_size")
-                },
+                **{key: sum(group[key] for group in seen) for key in ("size", "idle", "in_use", "waiting")},
+                **{key: sum(group[key] for group in serving) for key in ("min_size", "max_size")},
                 "connections": dict(connections),
                 **counts,
                 "history": _history(snapshots, "groups", name, now, width=4),

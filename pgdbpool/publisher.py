@@ -58,6 +58,10 @@ class Told(Protocol):
     def endpoints(self) -> Mapping[str, Endpoint]:
         """Those that there are now."""
 
+    @property
+    def parent(self) -> int | None:
+        """The process that this one was forked from, with the package loaded."""
+
     def status(self) -> Status:
         """Return a snapshot."""
 
@@ -181,6 +185,7 @@ class Publisher:
         return {
             "time": now,
             "started": self._started,
+            "parent": self._pools.parent,
             "status": told,
             "counts": counts,
             "events": list(self._events),

@@ -263,7 +263,7 @@ def _processes(view: Mapping[str, Any]) -> str:
             f'<span class="state down">▲ silent for {_duration(process["age"])}</span>'
             if process["silent"]
             else f"{_duration(process['age'])} ago",
-            escape(process["type"]),
+            escape(process["type"]) + (", forks the others" if process["forks"] else ""),
             _ago(process["started"], view["time"]),
             str(process["connections"]),
             str(process["in_use"]),

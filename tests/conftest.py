@@ -17,6 +17,9 @@ from pgdbpool.cluster import Cluster, ClusterError, Node
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the tests that take long")
+    parser.addoption(
+        "--surroundings", action="store_true", help="also run the tests with Patroni, Apache, Prometheus ..."
+    )
     parser.addoption("--pictures", action="store_true", help="take the pictures of the status page for doc/")
 
 
@@ -28,13 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
     config.addinivalue_line("markers", "long: takes long; runs with --long only")
+    config.addinivalue_line("markers", "surroundings: runs other programs; runs with --surroundings only")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes long: run it with --long"))
+    for marker, reason in (("long", "takes long"), ("surroundings", "runs other programs")):
+        if not config.getoption(f"--{marker}"):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"{reason}: run it with --{marker}"))
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ ORDER = [
     "greenlets", "session", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots",
-    "observer", "holds", "runtime", "publisher", "monitor", "changes", "shutdown", "sizing", "health",
-    "connection", "handler", "retry", "pool",
+    "observer", "holds", "runtime", "publisher", "doubts", "monitor", "changes", "shutdown", "sizing",
+    "health", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at `init`, at a connect, for tenants, for signals, for YAML.
 LATE = {

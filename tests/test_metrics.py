@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from site_of_processes import APPLICATION, Site
-from support import config, server, wait_for
+from support import config, kill_backends, server, wait_for
 
 from pgdbpool import Connection, Handler
 from pgdbpool.stats import BUCKETS
@@ -141,3 +141,59 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     }
     assert names <= there
     assert {name for name in there if name.endswith("_total")} - {"pgdbpool_waits_total"} <= names
+
+
+def states() -> dict[str, str]:
+    return {label: endpoint.state for label, endpoint in Connection.status().endpoints.items()}
+
+
+def test_an_application_without_requests_notices_that_a_server_died(known_cluster: Any, mode: str) -> None:
+    (victim, other) = known_cluster.standbys
+    servers = [server(victim, label="victim"), server(other, label="other")]
+    try:
+        Connection.init(config(servers, mode, g={"connection_count": 4, "min_size": 0}))
+        with Handler("g"), Handler("g"):
+            pass  # one connection to each
+        assert Connection.status().groups["g"].idle == 2
+        victim.kill()
+        wait_for(lambda: states() == {"victim": "down", "other": "up"}, 5)
+        assert Connection.status().groups["g"].connections == {"victim": 0, "other": 1}
+    finally:
+        Connection.reset()
+
+
+def test_idle_connections_that_were_ended_alone_say_nothing_of_their_server(
+    known_cluster: Any, mode: str
+) -> None:
+    servers = [server(known_cluster.primary, label="db")]
+    try:
+        Connection.init(config(servers, mode, g={"connection_count": 2, "min_size": 0}))
+        with Handler("g"):
+            pass
+        with known_cluster.primary.connect(autocommit=True) as admin:
+            kill_backends(admin)
+        wait_for(lambda: Connection.status().groups["g"].discarded == {"lost": 1})
+        pools = Connection._pools
+        assert pools is not None
+        wait_for(lambda: not pools.monitor.doubts.needed, what="the server has answered")
+        assert states() == {"db": "up"}
+    finally:
+        Connection.reset()
+
+
+def test_a_master_that_loaded_the_application_counts_as_no_process(
+    known_cluster: Any, tmp_path: Path
+) -> None:
+    servers = [server(known_cluster.primary, label="db")]
+    settings = {"db": servers, "groups": {"read": {"connection_count": 4}, "write": {"connection_count": 1}}}
+    workers = ("--workers", "2", "--worker-class", "gthread", "--threads", "2", "--preload")
+    with Site(tmp_path, settings, *workers, application=MEASURED) as site:
+
+        def told() -> tuple[float, ...]:
+            site.ask("/both")  # until each worker has had a block
+            found = scrape(site)
+            names = ("pgdbpool_processes",), ("pgdbpool_connections_max", "read")
+            return *(found[name] for name in names), found["pgdbpool_endpoint_processes", "db", "up"]
+
+        wait_for(lambda: told() == (2, 8, 2), 20, "two workers and no master")
+        assert sum(process["forks"] for process in site.overview()["processes"]) == 1

@@ -138,6 +138,7 @@ def _processes(view: Mapping[str, Any]) -> str:
     rows = []
     for process in sorted(view["processes"], key=lambda process: process["pid"]):
         seen = f"{process['age']:.1f} s ago" + (", silent" if process["silent"] else "")
+        seen += ", forks the others" if process["forks"] else ""
         numbers = [process[key] for key in ("connections", "in_use", "blocks")]
         rows.append([str(process["pid"]), process["type"], seen, *map(str, numbers)])
     return output.table(["Process", "Type", "Seen", "Connections", "In use", "Blocks"], rows)
