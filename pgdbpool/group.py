@@ -17,6 +17,7 @@ import psycopg
 
 from . import deadlines, events, greenlets, tracing
 from .balance import Candidate, order, suits, worth_moving
+from .ended import end, succeed
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
     DBConnectionError,
@@ -339,7 +340,9 @@ class Group:
                 conn.uses.count()
             if self._at_checkin is not None:
                 reason = self._at_checkin(conn, reason)
-            if reason is None:
+            if conn.handed_out:
+                reason = self._give_on(conn, reason)
+            elif reason is None:
                 self._pool.give(conn)
             else:
                 self._drop(conn, reason)
@@ -351,6 +354,17 @@ class Group:
             self._pool.refill()
         if held >= self._slow_block:  # last, since a log may be kept in a database
             self._note_slow_block(conn, block, held)
+
+    def _give_on(self, conn: PooledConnection, reason: str | None) -> str | None:
+        """Give the session on without the object, which the block may have kept; return why it was closed."""
+        heir = succeed(conn) if reason is None else None
+        if heir is not None:
+            self._pool.give(heir)
+            return None
+        reason = reason or "not clean"
+        self._drop(conn, reason)
+        end(conn)
+        return reason
 
     def _reason_to_close(self, conn: PooledConnection) -> str | None:
         now = conn.used_at = monotonic()

@@ -99,7 +99,7 @@ class Queries(Copying):
         :raises DBQueryError: PostgreSQL refused; an exception inside the `with` cancels the COPY.
         """
         conn = self._live()
-        conn.altered = True  # the Copy has the connection as an attribute
+        conn.altered = conn.handed_out = True  # the Copy has the connection as an attribute
         with BlockCursor(conn).copy(statement, params or None) as copy:
             yield copy
 

@@ -125,9 +125,9 @@ class PooledConnection(psycopg.Connection[Any]):
     # What every connection has. In its dictionary these would be too many for the form in which instances
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
-        "_known", "block", "bound", "client_encoding", "endpoint", "expires_at", "lent", "named", "owner",
-        "poll", "reads", "replacing", "riding", "settled", "slot", "speaks_utf8", "turn", "used_at", "uses",
-        "wait_readable", "wrapped",
+        "_known", "block", "bound", "client_encoding", "endpoint", "expires_at", "handed_out", "lent",
+        "named", "owner", "poll", "reads", "replacing", "riding", "settled", "slot", "speaks_utf8", "turn",
+        "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -135,6 +135,8 @@ class PooledConnection(psycopg.Connection[Any]):
     lent: bool
     """Whether it is neither the pool's nor in the hands of who takes it from there."""
     block: Block | None
+    handed_out: bool
+    """Whether its block may keep a reference to it, which is not to reach the next one; see `ended`."""
     patience: float | None = None
     """Seconds that one wait for the server may take; None for no bound."""
     until: float | None = None
@@ -210,6 +212,7 @@ class PooledConnection(psycopg.Connection[Any]):
         super().__init__(pgconn, *args, **kwargs)
         self.slot = self.block = self.settled = self.client_encoding = None
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
+        self.handed_out = False
         self.speaks_utf8 = True
         self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0
 
@@ -320,7 +323,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def hand_out(self) -> PooledConnection:
         """Give the connection itself to the block, which may then do anything with it."""
-        self.touched = self.altered = self.prepares = True
+        self.touched = self.altered = self.prepares = self.handed_out = True
         return self
 
     def tidy(self) -> bool:
@@ -984,7 +987,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if deadlines.in_use:
             deadlines.check()
         self.check_free()
-        self.altered = True  # psycopg's Transaction has the connection as an attribute
+        self.altered = self.handed_out = True  # psycopg's Transaction has the connection as an attribute
         with self.alone():
             self.end_wrapped()
             commands = block.preamble(self)
@@ -1061,6 +1064,7 @@ class PooledConnection(psycopg.Connection[Any]):
         with self._wrapped_pipeline():
             try:
                 with super().pipeline() as pipeline:
+                    self.handed_out = True  # psycopg's Pipeline reaches it
                     if not isinstance(pipeline.result_queue, _Answers):
                         pipeline.result_queue = _Answers(pipeline.result_queue)
                     yield pipeline

@@ -70,7 +70,7 @@ def test_blocks_take_turns_on_the_idle_connections(start: Any) -> None:
     seen = []
     for _ in range(10):
         with Handler("auto") as db:
-            seen.append(id(db.conn_ref))
+            seen.append(pid_of(db))
     assert len(set(seen)) == 5
     assert seen[:5] == seen[5:]
 

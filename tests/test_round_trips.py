@@ -115,7 +115,8 @@ def test_ping_always_costs_one_and_only_then(counted: Any) -> None:
 def test_a_connection_idle_for_long_is_pinged_once(counted: Any) -> None:
     proxy = counted(ping_after="30s")
     with Handler("auto") as db:
-        conn = db.connection
+        conn = db._conn
+    assert conn is not None
     conn.used_at -= 31
     for _ in range(2):
         with Handler("auto") as db:
