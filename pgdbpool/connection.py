@@ -68,6 +68,8 @@ class _Pools:
             name: self._group(group, [self.endpoints[label] for label in group.endpoints])
             for name, group in config.groups.items()
         }
+        self._newest: dict[str, tuple[int, Endpoint]] = {}
+        """The highest timeline that was seen of each system, and where."""
         self.removed: list[Group] = []
         """Groups that are not in the configuration any more, and may have open blocks."""
         self.monitor = Monitor(
@@ -89,6 +91,7 @@ class _Pools:
         endpoint.on_down = self._went_down
         endpoint.on_up = self._came_up
         endpoint.on_seen = self._seen
+        endpoint.on_role = self._changed_role
         return endpoint
 
     def _group(self, config: GroupConfig, endpoints: list[Endpoint]) -> Group:
@@ -142,6 +145,7 @@ class _Pools:
         for endpoint in old.values():
             if endpoints.get(endpoint.label) is not endpoint:
                 endpoint.remove()
+                self._forget(endpoint)
         for name, group in groups.items():
             group.apply(config.groups[name], members[name], _row_factory(config.groups[name]))
         self.monitor.observe(Observer(groups.values()))
@@ -189,9 +193,21 @@ class _Pools:
             self.publisher.hurry()
         for group in endpoint.groups:
             group.drop_idle(endpoint, f"endpoint {endpoint.state.value}")
-        if endpoint.state is not State.DRAINING:
+        if endpoint.state is State.DRAINING:
+            self._forget(endpoint)
+        else:
             self.monitor.prober.watch(endpoint)
             self.monitor.wake()
+
+    def _forget(self, gone: Endpoint) -> None:
+        """Let a server that was taken out of use on purpose bar no other one any more."""
+        for system, (_, endpoint) in list(self._newest.items()):
+            if endpoint is gone:
+                del self._newest[system]
+
+    def _changed_role(self, endpoint: Endpoint) -> None:
+        for group in endpoint.groups:
+            group.part_with(endpoint)
 
     def _came_up(self, endpoint: Endpoint) -> None:
         if self.publisher is not None:
@@ -204,9 +220,11 @@ class _Pools:
         """Hold the timelines of the servers that write against each other."""
         if self.monitor.observer.needed:
             self.monitor.wake()
-        kin = [e for e in self.endpoints.values() if e.timeline is not None and e.system == endpoint.system]
-        newest = max((e.timeline for e in kin if e.timeline is not None), default=0)
-        for other in kin:
+        system, timeline = endpoint.system, endpoint.timeline
+        if system is not None and timeline is not None and timeline > self._newest.get(system, (0, None))[0]:
+            self._newest[system] = timeline, endpoint
+        newest = 0 if system is None else self._newest.get(system, (0, None))[0]
+        for other in [e for e in self.endpoints.values() if e.timeline is not None and e.system == system]:
             outdated = other.timeline is not None and other.timeline < newest
             if outdated and not other.outdated:
                 events.ENDPOINT_OUTDATED(

@@ -29,7 +29,7 @@ from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
 from .errors import CredentialError, Error, HookError, one_line
 from .names import Name, UnresolvedError
-from .preamble import GRACE, HURRY
+from .preamble import FORBID_WRITES, GRACE, HURRY
 from .probe import StartupProbe
 from .roundtrip import round_trip
 from .session import PooledConnection, pooled
@@ -118,6 +118,8 @@ class Endpoint:
         self.role: Role | None = None
         self.read_only = False
         self.role_seen_at = 0.0
+        self.role_changed_at = 0.0
+        """When its role was last found to be another one: a word from before that changes nothing."""
         self.timeline: int | None = None
         """Of a primary, as it was last seen."""
         self.system: str | None = None
@@ -144,6 +146,7 @@ class Endpoint:
         self.on_down: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_seen: Callable[[Endpoint], None] = lambda endpoint: None
+        self.on_role: Callable[[Endpoint], None] = lambda endpoint: None
         self._ids = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -241,8 +244,29 @@ class Endpoint:
         self.last_error = reason
         self.last_error_at = monotonic()
 
-    def note_role(self, conn: PooledConnection) -> Role:
+    def heard(self, conn: PooledConnection) -> Role | None:
+        """Return the role that the connection was last told, if it agrees with what is known of the server.
+
+        None if it has other news, or none: whether that is news depends on its age, see `note_role`.
+        """
+        if self.config.pooler:
+            return None
+        status = conn.pgconn.parameter_status
+        standby = status(b"in_hot_standby")
+        if standby is not None:
+            role = Role.STANDBY if standby == b"on" else Role.PRIMARY
+        elif conn.asked_role is not None:
+            role = Role(conn.asked_role)
+        else:
+            return None
+        read_only = status(b"default_transaction_read_only") == b"on"
+        return role if role is self.role and (conn.reads or read_only == self.read_only) else None
+
+    def note_role(self, conn: PooledConnection, since: float) -> Role:
         """Learn the server's role from what it reported on the connection, at no round trip.
+
+        :param since: when the connection's last message was asked for, at the earliest.
+        :returns: what is known now, which is not what the connection says if that is older.
 
         `in_hot_standby` is reported by PostgreSQL 14 and later, at connect and when it changes:
         https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
@@ -258,16 +282,22 @@ class Endpoint:
         elif conn.asked_role is not None and not self.config.pooler:
             role = Role(conn.asked_role)
         else:
+            since = monotonic()
             with conn.unbound(), psycopg.Cursor(conn, row_factory=rows.tuple_row) as cursor:
                 (in_recovery,) = cursor.execute("SELECT pg_is_in_recovery()").fetchone() or (False,)
             role = Role.STANDBY if in_recovery else Role.PRIMARY
             conn.asked_role = role.value
-        self._note(role)
-        self.read_only = status(b"default_transaction_read_only") == b"on"
-        return role
+        if not conn.reads and since >= self.role_changed_at:  # such a connection is read only by itself
+            self.read_only = status(b"default_transaction_read_only") == b"on"
+        self._note(role, since)
+        return self.role or role
 
-    def _note(self, role: Role) -> None:
+    def _note(self, role: Role, since: float) -> bool:
+        """Take over what was said of the role; return whether that is no older than the last change."""
         if role is not self.role:
+            if since < self.role_changed_at:
+                return False
+            self.role_changed_at = monotonic()
             if self.role is not None:
                 was = self.role.value
                 events.ENDPOINT_ROLE(
@@ -277,20 +307,24 @@ class Endpoint:
                 self.failovers += role is Role.PRIMARY
             known, self.role = self.role, role
             if known is not None:
+                self.on_role(self)
                 self.on_up(self)  # for groups that wait for such a role
         if role is Role.STANDBY:
             self.timeline, self.outdated = None, False
-        self.role_seen_at = monotonic()
+        self.role_seen_at = max(self.role_seen_at, since)
+        return True
 
-    def note_sight(self, sight: Sight) -> None:
-        """Learn what the server said of itself to somebody who looked."""
-        self._note(Role.STANDBY if sight.standby else Role.PRIMARY)
+    def note_sight(self, sight: Sight, since: float) -> None:
+        """Learn what the server said of itself when it was asked, at the moment `since`."""
+        if not self._note(Role.STANDBY if sight.standby else Role.PRIMARY, since):
+            return
         self.sight_at = sight.at
         self.timeline, self.system = sight.timeline, sight.system
         self.on_seen(self)
 
     def ask_timeline(self, conn: PooledConnection) -> None:
         """Ask the server for its timeline, on a connection that is not in use yet."""
+        since = monotonic()
         try:
             with psycopg.Cursor(conn) as cursor:
                 cursor.execute(QUERY)
@@ -306,7 +340,7 @@ class Endpoint:
             )  # fmt: skip
             return
         assert result is not None
-        self.note_sight(read(result, monotonic()))
+        self.note_sight(read(result, monotonic()), since)
 
     def refuses_writes(self, conn: PooledConnection) -> bool:
         """Tell whether a statement was refused (SQLSTATE 25006) since the server takes no writes.
@@ -318,8 +352,12 @@ class Endpoint:
         standby = None if self.config.pooler else status(b"in_hot_standby")
         if standby is None:  # before PostgreSQL 14, and behind a pooler: ask again
             conn.asked_role = None
-        elif standby == b"on" or (status(b"default_transaction_read_only") == b"on" and not conn.touched):
-            self.note_role(conn)
+        elif (
+            standby == b"on"
+            or conn.reads
+            or (status(b"default_transaction_read_only") == b"on" and not conn.touched)
+        ):
+            self.note_role(conn, conn.used_at)
         else:
             return False
         self.suspected_at = monotonic()
@@ -368,7 +406,9 @@ class Endpoint:
             conn.prepare_threshold = None if group.sqlprepare else group.prepare_threshold
             if self.config.pooler:  # each transaction may be on another session
                 conn.local = (("statement_timeout", str(milliseconds)),)
-            self.note_role(conn)
+            self.note_role(conn, began)
+            if group.target in ("standby", "read-only"):
+                self._forbid_writes(conn)
             if group.writes and len(group.endpoints) > 1:
                 self.ask_timeline(conn)
             if set_up is not None:
@@ -390,7 +430,6 @@ class Endpoint:
         conn.row_factory = row_factory
         conn.cursor_factory = BlockCursor
         conn.server_cursor_factory = BlockServerCursor
-        conn.reads = group.target in ("standby", "read-only")
         conn.settle()
         if group.max_lifetime:
             # Jitter, so that connections opened together are not all replaced together.
@@ -399,6 +438,15 @@ class Endpoint:
         self.mark_up()
         self.on_seen(self)
         return conn
+
+    def _forbid_writes(self, conn: PooledConnection) -> None:
+        """Have the session refuse writes by itself: its server may be promoted before anything tells so."""
+        conn.reads = True
+        if self.config.pooler:
+            conn.local += (("transaction_read_only", "on"),)
+        else:
+            psycopg.Cursor(conn).execute(FORBID_WRITES)
+            conn.cleaning = conn.plain_cleaning
 
     def connect(self, group: GroupConfig) -> psycopg.Connection[Any]:
         """Open a connection of the group's login that belongs to no pool; the caller closes it.

@@ -471,32 +471,49 @@ class Group:
         if conn.poll(0) and not conn.alive():
             return "lost"
         ping_due = now - conn.used_at > self._ping_after or conn.used_at <= endpoint.suspected_at
-        if ping_due:
-            limit = self.config.ping_timeout
-            timeout = min(limit, max(deadline - now, HURRY))
-            if not conn.ping(timeout):
-                if conn.closed:
-                    return "lost"
-                if timeout < min(limit, CONCLUSIVE):
-                    return "ping cut short"
-                endpoint.mark_down(f"no answer to a ping within {timeout:.3g} s")
-                return "ping"
+        if ping_due and (reason := self._ping(conn, deadline)):
+            return reason
         # After the ping, since a role that changed is reported with the next message.
         if not self._any_role and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted:
             return self._unwanted(conn, deadline)
         return None
 
+    def _ping(self, conn: PooledConnection, deadline: float) -> str | None:
+        """Return why a connection must not be lent that does not answer, or None."""
+        limit = self.config.ping_timeout
+        timeout = min(limit, max(deadline - monotonic(), HURRY))
+        if conn.ping(timeout):
+            return None
+        if conn.closed:
+            return "lost"
+        if timeout < min(limit, CONCLUSIVE):
+            return "ping cut short"
+        conn.endpoint.mark_down(f"no answer to a ping within {timeout:.3g} s")
+        return "ping"
+
     def _unwanted(self, conn: PooledConnection, deadline: float) -> str | None:
-        """Return why a connection must not be lent whose server may have another role now, or None."""
+        """Return why a connection must not be lent whose server may have another role now, or None.
+
+        Its word is as old as its last message. Where that is not what is known of the server, it is pinged,
+        or asked: a server that was promoted, or another connection, may have told otherwise since.
+        """
+        endpoint, target = conn.endpoint, self.config.target
+        if (role := endpoint.heard(conn)) is not None:
+            return None if suits(target, role, endpoint.read_only) else "role"
+        since = monotonic()
+        if conn.asked_role is not None and not endpoint.config.pooler:
+            conn.asked_role = None
+        elif not endpoint.config.pooler and (reason := self._ping(conn, deadline)):
+            return reason
         # A pooler's server has to be asked: for no longer than it would be pinged.
         conn.until = monotonic() + min(self.config.ping_timeout, max(deadline - monotonic(), HURRY))
         try:
-            role = conn.endpoint.note_role(conn)
+            role = endpoint.note_role(conn, since)
         except psycopg.Error:
             return "lost"
         finally:
             conn.until = None
-        return None if suits(self.config.target, role, conn.endpoint.read_only) else "role"
+        return None if suits(target, role, endpoint.read_only) else "role"
 
     def _drop(self, conn: PooledConnection, reason: str) -> None:
         self._discarded[reason] += 1
@@ -562,6 +579,8 @@ class Group:
         slot.conn = ref(spare)
         if generation != self._generation:
             spare.expires_at = EXPIRED
+        if self._barred and spare.endpoint in self._barred and spare.endpoint.outdated:
+            spare.sever(0.0)  # since a moment ago, when `_cut` did not find it
         self._opened += 1
         return spare
 
@@ -794,7 +813,9 @@ class Group:
             return
         for endpoint in self.endpoints:
             if endpoint.outdated:
-                self._bar(endpoint)
+                if endpoint not in self._barred:
+                    self._bar(endpoint)
+                    self._cut(endpoint)
             else:
                 self._barred.discard(endpoint)
 
@@ -827,6 +848,26 @@ class Group:
         if endpoint not in self._barred:
             self._barred.add(endpoint)
             self.drop_idle(endpoint, "barred")
+
+    def _cut(self, endpoint: Endpoint) -> None:
+        """Cut the connections in use to an endpoint whose writes are lost: no COMMIT there is acknowledged.
+
+        What runs is not cancelled: a COMMIT under way has the outcome that the server gives it, and its block
+        the error that it may have happened.
+        """
+        for slot in self._pool.slots():
+            conn = slot.conn() if slot.conn is not None else None
+            if conn is not None and conn.endpoint is endpoint:
+                conn.sever(0.0)
+
+    def part_with(self, endpoint: Endpoint) -> None:
+        """Replace the connections to an endpoint whose role has changed to one that the group does not want.
+
+        Those in use end with their blocks; the idle ones would be lent on the word that they were told last.
+        """
+        role = endpoint.role
+        if role is not None and not suits(self.config.target, role, endpoint.read_only):
+            self.expire(lambda conn: conn.endpoint is endpoint)
 
     def welcome(self) -> None:
         """An endpoint is up (again): fill up to `min_size`, and even out at release."""

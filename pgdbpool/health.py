@@ -95,7 +95,7 @@ class _Visit:
                 self.busy = probe.accepting
         elif endpoint.state is not State.DRAINING:
             if self.sight is not None:
-                endpoint.note_sight(self.sight)
+                endpoint.note_sight(self.sight, look.asked_at or self.began)
             endpoint.mark_up()
 
     def abandon(self) -> None:

@@ -225,7 +225,7 @@ class Observer:
                 "endpoint %s: no look: %s", endpoint.label, reason, endpoint=endpoint.label, reason=reason
             )
             return
-        endpoint.note_sight(sight)
+        endpoint.note_sight(sight, look.asked_at or sight.at)
         if self._limited:
             self._measure(endpoint, sight)
 

@@ -49,6 +49,12 @@ CLEANING: tuple[Command, ...] = (
     (b"COMMIT", None),
 )
 
+FORBID_WRITES = b"SET default_transaction_read_only = on"
+"""What sessions of groups that only read begin with, since a standby may be promoted under them."""
+
+CLEANING_TO_READ: tuple[Command, ...] = (*CLEANING[:-1], (FORBID_WRITES, None), CLEANING[-1])
+"""The cleaning of such a session: RESET ALL would let it write."""
+
 GRACE = 1.0
 """Seconds that the client waits beyond the server's own statement_timeout."""
 

@@ -30,6 +30,7 @@ from . import deadlines, errors, greenlets, tracing
 from .preamble import (
     BEGIN,
     CLEANING,
+    CLEANING_TO_READ,
     GRACE,
     HURRY,
     IDLE,
@@ -300,6 +301,11 @@ class PooledConnection(psycopg.Connection[Any]):
         self.used_at = monotonic()
         return True
 
+    @property
+    def plain_cleaning(self) -> tuple[Command, ...]:
+        """What cleans the session where nothing that was prepared in it has to go."""
+        return CLEANING_TO_READ if self.reads else CLEANING
+
     def keep_touched(self) -> None:
         """Leave the session as a block left it (`reset: never`): only what it may have removed is noted."""
         if self.touched:
@@ -347,9 +353,9 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.touched and not self.local:
             self.stale = True
             self._known.clear()
-            self.cleaning = CLEANING
+            self.cleaning = plain = self.plain_cleaning
             if self.prepares:
-                self.cleaning = (*CLEANING[:-1], (deallocate(self.own_statements), None), CLEANING[-1])
+                self.cleaning = (*plain[:-1], (deallocate(self.own_statements), None), plain[-1])
         self.touched = self.altered = self.prepares = False
         return True
 

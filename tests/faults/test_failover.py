@@ -266,3 +266,67 @@ def test_a_read_is_repeated_where_its_group_only_reads(start: Any, pair: Cluster
         admin.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
         # Its first statement went well, so the connection was known to work: the loss is found by the second.
         assert db.query("SELECT 1").fetchone()[0] == 1
+
+
+def test_what_idle_readers_heard_before_a_promotion_changes_nothing(
+    start: Any, pair: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = roles(pair)
+    start(pair.nodes, read={"target": "read-only", "connection_count": 6, "min_size": 6})
+    assert write() == old.label
+    old.kill()
+    with caplog.at_level(logging.WARNING, "pgdbpool"):
+        new.promote()
+        assert wait_for(writes, 10) == new.label
+        for _ in range(12):
+            with pytest.raises(pgdbpool.DBConnectionError), Handler("read"):
+                pass
+            assert write() == new.label
+    assert [record.message for record in caplog.records if " and is now " in record.message] == [
+        f"endpoint {new.label} was standby and is now primary"
+    ]
+    assert Connection.status().endpoints[new.label].failovers == 1
+
+
+def test_no_commit_is_acknowledged_on_the_older_timeline_once_the_newer_was_seen(
+    start: Any, pair: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observer, "SLOWLY", (0.2, 0.3))
+    old, new = roles(pair)
+    start(pair.nodes, read={"target": "read-only", "connection_count": 6, "min_size": 6})
+    with Handler("write") as db:
+        db.query("INSERT INTO log (label) VALUES ('late')")
+        new.promote()  # and nobody has stopped the old one
+        wait_for(lambda: writes() == new.label, 10)
+        with pytest.raises(pgdbpool.ConnectionLostError):
+            db.commit()
+        db.rollback()
+    for _ in range(12):  # what the readers say is of before
+        with pytest.raises(pgdbpool.DBConnectionError), Handler("read"):
+            pass
+        assert write() == new.label
+    assert old.execute("SELECT count(*) FROM log WHERE label = 'late'") == [(0,)]
+
+
+@pytest.mark.parametrize("found", ["in use", "idle"])
+@pytest.mark.parametrize("target", ["read-only", "standby"])
+def test_a_group_that_only_reads_writes_nothing_to_a_server_that_was_promoted(
+    start: Any, pair: Cluster, target: str, found: str
+) -> None:
+    _, new = roles(pair)
+    start(pair.nodes, wait=False, read={"target": target, "connection_count": 1})
+    with Handler("read") as db:
+        db.query("SET work_mem = '1MB'")  # the session is cleaned before the next block
+    with Handler("read") as db:
+        assert db.query("SHOW work_mem").fetchone()[0] != "1MB"
+        if found == "in use":
+            new.promote()
+            with pytest.raises(pgdbpool.ReadOnlyServerError):
+                db.query("INSERT INTO log (label) VALUES ('read')")
+    if found == "idle":
+        new.promote()  # and nothing has told this process
+        with pytest.raises(pgdbpool.ReadOnlyServerError), Handler("read") as db:
+            db.query("INSERT INTO log (label) VALUES ('read')")
+    assert new.execute("SELECT count(*) FROM log") == [(0,)]
+    with pytest.raises(pgdbpool.TargetUnavailableError, match="is a primary"), Handler("read"):
+        pass
