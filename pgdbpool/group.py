@@ -221,7 +221,8 @@ class Group:
         current = current_tenant()
         chosen = current if tenant is None else tenant
         kind = type(chosen)
-        if (kind is not str and kind is not int and not is_uuid(chosen)) or (
+        # No subclass: its values may be equal, and not the same tenant.
+        if (kind is not str and kind is not int and not is_uuid(kind)) or (
             tenant is not None and current is not None
         ):
             return self._bind(tenant, override, {})

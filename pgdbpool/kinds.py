@@ -71,7 +71,7 @@ class Text(Kind):
             raise self.refuse(value, "; quote it" if isinstance(value, (int, float)) else "")
         if not is_text(value):
             raise self.refuse(value, ": it has characters that are not text, such as NUL")
-        return str(value) or None
+        return str.__str__(value) or None
 
 
 class Secret(Text):

@@ -46,7 +46,7 @@ class ServerSettings(Kind):
                 shown = show(item, secret=bool(_SECRET_NAME.search(name)))
                 problems.append((step(name), f"must be a string, a number, true or false, not {shown}"))
             else:
-                settings[str(name)] = setting
+                settings[str.__str__(name)] = setting
         problems += [(step(name), message) for name, message in twice(settings)]
         if problems:
             raise Refused(*problems)
@@ -71,7 +71,7 @@ class TenantName(Text):
         if isinstance(value, str) and _SETTING_NAME.fullmatch(value):
             parts = value.split(".")
             if len(parts) > 1 and max(map(len, parts)) <= _PART_LIMIT:
-                return str(value)
+                return str.__str__(value)
         raise self.refuse(value)
 
 
@@ -111,4 +111,4 @@ def _setting(value: object) -> str | None:
         return int.__repr__(value) if value.bit_length() <= 64 else None
     if isinstance(value, float):
         return float.__repr__(value) if math.isfinite(value) else None
-    return str(value) if isinstance(value, str) and is_text(value) else None
+    return str.__str__(value) if isinstance(value, str) and is_text(value) else None

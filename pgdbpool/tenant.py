@@ -102,11 +102,12 @@ def tenant_value(name: str, value: Any, kind: str, pattern: str | None = None) -
         if kind == "uuid":
             from uuid import UUID  # takes as long to import as a fifth of this package
 
-            return str(value if isinstance(value, UUID) else UUID(value))
+            return UUID.__str__(value if isinstance(value, UUID) else UUID(value))
         if kind == "int":
-            if isinstance(value, bool) or not re.fullmatch(r"-?[0-9]{1,19}", str(value)):
+            digits = None if isinstance(value, bool) else plain_text(value)
+            if digits is None or not re.fullmatch(r"-?[0-9]{1,19}", digits):
                 raise ValueError
-            return str(int(value))
+            return str(int(digits))
         text = setting_value(name, value)
     except (ValueError, TypeError, AttributeError):
         raise SettingError(f"tenant setting {name!r}: {_shown(value)} is no {kind}") from None
@@ -130,19 +131,34 @@ def bind_settings(settings: Mapping[str, Any]) -> Bound:
     return tuple((name, setting_value(name, value)) for name, value in settings.items())
 
 
-def is_uuid(value: Any) -> bool:
-    """Tell whether it is a UUID: there is none where nobody has imported the module."""
+def is_uuid(kind: type[Any]) -> bool:
+    """Return whether a type is UUID itself; no value has it before the module is imported."""
     module = sys.modules.get("uuid")
-    return module is not None and isinstance(value, module.UUID)
+    return module is not None and kind is module.UUID
+
+
+def plain_text(value: Any) -> str | None:
+    """Return a value as psycopg sends it as a parameter; None if it is neither text, a number nor a UUID.
+
+    It is what the value is, whatever a subclass (an enumeration) makes of `str()`.
+    """
+    for kind, text in (str, str.__str__), (int, int.__repr__), (float, float.__repr__):
+        if isinstance(value, kind):
+            return text(value)
+    for module, name in ("uuid", "UUID"), ("decimal", "Decimal"):
+        base: Any = getattr(sys.modules.get(module), name, None)
+        if base is not None and isinstance(value, base):
+            return str(base.__str__(value))
+    return str(value.__index__()) if hasattr(type(value), "__index__") else None  # of numpy
 
 
 def setting_value(name: str, value: Any) -> str:
     """Return a setting's value as PostgreSQL reads it."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    if not isinstance(value, (str, int, float)) and not is_uuid(value):
+    text = plain_text(value)
+    if text is None:
         raise SettingError(f"setting {name!r}: {_shown(value)} is neither text nor a number")
-    text = str(value)
     if "\0" in text:
         raise SettingError(
             f"setting {name!r}: {_shown(value)} contains a NUL, which PostgreSQL has in no text"

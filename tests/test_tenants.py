@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from decimal import Decimal
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +407,62 @@ def test_values_are_checked_against_the_type(start: Any) -> None:
         for value in wrong:
             with pytest.raises(pgdbpool.SettingError):
                 Handler("auto", tenant=value).__enter__()
+
+
+class Text(str, Enum):
+    """Its `str()` is another text from Python 3.11 on."""
+
+    A = "a"
+
+
+class Number(int, Enum):
+    ONE = 1
+
+
+class Shouted(str):
+    def __str__(self) -> str:
+        return self.upper()
+
+
+class Masked(uuid.UUID):
+    """As an id that no log is to show; all are equal, too."""
+
+    def __str__(self) -> str:
+        return "***"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Masked)
+
+    def __hash__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("value", [Text.A, Number.ONE, IntEnum("Number", {"ONE": 1}).ONE, Shouted("a")])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_value_of_a_subclass_is_bound_as_psycopg_sends_it(start: Any, group: str, value: Any) -> None:
+    start(settings={"app.third": value})
+    shown = "SELECT current_setting('app.tenant'), current_setting('app.other'), current_setting('app.third')"
+    for use in ({"tenant": value, "settings": {"app.other": value}}, {"tenant": value}):
+        with Handler(group, **use) as db:
+            sent = db.query("SELECT (%s)::text", (value,)).fetchone()[0]
+            bound = db.query(shown.replace("'app.other'", "'app.other', true")).fetchone()
+        assert sent in ("a", "1")
+        assert [text for text in bound if text] == [sent] * (2 + ("settings" in use))
+
+
+def test_a_tenant_of_a_subclass_is_never_taken_for_another(start: Any) -> None:
+    start({"type": "uuid"})
+    for number in (1, 2, 3):
+        with Handler("auto", tenant=Masked(int=number)) as db:
+            bound = db.query("SELECT current_setting('app.tenant')").fetchone()[0]
+        assert bound == str(uuid.UUID(int=number))
+
+
+@pytest.mark.parametrize("value", [Enum("Plain", {"A": "a"}).A, Decimal("1.5"), 1.5])
+def test_what_is_not_of_the_tenants_type_is_refused_whatever_its_str(start: Any, value: Any) -> None:
+    start({"type": "int"})
+    with pytest.raises(pgdbpool.SettingError):
+        Handler("auto", tenant=value).__enter__()
 
 
 @pytest.mark.parametrize(
