@@ -20,6 +20,7 @@ from psycopg.adapt import AdaptersMap, Transformer
 
 from . import deadlines, errors, tracing
 from .preamble import COMMIT, IDLE, NOTHING, Block, Command
+from .prepared import before_resending
 from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
 from .statements import Shape, shape
 
@@ -115,6 +116,7 @@ class BlockCursor(psycopg.Cursor[Any]):
                     self._ride(NOTHING, query, params, prepare, binary)
                 elif what.number > 1 or what.alone or (what.utility and autocommit and not block.settings):
                     with conn.owning(), conn.ready(), conn.waiting_for(what.number):
+                        prepare = prepare if what.number == 1 else False
                         self._ride(NOTHING, self._commented(query), params, prepare, binary)
                 else:
                     rode = first != NOTHING
@@ -218,7 +220,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
         alone = what.number > 1 or what.alone or what.controls
         if conn._pipeline or alone or (what.utility and autocommit and not block.settings):
-            with conn.ready(), conn.waiting_for(len(sets)):
+            with conn.ready(), conn.waiting_for(len(sets)), conn.preparing():
                 super().executemany(query, sets, returning=returning)
             return
         first = preamble = block.preamble(conn) if sets else NOTHING
@@ -294,9 +296,11 @@ class BlockCursor(psycopg.Cursor[Any]):
         prepare: bool | None,
         binary: bool | None,
         many: tuple[Sequence[Any], bool] | None = None,
+        again: bool = False,
     ) -> None:
         """Send the statement as psycopg sends it alone, after the preamble; the caller has the turn."""
         conn = self._conn
+        first: tuple[Command, ...] | None = None
         try:
             self._begin(query)
             if many is None:
@@ -310,10 +314,21 @@ class BlockCursor(psycopg.Cursor[Any]):
             else:
                 self._exchange_many(preamble, query, *many)
         except psycopg.Error as error:
-            raise conn.own_error(error)  # noqa: B904  it is the same object
+            if not again and self._may_resend(query):
+                first = before_resending(conn, error, preamble)
+            if first is None:
+                raise conn.own_error(error)  # noqa: B904  it is the same object
+        if first is not None:
+            BlockCursor._ride(self, first, query, params, prepare, binary, many, again=True)
+            return
         self._last_query = query
         if conn._prepared._to_flush:
             conn.wait(conn._prepared.maintain_gen(conn))
+
+    def _may_resend(self, query: Any) -> bool:
+        """Return whether the server executes the statement as a whole or not at all, in one transaction."""
+        what = shape(query, self._conn)
+        return not (what.number > 1 or what.alone or what.utility or what.controls)
 
     def _begin(self, query: Any) -> None:
         """Do what psycopg's `_start_query` does for a connection in autocommit mode, which sends nothing."""
@@ -496,9 +511,10 @@ class CommittingCursor(BlockCursor):
         prepare: bool | None,
         binary: bool | None,
         many: tuple[Sequence[Any], bool] | None = None,
+        again: bool = False,
     ) -> None:
         with self._conn.waiting_for(2):  # for the COMMIT as well
-            super()._ride(preamble, query, params, prepare, binary, many)
+            super()._ride(preamble, query, params, prepare, binary, many, again)
 
     @contextmanager
     def _committing(self) -> Iterator[None]:

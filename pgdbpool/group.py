@@ -385,7 +385,7 @@ class Group:
         if self._uneven and (reason := self._moves(conn, now)):
             return reason
         if self._always_clean and not conn.local:
-            conn.stale = True
+            conn.ask_for_cleaning()
         return None
 
     def _tidied(self, conn: PooledConnection) -> bool:

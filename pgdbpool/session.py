@@ -41,6 +41,7 @@ from .preamble import (
     deallocate,
     set_local,
 )
+from .prepared import before_resending, dropping, is_stale
 from .statements import Shape
 from .tally import Tally
 from .tenant import Bound, milliseconds
@@ -180,6 +181,10 @@ class PooledConnection(psycopg.Connection[Any]):
     stale: bool = False
     """Whether the session is to be cleaned before the next statement."""
     cleaning: tuple[Command, ...] = CLEANING
+    dropping: tuple[Command, ...] = NOTHING
+    """The part of a cleaning that is due which drops forgotten prepared statements."""
+    spoilt: bool = False
+    """Whether a statement of the pipeline that is open has failed: the server skips what follows."""
     prepares: bool = False
     named: int
     """How often a preamble was prepared in the session."""
@@ -351,13 +356,57 @@ class PooledConnection(psycopg.Connection[Any]):
             self._notify_handlers.clear()
             self._notifies_backlog = deque()
         if self.touched and not self.local:
-            self.stale = True
             self._known.clear()
-            self.cleaning = plain = self.plain_cleaning
-            if self.prepares:
-                self.cleaning = (*plain[:-1], (deallocate(self.own_statements), None), plain[-1])
+            self.ask_for_cleaning()
         self.touched = self.altered = self.prepares = False
         return True
+
+    def ask_for_cleaning(self) -> None:
+        """Have the session cleaned before its next statement."""
+        plain = self.plain_cleaning
+        if self.stale and plain[1] in self.cleaning and not self.prepares:
+            return  # that is due already
+        own = ((deallocate(self.own_statements), None),) if self.prepares else NOTHING
+        earlier = self.dropping if self.stale else NOTHING
+        self.cleaning = (*earlier, *plain[:-1], *own, plain[-1])
+        self.stale = True
+
+    def forget_statements(self, since: int = 0) -> None:
+        """Forget what is prepared in the session, and have it dropped before the next transaction.
+
+        :param since: psycopg's number of the first statement to forget; 0 is all, also the preamble's own.
+        """
+        prepared = self._prepared
+        stale = {key: name for key, name in prepared._names.items() if int(name[5:]) >= since}
+        names = list(stale.values())
+        for key in stale:
+            del prepared._names[key]
+        if not since:
+            prepared._counts.clear()
+            names += self._known.values()
+            self._known.clear()
+        if not names or self.local:
+            return  # a pooler's names are its own
+        if not self.stale:
+            self.dropping = self.cleaning = NOTHING
+        drop = dropping(names)
+        self.dropping += drop
+        self.cleaning = drop + self.cleaning
+        self.stale = True
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around a pipeline of psycopg, which takes for prepared what the server skips after a failure."""
+        since, outer, self.spoilt = self._prepared._prepared_idx, self.spoilt, False
+        try:
+            yield
+        except BaseException:
+            self.spoilt = True
+            raise
+        finally:
+            if self.spoilt:
+                self.forget_statements(since)
+            self.spoilt = self.spoilt or outer
 
     def settle(self) -> None:
         """Remember the connection's attributes as those that every block finds; once, when it is opened."""
@@ -470,6 +519,10 @@ class PooledConnection(psycopg.Connection[Any]):
         """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
         if errors.ends_session(error) or self.taken_away:
             self.close()
+        if is_stale(error):
+            self.forget_statements()
+        if self._pipeline:
+            self.spoilt = True
         self._note_loss(error, status)
         kind: type[errors.DBQueryError] = errors.end_of_session(error) if self.closed else errors.DBQueryError
         if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
@@ -636,11 +689,18 @@ class PooledConnection(psycopg.Connection[Any]):
 
         :raises NotCleanError: a cleaning failed, and so the connection was closed.
         """
+        again: tuple[Command, ...] | None = None
         with self.lock:
             try:
                 self.exchange(commands)
             except psycopg.Error as error:
-                raise self.own_error(error)  # noqa: B904  it is the same object
+                if (again := before_resending(self, error, commands)) is None:
+                    raise self.own_error(error)  # noqa: B904  it is the same object
+            if again is not None:
+                try:
+                    self.exchange(again)
+                except psycopg.Error as error:
+                    raise self.own_error(error)  # noqa: B904  it is the same object
 
     def receive(self) -> list[PGresult]:
         """Wait for the answer to a statement that was sent alone; psycopg does it in C, with its own wait."""
@@ -793,6 +853,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def _deallocate(self, name: bytes | None) -> PQGen[None]:
         if name is None:  # psycopg forgets all that is prepared, after a ROLLBACK or DROP
             self._known.clear()
+            self._prepared._names.clear()  # in a pipeline, what it has prepared since goes too
         return super()._deallocate(name)
 
     def _check(self, outcomes: list[list[PGresult]]) -> None:
@@ -1067,7 +1128,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def pipeline(self) -> Iterator[psycopg.Pipeline]:
         """Switch to pipeline mode; what the block needs first is sent before."""
         self.check_free()
-        with self._wrapped_pipeline():
+        with self._wrapped_pipeline(), self.preparing():
             try:
                 with super().pipeline() as pipeline:
                     self.handed_out = True  # psycopg's Pipeline reaches it

@@ -20,7 +20,7 @@ ORDER = [
     "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
     "tally", "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble",
-    "greenlets", "session", "ended", "timing", "cursors", "copying", "queries",
+    "prepared", "greenlets", "session", "ended", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group", "oneshots",
     "observer", "holds", "runtime", "publisher", "doubts", "monitor", "changes", "shutdown", "sizing",
