@@ -128,8 +128,8 @@ class PooledConnection(psycopg.Connection[Any]):
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
         "_known", "block", "bound", "client_encoding", "endpoint", "expires_at", "handed_out", "lent",
-        "named", "owner", "poll", "reads", "replacing", "riding", "settled", "slot", "speaks_utf8", "turn",
-        "used_at", "uses", "wait_readable", "wrapped",
+        "named", "owner", "poll", "reads", "replacing", "riding", "settled", "slot", "speaks_utf8",
+        "streamed", "turn", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -215,7 +215,9 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         self.owner, self.replacing = 0, RLock()
+        before = len(vars(self))
         super().__init__(pgconn, *args, **kwargs)
+        own_names.update(list(vars(self))[before:])
         self.slot = self.block = self.settled = self.client_encoding = None
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
         self.handed_out = False
@@ -349,6 +351,8 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.turn.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
             return False
         if self.altered:
+            for name in [name for name in vars(self) if name not in own_names]:
+                delattr(self, name)  # of the block, or of `configure`, whose value comes back
             for name, value in (self.settled or {}).items():
                 setattr(self, name, value)
             self._own_adapters()
@@ -413,6 +417,7 @@ class PooledConnection(psycopg.Connection[Any]):
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
+        self.settled |= {name: value for name, value in vars(self).items() if name not in own_names}
         self._own_adapters()
 
     def _own_adapters(self) -> None:
@@ -1173,6 +1178,9 @@ def _ends_session(answer: PGresult) -> bool:
     """Return whether an answer is the server's word that it ends the session, not libpq's own."""
     return answer.status == _FATAL and errors.ends_session(psycopg.errors.error_from_result(answer))
 
+
+own_names = {"_pool", "_created_at", "_expire_at", *PooledConnection.__annotations__}
+"""Attributes in a connection's dictionary that are psycopg's, psycopg_pool's and this class's own."""
 
 _classes: dict[tuple[type[Any], type[PooledConnection]], type[PooledConnection]] = {}
 

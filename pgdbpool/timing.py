@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .preamble import IDLE, NOTHING, Command
-from .session import PooledConnection
+from .session import PooledConnection, own_names
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -64,3 +64,6 @@ class TimedConnection(PooledConnection):
         finally:
             if (seconds := monotonic() - began) >= self.slow_after:
                 self.on_slow(self, statement, seconds)
+
+
+own_names.update(TimedConnection.__annotations__)

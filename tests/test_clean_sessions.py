@@ -175,6 +175,26 @@ def test_what_the_connection_itself_was_used_for_is_cleaned_too(start: Any, grou
         assert (conn._notice_handlers, conn._notify_handlers) == ([], [])
 
 
+def mark(conn: Any) -> None:
+    conn.mine, conn.kept = "configured", []
+
+
+@pytest.mark.parametrize("changes", [{}, {"slow_query": 5}, {"reset": "never"}], ids=lambda c: "".join(c))
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_attributes_of_the_connection_are_its_blocks_alone(start: Any, group: str, changes: Any) -> None:
+    start(configure=mark, **changes)
+    with Handler(group) as db:
+        conn = db.connection
+        pid = conn.info.backend_pid
+        conn.note, conn.mine, conn.execute = "of the first block", "changed", None  # type: ignore[attr-defined]
+        del conn.kept
+    for _ in range(2):
+        with Handler(group) as db:
+            conn = db.connection
+            assert conn.execute("SELECT pg_backend_pid()").fetchone() == (pid,)
+            assert (hasattr(conn, "note"), conn.mine, conn.kept) == (False, "configured", [])  # type: ignore[attr-defined]
+
+
 def test_the_prepared_statements_of_sqlprepare_stay(start: Any, known_cluster: Any) -> None:
     known_cluster.primary.execute("""
         CREATE SCHEMA "SQLPrepare";
