@@ -38,6 +38,7 @@ _NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
     "open one with db.transaction()"
 )
+_COPY_IN = psycopg.pq.ExecStatus.COPY_IN
 _NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
 _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 
@@ -123,11 +124,14 @@ class BlockCursor(psycopg.Cursor[Any]):
                     self._ride(preamble, query, params, prepare, binary)
                     if rode and not what.ends:
                         conn.bound = conn.pgconn.transaction_status != IDLE
-                if what.ends:
-                    conn.bound = False
-                    block.committed = True
-                    if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
-                        raise errors.TransactionAbortedError(FAILED) from block.failure
+                if what.changes:
+                    if what.ends:
+                        conn.bound = False
+                        block.committed = True
+                        if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
+                            raise errors.TransactionAbortedError(FAILED) from block.failure
+                    elif (autocommit or conn.wrapped) and not what.controls:
+                        block.in_effect = True
             except errors.ConnectionLostError as error:
                 single = what.number == 1 and not conn._pipeline
                 block.committed = block.committed or what.ends
@@ -222,6 +226,7 @@ class BlockCursor(psycopg.Cursor[Any]):
         if conn._pipeline or alone or (what.utility and autocommit and not block.settings):
             with conn.ready(), conn.waiting_for(len(sets)), conn.preparing():
                 super().executemany(query, sets, returning=returning)
+            self._took_effect(what.changes and autocommit)
             return
         first = preamble = block.preamble(conn) if sets else NOTHING
         if deadlines.in_use:
@@ -233,6 +238,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             self._ride(preamble, query, None, None, None, many=(sets, returning))
             if first:
                 conn.bound = conn.pgconn.transaction_status != IDLE
+            self._took_effect(what.changes and autocommit)
         except errors.ConnectionLostError as error:
             self._note_loss(error, autocommit, False, bool(first), touched, single=False)
             raise
@@ -248,9 +254,11 @@ class BlockCursor(psycopg.Cursor[Any]):
         conn.check_free()
         with conn.alone():
             self._own(query)
+            alone = conn.commits_each
             with conn.ready(), conn.held():
                 conn.streamed = True
                 yield from super().stream(query, params, **kwargs)
+            self._took_effect(alone and shape(query, conn).changes)
 
     @contextmanager
     def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
@@ -259,12 +267,20 @@ class BlockCursor(psycopg.Cursor[Any]):
         conn.check_free()
         with conn.alone():
             self._own(statement)
+            alone = conn.commits_each
             with (
                 conn.ready(),
                 conn.held(),
                 super().copy(self._commented(statement), params, writer=writer) as copy,
             ):
+                alone = alone and self.pgresult is not None and self.pgresult.status == _COPY_IN
                 yield copy
+            self._took_effect(alone)
+
+    def _took_effect(self, changed: bool) -> None:
+        """Note, if it did, that a statement has taken effect by itself: no rollback undoes it."""
+        if changed:
+            self.block.in_effect = True
 
     @property
     def connection(self) -> PooledConnection:

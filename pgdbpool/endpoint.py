@@ -355,7 +355,7 @@ class Endpoint:
         elif (
             standby == b"on"
             or conn.reads
-            or (status(b"default_transaction_read_only") == b"on" and not conn.touched)
+            or (status(b"default_transaction_read_only") == b"on" and not conn.read_only_by_choice)
         ):
             self.note_role(conn, conn.used_at)
         else:
@@ -401,7 +401,7 @@ class Endpoint:
             conn.until = max(deadline, monotonic() + HURRY)
             conn.endpoint = self
             conn.watch()
-            conn.autocommit = True
+            conn._autocommit, conn.by_itself = True, group.autocommit
             # psycopg forgets what it prepared by DEALLOCATE ALL, and sqlprepare's would go with it.
             conn.prepare_threshold = None if group.sqlprepare else group.prepare_threshold
             if self.config.pooler:  # each transaction may be on another session

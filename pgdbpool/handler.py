@@ -21,15 +21,23 @@ from .errors import (
     Error,
     QueryDeadlineError,
     TransactionAbortedError,
+    as_query_error,
     one_line,
 )
-from .preamble import IDLE, Block, is_high
+from .preamble import IDLE, INTRANS, Block, is_high
 from .queries import Queries
 from .session import PooledConnection
 from .statements import shape
 
 _ACTIVE = int(psycopg.pq.TransactionStatus.ACTIVE)
 _BAD = int(psycopg.pq.ConnStatus.BAD)
+_OPEN = (INTRANS, int(psycopg.pq.TransactionStatus.INERROR))
+
+_COMMITTED = (
+    "group {!r}: rollback() comes too late: in an autocommit block each statement commits by itself, and "
+    "nothing was undone; give the group `autocommit: false`, or put what belongs together into "
+    "`with db.transaction():`"
+)
 
 
 class Handler(Queries):
@@ -158,7 +166,7 @@ class Handler(Queries):
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self._group.note_retry(self._block, error)
-        self.rollback()  # nothing of it can have been committed
+        self._undo()  # nothing of it can have been committed
         return make(self._live()).execute(statement, params)
 
     def query_prepared(self, params: Sequence[Any]) -> Any:
@@ -176,6 +184,8 @@ class Handler(Queries):
     def commit(self) -> None:
         """Commit the open transaction, if any; the next statement opens another.
 
+        In an autocommit block there is none, and what it did is committed already: nothing happens.
+
         :raises TransactionAbortedError: a statement had failed, or the transaction was lost with
             its connection: nothing was committed.
         :raises ConnectionLostError: with `maybe_committed`: the connection was lost on the way.
@@ -189,11 +199,24 @@ class Handler(Queries):
                 self._conn.commit()
             except TransactionAbortedError as error:
                 raise error from block.failure
+        if not block.manual:
+            block.in_effect = False  # it was asked for
 
     def rollback(self) -> None:
-        """Roll the open transaction back, if any; after a lost connection, go on with another."""
-        block = self._opened()
-        block.lost = False
+        """Roll the open transaction back, if any; after a lost connection, go on with another.
+
+        :raises psycopg.ProgrammingError: an autocommit block has committed its statements already, each by
+            itself, since it began or since the last `commit()`: nothing was undone.
+        """
+        block, conn = self._opened(), self._conn
+        ended = conn is None or conn.pgconn.transaction_status not in _OPEN
+        if ended and getattr(block, "in_effect", False) and not (block.lost or block.manual):
+            raise as_query_error(psycopg.ProgrammingError(_COMMITTED.format(self._group.name)))
+        self._undo()
+
+    def _undo(self) -> None:
+        """Roll back what is open; what was lost is given up."""
+        self._opened().lost = False
         if self._conn is not None and not self._conn.closed:
             self._conn.rollback()
 
@@ -222,12 +245,12 @@ class Handler(Queries):
         Since anything can be done with it, its session is cleaned before the next block's first
         statement, in the same round trip, unless the group says `reset: never`.
         """
-        return self._live().hand_out()
+        return self._handed_out()
 
     @property
     def conn_ref(self) -> PooledConnection:
         """The psycopg connection, under its 1.x name."""
-        return self._live().hand_out()
+        return self._handed_out()
 
     @property
     def endpoint(self) -> str:
@@ -238,6 +261,14 @@ class Handler(Queries):
     def correlation_id(self) -> str:
         """What the block's log records and errors have; made now, where none was given."""
         return tracing.id_of(self._block if self._block is not None else self._opened())
+
+    def _handed_out(self) -> PooledConnection:
+        try:
+            return self._live().hand_out()
+        except DBQueryError as error:
+            if self._conn is None or not self._conn.closed or isinstance(error, QueryDeadlineError):
+                raise
+        return self._live().hand_out()  # lost while it was being cleaned: nothing of the block was sent
 
     def _opened(self) -> Block:
         block = self._block

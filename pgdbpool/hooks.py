@@ -35,10 +35,19 @@ class Hooks:
         self._call("configure", conn)
         if conn.pgconn.transaction_status != IDLE:
             raise HookError(f"configure of group {self._config.name!r} left a transaction open")
-        conn.autocommit = True
+        left, wanted = conn.autocommit, self._config.autocommit
+        if left is not wanted:
+            raise HookError(
+                f"configure of group {self._config.name!r} left autocommit = {left}, and the group has "
+                f"`autocommit: {str(wanted).lower()}`: put it back, or change the group's key"
+            )
+        conn._autocommit = True  # what psycopg is to see; the block sends BEGIN
 
     def _on_checkout(self, conn: PooledConnection) -> None:
         """Tell that a block has the connection; raises `HookError` where that failed."""
+        conn.altered = True  # what the hook does to the connection is the block's, and ends with it
+        if conn.stale:
+            conn.clean_what_shows()
         self._call("on_checkout", conn)
 
     def _at_checkin(self, conn: PooledConnection, reason: str | None) -> str | None:

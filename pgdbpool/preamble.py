@@ -19,6 +19,7 @@ from weakref import ref
 from psycopg import pq, sql
 
 from .tenant import Bound
+from .transaction_modes import modes_of
 
 if TYPE_CHECKING:
     from .session import PooledConnection
@@ -78,12 +79,14 @@ def set_local(settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
 class Binding:
     """What a block binds, and the command that does it; shared by all blocks of the same tenant."""
 
-    __slots__ = ("begin_and_set", "patience", "set", "settings")
+    __slots__ = ("begin_and_set", "modes", "patience", "set", "settings")
 
     def __init__(self, settings: Bound, patience: float | None = KEEP) -> None:
         self.settings = settings
         self.patience = patience
         """Seconds that the client waits for a statement; None for no bound."""
+        self.modes = modes_of(settings)
+        """What the settings say of a transaction's modes, which its BEGIN has to say."""
         self.set = set_local(settings)
         self.begin_and_set = BEGIN + self.set
 
@@ -95,8 +98,8 @@ class Block:
     """One `with` block: what its statements need first, and who opened it where."""
 
     __slots__ = (
-        "_all", "_set", "binding", "committed", "conn", "failure", "high", "lost", "manual", "open", "own_id",
-        "place", "settings", "since", "stack", "statement", "thread", "watch",
+        "_all", "_set", "binding", "chosen", "committed", "conn", "failure", "high", "in_effect", "lost",
+        "manual", "open", "own_id", "place", "settings", "since", "stack", "statement", "thread", "watch",
     )  # fmt: skip
 
     # Not set before there is one, so that a block without costs nothing; see `tracing`.
@@ -104,6 +107,10 @@ class Block:
     stack: list[tuple[CodeType, int]]
     statement: Any
     """The last one, under way or not."""
+    chosen: bool
+    """Set if the block has chosen `autocommit` itself, and so wants transactions as psycopg has them."""
+    in_effect: bool
+    """Whether a statement has taken effect by itself since the last commit() or rollback()."""
 
     def __init__(self, manual: bool, binding: Binding, place: tuple[CodeType, int]) -> None:
         self.open = True
@@ -118,6 +125,7 @@ class Block:
         self.high = False
         """Whether it may take the group's reserved connections."""
         self.manual = manual
+        """Whether it has transactions that end with it, with commit() or with rollback()."""
         self.binding = binding
         self.settings = binding.settings
         """What is bound: the connection's own settings, where it has any, and the block's."""
@@ -134,22 +142,40 @@ class Block:
         status = conn.pgconn.transaction_status
         if status == IDLE:
             conn.bound = False
-            if self.manual and conn.altered:  # psycopg's isolation_level, read_only and deferrable
-                commands = ((conn._get_tx_start_command(), None), *(self._encode(conn)[1:]))
-            elif not self.settings:
-                commands = BEGIN if self.manual else NOTHING
+            if (self.manual and conn.altered) or (self.settings and conn.touched):
+                commands = self._encode(conn)  # its isolation_level, its encoding may be others by now
             else:
-                commands = self._encode(conn) if conn.touched else self._all
+                commands = self._all
             return conn.cleaning + commands if conn.stale else commands
         if conn.bound or status != INTRANS or not self.settings:
             return NOTHING
         # A transaction that the block did not begin itself, or one chained to the last.
-        return self._encode(conn)[-1:] if conn.touched else self._set
+        if conn.touched:
+            self._encode(conn)
+        return self._set
+
+    def explicit(self, conn: PooledConnection) -> tuple[Command, ...]:
+        """Return BEGIN and the settings, after a cleaning if one is due, to wrap a statement in."""
+        cleaning = conn.cleaning if conn.stale else NOTHING
+        return cleaning + conn.begin(self) + set_local(self.settings, conn.pgconn._encoding)
+
+    @property
+    def nests(self) -> bool:
+        """Whether `transaction()` is a savepoint also if nothing is open: the block's own is opened first."""
+        return self.manual and not hasattr(self, "chosen")
+
+    def choose(self, autocommit: bool) -> None:
+        """Go on in autocommit mode, or with transactions, whatever the group says."""
+        if not autocommit and not self.manual and hasattr(self, "statement"):
+            self.committed = True  # as far as it has come, which is not to be repeated
+        self.chosen, self.manual = True, not autocommit
+        if self.conn is not None:
+            self._encode(self.conn)
 
     def lend(self, conn: PooledConnection) -> None:
         """Take over a connection: what it must bind by itself goes before the block's settings."""
         binding = self.binding
-        if conn.local or self.settings is not binding.settings or not conn.speaks_utf8:
+        if not conn.plain or self.settings is not binding.settings or binding.modes is not None:
             self.settings = conn.local + binding.settings
             self._encode(conn)
         if binding.patience != KEEP:
@@ -159,9 +185,9 @@ class Block:
         self.conn = conn
 
     def _encode(self, conn: PooledConnection) -> tuple[Command, ...]:
-        """Return BEGIN and the settings, in the encoding that the session has now."""
+        """Return BEGIN, or the modes of an implicit transaction, and the settings in the encoding of now."""
         self._set = set_local(self.settings, conn.pgconn._encoding)
-        self._all = BEGIN + self._set if self.manual else self._set
+        self._all = (conn.begin(self) if self.manual else conn.modes_of_implicit(self)) + self._set
         return self._all
 
 

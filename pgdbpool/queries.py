@@ -29,7 +29,7 @@ class Queries(Copying):
 
         def query(self, statement: Any, params: Any = None) -> psycopg.Cursor[Any]: ...
 
-        def rollback(self) -> None: ...
+        def _undo(self) -> None: ...
 
         def _live(self) -> PooledConnection: ...
 
@@ -81,7 +81,7 @@ class Queries(Copying):
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self._group.note_retry(self._block, error)
-        self.rollback()  # as `query` does: nothing of it can have been committed
+        self._undo()  # as `query` does: nothing of it can have been committed
         cursor = BlockCursor(self._live())
         cursor.executemany(statement, sets, returning=returning)
         return cursor

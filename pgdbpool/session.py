@@ -28,7 +28,6 @@ from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets, tracing
 from .preamble import (
-    BEGIN,
     CLEANING,
     CLEANING_TO_READ,
     GRACE,
@@ -45,6 +44,7 @@ from .prepared import before_resending, dropping, is_stale
 from .statements import Shape
 from .tally import Tally
 from .tenant import Bound, milliseconds
+from .transaction_modes import Modes
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -57,10 +57,17 @@ ACTIVE = int(pq.TransactionStatus.ACTIVE)
 _BAD = int(pq.ConnStatus.BAD)
 _INERROR = int(pq.TransactionStatus.INERROR)
 _OPEN = (INTRANS, _INERROR)
-_OVER = (IDLE, int(pq.TransactionStatus.UNKNOWN))
+_UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
+_OVER = (IDLE, _UNKNOWN)
 _FATAL = int(pq.ExecStatus.FATAL_ERROR)
 _SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 _COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
+
+_SHOWN = (
+    b"TimeZone", b"DateStyle", b"IntervalStyle", b"standard_conforming_strings", b"search_path",
+    b"application_name", b"session_authorization", b"is_superuser", b"default_transaction_read_only",
+)  # fmt: skip
+"""Settings that the server reports. If `client_encoding` has changed, the connection is closed anyway."""
 
 MARGIN = 0.1
 """Seconds that the server's statement_timeout comes before the deadline of the request, at most."""
@@ -91,8 +98,7 @@ _names = itertools.count(1)
 
 _ATTRIBUTES = (
     "patience", "row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max",
-    "own_timeout", "_autocommit", "_adapters", "_isolation_level", "_read_only", "_deferrable",
-    "_begin_statement",
+    "own_timeout", "_adapters", "_isolation_level", "_read_only", "_deferrable", "_begin_statement",
 )  # fmt: skip
 
 
@@ -120,16 +126,17 @@ class _Answers(deque[Any]):
 class PooledConnection(psycopg.Connection[Any]):
     """A psycopg connection that belongs to an endpoint and, while it is lent, to one block.
 
-    It is in autocommit mode always: the block owns the transaction. Statements reach the server
-    only while a block has the connection, whether through the Handler or through the connection.
+    To psycopg it is in autocommit mode always: the block owns the transaction, and `autocommit` is the
+    block's. Statements reach the server only while a block has the connection, whether through the Handler
+    or through the connection.
     """
 
     # What every connection has. In its dictionary these would be too many for the form in which instances
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
-        "_known", "block", "bound", "client_encoding", "endpoint", "expires_at", "handed_out", "lent",
-        "named", "owner", "poll", "reads", "replacing", "riding", "settled", "slot", "speaks_utf8",
-        "streamed", "turn", "used_at", "uses", "wait_readable", "wrapped",
+        "_known", "block", "bound", "by_itself", "client_encoding", "endpoint", "expires_at", "handed_out",
+        "lent", "named", "own_handlers", "owner", "plain", "poll", "reads", "replacing", "riding", "settled",
+        "shown", "slot", "speaks_utf8", "streamed", "turn", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -209,8 +216,16 @@ class PooledConnection(psycopg.Connection[Any]):
     replacing: AbstractContextManager[Any]
     """Held while a block that has lost it takes another in its place."""
     settled: dict[str, Any] | None
+    own_handlers: tuple[tuple[Any, ...], tuple[Any, ...]]
+    """The notice and notify handlers that `configure` has added."""
+    shown: tuple[bytes | None, ...]
+    """What the server reports of a clean session's settings."""
+    by_itself: bool
+    """What `autocommit` says outside of a block: what the group does."""
     client_encoding: bytes | None
     speaks_utf8: bool
+    plain: bool
+    """Whether a block finds nothing of the connection's own that its BEGIN or settings must say."""
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
@@ -221,7 +236,8 @@ class PooledConnection(psycopg.Connection[Any]):
         self.slot = self.block = self.settled = self.client_encoding = None
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
         self.handed_out = False
-        self.speaks_utf8 = True
+        self.speaks_utf8 = self.plain = self.by_itself = True
+        self.shown, self.own_handlers = (), ((), ())
         self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0
 
     def watch(self) -> None:
@@ -335,9 +351,29 @@ class PooledConnection(psycopg.Connection[Any]):
                 self.patience = max(self.patience, allowed / 1000 + GRACE)
 
     def hand_out(self) -> PooledConnection:
-        """Give the connection itself to the block, which may then do anything with it."""
+        """Give the connection itself to the block, which may then do anything with it.
+
+        :raises ConnectionLostError: the session was to be cleaned first, and the connection is closed now.
+        """
+        if self.stale:
+            self.clean_what_shows()
         self.touched = self.altered = self.prepares = self.handed_out = True
         return self
+
+    def clean_what_shows(self) -> None:
+        """Clean the session now, not with the first statement, if the client shows what is to be cleaned.
+
+        Code decides by it: whether to send SET TIME ZONE, how to write a date. It takes a round trip, after a
+        block that has changed such a setting.
+        """
+        with self.alone():
+            if self.stale and self._shown() != self.shown:
+                self.run(self.cleaning)
+                self.shown = self._shown()  # the server's defaults may be others by now
+
+    def _shown(self) -> tuple[bytes | None, ...]:
+        """Return what the server has reported of the session's settings."""
+        return tuple(map(self.pgconn.parameter_status, _SHOWN))
 
     def tidy(self) -> bool:
         """After a block: put the connection's own attributes back, and ask for a cleaning.
@@ -356,8 +392,7 @@ class PooledConnection(psycopg.Connection[Any]):
             for name, value in (self.settled or {}).items():
                 setattr(self, name, value)
             self._own_adapters()
-            self._notice_handlers.clear()
-            self._notify_handlers.clear()
+            self._notice_handlers, self._notify_handlers = map(list, self.own_handlers)
             self._notifies_backlog = deque()
         if self.touched and not self.local:
             self._known.clear()
@@ -418,6 +453,10 @@ class PooledConnection(psycopg.Connection[Any]):
         self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
         self.settled |= {name: value for name, value in vars(self).items() if name not in own_names}
+        self.shown = self._shown()
+        self.own_handlers = tuple(self._notice_handlers), tuple(self._notify_handlers)
+        # An isolation_level, read_only or deferrable that `configure` has set is part of each BEGIN.
+        self.plain = not self.local and self.speaks_utf8 and self._get_tx_start_command() == b"BEGIN"
         self._own_adapters()
 
     def _own_adapters(self) -> None:
@@ -468,7 +507,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def _note_loss(self, error: BaseException, status: int) -> None:
         """Where the connection was lost, note in the block what was lost with it."""
         block = self.block
-        if block is None or not self.closed or status == IDLE:
+        if block is None or not self.closed or status in _OVER:  # unknown: it was lost before
             return
         # In COPY or a pipeline the status tells only that something is under way.
         if status != ACTIVE or block.manual or self.bound or self._num_transactions:
@@ -606,12 +645,98 @@ class PooledConnection(psycopg.Connection[Any]):
         name = tracing.application_name(self.own_name, tracing.id_of(block))
         return preamble + set_local((("application_name", name),))
 
+    # Transactions: to psycopg the connection is in autocommit mode, and the block sends BEGIN.
+
+    @property
+    def autocommit(self) -> bool:
+        """Whether each statement is a transaction of its own: as the group says, until the block sets it."""
+        return self.by_itself if self.block is None else not self.block.manual
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self.set_autocommit(value)
+
+    @property
+    def commits_each(self) -> bool:
+        """Whether the next statement is a transaction of its own."""
+        return self.autocommit and self.pgconn.transaction_status == IDLE
+
+    def set_autocommit(self, value: bool) -> None:
+        """Go on in autocommit mode, or with transactions, to the end of the block; nothing is sent for it.
+
+        :raises psycopg.ProgrammingError: a transaction is open.
+        """
+        self.check_free()
+        with self.alone():
+            block = self.block
+            if block is None and self.settled is not None:
+                raise errors.BlockClosedError(OUTSIDE)
+            self.end_wrapped()
+            try:
+                steps = self._check_intrans_gen("autocommit")
+                if self._pipeline:
+                    self.wait(steps)
+                else:  # nothing to wait for, however late it is
+                    deque(steps, 0)
+            except psycopg.Error as error:
+                raise self.own_error(error)  # noqa: B904  it is the same object
+            if block is None:  # while `configure` has it
+                self._autocommit = self.by_itself = bool(value)
+            elif block.manual is bool(value):
+                block.choose(bool(value))
+
+    def begin(self, block: Block) -> tuple[Command, ...]:
+        """Return the BEGIN of a transaction of the block."""
+        return ((self._begin_with(block.binding.modes), None),)
+
+    def modes_of_implicit(self, block: Block) -> tuple[Command, ...]:
+        """Return what gives an implicit transaction of the block the modes that its settings ask for."""
+        modes = block.binding.modes
+        return NOTHING if modes is None else tuple((sql, None) for sql in self._allowed(modes).of_implicit())
+
+    @property
+    def read_only_by_choice(self) -> bool:
+        """Whether it may be the block that has made its transactions read only, and not the server."""
+        modes = None if self.block is None else self.block.binding.modes
+        return self.touched or (modes is not None and bool(modes.read_only))
+
+    def _get_tx_start_command(self) -> bytes:
+        """Return BEGIN for psycopg, which sends it in `transaction()` outside of a transaction."""
+        return self._begin_with(None if self.block is None else self.block.binding.modes)
+
+    def _begin_with(self, modes: Modes | None) -> bytes:
+        """Return BEGIN as the connection's attributes say, and where these say nothing as the settings do."""
+        if modes is None:
+            return super()._get_tx_start_command()
+        level, modes = self._isolation_level, self._allowed(modes)
+        return Modes(
+            isolation=modes.isolation if level is None else level.name.replace("_", " "),
+            read_only=modes.read_only if self._read_only is None else self._read_only,
+            deferrable=modes.deferrable if self._deferrable is None else self._deferrable,
+        ).begin()
+
+    def _allowed(self, modes: Modes) -> Modes:
+        """Leave READ WRITE out on a standby: a default has no effect there, while a BEGIN is refused."""
+        role = self.endpoint.role
+        if modes.read_only is False and role is not None and role.value == "standby":
+            return modes._replace(read_only=None)
+        return modes
+
+    def _begin_in_pipeline(self) -> PQGen[None]:
+        """Begin a transaction if the last one was ended in a pipeline, or autocommit switched off in it."""
+        yield from self._exec_command(self._get_tx_start_command())
+        if self._pipeline:
+            yield from self._pipeline._sync_gen()
+
     def _start_query(self) -> PQGen[None]:
         """Refuse a statement that would go round the block; every cursor of psycopg comes through here."""
+        block = self.block
+        if self._pipeline and block is not None and block.manual and self.pgconn.transaction_status == IDLE:
+            return self._begin_in_pipeline()
         if self.settled is not None and not self.riding and not self._pipeline:
-            if self.block is None:
+            if block is None:
                 raise errors.BlockClosedError(OUTSIDE)
-            if self.block.preamble(self):
+            if block.preamble(self):
                 raise psycopg.NotSupportedError(_FOREIGN)
         return super()._start_query()
 
@@ -935,10 +1060,7 @@ class PooledConnection(psycopg.Connection[Any]):
             return block, False, False
         autocommit = not block.manual and self.pgconn.transaction_status == IDLE
         wrap = bool(block.settings) and autocommit
-        commands = block.preamble(self)
-        if wrap:
-            cleaning = self.cleaning if self.stale else NOTHING
-            commands = cleaning + BEGIN + commands[len(cleaning) :]
+        commands = block.explicit(self) if wrap else block.preamble(self)
         if commands and deadlines.in_use:
             commands = self.limit(commands)
         if commands and self.annotates:
@@ -1017,6 +1139,8 @@ class PooledConnection(psycopg.Connection[Any]):
         try:
             super().commit()
         except errors.ConnectionLostError as error:
+            if status == _UNKNOWN:
+                raise  # it was lost before, and nothing is committed now
             error.maybe_committed = not errors.undone(error)
             if block is not None:
                 block.lost = False  # or committed: nobody knows, and this error says so
@@ -1055,7 +1179,11 @@ class PooledConnection(psycopg.Connection[Any]):
         """Open a transaction, or a savepoint where the block has one open already."""
         block = self.block
         if block is None:
-            raise errors.BlockClosedError(OUTSIDE)
+            if self.settled is not None:
+                raise errors.BlockClosedError(OUTSIDE)
+            with super().transaction(savepoint_name, force_rollback) as transaction:
+                yield transaction  # of `configure`
+            return
         if deadlines.in_use:
             deadlines.check()
         self.check_free()
@@ -1063,7 +1191,7 @@ class PooledConnection(psycopg.Connection[Any]):
         with self.alone():
             self.end_wrapped()
             commands = block.preamble(self)
-            if self.pgconn.transaction_status == IDLE and not block.manual:
+            if self.pgconn.transaction_status == IDLE and not block.nests:
                 # psycopg sends BEGIN; the settings go with the first statement after it.
                 commands = self.cleaning if self.stale else NOTHING
             if commands and not self._pipeline:
@@ -1089,6 +1217,7 @@ class PooledConnection(psycopg.Connection[Any]):
                     # psycopg would end it in silence: COMMIT of a failed transaction is a ROLLBACK.
                     raise errors.TransactionAbortedError(FAILED) from block.failure
                 body_ended = True
+            block.committed = block.committed or outermost
         except errors.ConnectionLostError as error:
             unknown = body_ended and outermost and not errors.undone(error)
             error.maybe_committed = error.maybe_committed or unknown
@@ -1102,7 +1231,7 @@ class PooledConnection(psycopg.Connection[Any]):
             raise
         finally:
             self.ending = False
-            if outermost and not block.manual and self.pgconn.transaction_status not in _OVER:
+            if outermost and not block.nests and self.pgconn.transaction_status not in _OVER:
                 self._undo_left_open(block)
 
     def _undo_left_open(self, block: Block) -> None:
@@ -1132,6 +1261,10 @@ class PooledConnection(psycopg.Connection[Any]):
     @contextmanager
     def pipeline(self) -> Iterator[psycopg.Pipeline]:
         """Switch to pipeline mode; what the block needs first is sent before."""
+        if self.settled is None:
+            with super().pipeline() as pipeline:
+                yield pipeline  # of `configure`
+            return
         self.check_free()
         with self._wrapped_pipeline(), self.preparing():
             try:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from .keys import Kind, Refused, Unreadable, show, step
 from .kinds import Text, is_text
+from .transaction_modes import canonical, is_mode, mode_value
 
 _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", re.ASCII)
 _PART_LIMIT = 63
@@ -47,6 +48,7 @@ class ServerSettings(Kind):
                 problems.append((step(name), f"must be a string, a number, true or false, not {shown}"))
             else:
                 settings[str.__str__(name)] = setting
+                problems += _wrong_mode(name, setting)
         problems += [(step(name), message) for name, message in twice(settings)]
         if problems:
             raise Refused(*problems)
@@ -99,8 +101,18 @@ def twice(names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield the names of settings that are another one's in PostgreSQL, which knows no case, and why."""
     spellings: dict[str, str] = {}
     for name in names:
-        if (first := spellings.setdefault(name.lower(), name)) != name:
-            yield name, f"is the same setting as {show(first)}, since case makes no difference; keep one"
+        if (first := spellings.setdefault(canonical(name), name)) != name:
+            why = ", since case makes no difference" if first.lower() == name.lower() else ""
+            yield name, f"is the same setting as {show(first)}{why}; keep one"
+
+
+def _wrong_mode(name: str, value: str) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the value of a mode of transactions."""
+    if is_mode(name):
+        try:
+            mode_value(name, value)
+        except ValueError as error:
+            yield step(name), f"must be {error}, not {show(value)}"
 
 
 def _setting(value: object) -> str | None:

@@ -72,6 +72,7 @@ _TOUCHES = {
     "EXECUTE",
     "LOAD",
 }
+_READS = {"SELECT", "SHOW", "TABLE", "VALUES"}
 _LOCAL = {"LOCAL", "TRANSACTION", "CONSTRAINTS"}
 # Anywhere in the text, so that it is also found in a quoted name, a CTE or an EXPLAIN ANALYZE.
 _REACHES = re.compile(
@@ -115,6 +116,8 @@ class Shape(NamedTuple):
     """It may change how long a statement may take."""
     allows: str
     """How long, in PostgreSQL's words, where the text says so."""
+    changes: bool
+    """It may take effect: it is none that only reads, as far as its first word tells."""
     sets: bool
     """It is a SET: that takes no time, and SET TRANSACTION comes before any query of its transaction."""
 
@@ -148,6 +151,7 @@ def _analyse(text: str) -> Shape:
         taints=touches and _TAINTS.search(text) is not None,
         timeout=timeout,  # SET LOCAL too, which leaves nothing behind
         allows=_allows(text) if timeout and words == ["SET"] else "",
+        changes=not _READS.issuperset(words),
         sets=words == ["SET"],
     )
 
@@ -236,7 +240,7 @@ def _allows(text: str) -> str:
 
 UNKNOWN = Shape(
     number=1, alone=False, utility=False, ends=False, commits=False, controls=False,
-    touches=True, prepares=False, taints=False, timeout=False, allows="", sets=False,
+    touches=True, prepares=False, taints=False, timeout=False, allows="", changes=True, sets=False,
 )  # fmt: skip
 """Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import SettingError, TenantConflictError, TenantRequiredError
 from .scope import Binding, Scope, Variable, current
+from .transaction_modes import canonical, is_mode, mode_value
 
 if TYPE_CHECKING:
     from .config import TenantConfig
@@ -128,7 +129,21 @@ def bind_settings(settings: Mapping[str, Any]) -> Bound:
             raise SettingError(
                 f"{_shown(name)} is no name of a server setting, such as statement_timeout or app.x"
             )
-    return tuple((name, setting_value(name, value)) for name, value in settings.items())
+    bound = tuple(_bind(name, setting_value(name, value)) for name, value in settings.items())
+    modes = [name for name, _ in bound if is_mode(name)]
+    if twice := sorted({name for name in modes if modes.count(name) > 1}):
+        raise SettingError(f"setting {twice[0]!r} stands there twice, under another of its names: keep one")
+    return bound
+
+
+def _bind(name: str, value: str) -> tuple[str, str]:
+    """Return a setting as it is bound: a transaction's mode under its one name, with PostgreSQL's value."""
+    if not is_mode(name):
+        return name, value
+    try:
+        return canonical(name), mode_value(name, value)
+    except ValueError as error:
+        raise SettingError(f"setting {name!r}: {_shown(value)} is not {error}") from None
 
 
 def is_uuid(kind: type[Any]) -> bool:

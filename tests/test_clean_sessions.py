@@ -162,7 +162,7 @@ def test_what_the_connection_itself_was_used_for_is_cleaned_too(start: Any, grou
             conn.rollback()
         conn.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
         conn.read_only = True
-        conn.autocommit = False
+        conn.autocommit = group != "auto"
     with Handler(group) as db:
         assert value(db, "SHOW work_mem") == "4MB"
         assert value(db, "SELECT count(*) FROM pg_prepared_statements WHERE from_sql") == 0
@@ -170,7 +170,7 @@ def test_what_the_connection_itself_was_used_for_is_cleaned_too(start: Any, grou
         assert db.query("SELECT 1").fetchone()[0] == 1
         conn = db.connection
         assert conn.info.backend_pid == pid
-        assert (conn.autocommit, conn.isolation_level, conn.read_only) == (True, None, None)
+        assert (conn.autocommit, conn.isolation_level, conn.read_only) == (group == "auto", None, None)
         assert (conn.prepare_threshold, conn.prepared_max) == (5, 100)
         assert (conn._notice_handlers, conn._notify_handlers) == ([], [])
 

@@ -116,13 +116,27 @@ def test_a_connection_that_cannot_be_configured_is_none(
     assert Connection.status().groups["auto"].size == 0
 
 
-def test_configure_that_goes_back_to_autocommit_or_not_leaves_it_on(start: Any) -> None:
+@pytest.mark.parametrize(("group", "left"), [("auto", False), ("manual", True)])
+def test_configure_may_set_autocommit_and_must_put_it_back(
+    start: Any, admin: Any, group: str, left: bool
+) -> None:
     def configure(conn: Any) -> None:
+        before = conn.autocommit
         conn.autocommit = False
+        conn.execute("INSERT INTO t VALUES (1)")
+        conn.rollback()
+        conn.autocommit = left if leave else before
 
+    leave = False
     start(configure=configure)
-    with Handler("auto") as db:
-        assert db.connection.autocommit
+    with Handler(group) as db:
+        assert db.connection.autocommit is (group == "auto")
+    assert admin.execute("SELECT count(*) FROM t").fetchone() == (0,)
+    leave = True
+    start(configure=configure)
+    message = rf"configure of group '{group}' left autocommit = {left}, and the group has `autocommit: "
+    with pytest.raises(pgdbpool.DBConnectionError, match=message), Handler(group):
+        pass
 
 
 # The class of the connections.

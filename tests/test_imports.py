@@ -16,8 +16,8 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
     "categories",
-    "errors", "events", "asking", "keys", "kinds", "setting_kinds", "config", "names", "credentials",
-    "arrival", "validation",
+    "errors", "events", "asking", "keys", "kinds", "transaction_modes", "setting_kinds", "config", "names",
+    "credentials", "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
     "tally", "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble",
     "prepared", "greenlets", "session", "ended", "timing", "cursors", "copying", "queries",

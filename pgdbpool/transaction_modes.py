@@ -1,0 +1,90 @@
+"""Transaction modes that settings ask for: `default_transaction_isolation`, `_read_only`, `_deferrable`.
+
+A default counts for the next transaction, and settings are bound inside one. So these are a part of BEGIN,
+and go before all else in the implicit transaction of an autocommit group's pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_LEVELS = ("serializable", "repeatable read", "read committed", "read uncommitted")
+_KINDS = {"isolation": "level", "read_only": "switch", "deferrable": "switch"}
+_DEFAULT = "default_transaction_"
+_ALIASES = {f"transaction_{mode}": _DEFAULT + mode for mode in _KINDS}
+_MODES = {_DEFAULT + mode: mode for mode in _KINDS}
+
+
+class Modes(NamedTuple):
+    """What a transaction's BEGIN says of it; None is the session's default."""
+
+    isolation: str | None = None
+    read_only: bool | None = None
+    deferrable: bool | None = None
+
+    def begin(self) -> bytes:
+        """Return the BEGIN of a transaction with these modes."""
+        parts = ["BEGIN"]
+        if self.isolation is not None:
+            parts.append(f"ISOLATION LEVEL {self.isolation.upper()}")
+        if self.read_only is not None:
+            parts.append("READ ONLY" if self.read_only else "READ WRITE")
+        if self.deferrable is not None:
+            parts.append("DEFERRABLE" if self.deferrable else "NOT DEFERRABLE")
+        return " ".join(parts).encode()
+
+    def of_implicit(self) -> list[bytes]:
+        """Return the statements that give an implicit transaction these modes, before its first query.
+
+        Not SET TRANSACTION or SET LOCAL, of which the server warns outside of BEGIN. Each transaction starts
+        these settings again from their defaults, so nothing of them is left.
+        """
+        return [
+            f"SET transaction_{mode} TO {_literal(value)}".encode()
+            for mode, value in self._asdict().items()
+            if value is not None
+        ]
+
+
+def canonical(name: str) -> str:
+    """Return the one name of a setting: that of its default for a mode, the lower case for others."""
+    small = name.lower()
+    return _ALIASES.get(small, small)
+
+
+def is_mode(name: str) -> bool:
+    """Return whether the setting is a mode of transactions, under any of its names."""
+    return canonical(name) in _MODES
+
+
+def mode_value(name: str, text: str) -> str:
+    """Return the value of a mode's setting as PostgreSQL shows it.
+
+    :raises ValueError: with what it may be.
+    """
+    kind = _KINDS[_MODES[canonical(name)]]
+    small = " ".join(text.split()).lower()
+    if kind == "level":
+        if small in _LEVELS:
+            return small
+        raise ValueError(f"one of {', '.join(_LEVELS)}")
+    for word, value in (("on", "on"), ("off", "off"), ("true", "on"), ("yes", "on"), ("1", "on"),
+                        ("false", "off"), ("no", "off"), ("0", "off")):  # fmt: skip
+        # PostgreSQL takes a word that is cut short, if it is no other's beginning.
+        if small == word or (small and small != "o" and word.startswith(small)):
+            return value
+    raise ValueError("on or off")
+
+
+def modes_of(settings: Iterable[tuple[str, str]]) -> Modes | None:
+    """Return the modes among settings of canonical names and values; None if there are none."""
+    found = {mode: value for name, value in settings if (mode := _MODES.get(name)) is not None}
+    if not found:
+        return None
+    switches = {mode: value == "on" for mode, value in found.items() if mode != "isolation"}
+    return Modes(isolation=found.get("isolation"), **switches)
+
+
+def _literal(value: str | bool) -> str:
+    return f"'{value}'" if isinstance(value, str) else "on" if value else "off"
