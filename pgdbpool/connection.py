@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import psycopg
 
@@ -238,9 +238,9 @@ class _Pools:
         for group in endpoint.groups:
             group.note_writer(endpoint)
 
-    def open(self) -> None:
+    def open(self, *, needed: bool) -> None:
         for group in self.groups.values():
-            group.open()
+            group.open(needed=needed)
         for endpoint in self.endpoints.values():
             # Not needed for `min_size`, so nobody has asked yet whether it is there.
             if endpoint.groups and endpoint.opened == 0 and endpoint.last_error is None:
@@ -343,17 +343,18 @@ class Connection(OneShots, Changes):
         cls,
         config: Mapping[str, Any] | str | os.PathLike[str] | IO[str] | None = None,
         *,
-        wait: bool = True,
+        wait: bool | Literal["all"] = True,
     ) -> None:
         """Read the configuration and open the pools, in place of those of an earlier call.
 
         :param config: a mapping, the path of a YAML file or an open one, or None for the environment.
-        :param wait: open `min_size` connections of each group, one at least, before returning;
-            False opens nothing until the first block needs it. `min_size` is `connection_count`
-            where it is left out.
+        :param wait: True opens `min_size` connections of each group, one at least, before returning. A group
+            whose servers are all away is a warning in the log: its blocks raise `DBOfflineError` until one is
+            there. ``"all"`` raises that error here. False opens nothing until the first block needs it.
         :raises ConfigError: everything that is wrong with the configuration, before anything is opened.
-        :raises DBConnectionError: a group none of whose endpoints can be connected to, with each
-            endpoint's own reason, within the connect timeout. One endpoint of several is a warning.
+        :raises DBConnectionError: a server is up and refuses a group for what is configured (a wrong
+            password, an unknown database, a certificate that is not trusted), and the group has no other. The
+            error has each endpoint's own reason. One endpoint of several is a warning.
         :raises ThreadingModelError: gevent has patched the process too late, or in part.
         """
         from .sources import load  # a quarter of what there is to import, and this alone needs it
@@ -364,7 +365,7 @@ class Connection(OneShots, Changes):
         cls._all.add(pools)
         if wait:
             try:
-                pools.open()
+                pools.open(needed=wait == "all")
             except BaseException:
                 pools.close(1.0)
                 raise

@@ -121,6 +121,11 @@ GROUP_CAUGHT_UP = Event(
 GROUP_SHORT = Event(
     "group.short", WARNING, "The group starts with fewer connections than `min_size`.", "group", "reason"
 )
+GROUP_UNSERVED = Event(
+    "group.unserved", WARNING,
+    "The group starts without a server: its blocks fail until one is there. Told at `init`.",
+    "group", "reason",
+)  # fmt: skip
 GROUP_UNSAFE_ROLE = Event(
     "group.unsafe_role", WARNING,
     "The role that logs in bypasses row-level security, and the tenants' `verify` is ``warn``.",

@@ -20,6 +20,7 @@ from .balance import Candidate, order, suits, worth_moving
 from .ended import end, succeed
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
+    CredentialError,
     DBConnectionError,
     DBOfflineError,
     Error,
@@ -85,6 +86,12 @@ LOOKED_AT = 5
 def _role_last(settings: Bound) -> Bound:
     """Return the settings with the role at the end, since it may not be allowed to set the others."""
     return tuple(sorted(settings, key=lambda pair: pair[0].lower() in ("role", "session_authorization")))
+
+
+def _passes(error: DBConnectionError) -> bool:
+    """Return whether time alone may mend it: no server refused the login for what is configured."""
+    passing = (DBOfflineError, PoolTimeout)
+    return isinstance(error, passing) or isinstance(error.__cause__, CredentialError)
 
 
 def _patience(settings: Bound) -> float | None:
@@ -935,17 +942,24 @@ class Group:
 
     # Life.
 
-    def open(self) -> None:
+    def open(self, *, needed: bool = False) -> None:
         """Open `min_size` connections, one at least, in the caller.
 
-        :raises DBConnectionError: not one could be opened.
+        :param needed: whether the group has to have a server by now.
+        :raises DBConnectionError: not one could be opened, and that will not pass by itself.
         """
         while self._pool.size < max(1, self.config.min_size) and (slot := self._pool.claim()):
             try:
                 conn = self._connect(slot)
             except DBConnectionError as error:
                 if not self._pool.idle:
-                    raise
+                    if needed or not _passes(error):
+                        raise
+                    events.GROUP_UNSERVED(
+                        "group %s starts without a server: %s", self.name, error,
+                        group=self.name, reason=one_line(error),
+                    )  # fmt: skip
+                    return
                 events.GROUP_SHORT(
                     "group %s starts with %d of %d connections: %s",
                     self.name, self._pool.idle, self.config.min_size, error,

@@ -12,13 +12,16 @@ from . import output
 TEXT = """\
 Asks every server of a configuration at the same time, and tells whether each group can be served: what
 `Connection.health()` tells in an application. With --wait, asks until it can, which is for start-up scripts.
+A server that is down does not matter as long as every group has another; with --strict it does. With --any
+one group that can be served is enough.
 
   pgdbpool ping pgdbpool.yaml
+  pgdbpool ping pgdbpool.yaml --any --wait 60
   pgdbpool ping pgdbpool.yaml --group write --wait 60 && python migrate.py
 """
 EXITS = """\
-0 healthy; 3 degraded: every group can be served, and a server is down; 1 a group cannot be
-served; 2 wrong arguments. With --wait, 3 ends the waiting too.
+0 every group can be served, with --any one of them; 1 a group cannot, with --any none; 2 wrong
+arguments; with --strict, 3 degraded: served, and a server or a group is not.
 """
 
 
@@ -36,11 +39,13 @@ def add(commands: output.Commands) -> None:
     parser.add_argument(
         "--timeout", type=output.seconds, default=2.0, metavar="S", help="for all answers together (2)"
     )
+    parser.add_argument("--any", action="store_true", help="one group that can be served is enough")
+    parser.add_argument("--strict", action="store_true", help="exit with 3 if anything is down")
     parser.add_argument("--wait", type=output.seconds, metavar="S", help="go on asking for so many seconds")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask once, or until every group can be served."""
+    """Ask once, or until every group, or any of them, can be served."""
     Connection.init(options.config, wait=False)
     try:
         for name in options.group or ():
@@ -50,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
             while True:
                 report = _chosen(Connection.health(options.timeout), options.group)
                 left = deadline - time.monotonic()
-                if report["status"] != "unhealthy" or left <= 0:
+                if _served(report, options.any) or left <= 0:
                     break
                 progress(f"waiting for {', '.join(_unserved(report))}, {left:.0f} s left")
                 time.sleep(min(0.5, left))
@@ -60,7 +65,15 @@ def run(options: argparse.Namespace) -> int:
         output.show_json(report)
     else:
         _show(report)
-    return output.EXIT[report["status"]]
+    if not _served(report, options.any):
+        return output.EXIT["unhealthy"]
+    return output.EXIT["healthy" if report["status"] == "healthy" or not options.strict else "degraded"]
+
+
+def _served(report: dict[str, Any], one_is_enough: bool) -> bool:
+    """Return whether every group can be served, or one of them where that is enough."""
+    served = [group["status"] != "unhealthy" for group in report["groups"].values()]
+    return any(served) if one_is_enough else all(served)
 
 
 def _chosen(report: dict[str, Any], names: list[str] | None) -> dict[str, Any]:

@@ -9,6 +9,8 @@ gunicorn knows them by these names. With the gevent worker, patch first: the imp
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import Any
 
 from .. import greenlets
@@ -24,10 +26,18 @@ def worker_abort(worker: Any) -> None:
 
 
 def worker_int(worker: Any) -> None:
-    """A quick shutdown (SIGINT, SIGQUIT): cancel what runs, which the worker's threads would wait for."""
-    Connection.terminate()
+    """A quick shutdown (SIGINT, SIGQUIT): cancel what runs, which the worker's threads would wait for.
+
+    gunicorn calls it too, in a thread, as ``--reload`` has found a change: those requests are to end.
+    """
+    if threading.current_thread() is threading.main_thread():
+        Connection.terminate()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """A worker that ends: close its pools; requests that overstayed `graceful_timeout` are cancelled."""
-    Connection.close(timeout=0.0)
+    """A worker that ends: close its pools; requests that overstayed `graceful_timeout` are cancelled.
+
+    gunicorn calls it in the master if the worker is gone already, and the master keeps its pools.
+    """
+    if worker.pid == os.getpid():
+        Connection.close(timeout=0.0)
