@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .driver import SLOW
 from .inspection import Facts, ServerFacts
 from .rls import Finding
 
@@ -25,8 +26,16 @@ def status(findings: list[Finding]) -> str:
 
 def advise(config: Config, facts: Facts) -> list[Finding]:
     """Return what there is to say, the worst first; every finding has a remedy."""
-    found = [*_servers(config, facts), *_groups(config, facts), *_primaries(facts)]
+    found = [*_driver(facts), *_servers(config, facts), *_groups(config, facts), *_primaries(facts)]
     return sorted(found, key=lambda finding: (_RANK[finding.severity], finding.code, finding.subject))
+
+
+def _driver(facts: Facts) -> Iterator[Finding]:
+    if facts.driver.fell_back:
+        yield Finding(
+            "warning", "slow-driver", str(facts.driver), SLOW,
+            "run the application in the main interpreter, or install psycopg[binary] for this Python",
+        )  # fmt: skip
 
 
 def _servers(config: Config, facts: Facts) -> Iterator[Finding]:

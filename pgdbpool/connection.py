@@ -362,6 +362,7 @@ class Connection(OneShots, Changes):
         greenlets.check()
         cls._notice_fork()
         pools = _Pools(load(config))
+        _warn_of_driver()
         cls._all.add(pools)
         if wait:
             try:
@@ -660,6 +661,13 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         use=Histogram.of(group.uses.get(endpoint, Tally()) for group in endpoint.groups),
         connect=Histogram.of(group.connects.get(endpoint, Tally()) for group in endpoint.groups),
     )
+
+
+def _warn_of_driver() -> None:
+    from .driver import SLOW, driver  # no block needs it
+
+    if (loaded := driver()).fell_back:
+        events.PROCESS_SLOW_DRIVER("%s: %s", loaded, SLOW, reason=SLOW)
 
 
 def _group_of_this_process(cls: type[Connection], name: str) -> Group:

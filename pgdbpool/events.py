@@ -137,6 +137,12 @@ BACKGROUND_FAILED = Event(
 )  # fmt: skip
 HOOK_FAILED = Event("hook.failed", WARNING, "A hook raised an error.", "group", "hook")
 HOOK_FAILED_AGAIN = Event("hook.failed_again", DEBUG, "It raised the same error again.", "group", "hook")
+PROCESS_SLOW_DRIVER = Event(
+    "process.slow_driver",
+    WARNING,
+    "psycopg runs in Python, with the system's libpq; once at `init`.",
+    "reason",
+)
 PROCESS_UNPUBLISHED = Event(
     "process.unpublished", WARNING, "The `runtime_dir` cannot be used; it is tried again.", "reason"
 )

@@ -16,6 +16,7 @@ from psycopg.rows import tuple_row
 
 from . import sizing
 from .balance import suits
+from .driver import Driver, driver
 from .endpoint import DialError, Endpoint, Role
 from .errors import UnsafeRoleError, one_line
 from .preamble import BEGIN, set_local
@@ -96,6 +97,7 @@ class Facts:
     processes: int | None
     endpoints: dict[str, ServerFacts]
     groups: dict[str, GroupFacts]
+    driver: Driver = field(default_factory=driver)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain dicts, lists, strings and numbers, as JSON has them."""
@@ -105,7 +107,12 @@ class Facts:
         groups = {name: asdict(facts) for name, facts in self.groups.items()}
         for every in groups.values():
             del every["rls"]
-        return {"processes": self.processes, "endpoints": endpoints, "groups": groups}
+        return {
+            "processes": self.processes,
+            "driver": asdict(self.driver),
+            "endpoints": endpoints,
+            "groups": groups,
+        }
 
 
 def inspect(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,3 +133,24 @@ def test_the_cluster_tells_scripts_what_runs_where(room: Path) -> None:
             pgdbpool.Connection.reset()
         command.process.send_signal(signal.SIGTERM)
         assert command.process.wait(15) == 0
+
+
+def test_psycopg_in_python_in_place_of_its_c_code_is_told_of(room: Path) -> None:
+    code = """
+import sys, logging
+sys.modules["psycopg_binary.pq"] = sys.modules["psycopg_c"] = None
+import pgdbpool
+from pgdbpool.driver import driver
+logging.basicConfig(stream=sys.stdout, format="%(event)s %(message)s")
+pgdbpool.Connection.init({"db": {"host": "127.0.0.1"}, "groups": {"g": {}}}, wait=False)
+"""
+    told = {}
+    for implementation in ("", "python"):
+        environ = environment(room, PSYCOPG_IMPL=implementation)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+        )
+        told[implementation] = done.stdout
+    assert told[""].startswith("process.slow_driver psycopg 3.")
+    assert "(python), libpq " in told[""]
+    assert told["python"] == "", "it was asked for"

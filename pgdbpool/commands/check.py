@@ -88,6 +88,7 @@ def _show(facts: Facts) -> None:
         for group in facts.groups.values()
     ]
     print(output.table(("GROUP", "TARGET", "CONNECTIONS", "SERVED BY"), rows))
+    print(f"\n{facts.driver}")
 
 
 def _row(server: ServerFacts) -> tuple[str, ...]:
