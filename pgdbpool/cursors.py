@@ -19,9 +19,10 @@ from psycopg._preparing import Prepare
 from psycopg.adapt import AdaptersMap, Transformer
 
 from . import deadlines, errors, tracing
+from .guests import ENDS_INSIDE, FAILED, NAMED
 from .preamble import COMMIT, IDLE, NOTHING, Block, Command
 from .prepared import before_resending
-from .session import ACTIVE, ENDS_INSIDE, FAILED, OUTSIDE, PooledConnection
+from .session import ACTIVE, OUTSIDE, PooledConnection
 from .statements import Shape, shape
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ FLUSH_EVERY = 4
 RECOVERY_CONFLICT = "40001"
 """SQLSTATE of a statement that a standby cancelled since its replay could wait no longer."""
 
-_NAMED = (
-    "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
-    "open one with db.transaction()"
-)
 _COPY_IN = psycopg.pq.ExecStatus.COPY_IN
 _NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
 _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
@@ -469,7 +466,7 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
                 raise _gone(block)
             conn.end_wrapped()
             if block.settings and not block.manual and conn.pgconn.transaction_status == IDLE:
-                raise errors.as_query_error(psycopg.NotSupportedError(_NAMED))
+                raise errors.as_query_error(psycopg.NotSupportedError(NAMED))
             block.statement = query
             what = shape(query, conn)
             if what.touches or what.timeout:

@@ -10,6 +10,7 @@ import itertools
 import os
 import select
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -27,6 +28,7 @@ from psycopg.generators import execute
 from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets, tracing
+from .guests import ENDS_INSIDE, FAILED, PsycopgsLock, Visit, asked_in
 from .preamble import (
     CLEANING,
     CLEANING_TO_READ,
@@ -47,6 +49,8 @@ from .tenant import Bound, milliseconds
 from .transaction_modes import Modes
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
 
@@ -80,17 +84,8 @@ MOST_LEFT = 100
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
-ENDS_INSIDE = (
-    "the block has a tenant or settings, which end with the transaction: what follows a COMMIT or ROLLBACK "
-    "in the same string or pipeline would run without them; send it by itself"
-)
-_FOREIGN = (
-    "this cursor was not made by the block, which has something to send first (BEGIN, the tenant ...): "
-    "make it with db.connection.cursor(), or execute a statement of the block before it"
-)
 _BUSY = "a stream, COPY or notifies() of this connection is still open in this thread: end it first"
 _PARENTS = "this connection belongs to the parent process: open a Handler in this one"
-FAILED = "a statement of this transaction failed: it was rolled back, nothing was committed"
 
 _EMPTY: Command = (b"", None)
 _HELD = nullcontext()
@@ -207,6 +202,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """Psycopg's pipelines that are open over it, or are being opened or ended."""
     wrapped: bool
     """Whether the open transaction is there for one statement of an autocommit block, and ends with it."""
+    visit: Visit | None = None
+    """The operation of a cursor that the block did not make, while it takes part."""
     holder: int = 0
     """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
     turn: Lock
@@ -254,7 +251,7 @@ class PooledConnection(psycopg.Connection[Any]):
     @property  # type: ignore[override]
     def lock(self) -> AbstractContextManager[Any]:
         """What psycopg holds during each of its steps: nothing more where its thread has the turn already."""
-        return _HELD if self.owner == get_ident() else self.turn
+        return _HELD if self.owner == get_ident() else PsycopgsLock(self)
 
     @lock.setter
     def lock(self, lock: Lock) -> None:
@@ -729,16 +726,37 @@ class PooledConnection(psycopg.Connection[Any]):
             yield from self._pipeline._sync_gen()
 
     def _start_query(self) -> PQGen[None]:
-        """Refuse a statement that would go round the block; every cursor of psycopg comes through here."""
+        """Let a cursor take part that the block did not make; every cursor of psycopg comes through here."""
         block = self.block
-        if self._pipeline and block is not None and block.manual and self.pgconn.transaction_status == IDLE:
-            return self._begin_in_pipeline()
-        if self.settled is not None and not self.riding and not self._pipeline:
+        if self.settled is not None and not self.riding:
             if block is None:
                 raise errors.BlockClosedError(OUTSIDE)
-            if block.preamble(self):
-                raise psycopg.NotSupportedError(_FOREIGN)
+            self._welcome(block, sys._getframe(1))
+        if self._pipeline and block is not None and block.manual and self.pgconn.transaction_status == IDLE:
+            return self._begin_in_pipeline()
         return super()._start_query()
+
+    def _welcome(self, block: Block, frame: FrameType) -> None:
+        mine = self.owner == get_ident()
+        if mine and not self.holder:
+            return  # a cursor of the block, which has seen to it
+        asked = asked_in(frame)
+        if mine:
+            if not hasattr(asked.cursor, "block"):
+                self.check_free()  # it comes into the block's own stream or COPY
+            return
+        visit = self.visit or Visit(self, block)
+        if self.visit is None and not self._pipeline:
+            visit.begin(isinstance(asked.cursor, psycopg.ServerCursor) and not asked.cursor.withhold)
+        visit.note(asked)
+
+    @contextmanager
+    def _pipeline_nolock(self) -> Iterator[psycopg.Pipeline]:
+        """Send what the block needs first for `executemany`, which makes a pipeline of its own."""
+        if self.block is not None and self.owner != get_ident() and not self.riding:
+            Visit(self, self.block).begin(named=False)
+        with super()._pipeline_nolock() as pipeline:
+            yield pipeline
 
     @contextmanager
     def unbound(self) -> Iterator[None]:
@@ -1042,11 +1060,11 @@ class PooledConnection(psycopg.Connection[Any]):
         threads wait until it is over.
         """
         with self.alone():
-            block, autocommit, wrap = self._send_due()
-            with self._over(block, autocommit, wrap):
+            block, autocommit, wrap = self.send_due()
+            with self.over(block, autocommit, wrap):
                 yield
 
-    def _send_due(self) -> tuple[Block, bool, bool]:
+    def send_due(self) -> tuple[Block, bool, bool]:
         """Send what the block needs first; the caller has the turn.
 
         :returns: the block, whether it is in no transaction of its own, and whether one was opened for it.
@@ -1072,7 +1090,7 @@ class PooledConnection(psycopg.Connection[Any]):
         return block, autocommit, wrap
 
     @contextmanager
-    def _over(self, block: Block, autocommit: bool, wrap: bool) -> Iterator[None]:
+    def over(self, block: Block, autocommit: bool, wrap: bool) -> Iterator[None]:
         """End the transaction that was opened for the body, and note in the block what went wrong."""
         if not wrap:
             try:
@@ -1251,8 +1269,8 @@ class PooledConnection(psycopg.Connection[Any]):
             with self.alone():
                 self.end_wrapped()
                 self.pipelines, counted = self.pipelines + 1, True
-                block, autocommit, wrap = self._send_due()
-            with self._over(block, autocommit, wrap):
+                block, autocommit, wrap = self.send_due()
+            with self.over(block, autocommit, wrap):
                 yield
         finally:
             if counted:

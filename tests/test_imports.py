@@ -20,7 +20,7 @@ ORDER = [
     "credentials", "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
     "tally", "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble",
-    "prepared", "greenlets", "session", "ended", "timing", "cursors", "copying", "queries",
+    "prepared", "greenlets", "guests", "session", "ended", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "driver", "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group",
     "oneshots", "observer", "holds", "runtime", "publisher", "doubts", "monitor", "changes", "shutdown",
