@@ -442,10 +442,9 @@ class Group:
                 self.discard(conn, "dropped")
                 if self.ending:
                     return  # there is nothing to mend
-                where = f"{block.place[0].co_filename}:{block.place[1]}"
                 warnings.warn(
-                    f"a Handler of group {self.name!r}, entered at {where}, was dropped without "
-                    "leaving its block: its connection was closed and replaced",
+                    f"a Handler of group {self.name!r}, entered at {tracing.where(block)}, was dropped "
+                    "without leaving its block: its connection was closed and replaced",
                     ResourceWarning,
                     stacklevel=2,
                 )
@@ -1064,7 +1063,10 @@ class Group:
         self.slow_statements += 1
         _, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
         fields["statement"] = text = tracing.text_of(statement)
-        events.STATEMENT_SLOW("group %s: slow statement: %.3f s: %s", self.name, seconds, text, **fields)
+        events.STATEMENT_SLOW(
+            "group %s: slow statement: %.3f s, from %s: %s", self.name, seconds, tracing.where(block), text,
+            **fields,
+        )  # fmt: skip
 
     def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> Warn | None:
         """Take the connection from a block that has it for longer than `max_hold`, in any thread.

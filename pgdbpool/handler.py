@@ -100,8 +100,10 @@ class Handler(Queries):
             raise BlockClosedError("a Handler opens one block: make another Handler for the next")
         group = self._group = Connection.group(self._group.name)  # the process may have been forked
         caller = sys._getframe(1)
+        if caller.f_globals is tracing.CONTEXTLIB:
+            caller = tracing.caller_of(caller)
         binding = group.bind(self._tenant, self._override, self._settings)
-        block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
+        block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
         block.high = self._high
         if tracing.in_use:
             tracing.begin(block, self._correlation_id, caller if group.config.leak_stack else None)

@@ -130,7 +130,7 @@ class _OneShot:
         self.group, self.timeout = group, timeout
         caller = sys._getframe(2)
         binding = group.bind(tenant, tenant_override, settings)
-        self.block = Block(group.manual, binding, (caller.f_code, caller.f_lineno))
+        self.block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
         self.block.high = priority != "normal" and is_high(priority)
         if correlation_id is not None or tracing.in_use:
             given = None if correlation_id is None else tracing.clean(correlation_id)

@@ -136,6 +136,7 @@ class Block:
         self.since = 0.0
         self.thread = get_ident()
         self.place = place
+        """The code and the instruction that entered it; its line is worked out when it is told."""
 
     def preamble(self, conn: PooledConnection) -> tuple[Command, ...]:
         """Return what must be sent before the next statement on the connection; mostly nothing."""

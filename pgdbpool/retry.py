@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -52,7 +53,9 @@ def run(
     """
     if attempts < 1:
         raise ValueError(f"attempts={attempts!r}: work is tried once at least")
-    attempt = 0
+    caller = tracing.caller_of(sys._getframe(1))
+    place, attempt = (caller.f_code, caller.f_lasti), 0
+    del caller  # it would keep the variables of the caller alive, and with them itself
     while True:
         attempt += 1
         db = Handler(
@@ -66,6 +69,8 @@ def run(
         reads = _reads(db)
         try:
             with db:
+                assert db._block is not None
+                db._block.place = place
                 return function(db)
         except Exception as error:
             delay = min(max_backoff, backoff * 2 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)

@@ -5,6 +5,7 @@ A reader asks `in_use` first, a plain attribute: a process that uses nothing of 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 in_use = False
 """Whether a correlation id was ever given in this process, or a group has `leak_stack`."""
+
+CONTEXTLIB = vars(contextlib)
+"""What a frame of contextlib has as its globals, such as that of `ExitStack.enter_context`."""
 
 LONGEST_ID = 128
 LONGEST_STATEMENT = 1000
@@ -89,9 +93,20 @@ def begin(block: Block, given: str | None, frame: FrameType | None) -> None:
         stack: list[tuple[CodeType, int]] = []
         at: FrameType | None = frame
         while at is not None and len(stack) < DEEPEST:
-            stack.append((at.f_code, at.f_lineno))  # not the frame, which would keep its variables alive
+            stack.append((at.f_code, at.f_lasti))  # not the frame, which would keep its variables alive
             at = at.f_back
         block.stack = stack
+
+
+def caller_of(frame: FrameType) -> FrameType:
+    """Return the frame, or the nearest that led to it and is not contextlib's or the package's own."""
+    at: FrameType | None = frame
+    while at is not None:
+        module = str(at.f_globals.get("__name__")).partition(".")[0]
+        if module not in ("contextlib", "pgdbpool"):
+            return at
+        at = at.f_back
+    return frame
 
 
 def id_of(block: Block) -> str:
@@ -175,12 +190,12 @@ def told(group: str, endpoint: str, block: Block, seconds: float) -> tuple[str, 
 
 
 def _place(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
-    code, line = block.place
+    code, at = block.place
     stack = getattr(block, "stack", None)
     return {
         "holder": names.get(block.thread, str(block.thread)),
         "file": code.co_filename,
-        "line": line,
+        "line": _line(code, at),
         "function": code.co_name,
         "stack": None if stack is None else [_frame(*at) for at in reversed(stack)],
     }
@@ -199,8 +214,19 @@ def describe(block: Block, seconds: float, names: dict[int | None, str]) -> str:
     return text
 
 
-def _frame(code: CodeType, line: int) -> str:
-    return f"{code.co_filename}:{line} in {code.co_name}"
+def where(block: Block) -> str:
+    """Return the file, line and function in which a block was entered."""
+    return _frame(*block.place)
+
+
+def _frame(code: CodeType, at: int) -> str:
+    return f"{code.co_filename}:{_line(code, at)} in {code.co_name}"
+
+
+def _line(code: CodeType, at: int) -> int:
+    """Return the line of an instruction, which a frame takes longer to work out than to name."""
+    lines = (line for start, end, line in code.co_lines() if start <= at < end)
+    return next(lines, None) or code.co_firstlineno
 
 
 def comment_on(statement: Any, text: str) -> Any:

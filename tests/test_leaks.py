@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 import os
 import threading
@@ -20,6 +22,8 @@ from pgdbpool import (
     HoldExceededError,
     PoolTimeout,
     classify,
+    retrying,
+    run,
     tracing,
 )
 
@@ -86,6 +90,59 @@ def test_a_leak_is_one_warning_that_tells_who_where_and_what(start: Any, mode: s
     assert record.holder in text
     assert "secret" not in text
     assert Connection.status().groups["auto"].leaks == 1
+
+
+def by_exit_stack() -> None:
+    with contextlib.ExitStack() as stack:
+        db = stack.enter_context(Handler("auto"))
+        told(db)
+
+
+def by_run() -> None:
+    run("auto", told)
+
+
+def by_decorator() -> None:
+    retrying("auto")(told)()
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[Handler]:
+    with Handler("auto") as db:
+        yield db
+
+
+def by_helper() -> None:
+    with opened() as db:
+        told(db)
+
+
+def told(db: Handler) -> None:
+    db.query("SELECT 1")
+    (holder,) = Connection.status().groups["auto"].holders
+    PLACES.append(holder)
+
+
+PLACES: list[str] = []
+
+
+@pytest.mark.parametrize("enter", [by_exit_stack, by_run, by_decorator, by_helper])
+def test_the_place_is_the_callers_whatever_enters_the_block(
+    start: Any, records: Any, enter: Callable[[], None]
+) -> None:
+    start(slow_block=0.000001, slow_query=0.000001)
+    PLACES.clear()
+    enter()
+    function = "opened" if enter is by_helper else enter.__name__
+    lines = inspect.getsourcelines(opened if enter is by_helper else enter)
+    for event in ("block.slow", "statement.slow"):
+        record = records(event)[0]
+        assert (record.file, record.function) == (__file__, function)
+        assert lines[1] <= record.line < lines[1] + len(lines[0])
+        assert f"{__file__}:{record.line} in {function}" in record.getMessage()
+        entering = lines[0][record.line - lines[1]]
+        assert any(word in entering for word in ("Handler(", "run(", "retrying("))
+    assert f"in {function}" in PLACES[0]
 
 
 def test_each_block_that_leaks_is_told_of(start: Any, mode: str, records: Any) -> None:
