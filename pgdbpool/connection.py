@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -102,6 +102,7 @@ class _Pools:
             lock_free=lock_free,
             row_factory=_row_factory(config),
             probe=self._step if lock_free else None,
+            revive=self._revive if lock_free else None,
         )
         group.on_first_use = self._first_use
         if lock_free and self.publisher is not None:
@@ -155,6 +156,9 @@ class _Pools:
 
     def _step(self) -> None:
         self.monitor.step()
+
+    def _revive(self, endpoints: Collection[Endpoint], deadline: float) -> bool:
+        return self.monitor.prober.hasten(endpoints, deadline)
 
     def _begin_publishing(self) -> None:
         if self.publisher is not None and not self.publisher.needed:

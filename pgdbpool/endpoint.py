@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ref
@@ -28,7 +28,7 @@ from .asking import Gate
 from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
 from .errors import CredentialError, Error, HookError, one_line
-from .names import Name, UnresolvedError
+from .names import Name, UnresolvedError, destination, places
 from .preamble import FORBID_WRITES, GRACE, HURRY
 from .probe import StartupProbe
 from .roundtrip import round_trip
@@ -148,6 +148,8 @@ class Endpoint:
         self.on_seen: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_role: Callable[[Endpoint], None] = lambda endpoint: None
         self._ids = itertools.count(1)
+        self._way: dict[str, str] = {}
+        """The parameters of the address that was last found to work, if there are several."""
 
     def __repr__(self) -> str:
         role = self.role.value if self.role else "role unknown"
@@ -385,18 +387,20 @@ class Endpoint:
         milliseconds = self.statement_timeout(group)
         conn: PooledConnection | None = None
 
-        def opening(conninfo: str) -> pq.abc.PGconn:
+        def arrived() -> None:
             nonlocal began
             began = monotonic()
+
+        def opening(conninfo: str, timeout: float) -> pq.abc.PGconn:
             steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
-            return waiting.wait_conn(steps, interval=0.1, timeout=deadline - began)
+            return waiting.wait_conn(steps, interval=0.1, timeout=timeout)
 
         def telling() -> bool:
             """Tell whether silence is evidence: a function for the password may have left hardly any time."""
             return conclusive and deadline - began >= 0.9 * min(timeout, 1.0)
 
         try:
-            pgconn = self._log_in(group, opening, deadline)
+            pgconn = self._log_in(group, opening, deadline, arrived)
             conn = pooled(group.connection_class, kind)(pgconn)
             conn.until = max(deadline, monotonic() + HURRY)
             conn.endpoint = self
@@ -455,7 +459,11 @@ class Endpoint:
         :raises CredentialError: the user and password could not be had.
         """
         deadline = monotonic() + (group.connect_timeout or self.config.connect_timeout)
-        return self._log_in(group, partial(psycopg.connect, autocommit=True), deadline)
+
+        def opening(conninfo: str, timeout: float) -> psycopg.Connection[Any]:
+            return psycopg.connect(conninfo, autocommit=True, connect_timeout=max(1, math.ceil(timeout)))
+
+        return self._log_in(group, opening, deadline)
 
     def arrive(self) -> Arrival:
         """Begin to ask for what a connection needs; see `Arrival`."""
@@ -480,11 +488,21 @@ class Endpoint:
         params["options"] = self.config.server_options(self.statement_timeout(group))
         return make_conninfo("", **params)
 
-    def _log_in(self, group: GroupConfig, opening: Callable[[str], _Opened], deadline: float) -> _Opened:
-        """Open a connection; where its password is refused and there is another one by now, with that."""
+    def _log_in(
+        self,
+        group: GroupConfig,
+        opening: Callable[[str, float], _Opened],
+        deadline: float,
+        arrived: Callable[[], None] = lambda: None,
+    ) -> _Opened:
+        """Open a connection; where its password is refused and there is another one by now, with that.
+
+        :param arrived: called once it is known where to connect to, and as whom.
+        """
         given = self.arrive().within(deadline)
+        arrived()
         try:
-            return opening(self.conninfo(group, given))
+            return self._reach(group, opening, deadline, given)
         except psycopg.OperationalError as error:
             if not refused(error):
                 raise
@@ -494,7 +512,54 @@ class Endpoint:
                 raise error from failure
             if other == given:
                 raise
-        return opening(self.conninfo(group, other))
+        return self._reach(group, opening, deadline, other)
+
+    def _reach(
+        self,
+        group: GroupConfig,
+        opening: Callable[[str, float], _Opened],
+        deadline: float,
+        given: Mapping[str, str],
+    ) -> _Opened:
+        """Open a connection to the first address that answers; those that are left share the time.
+
+        One that has answered with a refusal of the login is the last, as with libpq.
+        """
+        ways = self._ways(given)
+        failures: list[str] = []
+        silent = 0
+        for number, way in enumerate(ways):
+            timeout = (deadline - monotonic()) / (len(ways) - number)
+            try:
+                opened = opening(self.conninfo(group, {**given, **way}), timeout)
+            except (_WaitTimeout, psycopg.OperationalError) as error:
+                timed_out = isinstance(error, _WaitTimeout)
+                silent += timed_out
+                if len(ways) == 1 or silent == len(ways) or (not timed_out and refused(error)):
+                    raise
+                text = f"no answer within {max(timeout, 0):.1f} s" if timed_out else one_line(error)
+                failures.append(f"{way.get('hostaddr') or way['host']}: {text}")
+            else:
+                self._way = way
+                if self.name is not None:
+                    self.name.prefer(way["hostaddr"])
+                return opened
+        raise psycopg.OperationalError("; ".join(failures))
+
+    def _ways(self, given: Mapping[str, str]) -> list[dict[str, str]]:
+        """Return the parameters of each address at which the server may be, the one that worked first."""
+        if "hostaddr" in given:  # the addresses of a name
+            found = [
+                {"host": given["host"].split(",")[0], "hostaddr": a} for a in given["hostaddr"].split(",")
+            ]
+        elif self.config.host:
+            return [{}]
+        else:  # a service file, or PGHOST, may list several
+            found = [place._asdict() for place in places(destination(self.config))]
+            if len(found) == 1:
+                return [{}]
+        found.sort(key=lambda way: way != self._way)
+        return found
 
     def _failed(self, error: Exception, down: bool) -> DialError:
         message = one_line(error)

@@ -6,7 +6,7 @@ import random
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from time import monotonic
@@ -118,11 +118,13 @@ class Group:
         lock_free: bool,
         row_factory: Any,
         probe: Callable[[], None] | None = None,
+        revive: Callable[[Collection[Endpoint], float], bool] | None = None,
     ) -> None:
         self.name = config.name
         self.lock_free = lock_free
         self._probe: Callable[[], None] | None = self._first_use
         self._later_probe = probe
+        self._revive = revive
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
         self._lent: dict[PooledConnection, Block] = {}
         self.on_drop = self._dropped
@@ -555,6 +557,8 @@ class Group:
                 endpoint, left = self._reserve(slot, failures)
                 if endpoint is None:
                     if spare is None:
+                        if self._revived(failures, budget):
+                            continue
                         raise self._unreachable(failures)
                     break
                 conn = self._dial(endpoint, budget - monotonic(), left, failures)
@@ -590,6 +594,12 @@ class Group:
             spare.sever(0.0)  # since a moment ago, when `_cut` did not find it
         self._opened += 1
         return spare
+
+    def _revived(self, tried: Collection[Endpoint], deadline: float) -> bool:
+        """Return whether a server is up again that was down, which a lock-free pool finds out by itself."""
+        down = (State.DOWN, State.PROBING)
+        lost = [e for e in self.endpoints if e.state in down and e not in tried and e not in self._barred]
+        return self._revive is not None and bool(lost) and self._revive(lost, deadline)
 
     def _dial(
         self, endpoint: Endpoint, budget: float, left: int, failures: dict[Endpoint, DialError | None]

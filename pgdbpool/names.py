@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -31,6 +31,39 @@ _SOCKET_DIRECTORY = next((d for d in ("/var/run/postgresql", "/run/postgresql") 
 
 class UnresolvedError(psycopg.OperationalError):
     """A server's host name cannot be resolved."""
+
+
+class Place(NamedTuple):
+    """One of the places where a server may be: a service file can list several."""
+
+    host: str
+    hostaddr: str
+    port: str
+
+    @property
+    def named(self) -> bool:
+        """Whether its host has to be resolved."""
+        return not self.hostaddr and is_name(self.host)
+
+
+def places(params: Mapping[str, str]) -> list[Place]:
+    """Return the places that a `destination` lists, in order, as libpq reads them.
+
+    :raises UnresolvedError: there are not as many ports, or addresses, as hosts.
+    """
+    hosts, addresses, ports = (params.get(key, "").split(",") for key in ("host", "hostaddr", "port"))
+    count = len(addresses) if params.get("hostaddr") else len(hosts)
+    for what, found in (("hosts", hosts), ("addresses", addresses), ("port numbers", ports)):
+        if len(found) not in (1, count):
+            raise UnresolvedError(f"{len(found)} {what} are given, and {count} hosts")
+    for port in ports:
+        if port and not (port.isdigit() and 0 < int(port) < 65536):
+            raise UnresolvedError(f"{port!r} is not a port number: it must be between 1 and 65535")
+    lists = (found * (count if len(found) == 1 else 1) for found in (hosts, addresses, ports))
+    return [
+        Place(host or address or _SOCKET_DIRECTORY, address, port or "5432")
+        for host, address, port in zip(*lists, strict=True)
+    ]
 
 
 def destination(config: EndpointConfig) -> dict[str, str]:
@@ -74,12 +107,12 @@ def _decoded(options: Iterable[ConninfoOption]) -> dict[str, str]:
 def _service(params: dict[str, str]) -> dict[str, str]:
     """Return the parameters with those of the service file, which libpq reads when it is to connect."""
     # It reads all parameters before it refuses one, and connects to nothing.
-    pgconn = PGconn.connect_start(make_conninfo("", **{**params, "sslmode": "nothing"}).encode())
+    pgconn = PGconn.connect_start(make_conninfo("", **{**params, "channel_binding": "nothing"}).encode())
     try:
         found = _decoded(pgconn.info)
     finally:
         pgconn.finish()
-    found.pop("sslmode", None)
+    found.pop("channel_binding", None)
     return found
 
 
@@ -99,6 +132,8 @@ class Name:
         self.late = ""
         """Why they had to be used the last time, if the resolver did not tell in time."""
         self._label = label
+        self._best = ""
+        """The address that was last found to work."""
         self._one: OneAtATime[Resolving] = OneAtATime()
 
     @classmethod
@@ -112,15 +147,26 @@ class Name:
     def at(cls, params: dict[str, str], label: str, before: Name | None = None) -> Name | None:
         """Return that of a `destination`, as `of` does."""
         host, port = params["host"], params.get("port") or "5432"
-        if "hostaddr" in params or not is_name(host) or "," in host:  # a service may list several
-            return None
+        if "hostaddr" in params or not is_name(host) or "," in host or not port.isdigit():
+            return None  # a service may list several; a port that is none is libpq's to refuse
         if before is not None and (before.host, before.port) == (host, port):
             return before
         return cls(host, port, label)
 
     def again(self) -> Name:
         """Return the name with what is known of it, for a forked child."""
-        return Name(self.host, self.port, self._label, self.known)
+        name = Name(self.host, self.port, self._label, self.known)
+        name._best = self._best
+        return name
+
+    def prefer(self, address: str) -> None:
+        """Remember an address that works: it is tried first."""
+        if self._best != address:
+            self._best = address
+            self.known = self._ordered(self.known)
+
+    def _ordered(self, addresses: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(dict.fromkeys(addresses), key=lambda address: address != self._best))
 
     def ask(self) -> tuple[str, ...]:
         """Resolve it; where the resolver cannot tell, return what it last said.
@@ -138,7 +184,7 @@ class Name:
                 raise UnresolvedError(f"failed to resolve host {self.host!r}: {error}") from error
             self.note_late(str(error))
             return known
-        self.known = known = tuple(dict.fromkeys(str(address[0]) for *_, address in found))
+        self.known = known = self._ordered(str(address[0]) for *_, address in found)
         if monotonic() < began + PATIENCE:
             self.late = ""
         return known

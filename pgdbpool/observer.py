@@ -71,6 +71,8 @@ class Look:
         """When it had a connection, and asked."""
         self.answered = False
         """Whether the server answered the question, if only by an error."""
+        self.moves = 0
+        """How often it went on: as long as that grows, the server is there."""
         self._steps = self._look(conninfo)
         self._waits: tuple[int, int] | None = None
 
@@ -85,6 +87,7 @@ class Look:
                         return False
                 self._waits = next(self._steps)
             while ready := self._ready(*self._waits):
+                self.moves += 1
                 self._waits = self._steps.send(ready)
         except StopIteration:
             return True
@@ -170,6 +173,7 @@ class Observer:
         self._due = dict.fromkeys(self._login, (0.0, 0.0))
         """When to look next: at the latest, and at the earliest, which counts while there is no writer."""
         self._looks: dict[Endpoint, tuple[Look, float]] = {}
+        """Those under way, with the time until which the server has to say something more."""
         self._kept: dict[Endpoint, pq.abc.PGconn] = {}
         self._courses: dict[str, Course] = {}
         self._standbys: dict[Endpoint, Sight] = {}
@@ -209,8 +213,13 @@ class Observer:
             look = Look(partial(self._conninfo, endpoint), endpoint.arrive, kept)
             self._looks[endpoint] = look, now + LOOK_TIMEOUT
         look, deadline = self._looks[endpoint]
-        if not look.step() and now < deadline:
-            return
+        moves = look.moves
+        if not look.step():
+            if look.moves > moves:  # in lock-free mode it may be long until the next step
+                self._looks[endpoint] = look, now + LOOK_TIMEOUT
+                return
+            if now < deadline:
+                return
         del self._looks[endpoint]
         latest = LAG_EVERY if self._limited else SLOWLY
         self._due[endpoint] = now + random.uniform(*latest), now + random.uniform(*QUICKLY)

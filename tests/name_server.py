@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from proxy import Proxy
 from support import wait_for
 
 import pgdbpool
@@ -33,6 +34,11 @@ class NameServer:
 
     def __init__(self, at: str) -> None:
         self.address: str | None = "127.0.0.1"
+        """Several are separated by commas."""
+        self.proxy: Proxy
+        """In front of the server that the name stands for."""
+        self.config: dict[str, Any]
+        """What the pools were given."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind((at, 53))
         threading.Thread(target=self._run, daemon=True).start()
@@ -47,10 +53,13 @@ class NameServer:
         """Return the reply to a question; https://www.rfc-editor.org/rfc/rfc1035#section-4."""
         end = query.index(b"\0", 12) + 5
         (kind,) = struct.unpack("!H", query[end - 4 : end - 2])
-        answers = kind == 1 and address != NO_SUCH_NAME
+        addresses = address.split(",") if kind == 1 and address != NO_SUCH_NAME else []
         code = 3 if address == NO_SUCH_NAME else 0
-        record = struct.pack("!HHHLH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(address) if answers else b""
-        return query[:2] + struct.pack("!5H", 0x8180 | code, 1, answers, 0, 0) + query[12:end] + record
+        head = struct.pack("!HHHLH", 0xC00C, 1, 1, 0, 4)
+        records = b"".join(head + socket.inet_aton(each) for each in addresses)
+        return (
+            query[:2] + struct.pack("!5H", 0x8180 | code, 1, len(addresses), 0, 0) + query[12:end] + records
+        )
 
 
 class Pulse:
@@ -133,9 +142,40 @@ def gone(server: NameServer) -> dict[str, Any]:
     return {"second": second, "state": state()}
 
 
+def away(server: NameServer) -> dict[str, Any]:
+    """The server is away and comes back; the network takes 20 ms each way."""
+    use()
+    server.proxy.delay = 0.02
+    server.proxy.stop()
+    refused = timed(use)
+    server.proxy.start()
+    time.sleep(0.8)  # longer than between two probes, and nothing takes their steps meanwhile
+    return {"refused": refused, "then": timed(use), "state": state()}
+
+
+def silent_address(server: NameServer) -> dict[str, Any]:
+    """The name has two addresses, and the first of them takes connections and says nothing."""
+    first, second = "127.0.0.1", "127.0.0.2"  # in the order that the system gives them in
+    with socket.socket() as silent:
+        silent.bind((first, server.proxy.port))
+        silent.listen()
+        server.address = f"{first},{second}"
+        names = [address[0] for *_, address in socket.getaddrinfo("db.test", 1, type=socket.SOCK_STREAM)]
+        began = timed(lambda: Connection.init(server.config))
+        server.proxy.stop()
+        refused = timed(use)
+        server.proxy.start()
+        wait_for(lambda: not timed(use)[1])
+        server.proxy.reset_all()
+        return {"names": names, "began": began, "refused": refused, "then": timed(use), "state": state()}
+
+
 def main() -> None:
     scenario, mode, port, address = sys.argv[1:]
     server = NameServer(address)
+    server.proxy = Proxy(
+        "127.0.0.1", int(port), at="127.0.0.2" if scenario == "silent-address" else "127.0.0.1"
+    )
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -143,16 +183,23 @@ def main() -> None:
     db: dict[str, Any] = {
         "label": "db",
         "host": "db.test",
-        "port": int(port),
+        "port": server.proxy.port,
         "name": "postgres",
         "user": "postgres",
     }
     group = {"connection_count": 4, "min_size": 0, "timeout": 5}
     db["connect_timeout"] = 0.5 if scenario == "silent-first" else 3
-    Connection.init({"type": mode, "db": db, "groups": {"g": group}}, wait=False)
-    found = {"silent-later": silent_later, "silent-first": silent_first, "forked": forked, "gone": gone}[
-        scenario
-    ](server)
+    server.config = {"type": mode, "db": db, "groups": {"g": group}}
+    Connection.init(server.config, wait=False)
+    scenarios = {
+        "silent-later": silent_later,
+        "silent-first": silent_first,
+        "forked": forked,
+        "gone": gone,
+        "away": away,
+        "silent-address": silent_address,
+    }
+    found = scenarios[scenario](server)
     print(json.dumps({**found, "warnings": warnings}))
     Connection.close()
 

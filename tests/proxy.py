@@ -134,8 +134,9 @@ class Proxy:
     `rename(old, new)` writes another name of the same length wherever the server sends the one.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, at: str = HOST) -> None:
         self.target = (host, port)
+        self._at = at
         self.delay = 0.0  # seconds that each direction takes, order kept
         self.connections = self.round_trips = self.syncs = self.bytes_up = self.bytes_down = 0
         self.cuts = 0
@@ -264,7 +265,7 @@ class Proxy:
     def _bind(self, port: int) -> socket.socket:
         bound = socket.socket()
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((HOST, port))
+        bound.bind((self._at, port))
         return bound
 
     def _listen(self) -> None:

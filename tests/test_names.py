@@ -82,3 +82,25 @@ def test_a_name_that_there_is_no_more_is_a_server_that_is_down(run: Callable[[st
     assert "DBOfflineError" in found["second"][1]
     assert "failed to resolve host 'db.test'" in found["second"][1]
     assert found["state"] in ("down", "probing")
+
+
+def test_a_named_server_that_was_away_is_used_by_the_first_request_after_its_return(
+    run: Callable[[str], dict[str, Any]],
+) -> None:
+    found = run("away")
+    assert found["refused"][1].startswith("DBOfflineError")
+    assert found["then"][1] == ""
+    assert found["then"][0] < 1.5
+    assert found["state"] == "up"
+
+
+def test_a_silent_address_of_a_name_costs_its_share_of_the_time_once(
+    run: Callable[[str], dict[str, Any]],
+) -> None:
+    found = run("silent-address")
+    assert found["names"] == ["127.0.0.1", "127.0.0.2"]
+    assert found["began"][1] == ""
+    assert 1.0 < found["began"][0] < 2.9  # half of `connect_timeout`
+    assert found["then"][1] == ""
+    assert found["then"][0] < 1.0  # the one that worked comes first
+    assert found["state"] == "up"

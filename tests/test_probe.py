@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
-from support import closed_port, server
+from support import closed_port, server, wait_for
+from tls_front import TlsFront
 
+import pgdbpool
+from pgdbpool import Connection, Handler
+from pgdbpool.cluster import Cluster
 from pgdbpool.config import Config
 from pgdbpool.endpoint import Endpoint
 from pgdbpool.probe import StartupProbe
 from pgdbpool.sources import load
+
+DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 
 
 def endpoint_config(**entry: Any) -> Any:
@@ -52,3 +61,121 @@ def test_the_next_address_of_a_name_is_asked_when_one_refuses(
     assert probe(config).accepting
     del resolved[1]
     assert "refused" in probe(config).reason
+
+
+@pytest.fixture(scope="module")
+def encrypted() -> Iterator[Cluster]:
+    """A server with a certificate of its own."""
+    with Cluster(standbys=0, bin_dir=DEBIAN_15, tls=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def front(encrypted: Cluster, request: pytest.FixtureRequest) -> Iterator[TlsFront]:
+    """A front that takes TLS alone, at once or after an SSLRequest."""
+    node, certificate = encrypted.primary, encrypted.tls_certificate
+    key = certificate.with_name("server.key")
+    found = TlsFront((node.host, node.port), certificate, key, direct=request.param == "direct")
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("front", ["direct", "postgres"], indirect=True)
+def test_a_server_behind_a_front_for_tls_alone_comes_back(
+    front: TlsFront, encrypted: Cluster, mode: str, request: pytest.FixtureRequest
+) -> None:
+    negotiation = request.node.callspec.params["front"]
+    if negotiation == "direct" and psycopg.pq.version() < 170000:
+        pytest.skip("libpq before 17")
+    root = encrypted.tls_certificate
+    entry = {
+        "conninfo": f"host=localhost hostaddr=127.0.0.1 port={front.port} sslnegotiation={negotiation} "
+        f"sslmode=verify-full sslrootcert={root} user=postgres dbname=postgres"
+    }
+    Connection.init({"type": mode, "db": entry, "groups": {"g": {"connection_count": 1}}})
+    try:
+        use()
+        front.stop()
+        with pytest.raises(pgdbpool.DBOfflineError):
+            use()
+        front.open = True
+        wait_for(works, 5)
+        assert not front.in_clear
+    finally:
+        Connection.reset()
+
+
+def test_no_name_is_sent_to_a_server_whose_certificate_is_not_trusted(
+    encrypted: Cluster, proxy_to: Any, tmp_path: Path
+) -> None:
+    proxy = proxy_to(encrypted.primary)
+    for host, says in {
+        "localhost": "accepting sessions",
+        "127.0.0.1": "accepting|mismatch|not valid",
+    }.items():
+        entry = {
+            "host": host, "port": proxy.port, "user": "somebody", "name": "postgres", "ssl": "verify-full",
+            "sslrootcert": str(encrypted.tls_certificate),
+        }  # fmt: skip
+        found = probe(endpoint_config(**entry))
+        assert found.accepting
+        assert re.search(says, found.reason)
+    another = tmp_path / "root.crt"
+    with Cluster(standbys=0, bin_dir=DEBIAN_15, tls=True) as other:
+        another.write_bytes(other.tls_certificate.read_bytes())
+    found = probe(endpoint_config(**{**entry, "host": "localhost", "sslrootcert": str(another)}))
+    assert found.accepting  # it is there, and the connect says what is wrong with it
+    assert "certificate verify failed" in found.reason
+
+
+def test_a_refused_login_is_an_answer(known_cluster: Any) -> None:
+    node = known_cluster.primary
+    for ssl in ("prefer", "disable", "require"):  # which this server has none of
+        assert probe(endpoint_config(**server(node, ssl=ssl, user="nobody"))).accepting
+
+
+@pytest.mark.parametrize("answers", ["first", "second"])
+def test_the_servers_that_a_service_lists_come_back_after_an_outage(
+    known_cluster: Any,
+    proxy_to: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    mode: str,
+    answers: str,
+) -> None:
+    proxy, closed = proxy_to(known_cluster.primary), closed_port()
+    ports = (proxy.port, closed) if answers == "first" else (closed, proxy.port)
+    services = tmp_path / "services.conf"
+    services.write_text(
+        f"[mine]\nhost=127.0.0.1,localhost\nport={ports[0]},{ports[1]}\nuser=postgres\ndbname=postgres\n"
+    )
+    monkeypatch.setenv("PGSERVICEFILE", str(services))
+    entry = {"conninfo": "service=mine"}
+    Connection.init({"type": mode, "db": entry, "groups": {"g": {"connection_count": 1}}})
+    try:
+        use()
+        proxy.stop()
+        with pytest.raises(pgdbpool.DBOfflineError):
+            use()
+        proxy.start()
+        wait_for(works, 5)
+        services.write_text(services.read_text().replace("host=127.0.0.1,localhost", "host=localhost"))
+        proxy.reset_all()
+        with pytest.raises(pgdbpool.DBConnectionError, match="2 port numbers are given, and 1 hosts"):
+            use()
+        assert Connection.status().endpoints["mine"].state == "up"
+    finally:
+        Connection.reset()
+
+
+def use() -> None:
+    with Handler("g") as db:
+        db.query("SELECT 1")
+
+
+def works() -> bool:
+    try:
+        use()
+    except pgdbpool.DBConnectionError:
+        return False
+    return True
