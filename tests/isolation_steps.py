@@ -104,6 +104,8 @@ class Scene:
         self.db = db
         self.tenant = tenant
         self.manual = manual
+        self.switched = False
+        """Whether the block has set autocommit, and so has psycopg's own transactions."""
         self.random = random
         self.events = events
         self.new_unit = new_unit
@@ -153,9 +155,9 @@ class Scene:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """A transaction in an autocommit block, a savepoint in a manual one."""
-        outermost = self.unit is None
-        if outermost:
+        """A transaction in an autocommit block, a savepoint in a manual one that has not set autocommit."""
+        outermost = self.unit is None or (self.switched and self.idle)
+        if self.unit is None:
             self.unit = self.new_unit()
         unit = self.unit
         assert unit is not None
@@ -175,7 +177,16 @@ class Scene:
         else:
             unit.outcome = "committed" if outermost else unit.outcome
         finally:
-            self.unit = None if outermost else unit
+            if outermost:
+                self.unit = self.new_unit() if self.manual else None
+            else:
+                self.unit = unit
+
+    @property
+    def idle(self) -> bool:
+        """Whether no transaction is open."""
+        conn = self.db._conn
+        return conn is None or conn.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
     def hazard(self) -> None:
         """Raise now and then, wherever this is called."""
@@ -488,6 +499,22 @@ def become_another(s: Scene) -> None:
     note(s)
 
 
+def switch_autocommit(s: Scene) -> None:
+    """Go on in the other mode to the end of the block; what is open is committed before."""
+    s.events["autocommit switched"] += 1
+    try:
+        if s.manual:
+            with s.ending():
+                s.db.commit()
+        s.db.connection.autocommit = s.manual
+        s.manual, s.switched = not s.manual, True
+        s.unit = s.new_unit() if s.manual else None
+    except BaseException as error:
+        raise Leave from error  # in which mode it goes on is not known here
+    read(s)
+    note(s)
+
+
 def leave_something(s: Scene) -> None:
     """Leave something behind in the session, and the block with it."""
     s.events["sessions left unclean"] += 1
@@ -535,6 +562,7 @@ STEPS: dict[Callable[[Scene], None], int] = {
     roll_back: 2,
     transaction: 3,
     become_another: 2,
+    switch_autocommit: 2,
     leave_something: 2,
 }
 

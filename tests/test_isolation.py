@@ -7,7 +7,10 @@ from isolation import Plan, run
 
 from pgdbpool.cluster import Cluster
 
-HAPPENED = ("backends killed", "sessions left unclean", "tenant changed by the block", "nested blocks")
+HAPPENED = (
+    "backends killed", "sessions left unclean", "tenant changed by the block", "autocommit switched",
+    "nested blocks",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("mode", "blocks", "workers"), [("threaded", 3000, 8), ("non-threaded", 1500, 1)])
