@@ -83,6 +83,7 @@ WRITES: dict[str, Callable[[Handler, int], Any]] = {
     "stream": lambda db, i: list(db.cursor().stream("INSERT INTO t VALUES (%s) RETURNING i", (i,))),
     "cursor": lambda db, i: db.connection.cursor().execute("INSERT INTO t VALUES (%s)", (i,)),
     "connection": lambda db, i: db.connection.execute("INSERT INTO t VALUES (%s)", (i,)),
+    "psycopg's": lambda db, i: psycopg.ClientCursor(db.connection).execute("INSERT INTO t VALUES (%s)", (i,)),
     "pipeline": in_pipeline,
 }
 
@@ -592,11 +593,10 @@ def test_types_that_configure_registers_are_there_for_every_block(
             assert db.connection.adapters
 
 
-@pytest.mark.parametrize("group", ["auto", "manual", "manual_t"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_types_that_a_block_registers_end_with_it(start: Any, types: None, group: str) -> None:
     start()
     with handler(group) as db:
-        db.query("SELECT 1")
         register_types(db.connection)
         check_types(db.fetchrow(TYPED), registered=True)
     with handler(group) as db:
