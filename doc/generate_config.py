@@ -29,7 +29,10 @@ through the environment. Whatever is wrong in it is reported at once, in one ``C
 each problem, before any server is connected to. A key that is not listed here is an error.
 
 A duration is a number of the unit given here, or a string with a unit of its own: ``"500ms"``, ``"5s"``,
-``"2min"``, ``"1h"``.
+``"2min"``, ``"1h"``. ``query_timeout`` and ``tcp_user_timeout`` count milliseconds, as PostgreSQL and libpq
+do, and all others seconds: ``query_timeout: 5`` is 5 ms. A number without a unit that can hardly be meant is
+taken with a warning: one below 100 of milliseconds, and one above 600 of seconds for ``timeout``,
+``connect_timeout`` and ``ping_timeout``.
 
 .. code-block:: yaml
 

@@ -56,6 +56,8 @@ Verify = Literal["error", "warn", "off"]
 
 HOUR, DAY, YEAR = 3600, 86_400, 31_536_000
 CONNECTION_COUNT = 10
+LIKELY = 600
+"""Seconds above which nobody waits for a connection; see `Seconds`."""
 
 KEEPALIVES: dict[str, str | int] = {
     "keepalives_idle": 30,
@@ -142,7 +144,7 @@ class EndpointConfig:
     connect_timeout: Annotated[
         float,
         Key(
-            Seconds(HOUR),
+            Seconds(HOUR, likely=LIKELY),
             "Longest time for one connection to be made, name look-up, TLS and login included.",
             default="``5`` s; ``10`` s where there is one server only",
             libpq="connect_timeout",
@@ -389,7 +391,7 @@ class GroupConfig:
         Balance,
         Key(Word(get_args(Balance)), "How the next connection's server is chosen; weights count in each."),
     ] = "round-robin"
-    timeout: Annotated[float, Key(Seconds(DAY), "Longest wait for a connection.")] = 10.0
+    timeout: Annotated[float, Key(Seconds(DAY, likely=LIKELY), "Longest wait for a connection.")] = 10.0
     max_waiting: Annotated[
         int,
         Key(
@@ -438,7 +440,11 @@ class GroupConfig:
     ] = 1
     connect_timeout: Annotated[
         float | None,
-        Key(Seconds(HOUR), "Overrides the servers' ``connect_timeout``.", default="the server's"),
+        Key(
+            Seconds(HOUR, likely=LIKELY),
+            "Overrides the servers' ``connect_timeout``.",
+            default="the server's",
+        ),
     ] = None
     query_timeout: Annotated[
         int | None,
@@ -457,7 +463,8 @@ class GroupConfig:
         Key(Seconds(YEAR, zero="always"), "Idle time after which ``ping: auto`` asks."),
     ] = 30.0
     ping_timeout: Annotated[
-        float, Key(Seconds(HOUR), "Longest wait for the answer; after it the server counts as down.")
+        float,
+        Key(Seconds(HOUR, likely=LIKELY), "Longest wait for the answer; after it the server counts as down."),
     ] = 2.0
     prepare_threshold: Annotated[
         int | None,

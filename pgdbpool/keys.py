@@ -120,6 +120,10 @@ class Kind:
         """Return the value, normalised; raises `Refused` with what is allowed instead."""
         raise NotImplementedError
 
+    def doubt(self, value: object) -> str:
+        """Return why a value that was taken can hardly be meant, with the remedy; mostly nothing."""
+        return ""
+
     def read(self, value: object) -> Any:
         """Return the checked value of a source's tree; raises `Refused`."""
         if isinstance(value, Unreadable):

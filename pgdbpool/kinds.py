@@ -123,6 +123,9 @@ class Label(Text):
         return label
 
 
+_WITH_PORT = re.compile(r"(?P<host>[^:\[\]]+|\[[^\]]*\]):(?P<port>\d{1,5})", re.ASCII)
+
+
 class Host(Text):
     """One host name, address, or directory of a Unix socket."""
 
@@ -138,6 +141,11 @@ class Host(Text):
         host = super().check(value)
         if "," in host:
             raise self.refuse(value, "; one server per entry, list them separately")
+        if "://" in host:
+            raise self.refuse(value, "; a URI is the value of conninfo")
+        if not host.startswith(("/", "@")) and (both := _WITH_PORT.fullmatch(host)):
+            name = both["host"].strip("[]")
+            raise self.refuse(value, f"; the port has its own key: host: {show(name)}, port: {both['port']}")
         if not host.startswith(("/", "@")) and len(host.split()) > 1:
             raise self.refuse(value, "; it is one word, and the other parameters have keys of their own")
         if "@" in host[1:]:  # the first character marks an abstract socket
@@ -282,6 +290,7 @@ class Seconds(Kind):
     high: int
     zero: str = ""
     whole: bool = False  # libpq counts these in whole seconds
+    likely: float = 0  # a number above it, without a unit, is taken for one of milliseconds
 
     @property
     def allowed(self) -> str:
@@ -305,6 +314,11 @@ class Seconds(Kind):
             raise self.refuse(value)
         return int(number)
 
+    def doubt(self, value: object) -> str:
+        if not self.likely or not isinstance(value, (int, float)) or value <= self.likely:
+            return ""
+        return f'{value:g} is seconds; if it is meant, write it with a unit: "{value:g}s", else "{value:g}ms"'
+
     def in_words(self, value: Any) -> str:
         if value is None:
             return super().in_words(value)
@@ -319,6 +333,8 @@ class Milliseconds(Kind):
 
     zero: str
     high: int = 2**31 - 1
+    likely: ClassVar[int] = 100
+    """A number below it, without a unit, is taken for one of seconds."""
 
     @property
     def allowed(self) -> str:
@@ -335,6 +351,11 @@ class Milliseconds(Kind):
         if number != int(number):
             raise self.refuse(value)
         return int(number)
+
+    def doubt(self, value: object) -> str:
+        if not isinstance(value, int) or not 0 < value < self.likely:
+            return ""
+        return f'{value} is milliseconds; if it is meant, write it with a unit: "{value}ms", else "{value}s"'
 
     def in_words(self, value: Any) -> str:
         return super().in_words(value) + (" ms" if value is not None else "")

@@ -40,6 +40,7 @@ from typing import IO, Any
 from .check_groups import check_groups
 from .check_servers import check_servers, default_label, parse_conninfo
 from .config import CONFIG_KEYS, GROUP_KEYS, Config, EndpointConfig, GroupConfig
+from .foreign import synonym
 from .keys import Refused, may_hold_password, nearest, show, step
 from .validation import Report, read
 
@@ -75,6 +76,8 @@ def load(
     config = build(tree, origin, report)
     for path in report.deprecated:
         warnings.warn(f"{path} has no effect in pgdbpool 2: remove it", DeprecationWarning, _caller())
+    for text in report.doubtful:
+        warnings.warn(text, UserWarning, _caller())
     return config
 
 
@@ -232,7 +235,13 @@ def _add_keys(
         reserved = variable.startswith(("PGDBPOOL_TEST_", "DATABASE_URL"))
         if not reserved and variable not in known:
             names = f"; the groups are {', '.join(groups)}" if groups else ""
-            report.add(variable, f"unknown variable{names}{nearest(variable, known)}")
+            report.add(variable, f"unknown variable{names}{_meant(variable, known)}")
+
+
+def _meant(variable: str, known: set[str]) -> str:
+    """Return a hint at the variable that was meant: by another pool's word for a key, or by its letters."""
+    key = synonym(variable.removeprefix("PGDBPOOL_"), _VARIABLE_KEYS)
+    return f"; did you mean 'PGDBPOOL_{key.upper()}'?" if key else nearest(variable, known)
 
 
 def _value(key: str, text: str, variable: str, environ: Mapping[str, str], report: Report) -> object:

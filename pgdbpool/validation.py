@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError, Problem
-from .keys import Refused, Setting, Unreadable, nearest, show, step
+from .foreign import hint
+from .keys import Refused, Setting, Unreadable, show, step
 
 
 class Report:
@@ -15,6 +16,8 @@ class Report:
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
         self.deprecated: list[str] = []
+        self.doubtful: list[str] = []
+        """Values that can be used and can hardly be meant."""
         self._problems: dict[Problem, None] = {}
 
     def add(self, path: str, message: str) -> None:
@@ -54,10 +57,12 @@ def read(known: Mapping[str, Setting], value: object, path: str, report: Report)
             where = (path + step(name)).removeprefix(".")
             setting = known.get(name) if isinstance(name, str) else None
             if setting is None:
-                report.add(where, f"unknown key{nearest(name, known) or '; known are ' + ', '.join(known)}")
+                report.add(where, f"unknown key{hint(name, known) or '; known are ' + ', '.join(known)}")
                 continue
             try:
                 fields[setting.field] = setting.read(item)
+                if doubt := setting.key.kind.doubt(item):
+                    report.doubtful.append(f"{where}: {doubt}")
             except Refused as error:
                 report.refused(where, error)
     return fields

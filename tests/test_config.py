@@ -1601,3 +1601,102 @@ def test_a_host_that_is_more_than_a_host_is_refused_and_not_repeated() -> None:
     with pytest.raises(ConfigError, match="host") as caught:
         load({"db": {"host": "h password=pl4nted", "name": "shop", "user": "web"}, "groups": {"g": {}}})
     assert "pl4nted" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        *dict.fromkeys(
+            ["max_size", "pool_size", "maxconn", "max_overflow", "maximumPoolSize", "max-pool-size"],
+            "connection_count",
+        ).items(),
+        ("minconn", "min_size"), ("min_idle", "min_size"), ("pool_timeout", "timeout"),
+        ("acquire_timeout", "timeout"), ("pool_recycle", "max_lifetime"), ("recycle", "max_lifetime"),
+        ("idle_timeout", "max_idle"), ("statement_timeout", "query_timeout"),
+        ("command_timeout", "query_timeout"), ("connectTimeout", "connect_timeout"),
+        ("pool_pre_ping", "ping"), ("echo", "slow_query"),
+        ("target_session_attrs", "target"), ("master", "target"), ("replica", "target"),
+        ("load_balance_hosts", "balance"), ("leakDetectionThreshold", "leak_after"),
+        ("sslmode", "ssl' of a server in `db`"), ("dbname", "name' of a server in `db`"),
+        ("password", "pass' of a server in `db`"),
+    ],
+)  # fmt: skip
+def test_the_words_of_other_pools_lead_to_the_key_of_a_group(word: str, key: str) -> None:
+    expected = f"unknown key; did you mean '{key}" + ("?" if "`" in key else "'?")
+    assert group_problem(word, **{word: 1}) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("sslmode", "ssl"), ("dbname", "name"), ("database", "name"), ("password", "pass"),
+        ("passwd", "pass"), ("dsn", "conninfo"), ("uri", "conninfo"), ("url", "conninfo"),
+        ("hostname", "host"), ("username", "user"),
+        ("connectTimeout", "connect_timeout"), ("statement_timeout", "query_timeout"), ("master", "host"),
+        ("pool_size", "connection_count' of a group"),
+    ],
+)  # fmt: skip
+def test_the_words_of_other_drivers_lead_to_the_key_of_a_server(word: str, key: str) -> None:
+    expected = f"unknown key; did you mean '{key}" + ("?" if " of a " in key else "'?")
+    assert db_problem(word, **{word: "x"}) == expected
+
+
+def test_the_words_of_other_pools_lead_to_the_top_level_and_to_variables() -> None:
+    found = problems({"db": {}, "groups": {"g": {}}, "databases": [], "pools": {}, "max_size": 1})
+    assert found["databases"] == "unknown key; did you mean 'db'?"
+    assert found["pools"] == "unknown key; did you mean 'groups'?"
+    assert found["max_size"] == "unknown key; did you mean 'connection_count' of a group?"
+    environ = {"DATABASE_URL": "postgresql://h/d", "PGDBPOOL_MAX_SIZE": "1"}
+    message = problems(None, environ)["PGDBPOOL_MAX_SIZE"]
+    assert message.endswith("did you mean 'PGDBPOOL_CONNECTION_COUNT'?")
+
+
+@pytest.mark.parametrize(
+    ("host", "remedy"),
+    [
+        ("db1:5432", "; the port has its own key: host: 'db1', port: 5432"),
+        ("10.0.0.1:5432", "; the port has its own key: host: '10.0.0.1', port: 5432"),
+        ("[::1]:5432", "; the port has its own key: host: '::1', port: 5432"),
+        ("postgresql://db1", "; a URI is the value of conninfo"),
+    ],
+)
+def test_a_host_with_a_port_is_refused_with_the_remedy(host: str, remedy: str) -> None:
+    assert db_problem("host", host=host).endswith(remedy)
+
+
+def test_an_address_with_colons_is_a_host() -> None:
+    assert load({"db": {"host": "fe80::1:5432"}, "groups": {"g": None}}).endpoints[0].host == "fe80::1:5432"
+
+
+@pytest.mark.parametrize(
+    ("db", "group", "warning"),
+    [
+        (
+            {"query_timeout": 5},
+            {},
+            'db.query_timeout: 5 is milliseconds; if it is meant, write .*"5ms", else "5s"',
+        ),
+        ({}, {"query_timeout": 99}, "groups.g.query_timeout: 99 is milliseconds"),
+        ({"connect_timeout": 3000}, {}, 'db.connect_timeout: 3000 is seconds; .*"3000s", else "3000ms"'),
+        ({}, {"timeout": 30000}, "groups.g.timeout: 30000 is seconds"),
+    ],
+)
+def test_a_number_that_can_hardly_be_meant_is_taken_with_a_warning(
+    db: dict[str, Any], group: dict[str, Any], warning: str
+) -> None:
+    with pytest.warns(UserWarning, match=warning) as caught:
+        load({"db": {"host": "h", **db}, "groups": {"g": group}})
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_a_number_with_a_unit_is_meant() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = load(
+            {
+                "db": {"host": "h", "query_timeout": "5ms", "connect_timeout": "3000s"},
+                "groups": {"g": {"timeout": 600, "query_timeout": 100}, "h": {"query_timeout": 0}},
+            }
+        )
+    assert made.endpoints[0].query_timeout == 5

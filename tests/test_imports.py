@@ -16,8 +16,8 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
     "categories",
-    "errors", "events", "asking", "keys", "kinds", "transaction_modes", "setting_kinds", "config", "names",
-    "credentials", "arrival", "validation",
+    "errors", "events", "asking", "keys", "foreign", "kinds", "transaction_modes", "setting_kinds", "config",
+    "names", "credentials", "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
     "tally", "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble",
     "prepared", "greenlets", "guests", "session", "ended", "timing", "cursors", "copying", "queries",
@@ -30,7 +30,7 @@ ORDER = [
 LATE = {
     "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health", "runtime",
     "publisher", "yamlfile", "config", "setting_kinds", "validation", "check_servers", "check_groups",
-    "sources", "stats", "driver",
+    "sources", "stats", "driver", "foreign",
 }  # fmt: skip
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
