@@ -9,7 +9,7 @@ Nothing in the pool knows of it: `instrument` puts functions that measure in the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ try:
 except ImportError as error:  # the module's own name would only puzzle
     raise ImportError("pgdbpool.otel needs opentelemetry-api: pip install 'pgdbpool[otel]'") from error
 
+from . import __version__
 from .connection import Connection
 from .cursors import BlockCursor, BlockServerCursor
 from .endpoint import Endpoint
@@ -42,6 +43,8 @@ __all__ = ["instrument", "uninstrument"]
 Observe = Callable[[CallbackOptions], Iterable[Observation]]
 
 POOL, STATE = "db.client.connection.pool.name", "db.client.connection.state"
+OPERATION_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+"""The same for `db.client.operation.duration`, as the conventions have them."""
 BOUNDS = (0.00001, 0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 """Where the buckets of the histograms end, in seconds, unless a view of the SDK says otherwise."""
 
@@ -69,12 +72,11 @@ def instrument(
         that are written into it.
     """
     uninstrument()
-    meter = metrics.get_meter("pgdbpool", meter_provider=meter_provider)
+    meter = metrics.get_meter("pgdbpool", __version__, meter_provider)
     _observe(meter)
-    tracer = trace.get_tracer("pgdbpool", tracer_provider=tracer_provider) if spans else None
+    tracer = trace.get_tracer("pgdbpool", __version__, tracer_provider) if spans else None
     _measure(meter, tracer)
-    if tracer is not None:
-        _trace(tracer, statements)
+    _follow(meter, tracer, statements)
 
 
 def uninstrument() -> None:
@@ -179,45 +181,82 @@ def _measure(meter: metrics.Meter, tracer: Tracer | None) -> None:
     _replace(Endpoint, "dial", dial)
 
 
-# Spans.
+# Operations: statements and COMMITs.
 
 
-def _trace(tracer: Tracer, statements: bool) -> None:
+class _Operations:
+    """Measures each operation, and makes a span of it where there is a tracer."""
+
+    def __init__(self, meter: metrics.Meter, tracer: Tracer | None, statements: bool) -> None:
+        self._record = meter.create_histogram(
+            "db.client.operation.duration", "s", "Duration of database client operations.",
+            explicit_bucket_boundaries_advisory=OPERATION_BOUNDS,
+        ).record  # fmt: skip
+        self._tracer = tracer
+        self._texts = statements and tracer is not None
+
+    @contextmanager
+    def one(self, conn: PooledConnection, query: Any, sets: int = 1) -> Iterator[None]:
+        """Measure the operation that is the body: a statement, or a batch of so many sets of parameters."""
+        text = text_of(query) or ""
+        attributes = _server(conn)
+        words = ["BATCH"] if sets != 1 else []
+        if word := _WORD.match(text):
+            words.append(word[1].upper())
+        if words:
+            attributes["db.operation.name"] = " ".join(words)
+        more: dict[str, Any] = {"db.query.text": without_values(text)} if self._texts else {}
+        if sets != 1:
+            more["db.operation.batch.size"] = sets
+        name = " ".join([*words, attributes.get("db.namespace", "")]).strip()
+        began = monotonic()
+        try:
+            with _span(self._tracer, name, {**attributes, **more}):
+                yield
+        except BaseException as error:
+            attributes |= _failure(error)
+            raise
+        finally:
+            self._record(monotonic() - began, attributes)
+
+
+def _follow(meter: metrics.Meter, tracer: Tracer | None, statements: bool) -> None:
+    operations = _Operations(meter, tracer, statements)
+
     def sending(function: Any) -> Any:
-        def traced(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
-            text = text_of(query) or ""
-            word = _WORD.match(text)
-            attributes = _server(cursor._conn)
-            if word:
-                attributes["db.operation.name"] = word[1].upper()
-            if statements:
-                attributes["db.query.text"] = without_values(text)
-            name = " ".join(filter(None, (attributes.get("db.operation.name"), attributes["db.namespace"])))
-            with _span(tracer, name, attributes):
+        def followed(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+            with operations.one(cursor._conn, query):
                 return function(cursor, query, *arguments, **options)
 
-        return traced
+        return followed
+
+    def sending_many(function: Any) -> Any:
+        def followed(cursor: Any, query: Any, params_seq: Iterable[Any], **options: Any) -> Any:
+            sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+            with operations.one(cursor._conn, query, len(sets)):
+                return function(cursor, query, sets, **options)
+
+        return followed
 
     def committing(function: Any) -> Any:
-        def traced(conn: PooledConnection) -> None:
+        def followed(conn: PooledConnection) -> None:
             if conn.pgconn.transaction_status == IDLE:
                 function(conn)
                 return
-            attributes = {**_server(conn), "db.operation.name": "COMMIT"}
-            with _span(tracer, f"COMMIT {attributes['db.namespace']}", attributes):
+            with operations.one(conn, "COMMIT"):
                 function(conn)
 
-        return traced
+        return followed
 
     _replace(BlockCursor, "execute", sending)
-    _replace(BlockCursor, "executemany", sending)
+    _replace(BlockCursor, "executemany", sending_many)
     _replace(BlockServerCursor, "execute", sending)
     _replace(PooledConnection, "commit", committing)
 
 
 def _server(conn: PooledConnection) -> dict[str, Any]:
     if conn.closed:
-        return {"db.system.name": "postgresql", "db.namespace": ""}
+        return {"db.system.name": "postgresql"}
     pgconn = conn.pgconn
     return {
         "db.system.name": "postgresql",
@@ -241,8 +280,13 @@ def _open_span(tracer: Tracer, name: str, attributes: dict[str, Any]) -> Iterato
         try:
             yield span
         except BaseException as error:
-            span.set_attribute("error.type", type(error).__name__)
-            if sqlstate := getattr(error, "sqlstate", None):
-                span.set_attribute("db.response.status_code", sqlstate)
+            span.set_attributes(_failure(error))
             span.set_status(Status(StatusCode.ERROR))
             raise
+
+
+def _failure(error: BaseException) -> dict[str, str]:
+    found = {"error.type": type(error).__name__}
+    if sqlstate := getattr(error, "sqlstate", None):
+        found["db.response.status_code"] = sqlstate
+    return found

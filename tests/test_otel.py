@@ -163,8 +163,61 @@ def test_each_way_to_send_a_statement_makes_one_span(spans: InMemorySpanExporter
         assert db.fetchval("SELECT count(*) FROM t") == 2
     Connection.fetch("g", "SHOW server_version")
     names = [span.name for span in spans.get_finished_spans()]
-    expected = ["checkout tx", "CREATE postgres", "INSERT postgres", "SELECT postgres", "COMMIT postgres"]
+    expected = [
+        "checkout tx",
+        "CREATE postgres",
+        "BATCH INSERT postgres",
+        "SELECT postgres",
+        "COMMIT postgres",
+    ]
     assert names == [*expected, "checkout g", "SHOW postgres"]
+
+
+@pytest.mark.parametrize(("sets", "size"), [([], 0), ([(1,)], None), ([(1,), (2,)], 2)])
+def test_a_batch_has_its_size_in_its_span(
+    spans: InMemorySpanExporter, sets: list[Any], size: int | None
+) -> None:
+    with Handler("tx") as db:
+        db.executemany("SELECT %s::int", iter(sets))
+    name = "SELECT postgres" if size is None else "BATCH SELECT postgres"
+    attributes = finished(spans)[name].attributes
+    assert attributes is not None
+    assert attributes.get("db.operation.batch.size") == size
+
+
+def test_operations_are_measured_as_the_conventions_have_it(pools: None, known_cluster: Any) -> None:
+    reader = InMemoryMetricReader()
+    otel.instrument(meter_provider=MeterProvider([reader]))
+    with Handler("tx") as db:
+        db.query("select 1")
+        db.fetchval("SELECT 2")
+    with Handler("g") as db, pytest.raises(pgdbpool.DBQueryError):
+        db.query("SELECT 1 / 0")
+    data = reader.get_metrics_data()
+    assert data is not None
+    scopes = [scope for resource in data.resource_metrics for scope in resource.scope_metrics]
+    assert {(scope.scope.name, scope.scope.version) for scope in scopes} == {
+        ("pgdbpool", pgdbpool.__version__)
+    }
+    (metric,) = [m for scope in scopes for m in scope.metrics if m.name == "db.client.operation.duration"]
+    assert metric.unit == "s"
+    found = {
+        (point.attributes["db.operation.name"], point.attributes.get("db.response.status_code")): point
+        for point in metric.data.data_points
+    }
+    assert {key: point.count for key, point in found.items()} == {
+        ("SELECT", None): 2, ("COMMIT", None): 1, ("SELECT", "22012"): 1,
+    }  # fmt: skip
+    point = found["SELECT", None]
+    assert point.explicit_bounds == otel.OPERATION_BOUNDS
+    assert dict(point.attributes) == {
+        "db.system.name": "postgresql",
+        "db.namespace": "postgres",
+        "db.operation.name": "SELECT",
+        "server.address": known_cluster.primary.host,
+        "server.port": known_cluster.primary.port,
+    }
+    assert found["SELECT", "22012"].attributes["error.type"] == "DivisionByZero"
 
 
 def test_what_is_not_instrumented_is_as_it_was(pools: None) -> None:
