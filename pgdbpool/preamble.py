@@ -18,6 +18,7 @@ from weakref import ref
 
 from psycopg import pq, sql
 
+from .errors import ConnectionLostError
 from .tenant import Bound
 from .transaction_modes import modes_of
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 IDLE = int(pq.TransactionStatus.IDLE)
 INTRANS = int(pq.TransactionStatus.INTRANS)
+UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
 
 Command = tuple[bytes, Sequence[bytes | None] | None]
 """A statement of the preamble with its parameters in text format."""
@@ -139,7 +141,10 @@ class Block:
         """The code and the instruction that entered it; its line is worked out when it is told."""
 
     def preamble(self, conn: PooledConnection) -> tuple[Command, ...]:
-        """Return what must be sent before the next statement on the connection; mostly nothing."""
+        """Return what must be sent before the next statement on the connection; mostly nothing.
+
+        :raises ConnectionLostError: it was lost before.
+        """
         status = conn.pgconn.transaction_status
         if status == IDLE:
             conn.bound = False
@@ -148,12 +153,19 @@ class Block:
             else:
                 commands = self._all
             return conn.cleaning + commands if conn.stale else commands
-        if conn.bound or status != INTRANS or not self.settings:
-            return NOTHING
-        # A transaction that the block did not begin itself, or one chained to the last.
-        if conn.touched:
-            self._encode(conn)
-        return self._set
+        if status == INTRANS:
+            if conn.bound or not self.settings:
+                return NOTHING
+            # A transaction that the block did not begin itself, or one chained to the last.
+            if conn.touched:
+                self._encode(conn)
+            return self._set
+        if status == UNKNOWN:
+            self.lost = self.lost or self.manual  # an autocommit block has no open transaction in it
+            raise ConnectionLostError(
+                "the connection was lost before: nothing was sent; the block gets another"
+            )
+        return NOTHING
 
     def explicit(self, conn: PooledConnection) -> tuple[Command, ...]:
         """Return BEGIN and the settings, after a cleaning if one is due, to wrap a statement in."""

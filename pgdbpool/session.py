@@ -37,6 +37,7 @@ from .preamble import (
     IDLE,
     INTRANS,
     NOTHING,
+    UNKNOWN,
     Block,
     Command,
     deallocate,
@@ -61,8 +62,7 @@ ACTIVE = int(pq.TransactionStatus.ACTIVE)
 _BAD = int(pq.ConnStatus.BAD)
 _INERROR = int(pq.TransactionStatus.INERROR)
 _OPEN = (INTRANS, _INERROR)
-_UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
-_OVER = (IDLE, _UNKNOWN)
+_OVER = (IDLE, UNKNOWN)
 _FATAL = int(pq.ExecStatus.FATAL_ERROR)
 _SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 _COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
@@ -1157,7 +1157,7 @@ class PooledConnection(psycopg.Connection[Any]):
         try:
             super().commit()
         except errors.ConnectionLostError as error:
-            if status == _UNKNOWN:
+            if status == UNKNOWN:
                 raise  # it was lost before, and nothing is committed now
             error.maybe_committed = not errors.undone(error)
             if block is not None:

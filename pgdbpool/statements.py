@@ -72,7 +72,9 @@ _TOUCHES = {
     "EXECUTE",
     "LOAD",
 }
-_READS = {"SELECT", "SHOW", "TABLE", "VALUES"}
+_READS = {"SELECT", "SHOW", "TABLE", "VALUES", "FETCH"}
+_MAY_READ = {"WITH", "EXPLAIN"}
+_WRITES = re.compile(r"\b(?:insert|update|delete|merge|analyze)\b", re.I)
 _LOCAL = {"LOCAL", "TRANSACTION", "CONSTRAINTS"}
 # Anywhere in the text, so that it is also found in a quoted name, a CTE or an EXPLAIN ANALYZE.
 _REACHES = re.compile(
@@ -117,7 +119,7 @@ class Shape(NamedTuple):
     allows: str
     """How long, in PostgreSQL's words, where the text says so."""
     changes: bool
-    """It may take effect: it is none that only reads, as far as its first word tells."""
+    """It may take effect: it is not one that only reads, as far as its words tell."""
     sets: bool
     """It is a SET: that takes no time, and SET TRANSACTION comes before any query of its transaction."""
 
@@ -151,9 +153,15 @@ def _analyse(text: str) -> Shape:
         taints=touches and _TAINTS.search(text) is not None,
         timeout=timeout,  # SET LOCAL too, which leaves nothing behind
         allows=_allows(text) if timeout and words == ["SET"] else "",
-        changes=not _READS.issuperset(words),
+        changes=_changes(words, code),
         sets=words == ["SET"],
     )
+
+
+def _changes(words: list[str], code: str) -> bool:
+    """Return whether one of the statements is more than a reading one."""
+    others = {word for word in words if word not in _READS}
+    return bool(others) and (not others <= _MAY_READ or _WRITES.search(code) is not None)
 
 
 def _code(text: str) -> str:

@@ -78,6 +78,7 @@ WRITES: dict[str, Callable[[Handler, int], Any]] = {
     "query": lambda db, i: db.query("INSERT INTO t VALUES (%s)", (i,)),
     "fetchval": lambda db, i: db.fetchval("INSERT INTO t VALUES (%s) RETURNING i", (i,)),
     "several": lambda db, i: db.query("SELECT 1; INSERT INTO t VALUES (%s)", (i,)),
+    "with": lambda db, i: db.query("WITH x AS (INSERT INTO t VALUES (%s) RETURNING i) SELECT * FROM x", (i,)),
     "executemany": lambda db, i: db.executemany("INSERT INTO t VALUES (%s)", [(i,)]),
     "copy": copy_in,
     "stream": lambda db, i: list(db.cursor().stream("INSERT INTO t VALUES (%s) RETURNING i", (i,))),
@@ -293,7 +294,8 @@ def test_rollback_of_an_autocommit_block_that_changed_nothing_is_fine(start: Any
     start()
     with handler(group) as db:
         db.rollback()
-        db.query("SELECT 1")
+        for reading in ("SELECT 1", "WITH x AS (SELECT 'insert') TABLE x; SHOW work_mem", "EXPLAIN TABLE t"):
+            db.query(reading)
         list(db.cursor().stream("SELECT 1"))
         with db.copy("COPY t TO STDOUT") as copy:
             list(copy)
@@ -606,26 +608,52 @@ def test_types_that_a_block_registers_end_with_it(start: Any, types: None, group
 # A connection that was lost.
 
 
-@pytest.mark.parametrize("call", ["rollback", "commit", "transaction", "nothing"])
+def in_transaction(conn: Any) -> None:
+    with conn.transaction():
+        pass
+
+
+def copy_over(cursor: Any) -> None:
+    with cursor.copy("COPY t (i) FROM STDIN"):
+        pass
+
+
+# What the connection, or a cursor of it, may be asked.
+ASKED: dict[str, Callable[[Any, Any], Any]] = {
+    "rollback": lambda conn, cursor: conn.rollback(),
+    "commit": lambda conn, cursor: conn.commit(),
+    "transaction": lambda conn, cursor: in_transaction(conn),
+    "pipeline": lambda conn, cursor: conn.pipeline().__enter__(),
+    "autocommit": lambda conn, cursor: conn.set_autocommit(False),
+    "read_only": lambda conn, cursor: conn.set_read_only(True),
+    "notifies": lambda conn, cursor: list(conn.notifies(timeout=0.1)),
+    "execute": lambda conn, cursor: cursor.execute("SELECT 1"),
+    "several": lambda conn, cursor: cursor.execute("SELECT 1; SELECT 2"),
+    "utility": lambda conn, cursor: cursor.execute("VACUUM"),
+    "executemany": lambda conn, cursor: cursor.executemany("SELECT %s", [(1,)]),
+    "stream": lambda conn, cursor: list(cursor.stream("SELECT 1")),
+    "copy": lambda conn, cursor: copy_over(cursor),
+    "psycopg's": lambda conn, cursor: psycopg.ClientCursor(conn).execute("SELECT 1"),
+}
+
+
 @pytest.mark.parametrize("group", ["auto", "auto_t"])
 def test_an_autocommit_block_goes_on_after_a_loss_whatever_the_lost_connection_is_asked(
-    start: Any, admin: Any, group: str, call: str
+    start: Any, admin: Any, group: str
 ) -> None:
     start()
-    with handler(group) as db:
-        conn = db.connection
-        kill_backends(admin, pid_of(db))
-        with pytest.raises(pgdbpool.ConnectionLostError):
-            db.query("SELECT 1")
-        if call != "nothing":
-            with pytest.raises(psycopg.OperationalError) as caught:
-                if call == "transaction":
-                    with conn.transaction():
-                        pass
-                getattr(conn, call)()
-            assert not getattr(caught.value, "maybe_committed", False)
-        db.query("INSERT INTO t VALUES (1)")
-    assert rows(admin) == [1]
+    for i, (what, ask) in enumerate(ASKED.items()):
+        with handler(group) as db:
+            conn, cursor = db.connection, db.connection.cursor()
+            kill_backends(admin, pid_of(db))
+            with pytest.raises(pgdbpool.ConnectionLostError):
+                db.query("SELECT 1")
+            with pytest.raises(psycopg.Error) as caught:
+                ask(conn, cursor)
+            assert not getattr(caught.value, "maybe_committed", False), what
+            assert not getattr(caught.value, "maybe_executed", False), what
+            db.query("INSERT INTO t VALUES (%s)", (i,))
+        assert rows(admin)[-1] == i, what
 
 
 def test_a_lost_transaction_stays_lost_when_the_lost_connection_is_asked_to_commit(
