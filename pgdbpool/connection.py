@@ -92,6 +92,7 @@ class _Pools:
         endpoint.on_up = self._came_up
         endpoint.on_seen = self._seen
         endpoint.on_role = self._changed_role
+        endpoint.on_silent = self._fell_silent
         return endpoint
 
     def _group(self, config: GroupConfig, endpoints: list[Endpoint]) -> Group:
@@ -208,6 +209,12 @@ class _Pools:
         for system, (_, endpoint) in list(self._newest.items()):
             if endpoint is gone:
                 del self._newest[system]
+
+    def _fell_silent(self, endpoint: Endpoint) -> None:
+        for group in endpoint.groups:
+            group.drop_idle(endpoint, "ping")
+        self.monitor.prober.watch(endpoint)
+        self.monitor.wake()
 
     def _changed_role(self, endpoint: Endpoint) -> None:
         for group in endpoint.groups:

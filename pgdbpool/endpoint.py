@@ -1,8 +1,9 @@
 """One server: its address, its state, and the opening of connections to it.
 
 State changes on evidence only. DOWN: a connect that is refused, reset or past its deadline, a
-server that says that it is starting up or shutting down (57P03), a ping past its deadline. Not
-DOWN: a wrong password, a missing database, too many clients (53300), anything a statement raises.
+server that says that it is starting up or shutting down (57P03). Not DOWN: a ping past its deadline,
+which is a reason to connect, a wrong password, a missing database, too many clients (53300), anything
+a statement raises.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import enum
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
@@ -49,6 +51,14 @@ PROBE_AFTER = (0.5, 0.75)
 PROBE_TIMEOUT = 2.0
 """Seconds that a server has to answer a probe."""
 
+FULL_PAUSE = (0.02, 1.0)
+"""Seconds until a full server is dialled again: at first, and at most; twice as long each time."""
+
+_FULL = re.compile(
+    r"too many (clients|connections)|connection slots are reserved|no more connections allowed", re.IGNORECASE
+)
+"""What PostgreSQL and PgBouncer say: libpq does not tell the SQLSTATE of a connect (53300)."""
+
 CHANGING = ("weight", "connect_timeout", "password", "pass_file")
 """Keys of a server that may change while its connections stay."""
 
@@ -70,7 +80,10 @@ class Role(enum.Enum):
 
 
 class DialError(Exception):
-    """A connection could not be opened; `down` tells whether that is evidence of a server gone."""
+    """A connection could not be opened.
+
+    :param down: whether that is evidence of a server gone.
+    """
 
     def __init__(self, endpoint: Endpoint, message: str, down: bool) -> None:
         super().__init__(message)
@@ -134,6 +147,12 @@ class Endpoint:
         """When a statement ran into its deadline: connections idle since then are pinged first."""
         self.doubtful = False
         """Whether a connection was lost since it last answered or failed to."""
+        self.silent = False
+        """Whether a ping was not answered since then: a probe looks whether the server is there."""
+        self.full_pause = 0.0
+        """Seconds between two connects while it admits no more of them; 0 where it does."""
+        self.full_until = 0.0
+        """When the next one is due."""
         self.look: Callable[[], Look | None] = nobody
         """Who dials it while it is doubtful, if anybody."""
         self.groups: Sequence[Group] = ()
@@ -144,6 +163,7 @@ class Endpoint:
         self.failovers = 0
         """How often it was seen to have been promoted."""
         self.on_down: Callable[[Endpoint], None] = lambda endpoint: None
+        self.on_silent: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_seen: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_role: Callable[[Endpoint], None] = lambda endpoint: None
@@ -177,7 +197,7 @@ class Endpoint:
         """Take the endpoint out of use until a probe succeeds; its idle connections are dropped."""
         self.note_error(reason)
         self.condemned_at = monotonic()
-        self.doubtful = False
+        self.doubtful = self.silent = False
         if self.state in (State.UP, State.PROBING):
             was_up = self.state is State.UP
             self.state = State.DOWN
@@ -190,13 +210,32 @@ class Endpoint:
 
     def mark_up(self) -> None:
         """Put the endpoint back into use."""
-        self.doubtful = False
+        was_silent = self.silent
+        self.doubtful = self.silent = False
+        if was_silent and self.state is State.UP:
+            self.on_up(self)  # its idle connections were dropped
         if self.state in (State.DOWN, State.PROBING):
             self.state = State.UP
             away = None if self.down_since is None else monotonic() - self.down_since
             self.down_since = None
             events.ENDPOINT_UP("endpoint %s is up again", self.label, endpoint=self.label, seconds=away)
             self.on_up(self)
+
+    def condemn(self, reason: str) -> None:
+        """Drop the idle connections, since one gave no answer: the network may have forgotten them.
+
+        Whether the server is there, the next connect tells, and a probe.
+        """
+        self.note_error(reason)
+        self.condemned_at = monotonic()
+        self.doubtful = self.silent = True
+        self.on_silent(self)
+
+    def note_full(self) -> None:
+        """Remember that the server admits no further connection, and when it is asked again."""
+        least, most = FULL_PAUSE
+        self.full_pause = min(max(self.full_pause * 2, least), most)
+        self.full_until = monotonic() + self.full_pause * random.uniform(0.75, 1.25)
 
     def drain(self) -> None:
         """Take the endpoint out of use until `undrain`: connections in use end with their blocks."""
@@ -427,7 +466,7 @@ class Endpoint:
             if conn is not None:
                 conn.close()
             told = error.__cause__ if isinstance(error, HookError) else error
-            down = isinstance(told, psycopg.Error) and self._is_down(deadline, telling())
+            down = isinstance(told, psycopg.Error) and self._is_down(told, deadline, telling())
             raise self._failed(error, down) from error
         conn.until = None
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
@@ -439,6 +478,7 @@ class Endpoint:
             # Jitter, so that connections opened together are not all replaced together.
             conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
         self.opened = next(self._ids)
+        self.full_pause = self.full_until = 0.0
         self.mark_up()
         self.on_seen(self)
         return conn
@@ -575,11 +615,18 @@ class Endpoint:
                 self.role = None  # the pooler is up; its server may be gone, and another promoted
         return DialError(self, message, down)
 
-    def _is_down(self, deadline: float, conclusive: bool) -> bool:
+    def _is_down(self, error: psycopg.Error, deadline: float, conclusive: bool) -> bool:
         """Ask the server itself why it refused: libpq gives no SQLSTATE and its text is translated.
 
         :param conclusive: whether no answer says that it is down, and not that there was no time for one.
         """
+        if _FULL.search(str(error)):  # one more would be one too many
+            self.note_full()
+            return False
         probe = self.probe()
         probe.run(min(max(deadline - monotonic(), HURRY), PROBE_TIMEOUT))
+        if probe.sqlstate == "53300":
+            self.note_full()
+        else:
+            self.full_pause = self.full_until = 0.0
         return not probe.accepting and (conclusive or not probe.out_of_time)

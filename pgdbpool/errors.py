@@ -132,6 +132,14 @@ class TargetUnavailableError(DBOfflineError):
     """Endpoints answer, but none has the role that the group's `target` asks for: worth a retry."""
 
 
+class ServerFullError(DBConnectionError):
+    """The servers admit no further connection (SQLSTATE 53300): a block waits within its `timeout`."""
+
+    category = Category.RESOURCE
+    pause = 0.0
+    """Seconds until the next connect is worth a try."""
+
+
 class PoolTimeout(DBConnectionError):
     """No connection became free within `timeout`; `holders` says who has them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,6 +30,7 @@ from .errors import (
     PoolExhausted,
     PoolTimeout,
     RateLimitExceeded,
+    ServerFullError,
     SettingError,
     TargetUnavailableError,
     TooManyWaiting,
@@ -298,7 +300,11 @@ class Group:
                     got = self._queue(none.reason, deadline, now, block.high)
                     now = monotonic()
                 if isinstance(got, Slot):
-                    conn = self._connect(got, deadline)
+                    try:
+                        conn = self._connect(got, deadline)
+                    except ServerFullError as error:
+                        now = self._await_room(error.pause, deadline, block.high)
+                        continue
                     now = monotonic()
                     break
                 reason = self._unfit(got, now, deadline)
@@ -468,6 +474,21 @@ class Group:
         self._waits.add(monotonic() - now)
         return got
 
+    def _await_room(self, pause: float, deadline: float, high: bool) -> float:
+        """Wait where no server has room for another connection; return the time.
+
+        In threaded mode that is done in the queue, with all others, for a connection that comes back.
+
+        :raises PoolTimeout: there is no time left.
+        """
+        now = monotonic()
+        self._pool.taken -= 1  # that was in vain
+        if now >= deadline:
+            raise self._exhausted(PoolTimeout, 0.0, high) from None
+        if not self._pool.hold_back(pause):
+            time.sleep(min(pause, deadline - now))
+        return monotonic()
+
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None: no round trip unless it is due."""
         endpoint = conn.endpoint
@@ -497,7 +518,7 @@ class Group:
             return "lost"
         if timeout < min(limit, CONCLUSIVE):
             return "ping cut short"
-        conn.endpoint.mark_down(f"no answer to a ping within {timeout:.3g} s")
+        conn.endpoint.condemn(f"no answer to a ping within {timeout:.3g} s")
         return "ping"
 
     def _unwanted(self, conn: PooledConnection, deadline: float) -> str | None:
@@ -571,9 +592,11 @@ class Group:
                     spare.close()
                 spare = conn
                 break
-        except BaseException:
+        except BaseException as error:
             if spare is not None:
                 spare.close()
+            if isinstance(error, ServerFullError):
+                self._pool.hold_back(error.pause)  # first, or the next in the queue would get the slot
             self._pool.free(slot)  # at once: the error's traceback keeps this frame, and the slot, alive
             raise
         finally:
@@ -691,10 +714,14 @@ class Group:
         with self._lock:
             slot.endpoint = None
             best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
-            left = [endpoint for endpoint in best if endpoint not in tried]
-            left.sort(key=lambda endpoint: endpoint.look() is not None)  # better one that nobody waits for
+            now = monotonic()
+            left = [e for e in best if e not in tried and e.full_until <= now]
+            # Better one that has answered, and that nobody waits for.
+            left.sort(key=lambda endpoint: (endpoint.silent, endpoint.look() is not None))
             if left:
-                slot.endpoint = left[0]
+                slot.endpoint = chosen = left[0]
+                if chosen.full_pause:  # one asks whether it has room, not all at once
+                    chosen.full_until = now + chosen.full_pause
             return slot.endpoint, len(left)
 
     def _candidates(self) -> list[Candidate]:
@@ -1139,10 +1166,13 @@ class Group:
             TooManyWaiting: f"{pool.waiting} requests wait already (max_waiting)",
         }.get(kind, f"no connection became free within {waited:g} s")
         errors = {e.label: e.last_error for e in self.endpoints if e.last_error}
+        full = "; ".join(f"{endpoint.label} is full: {endpoint.last_error}" for endpoint in self._full())
         share = "" if high or not self.config.reserved else f" ({self.config.reserved} for high priority)"
         return kind(
             f"group {self.name!r}: {what}; {len(holders)} of {limit}{share} in use, {pool.idle} idle, "
-            f"{pool.waiting} waiting; held by " + ("; ".join(holders) or "nobody"),
+            f"{pool.waiting} waiting; held by "
+            + ("; ".join(holders) or "nobody")
+            + (f"; {full}" if full else ""),
             group=self.name,
             endpoints=errors,
             in_use=len(holders),
@@ -1160,12 +1190,26 @@ class Group:
             endpoints={endpoint.label: text},
         )
 
+    def _full(self) -> list[Endpoint]:
+        """Return the endpoints that would do, if they had room for another connection."""
+        return [
+            endpoint
+            for endpoint in self.endpoints
+            if endpoint.full_pause
+            and endpoint.state is State.UP
+            and endpoint not in self._barred
+            and (endpoint.role is None or suits(self.config.target, endpoint.role, endpoint.read_only))
+        ]
+
     def _unreachable(self, failures: dict[Endpoint, DialError | None]) -> DBConnectionError:
         """Make the error for a group none of whose endpoints could be connected to."""
         evidence: dict[str, str] = {}
+        full = self._full()
         for endpoint in self.endpoints:
             failure = failures.get(endpoint)
-            if failure is not None:
+            if endpoint in full:
+                evidence[endpoint.label] = f"is full: {endpoint.last_error}"
+            elif failure is not None:
                 evidence[endpoint.label] = str(failure)
             elif endpoint.state is State.DRAINING:
                 evidence[endpoint.label] = "draining: taken out of use by Connection.drain"
@@ -1182,7 +1226,9 @@ class Group:
         up = [endpoint for endpoint in self.endpoints if endpoint.state is State.UP]
         kind: type[DBConnectionError]
         kind, what = DBOfflineError, "every endpoint is down"
-        if up and any(not failure.down for failure in dialled):
+        if full:
+            kind, what = ServerFullError, "no server has room for another connection"
+        elif up and any(not failure.down for failure in dialled):
             kind, what = DBConnectionError, "no endpoint accepts a connection"
         elif up:
             kind, what = TargetUnavailableError, f"no endpoint that is up is {self.config.target}"
@@ -1193,6 +1239,8 @@ class Group:
             endpoints=evidence,
         )
         down = next((e for e in self.endpoints if e.state is not State.UP and e.last_error), None)
+        if isinstance(error, ServerFullError):
+            error.pause = max(min(endpoint.full_until for endpoint in full) - monotonic(), HURRY / 10)
         if dialled:
             error.__cause__ = dialled[0].__cause__
         elif down is not None:  # what the prober found, which has raised nothing

@@ -67,13 +67,13 @@ class _Flight:
                 self.accepting = True  # an error is an answer too
             elif self._now.accepting and self.endpoint.config.pooler and self.endpoint.groups:
                 self._then = self._question()
-                self.until = now + PROBE_TIMEOUT
+                self.until = now + self.endpoint.config.connect_timeout
                 return self.step(now)
             else:
                 self.accepting = self._now.accepting
             return True
         if part.moves > moves:
-            self.until, self.patience = now + PROBE_TIMEOUT, WAIT
+            self.until, self.patience = max(self.until, now + PROBE_TIMEOUT), WAIT
         return now >= self.until
 
     def _question(self) -> Look:
@@ -95,7 +95,10 @@ class _Flight:
 
 
 class Prober:
-    """Asks each DOWN endpoint at most twice a second whether it accepts sessions again."""
+    """Asks each DOWN endpoint at most twice a second whether it accepts sessions again.
+
+    And once each that is UP and has not answered a ping, whether it is there.
+    """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
@@ -108,8 +111,8 @@ class Prober:
         return bool(self._due)
 
     def watch(self, endpoint: Endpoint) -> None:
-        """Probe the endpoint until it is up."""
-        self._due.setdefault(endpoint, self._next())
+        """Probe the endpoint until it is up; at once if it is, and it did not answer."""
+        self._due.setdefault(endpoint, self._clock() if endpoint.silent else self._next())
 
     def step(self) -> float:
         """Do what is due now; return the seconds until there may be more to do."""
@@ -117,14 +120,16 @@ class Prober:
             return PROBE_TIMEOUT
         now = self._clock()
         for endpoint, due in list(self._due.items()):
-            if endpoint.state not in (State.DOWN, State.PROBING):
+            silent = endpoint.silent and endpoint.state is State.UP
+            if endpoint.state not in (State.DOWN, State.PROBING) and not silent:
                 self._forget(endpoint)
                 continue
             flight = self._flying.get(endpoint)
             if flight is None:
                 if now < due:
                     continue
-                endpoint.state = State.PROBING
+                if not silent:
+                    endpoint.state = State.PROBING
                 flight = self._flying[endpoint] = _Flight(endpoint, now)
             if not flight.step(now):
                 continue
@@ -133,6 +138,9 @@ class Prober:
             if flight.accepting:
                 self._forget(endpoint)
                 endpoint.mark_up()
+            elif silent:
+                self._due[endpoint] = self._next()
+                endpoint.mark_down(flight.reason)
             else:
                 if endpoint.state is State.PROBING:  # and was not drained meanwhile
                     endpoint.state = State.DOWN

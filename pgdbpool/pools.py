@@ -31,7 +31,7 @@ from typing import Any, Protocol, cast
 import psycopg_pool
 from psycopg_pool.pool import MaintenanceTask, Schedule, ShrinkPool
 
-from .errors import Error, ThreadingModelError
+from .errors import Error, ServerFullError, ThreadingModelError
 from .session import PooledConnection, Slot
 
 Dial = Callable[[Slot], PooledConnection]
@@ -99,6 +99,13 @@ class Pool(Protocol):
 
     def claim(self) -> Slot | None:
         """Take a free slot without waiting."""
+
+    def hold_back(self, pause: float) -> bool:
+        """Hand out no slots, since the servers are full, until one was found to have room, in the background.
+
+        :param pause: seconds until that is worth a try.
+        :returns: whether there is a background; else the caller tries.
+        """
 
     def refill(self) -> None:
         """See to it that there are `min_size` connections again."""
@@ -222,6 +229,13 @@ class _Retry(MaintenanceTask):
         pool.retry()
 
 
+class _Room(MaintenanceTask):
+    """Looks whether a full server has room again."""
+
+    def _run(self, pool: Any) -> None:
+        pool.seek_room()
+
+
 class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     """A pool for many threads: a fair queue, and workers that keep `min_size` connections.
 
@@ -252,6 +266,8 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         self._shrinks = max_idle > 0
         self.missing = False  # but when it was just opened; a worker opens what is
         self._retrying = False
+        self._full = False
+        """Whether slots are held back, since no server has room for another connection."""
         self._slots = _Slots(max_size, self._slot_freed)
         self._queue = _Queue()
         super().__init__(
@@ -325,7 +341,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                     if len(self._pool) < self._nconns_min:  # what psycopg_pool shrinks by
                         self._nconns_min = len(self._pool)
                     return conn
-                if slot := self._slots.new():
+                if not self._full and (slot := self._slots.new()):
                     self.taken += 1
                     return slot
             if timeout <= 0:
@@ -401,7 +417,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             wanted = self._queue.high or (
                 self._queue.normal and (not self._reserved or self._free() > self._reserved)
             )
-            if wanted and not self._closed and (slot := self._slots.new()):
+            if wanted and not self._closed and not self._full and (slot := self._slots.new()):
                 self._serve(slot)
 
     def free(self, slot: Slot) -> None:
@@ -412,6 +428,30 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             self.open()
         with self._lock:
             return None if self._closed else self._slots.new()
+
+    def hold_back(self, pause: float) -> bool:
+        if not self._workers:
+            return False
+        with self._lock:
+            looking, self._full = self._full, True
+        if not looking:
+            self.run_task(Schedule(self, _Room(self), pause))
+        return True
+
+    def seek_room(self) -> None:
+        """Open connections in a worker for requests that wait, one by one, until the servers are full."""
+        while self.waiting and (slot := self.claim()):
+            try:
+                conn = self._dial(slot)
+            except ServerFullError as error:
+                self.run_task(Schedule(self, _Room(self), error.pause))
+                return
+            except Error:  # those who wait find out by themselves
+                break
+            self.give(conn)
+        self._full = False
+        for _ in range(self.waiting):
+            self._slot_freed()
 
     def refill(self) -> None:
         self.missing = False
@@ -571,6 +611,9 @@ class LockFreePool:
         slot = None if self._closed else self._slots.new()
         self.missing = self.missing and slot is not None and self.size < self._min_size
         return slot
+
+    def hold_back(self, pause: float) -> bool:
+        return False
 
     def refill(self) -> None:
         """Ask for what is missing: there is no background, so a later checkout opens it."""

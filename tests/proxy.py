@@ -113,6 +113,7 @@ class Link:
         self.cut = False  # at the server's next word
         self.asked = False  # the client has sent something that the server has not begun to answer
         self.open = True
+        self.forgotten = False
 
 
 class Proxy:
@@ -204,6 +205,10 @@ class Proxy:
         """Pass on again after `stall`, beginning with what was held."""
         self._call(partial(self._stall, False))
 
+    def forget(self) -> None:
+        """Pass nothing on over the connections that there are, as a firewall that has forgotten them."""
+        self._call(self._forget)
+
     def reset_all(self) -> None:
         """End all connections with RST, on both sides."""
         self._call(self._reset_all)
@@ -259,7 +264,8 @@ class Proxy:
     def _until_next_due(self) -> float | None:
         if self._stalled:
             return None
-        dues = [f.queue[0][0] for link in self._links for f in link.flows if f.queue and not f.blocked]
+        links = [link for link in self._links if not link.forgotten]
+        dues = [f.queue[0][0] for link in links for f in link.flows if f.queue and not f.blocked]
         return max(0.0, min(dues) - time.monotonic()) if dues else None
 
     def _bind(self, port: int) -> socket.socket:
@@ -296,7 +302,7 @@ class Proxy:
         """Wait for what can happen next: a flow's source is read unless it has ended or is far ahead."""
         for flow, opposite in ((link.up, link.down), (link.down, link.up)):
             mask = 0
-            if link.open and not self._stalled:
+            if link.open and not self._stalled and not link.forgotten:
                 mask |= selectors.EVENT_READ if not flow.ended and flow.size < HIGH_WATER else 0
                 mask |= selectors.EVENT_WRITE if opposite.blocked else 0
             watched = self._selector.get_map().get(flow.source)
@@ -353,7 +359,7 @@ class Proxy:
 
     def _advance(self, link: Link) -> None:
         """Pass on what is due in both directions and end the link when both have ended."""
-        if self._stalled:
+        if self._stalled or link.forgotten:
             return
         try:
             for flow in link.flows:
@@ -396,6 +402,11 @@ class Proxy:
             self._listener.close()
             self._listener = None
         self._reset_all()
+
+    def _forget(self) -> None:
+        for link in self._links:
+            link.forgotten = True
+            self._watch(link)
 
     def _stall(self, stalled: bool) -> None:
         self._stalled = stalled

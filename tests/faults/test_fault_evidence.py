@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -100,8 +101,76 @@ def test_too_many_clients_put_no_endpoint_down(start: Any, known_cluster: Any) -
         with pytest.raises(psycopg.OperationalError, match="too many clients"):
             while True:
                 stack.enter_context(node.connect())
-        refused_to_log_in(server(node), start, "too many clients")
+        start([node], wait=False, timeout=0.1)
+        for _ in range(3):
+            with pytest.raises(pgdbpool.PoolTimeout, match=r"is full: .*too many clients"), Handler("g"):
+                pass
+            assert state() == "up"
     wait_for(lambda: call().error is None, what="there is room again")
+
+
+@pytest.fixture(params=["role", "database"])
+def limited(request: pytest.FixtureRequest, known_cluster: Any) -> Iterator[dict[str, Any]]:
+    """A `db` entry whose role, or whose database, may have two connections."""
+    node = known_cluster.primary
+    role, database = ("2", "-1") if request.param == "role" else ("-1", "2")
+    node.execute(f"CREATE ROLE few LOGIN CONNECTION LIMIT {role}")
+    node.execute(f"CREATE DATABASE few CONNECTION LIMIT {database}")
+    yield server(node, user="few", name="few")
+    Connection.reset()
+    node.execute("DROP DATABASE few WITH (FORCE)")
+    node.execute("DROP ROLE few")
+
+
+def test_a_full_server_is_waited_for(start: Any, limited: Any, mode: str, measured: Any) -> None:
+    start([limited], wait=False, timeout=10, connection_count=6, min_size=0)
+    if mode == "threaded":
+        found: list[Any] = []
+
+        def work() -> None:
+            found.extend(call() for _ in range(40))
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [each.error for each in found if each.error] == []
+        assert len(found) == 320
+        measured("the longest wait of 8 threads for 2 connections", max(c.took for c in found), at_most=3)
+    else:
+        others = [psycopg.connect(**connect_to(limited)) for _ in range(2)]
+        timer = threading.Timer(0.3, lambda: [other.close() for other in others])
+        timer.start()
+        done = call()
+        assert done.error is None
+        measured("the wait for another program's connections", done.took, at_least=0.2, at_most=3)
+        timer.join()
+    assert state() == "up"
+
+
+def test_a_server_that_stays_full_is_named_when_the_time_is_up(
+    start: Any, limited: Any, proxy_to: Any, known_cluster: Any, measured: Any
+) -> None:
+    proxy = proxy_to(known_cluster.primary)
+    start([{**limited, "label": "small", "port": proxy.port}], wait=False, timeout=1, min_size=0)
+    others = [psycopg.connect(**connect_to(limited)) for _ in range(2)]
+    began = time.monotonic()
+    with (
+        pytest.raises(pgdbpool.PoolTimeout, match=r"small is full: .*too many connections for"),
+        Handler("g"),
+    ):
+        pass
+    measured("the error of a block that may wait for 1 s", time.monotonic() - began, at_least=1, at_most=2.5)
+    assert proxy.connections <= 8  # at a growing interval
+    assert state() == "up"
+    for other in others:
+        other.close()
+    assert call().error is None
+
+
+def connect_to(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"host": entry["host"], "port": entry["port"], "user": entry["user"], "dbname": entry["name"]}
 
 
 def test_a_wrong_password_puts_no_endpoint_down(start: Any) -> None:
@@ -186,13 +255,40 @@ def test_a_connect_that_times_out_is_evidence(expect_down: Any) -> None:
     expect_down("stall", "resume", "no answer within")
 
 
-def test_a_ping_past_its_deadline_is_evidence(start: Any, known_cluster: Any, proxy_to: Any) -> None:
+def test_a_ping_past_its_deadline_is_a_reason_to_connect(
+    start: Any, known_cluster: Any, proxy_to: Any
+) -> None:
     proxy = proxy_to(known_cluster.standbys[0])
-    start([server(known_cluster.standbys[0], port=proxy.port)], ping="always", ping_timeout=0.2)
+    entry = server(known_cluster.standbys[0], port=proxy.port, connect_timeout=1)
+    start([entry], ping="always", ping_timeout=0.2)
     proxy.stall()
     assert isinstance(call().error, pgdbpool.DBOfflineError)
     assert state() in ("down", "probing")
     wait_for(lambda: Connection.status().groups["g"].size == 0, what="none of them is lent again")
+
+
+def test_connections_that_the_network_has_forgotten_are_replaced(
+    start: Any, known_cluster: Any, proxy_to: Any, mode: str, measured: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = proxy_to(known_cluster.standbys[0])
+    start([server(known_cluster.standbys[0], port=proxy.port)], ping="always", ping_timeout=0.5)
+    proxy.forget()
+    if mode == "threaded":
+        found: list[Any] = []
+        threads = [threading.Thread(target=lambda: found.append(call())) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    else:
+        found = [call()]
+    assert [each.error for each in found] == [None] * len(found)
+    measured("a request on a forgotten connection", max(each.took for each in found), at_most=0.5 + 1)
+    later = [call() for _ in range(8)]
+    assert [each.error for each in later] == [None] * 8
+    measured("the slowest of those after it", max(each.took for each in later), at_most=0.5)
+    assert state() == "up"
+    assert "is down" not in caplog.text
 
 
 def test_a_server_that_takes_no_sessions_is_evidence(start: Any, known_cluster: Any) -> None:

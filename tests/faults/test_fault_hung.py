@@ -144,7 +144,8 @@ def test_a_ping_that_is_answered_in_part_is_bounded(
 ) -> None:
     """As where a pooler or the network comes between the two messages that are the answer."""
     proxy = proxy_to(known_cluster.standbys[0])
-    start([server(known_cluster.standbys[0], port=proxy.port)], ping="always", ping_timeout=PING)
+    entry = server(known_cluster.standbys[0], port=proxy.port, connect_timeout=CONNECT)
+    start([entry], ping="always", ping_timeout=PING)
     assert call().error is None
     proxy.lose_after(5)  # EmptyQueryResponse
     found = call()
