@@ -363,7 +363,8 @@ class GroupConfig:
         Key(
             Flag(),
             "Whether each statement is a transaction of its own; otherwise a block is one transaction, from "
-            "its first statement to `commit()` or the block's end.",
+            "its first statement to `commit()` or the block's end. A block can change it for itself: "
+            "``db.connection.autocommit``.",
         ),
     ] = True
     endpoints: Annotated[
@@ -496,8 +497,9 @@ class GroupConfig:
         Callable[[Any], object] | None,
         Key(
             Factory(()),
-            "Called with each new connection before it is lent, such as to register type adapters. Where it "
-            "fails, the connection is closed and could not be opened.",
+            "Called with each new connection before it is lent, such as to register types. What it sets on "
+            "the connection holds in every block, but ``autocommit`` is the group's. If it fails, the "
+            "connection is closed and counts as one that could not be opened.",
         ),
     ] = None
     on_checkout: Annotated[
@@ -553,7 +555,9 @@ class GroupConfig:
         Mapping[str, str],
         Key(
             ServerSettings(),
-            "Server settings that are bound for each block, and end with it; those of the block win.",
+            "Server settings that are bound for each block, and end with it; those of the block win. "
+            "``default_transaction_isolation``, ``default_transaction_read_only`` and "
+            "``default_transaction_deferrable`` are part of each transaction's BEGIN.",
             default="none",
         ),
     ] = field(default_factory=lambda: MappingProxyType({}), repr=False, hash=False)

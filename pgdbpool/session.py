@@ -663,24 +663,40 @@ class PooledConnection(psycopg.Connection[Any]):
 
         :raises psycopg.ProgrammingError: a transaction is open.
         """
-        self.check_free()
         with self.alone():
-            block = self.block
-            if block is None and self.settled is not None:
-                raise errors.BlockClosedError(OUTSIDE)
-            self.end_wrapped()
-            try:
-                steps = self._check_intrans_gen("autocommit")
-                if self._pipeline:
-                    self.wait(steps)
-                else:  # nothing to wait for, however late it is
-                    deque(steps, 0)
-            except psycopg.Error as error:
-                raise self.own_error(error)  # noqa: B904  it is the same object
-            if block is None:  # while `configure` has it
+            self._change(self._check_intrans_gen("autocommit"))
+            if self.block is None:  # while `configure` has it
                 self._autocommit = self.by_itself = bool(value)
-            elif block.manual is bool(value):
-                block.choose(bool(value))
+            elif self.block.manual is bool(value):
+                self.block.choose(bool(value))
+
+    def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
+        """Set the isolation level of the transactions to come, to the end of the block."""
+        with self.alone():
+            self._change(self._set_isolation_level_gen(value))
+
+    def set_read_only(self, value: bool | None) -> None:
+        """Set whether the transactions to come are read only, to the end of the block."""
+        with self.alone():
+            self._change(self._set_read_only_gen(value))
+
+    def set_deferrable(self, value: bool | None) -> None:
+        """Set whether the transactions to come are deferrable, to the end of the block."""
+        with self.alone():
+            self._change(self._set_deferrable_gen(value))
+
+    def _change(self, steps: PQGen[None]) -> None:
+        """Run psycopg's steps to change an attribute, which is refused inside a transaction."""
+        if self.block is None and self.settled is not None:
+            raise errors.BlockClosedError(OUTSIDE)
+        self.end_wrapped()
+        try:
+            if self._pipeline:
+                self.wait(steps)
+            else:  # nothing is sent, so it is never too late for it
+                deque(steps, 0)
+        except psycopg.Error as error:
+            raise self.own_error(error)  # noqa: B904  it is the same object
 
     def begin(self, block: Block) -> tuple[Command, ...]:
         """Return the BEGIN of a transaction of the block."""

@@ -186,14 +186,54 @@ def test_autocommit_is_not_changed_inside_a_transaction(start: Any, group: str) 
         assert isinstance(caught.value, pgdbpool.DBQueryError)
 
 
-def test_autocommit_of_a_connection_that_was_given_back_is_refused(start: Any) -> None:
+ATTRIBUTES = {"autocommit": False, "read_only": True, "isolation_level": 4, "deferrable": True}
+
+
+@pytest.mark.parametrize(("name", "value"), ATTRIBUTES.items())
+def test_an_attribute_of_a_connection_that_was_given_back_is_refused(
+    start: Any, name: str, value: Any
+) -> None:
+    refused: list[Exception] = []
+
+    def on_checkin(conn: Any) -> None:
+        try:
+            setattr(conn, name, value)
+        except pgdbpool.BlockClosedError as error:
+            refused.append(error)
+
+    start(on_checkin=on_checkin)
+    with handler("auto") as db:
+        conn = db.connection
+        before = getattr(conn, name)
+    assert refused
+    with pytest.raises(pgdbpool.BlockClosedError):
+        setattr(conn, name, value)
+    with handler("auto") as db:
+        assert getattr(db.connection, name) == before
+
+
+@pytest.mark.parametrize(("name", "value"), ATTRIBUTES.items())
+def test_it_is_never_too_late_to_set_an_attribute_of_the_connection(
+    start: Any, name: str, value: Any
+) -> None:
     start()
     with handler("auto") as db:
         conn = db.connection
-    with pytest.raises(pgdbpool.BlockClosedError):
-        conn.autocommit = False
+        with pgdbpool.deadline(0):
+            setattr(conn, name, value)
+        assert getattr(conn, name) == value
+        assert not conn.closed
+        with db.transaction(), pytest.raises(psycopg.ProgrammingError, match=f"can't change '{name}' now"):
+            setattr(conn, name, value)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_is_not_set_in_a_stream_of_the_same_thread(start: Any, name: str) -> None:
+    start()
     with handler("auto") as db:
-        assert db.connection.autocommit
+        for _ in db.cursor().stream("SELECT generate_series(1, 3)"):
+            with pytest.raises(psycopg.ProgrammingError):
+                setattr(db.connection, name, ATTRIBUTES[name])
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -479,6 +519,18 @@ def test_a_blocks_modes_go_over_the_groups_under_any_name(start: Any, admin: Any
         db.query("INSERT INTO t VALUES (1)")
     assert rows(admin) == [1]
     with handler(group) as db:
+        assert modes(db) == READ
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_modes_hold_in_transactions_that_are_begun_by_hand_or_chained(start: Any, group: str) -> None:
+    start(settings=ALL_MODES)
+    with handler(group) as db:
+        db.query("BEGIN" if group.startswith("auto") else "SELECT 1")
+        assert modes(db) == READ
+        db.query("COMMIT AND CHAIN")
+        assert modes(db) == READ
+        db.query("ROLLBACK")
         assert modes(db) == READ
 
 
