@@ -319,8 +319,17 @@ class _Pools:
                 return
             time.sleep(0.01)  # for checkin to tell would be work in every block
 
-    def terminate(self, but: int = 0) -> None:
+    def blame(self, by: str, but: int) -> None:
+        """Note who closes the pools, for what their blocks raise from here on, but those of that thread."""
+        for group in self.all_groups:
+            group.closed_by = by
+            for conn, block in group.held():
+                if block.thread != but:
+                    conn.cut_by = by
+
+    def terminate(self, by: str, but: int = 0) -> None:
         """Close all connections now, also those in use but by that thread."""
+        self.blame(by, but)
         self.close(CUT_WITHIN)  # first, so that no block goes on with another connection
         deadline = monotonic() + CUT_WITHIN
         for group in self.all_groups:
@@ -341,6 +350,7 @@ class Connection(OneShots, Changes):
     """Re-entrant, since a signal handler may close what it interrupts the opening of."""
     _all: weakref.WeakSet[_Pools] = weakref.WeakSet()
     _closed = False
+    _closed_by = ""
     _handlers: SignalHandlers | None = None
     _pid = os.getpid()
     _parent: int | None = None
@@ -396,18 +406,26 @@ class Connection(OneShots, Changes):
 
         :param timeout: seconds to wait for blocks.
         """
-        pools = cls._refuse()
+        cls._close(timeout, "Connection.close()")
+
+    @classmethod
+    def _close(cls, timeout: float, by: str) -> None:
+        pools = cls._refuse(by)
         if pools is not None:
             me = threading.get_ident()
             pools.drain(timeout, me)
-            pools.terminate(me)
+            pools.terminate(by, me)
 
     @classmethod
     def terminate(cls) -> None:
         """Close all pools now, within about a second: what runs is cancelled, and its blocks fail."""
-        cls._refuse()
+        cls._terminate("Connection.terminate()")
+
+    @classmethod
+    def _terminate(cls, by: str) -> None:
+        cls._refuse(by)
         for pools in list(cls._all):  # also those that a `close` waits for, or an `init` has replaced
-            pools.terminate()
+            pools.terminate(by)
 
     @classmethod
     def is_closing(cls) -> bool:
@@ -435,14 +453,14 @@ class Connection(OneShots, Changes):
         cls._handlers.install(signals or (signal.SIGTERM, signal.SIGINT))
 
     @classmethod
-    def _refuse(cls) -> _Pools | None:
+    def _refuse(cls, by: str) -> _Pools | None:
         cls._notice_fork()
         # With a bound: in a signal handler, whoever has the lock may wait for what was interrupted here.
         alone = cls._lock.acquire(blocking=False) or (
             not greenlets.in_hub() and cls._lock.acquire(timeout=REFUSE_WITHIN)
         )
         try:
-            pools, cls._pools, cls._closed = cls._pools, None, True
+            pools, cls._pools, cls._closed, cls._closed_by = cls._pools, None, True, by
         finally:
             if alone:
                 cls._lock.release()
@@ -584,7 +602,9 @@ class Connection(OneShots, Changes):
         if cls._handlers is not None:
             cls._handlers.wait()
         if cls._closed:
-            return NotInitializedError("the pools are closed: no block can begin before the next init")
+            return NotInitializedError(
+                f"the pools were closed by {cls._closed_by}: no block can begin before the next init"
+            )
         return NotInitializedError("call pgdbpool.Connection.init(config) before the first Handler")
 
     @classmethod
@@ -635,20 +655,22 @@ class _Leaving:
 
     def __init__(self) -> None:
         self._pools: _Pools | None = None
+        self._by = "a signal"
 
-    def refuse(self) -> None:
-        self._pools = Connection._refuse()
+    def refuse(self, number: int) -> None:
+        self._by = f"the signal {signal.Signals(number).name}"
+        self._pools = Connection._refuse(self._by)
 
     def finish(self, timeout: float, hurry: Callable[[], bool], main: int) -> None:
         if self._pools is not None:
             self._pools.drain(timeout, hurry=hurry)
-            self._pools.terminate(main)
+            self._pools.terminate(self._by, main)
 
     def holds(self, thread: int) -> bool:
         return self._pools is not None and any(g.held_by(thread) for g in self._pools.all_groups)
 
     def end(self) -> None:
-        Connection.terminate()
+        Connection._terminate(self._by)
 
 
 def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:

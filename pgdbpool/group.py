@@ -138,6 +138,8 @@ class Group:
         """Of those who waited in the queue; the others took no time."""
         self.uses: dict[Endpoint, Tally] = {}
         self.connects: dict[Endpoint, Tally] = {}
+        self.closed_by = ""
+        """What has closed the pools."""
         self.ending = False
         """Whether the interpreter is about to exit."""
         self._uneven = False
@@ -460,14 +462,14 @@ class Group:
     def _queue(self, reason: str, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
         """Wait for a connection, or for a slot, where nothing was free for that reason."""
         if reason == NoConnection.CLOSED:
-            raise NotInitializedError(f"group {self.name!r} was closed") from None
+            raise self._was_closed() from None
         if reason == NoConnection.EXHAUSTED or self._mine_alone(high):
             raise self._exhausted(PoolExhausted, 0.0, high) from None
         try:
             got = self._pool.take(deadline - now, high)
         except NoConnection as none:
             if none.reason == NoConnection.CLOSED:
-                raise NotInitializedError(f"group {self.name!r} was closed") from None
+                raise self._was_closed() from None
             queue_full = none.reason == NoConnection.QUEUE_FULL
             kind = TooManyWaiting if queue_full else PoolTimeout
             raise self._exhausted(kind, deadline - now, high) from None
@@ -488,6 +490,10 @@ class Group:
         if not self._pool.hold_back(pause):
             time.sleep(min(pause, deadline - now))
         return monotonic()
+
+    def _was_closed(self) -> NotInitializedError:
+        by = f" by {self.closed_by}" if self.closed_by else ""
+        return NotInitializedError(f"group {self.name!r} was closed{by}")
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None: no round trip unless it is due."""

@@ -155,6 +155,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether that was done in the open transaction."""
     own_name: str = ""
     """The session's application_name."""
+    cut_by: str = ""
+    """What has closed the pools under its block."""
     taken_away: bool = False
     """Whether it was taken from its block, which finds it lost; see `max_hold`."""
     ending: bool = False
@@ -570,6 +572,8 @@ class PooledConnection(psycopg.Connection[Any]):
             kind = errors.ReadOnlyServerError
         if self.taken_away:
             kind = errors.HoldExceededError
+        if self.cut_by:
+            error.args = (f"the pools were closed by {self.cut_by}, with this block open: {error}",)
         own = errors.as_query_error(error, kind)
         if self.block is not None and own.correlation_id is None:
             own.correlation_id = tracing.id_of(self.block)

@@ -17,8 +17,8 @@ from .errors import ThreadingModelError
 class Leaving(Protocol):
     """The pools of a process, as far as a signal goes."""
 
-    def refuse(self) -> None:
-        """Let no new block begin; called in a signal handler, so it waits for nothing."""
+    def refuse(self, number: int) -> None:
+        """Let no new block begin since that signal came; called in its handler, so it waits for nothing."""
 
     def finish(self, timeout: float, hurry: Callable[[], bool], main: int) -> None:
         """Wait for the blocks that run, then close; what is left are connections of the thread `main`."""
@@ -92,7 +92,7 @@ class SignalHandlers:
             self._hurry = True  # asked twice
         else:
             self._begun, self._main = True, _thread.get_ident()
-            self._pools.refuse()
+            self._pools.refuse(number)
             # Not threading.Thread, whose start() waits: under gevent this may be its hub.
             _thread.start_new_thread(self._finish, (number,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from support import config, pools_backends, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
+from pgdbpool.contrib import gunicorn as hooks
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING = (
@@ -154,6 +156,67 @@ def test_terminate_reaches_blocks_of_pools_that_an_init_has_replaced(start: Any,
     Connection.terminate()
     sleeper.join(5)
     assert sleeper.error is not None
+
+
+@pytest.mark.parametrize("group", ["g", "m"])
+@pytest.mark.parametrize("how", ["close", "terminate"])
+@pytest.mark.parametrize("asleep", [False, True], ids=["idle", "asleep"])
+def test_an_open_block_is_told_that_the_pools_were_closed_and_by_what(
+    start: Any, admin: Any, how: str, group: str, asleep: bool
+) -> None:
+    start(query_timeout=60_000)
+    errors: list[BaseException] = []
+    begun, closed = threading.Event(), threading.Event()
+
+    def ask(db: Handler, statement: str) -> None:
+        try:
+            db.query(statement)
+        except (psycopg.Error, pgdbpool.Error) as error:
+            errors.append(error)
+
+    def block() -> None:
+        with contextlib.suppress(pgdbpool.Error), Handler(group) as db:
+            db.query("SELECT 1")
+            begun.set()
+            if asleep:
+                ask(db, "SELECT pg_sleep(50)")
+            closed.wait(10)
+            ask(db, "SELECT 2")
+            ask(db, "SELECT 3")
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    begun.wait(10)
+    if asleep:
+        wait_for(lambda: count(admin, RUNNING) == 1)
+    by = f"Connection.{how}()"
+    Connection.close(0.05) if how == "close" else Connection.terminate()
+    closed.set()
+    thread.join(10)
+    assert f"the pools were closed by {by}, with this block open" in str(errors[0])
+    if group == "g":  # its next statement wants another connection
+        assert str(errors[-1]) == f"group 'g' was closed by {by}"
+    else:
+        assert isinstance(errors[-1], pgdbpool.TransactionAbortedError)
+        assert f"closed by {by}" in str(errors[-1].__cause__)
+    with pytest.raises(pgdbpool.NotInitializedError, match=f"closed by {re.escape(by)}: no block can begin"):
+        Handler(group)
+
+
+def test_a_lock_free_block_is_told_what_has_closed_the_pools(start: Any) -> None:
+    start("non-threaded")
+    with pytest.raises(pgdbpool.ConnectionLostError, match=r"closed by Connection.terminate\(\), with"):
+        with Handler("g") as db:
+            db.query("SELECT 1")
+            Connection.terminate()
+            db.query("SELECT 1")
+
+
+def test_a_hook_of_gunicorn_is_named_as_what_has_closed_the_pools(start: Any, mode: str) -> None:
+    start(mode)
+    hooks.worker_int(None)
+    with pytest.raises(pgdbpool.NotInitializedError, match="closed by gunicorn's worker_int, as the worker"):
+        Handler("g")
 
 
 def test_is_closing_from_the_end_to_the_next_beginning(start: Any, mode: str) -> None:
