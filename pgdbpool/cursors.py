@@ -20,6 +20,7 @@ from psycopg.adapt import AdaptersMap, Transformer
 
 from . import deadlines, errors, tracing
 from .guests import ENDS_INSIDE, FAILED, NAMED
+from .pooled import CURSOR, refusal
 from .preamble import COMMIT, IDLE, NOTHING, Block, Command
 from .prepared import before_resending
 from .session import ACTIVE, OUTSIDE, PooledConnection
@@ -92,8 +93,8 @@ class BlockCursor(psycopg.Cursor[Any]):
                 raise _gone(block)
             block.statement = query
             touched = conn.touched
-            if what.touches or what.timeout:
-                conn.touch(what)
+            if what.special:
+                what = conn.touch(what, query)
             if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
                 raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
             if conn.wrapped:
@@ -217,7 +218,7 @@ class BlockCursor(psycopg.Cursor[Any]):
     def _execute_many(self, query: Any, sets: Sequence[Any], returning: bool) -> None:
         """Do what `executemany` does; the caller has the turn."""
         block, touched = self.block, self._conn.touched
-        conn, what = self._own(query), shape(query, self._conn)
+        conn, what = self._conn, self._own(query)
         autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
         alone = what.number > 1 or what.alone or what.controls
         if conn._pipeline or alone or (what.utility and autocommit and not block.settings):
@@ -287,19 +288,19 @@ class BlockCursor(psycopg.Cursor[Any]):
             return self._conn
         return self._conn.hand_out()
 
-    def _own(self, query: Any) -> PooledConnection:
-        """Return the connection, once a statement may go over it; the caller has the turn."""
+    def _own(self, query: Any) -> Shape:
+        """Return what a statement is, once it may be sent; the caller has the turn."""
         conn = self._conn
         if conn.block is not self.block:
             raise _gone(self.block)
         self.block.statement = query
         what = shape(query, conn)
-        if what.touches or what.timeout:
-            conn.touch(what)
+        if what.special:
+            what = conn.touch(what, query)
         if what.controls and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         conn.end_wrapped()
-        return conn
+        return what
 
     def _ride(
         self,
@@ -469,8 +470,11 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
                 raise errors.as_query_error(psycopg.NotSupportedError(NAMED))
             block.statement = query
             what = shape(query, conn)
-            if what.touches or what.timeout:
-                conn.touch(what)
+            if what.special:
+                what = conn.touch(what, query)
+            if self.withhold and conn.local:
+                wrong = refusal("a cursor WITH HOLD", CURSOR)
+                raise errors.as_query_error(psycopg.NotSupportedError(wrong))
             if self.withhold:
                 conn.touched = True  # it outlives its transaction, and may outlive the block
             with conn.ready():

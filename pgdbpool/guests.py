@@ -106,9 +106,10 @@ class Visit:
         if asked.statement is None:
             return
         self._cursor, block.statement = asked.cursor, asked.statement
-        self._what = what = shape(asked.statement, conn)
-        if what.touches or what.timeout:
-            conn.touch(what)
+        what = shape(asked.statement, conn)
+        if what.special:
+            what = conn.touch(what, asked.statement)
+        self._what = what
         if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
             raise psycopg.NotSupportedError(ENDS_INSIDE)
         if what.ends:

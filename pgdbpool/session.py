@@ -29,6 +29,7 @@ from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets, tracing
 from .guests import ENDS_INSIDE, FAILED, PsycopgsLock, Visit, asked_in
+from .pooled import left_in_session
 from .preamble import (
     CLEANING,
     CLEANING_TO_READ,
@@ -44,7 +45,7 @@ from .preamble import (
     set_local,
 )
 from .prepared import before_resending, dropping, is_stale
-from .statements import Shape
+from .statements import Shape, shape_with_escapes, text_of
 from .tally import Tally
 from .tenant import Bound, milliseconds
 from .transaction_modes import Modes
@@ -176,6 +177,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether the block's settings are bound in the open transaction."""
     reads: bool
     """Whether its group is one of servers that take no writes."""
+    conforms: bool = True
+    """Whether a backslash in a plain string is one, when the session begins."""
     touched: bool = False
     """Whether the block may have left something in the session."""
     altered: bool = False
@@ -334,8 +337,15 @@ class PooledConnection(psycopg.Connection[Any]):
             self._known.clear()
         self.touched = self.prepares = self.tainted = False
 
-    def touch(self, what: Shape) -> None:
-        """Note what a statement may leave behind, or in its transaction."""
+    def touch(self, what: Shape, query: Any) -> Shape:
+        """Note what a statement may leave behind, or in its transaction; return what it is in this session.
+
+        :raises NotSupportedError: it would leave something in a session that a pooler gives to others.
+        """
+        if what.escapes and not self._strings_conform():
+            what = shape_with_escapes(query, self)
+        if self.local and what.touches and (text := text_of(query, self)) and (kept := left_in_session(text)):
+            raise errors.as_query_error(psycopg.NotSupportedError(kept))
         self.touched = self.touched or what.touches
         self.prepares = self.prepares or what.prepares
         self.tainted = self.tainted or what.taints
@@ -348,6 +358,13 @@ class PooledConnection(psycopg.Connection[Any]):
                 self.patience = None
             else:
                 self.patience = max(self.patience, allowed / 1000 + GRACE)
+        return what
+
+    def _strings_conform(self) -> bool:
+        """Return whether a backslash in a plain string is one, when the next statement is read."""
+        if self.stale:
+            return self.conforms  # after the cleaning it is as at the beginning
+        return self.pgconn.parameter_status(b"standard_conforming_strings") == b"on"
 
     def hand_out(self) -> PooledConnection:
         """Give the connection itself to the block, which may then do anything with it.
@@ -450,6 +467,7 @@ class PooledConnection(psycopg.Connection[Any]):
         """Remember the connection's attributes as those that every block finds; once, when it is opened."""
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"
+        self.conforms = self._strings_conform()
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
         self.settled |= {name: value for name, value in vars(self).items() if name not in own_names}
         self.shown = self._shown()

@@ -1,8 +1,8 @@
 """What can be told from a statement's text: how many it holds, what it may do to the session.
 
-It reads a text as PostgreSQL's lexer does, with `standard_conforming_strings` on, so the number of
-statements is exact. It does not parse them: in doubt it says "alone" or "touches", which costs a round trip
-or a cleaning and is never wrong.
+It reads a text as PostgreSQL's lexer does, so the number of statements is exact: with
+`standard_conforming_strings` on, and by `shape_with_escapes` where that is off. It does not parse them: in
+doubt it says "alone" or "touches", which costs a round trip or a cleaning and is never wrong.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ _OPAQUE = re.compile(
     """,
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
+# With standard_conforming_strings off, a plain string has backslash escapes too.
+_OPAQUE_ESCAPING = re.compile(
+    _OPAQUE.pattern.replace("(?<![\\w$\\x80-\\U0010ffff])[eE] ", "", 1), re.VERBOSE | re.DOTALL | re.ASCII
+)
 _COMMENT_MARK = re.compile(r"/\*|\*/")
 
 # First words, in upper case.
@@ -52,7 +56,7 @@ _UTILITY = {
 }
 _ENDS = {"COMMIT", "END", "ROLLBACK", "ABORT"}
 _BEGINS = {"BEGIN", "START"}
-# The body of a function in SQL holds statements, with END after the last one; see `_statements`.
+# The body of a function in SQL holds statements, with END after the last one; see `statements_of`.
 _ATOMIC = re.compile(
     r"\s*CREATE\s+(?:OR\s+REPLACE\s+)?(?:FUNCTION|PROCEDURE)\b.*?\bBEGIN\s+ATOMIC\b(?!\s+END\b)",
     re.I | re.DOTALL,
@@ -77,15 +81,26 @@ _MAY_READ = {"WITH", "EXPLAIN"}
 _WRITES = re.compile(r"\b(?:insert|update|delete|merge|analyze)\b", re.I)
 _LOCAL = {"LOCAL", "TRANSACTION", "CONSTRAINTS"}
 # Anywhere in the text, so that it is also found in a quoted name, a CTE or an EXPLAIN ANALYZE.
+# set_limit: pg_trgm. The last ones leave what no statement removes: see _TAINTS.
 _REACHES = re.compile(
-    r"set_config|pg_settings|advisory|\btemp\b|\btemporary\b|pg_temp|\bsetseed\b|\bwith\s+hold\b"
-    r"|dblink_connect",
+    r"set_config|pg_settings|advisory|\btemp\b|\btemporary\b|pg_temp|\bset_limit\b|\bwith\s+hold\b"
+    r"|dblink_connect|\bsetseed\b|replication_origin_(?:session|xact)_setup"
+    r"|(?:create|copy)_(?:logical|physical)_replication_slot|\bisn_weak\b|\bsepgsql_setcon\b",
     re.I,
 )
 # One of these is in each of them; to look for these takes a twentieth of the time.
-_HINTS = ("set_config", "pg_settings", "advisory", "temp", "setseed", "hold", "dblink_connect")
+_HINTS = (
+    "set_config", "pg_settings", "advisory", "temp", "set_limit", "hold", "dblink_connect", "setseed",
+    "replication", "isn_weak", "sepgsql_setcon",
+)  # fmt: skip
 _PIECE, _OVERLAP = 65_536, 1_000
-_TAINTS = re.compile(r"\bload\b|dblink_connect", re.I)
+# A library, connections elsewhere, the state of random() (which RESET ALL leaves), the origin of what is
+# replicated, a temporary slot, a mode of contrib/isn, a label.
+_TAINTS = re.compile(
+    r"\bload\b|dblink_connect|\bsetseed\b|\bseed\b|replication_origin_(?:session|xact)_setup"
+    r"|_replication_slot|\bisn_weak\b|\bsepgsql_setcon\b",
+    re.I,
+)
 _PREPARES = re.compile(r"\bprepare\b", re.I)
 _TIMEOUT = re.compile(r"statement_timeout", re.I)
 # In whose text a setting's name may be a string or quoted.
@@ -122,6 +137,10 @@ class Shape(NamedTuple):
     """It may take effect: it is not one that only reads, as far as its words tell."""
     sets: bool
     """It is a SET: that takes no time, and SET TRANSACTION comes before any query of its transaction."""
+    escapes: bool
+    """It may be read otherwise where `standard_conforming_strings` is off."""
+    special: bool
+    """The session has to know of it before it is sent: what touches, sets a timeout, or may have escapes."""
 
 
 @lru_cache(maxsize=2048)
@@ -129,9 +148,9 @@ def _known(text: str) -> Shape:
     return _analyse(text)
 
 
-def _analyse(text: str) -> Shape:
-    code = _code(text)
-    heads = [head for part in _statements(code) if (head := _first_words(part))]
+def _analyse(text: str, escaping: bool = False) -> Shape:
+    code = code_of(text, escaping)
+    heads = [head for part in statements_of(code) if (head := _first_words(part))]
     words = [head[0].upper() for head in heads]
     touches = _reaches(text) or any(
         word in _TOUCHES and not (word == "SET" and len(head) > 1 and head[1].upper() in _LOCAL)
@@ -141,6 +160,7 @@ def _analyse(text: str) -> Shape:
     if touches or "SET" in words:
         quoted = not _NAMES.isdisjoint(words) or _QUOTES.search(text) is not None
         timeout = _TIMEOUT.search(text if quoted else code) is not None
+    escapes = not escaping and "\\" in text and "'" in text
     return Shape(
         number=max(1, len(words)),
         alone=any(word in _ALONE for word in words),
@@ -155,6 +175,8 @@ def _analyse(text: str) -> Shape:
         allows=_allows(text) if timeout and words == ["SET"] else "",
         changes=_changes(words, code),
         sets=words == ["SET"],
+        escapes=escapes,
+        special=touches or timeout or escapes,
     )
 
 
@@ -164,12 +186,13 @@ def _changes(words: list[str], code: str) -> bool:
     return bool(others) and (not others <= _MAY_READ or _WRITES.search(code) is not None)
 
 
-def _code(text: str) -> str:
+def code_of(text: str, escaping: bool = False) -> str:
     """Return the text with a blank in place of each comment, string and quoted name."""
+    opaque = _OPAQUE_ESCAPING if escaping else _OPAQUE
     if "/*" not in text:
-        return _OPAQUE.sub(" ", text)
+        return opaque.sub(" ", text)
     parts, at = [], 0
-    while found := _OPAQUE.search(text, at):
+    while found := opaque.search(text, at):
         parts.append(text[at : found.start()])
         at = found.end() if found["comment"] is None else _end_of_comment(text, found.end())
     return " ".join((*parts, text[at:]))
@@ -185,7 +208,7 @@ def _end_of_comment(text: str, at: int) -> int:
     return len(text)
 
 
-def _statements(code: str) -> list[str]:
+def statements_of(code: str) -> list[str]:
     """Split code at the semicolons between statements.
 
     Not at those in parentheses (the actions of a rule), nor in the body of a function, where an END that
@@ -249,6 +272,7 @@ def _allows(text: str) -> str:
 UNKNOWN = Shape(
     number=1, alone=False, utility=False, ends=False, commits=False, controls=False,
     touches=True, prepares=False, taints=False, timeout=False, allows="", changes=True, sets=False,
+    escapes=False, special=True,
 )  # fmt: skip
 """Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
 
@@ -256,11 +280,24 @@ UNKNOWN = Shape(
 def shape(query: Any, conn: psycopg.Connection[Any]) -> Shape:
     """Return what the text of a statement says; remembered, since programs repeat themselves."""
     if not isinstance(query, str):  # first, since that is what it mostly is
-        if isinstance(query, Composable):
-            query = query.as_string(conn)
-        elif isinstance(query, bytes):
-            query = query.decode("utf-8", "replace")
-        else:
+        text = text_of(query, conn)
+        if text is None:
             return UNKNOWN
+        query = text
     # A long text holds its data, so it is not likely to come again, nor worth its memory.
     return _known(query) if len(query) <= 4096 else _analyse(query)
+
+
+def shape_with_escapes(query: Any, conn: psycopg.Connection[Any]) -> Shape:
+    """Return what the text of a statement says where `standard_conforming_strings` is off."""
+    text = text_of(query, conn)
+    return UNKNOWN if text is None else _analyse(text, escaping=True)
+
+
+def text_of(query: Any, conn: psycopg.Connection[Any]) -> str | None:
+    """Return the text of a statement; None of a template string."""
+    if isinstance(query, Composable):
+        return query.as_string(conn)
+    if isinstance(query, bytes):
+        return query.decode("utf-8", "replace")
+    return query if isinstance(query, str) else None

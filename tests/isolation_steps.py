@@ -53,6 +53,12 @@ OTHER_TENANT = [
     "SELECT set_config('app.tenant', {}, true)",
     "RESET app.tenant; SELECT {}",
 ]
+LOCAL_TENANT = [
+    "SET LOCAL app.tenant = {}",
+    "SELECT set_config('app.tenant', {}, true)",
+    "SELECT remember({})",
+]
+"""Of these, those that a group behind a pooler does not refuse."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -484,7 +490,7 @@ def transaction(s: Scene) -> None:
 
 def become_another(s: Scene) -> None:
     """Change the tenant of the session; the next transaction is the block's tenant's again."""
-    text = s.random.choice(OTHER_TENANT)
+    text = s.random.choice(LOCAL_TENANT if s.db._live().local else OTHER_TENANT)
     s.events["tenant changed by the block"] += 1
     try:
         s.db.query(text.format(sql.Literal(s.random.choice(("other", "", "o'neill"))).as_string()))

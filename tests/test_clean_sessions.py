@@ -118,6 +118,89 @@ def test_nothing_of_the_last_borrower_is_left(start: Any, group: str, what: str)
         assert value(db, shows) == clean
 
 
+# What no statement cleans, and what shows it.
+CLOSED = {
+    "random numbers": ("SELECT setseed(0.5)", "SELECT random() = 0.9851677175347999", False),
+    "random numbers by SET": ("SET seed = 0.5", "SELECT random() = 0.9851677175347999", False),
+    "replication origin": (
+        "SELECT pg_replication_origin_session_setup('here')",
+        "SELECT pg_replication_origin_session_is_setup()",
+        False,
+    ),
+    "temporary slot": (
+        "SELECT pg_create_physical_replication_slot('mine', false, true)",
+        "SELECT count(*) FROM pg_replication_slots WHERE active_pid = pg_backend_pid()",
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+@pytest.mark.parametrize("what", CLOSED)
+def test_a_session_with_what_cannot_be_cleaned_is_not_the_next_borrowers(
+    start: Any, known_cluster: Any, group: str, what: str
+) -> None:
+    left, shows, clean = CLOSED[what]
+    known_cluster.primary.execute("SELECT pg_replication_origin_create('here')")
+    try:
+        start()
+        with Handler(group) as db:
+            pid = pid_of(db)
+            db.query(left)
+        with Handler(group) as db:
+            assert value(db, shows) == clean
+            assert pid_of(db) != pid
+    finally:
+        Connection.reset()
+        gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)"
+        with known_cluster.primary.connect() as admin:
+            wait_for(lambda: admin.execute(gone, (pid,)).fetchone()[0])
+            admin.execute("SELECT pg_replication_origin_drop('here')")
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_the_limit_of_pg_trgm_is_the_blocks_own(start: Any, known_cluster: Any, group: str) -> None:
+    try:
+        known_cluster.primary.execute("CREATE EXTENSION pg_trgm")
+    except psycopg.Error:
+        pytest.skip("the server has no pg_trgm")
+    start()
+    with Handler(group) as db:
+        limit = value(db, "SELECT show_limit()")
+        db.query("SELECT set_limit(0.9)")
+    with Handler(group) as db:
+        assert value(db, "SELECT show_limit()") == limit
+    known_cluster.primary.execute("DROP EXTENSION pg_trgm")
+
+
+HIDDEN = r"SELECT '\'' ; SET work_mem = 7168; --'"
+"""Two statements where a plain string has backslash escapes, and else one."""
+
+
+@pytest.mark.parametrize("where", ["server", "session"])
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_a_statement_behind_a_backslash_is_seen(
+    start: Any, known_cluster: Any, group: str, where: str
+) -> None:
+    off = where == "server"
+    if off:
+        known_cluster.primary.execute("ALTER ROLE postgres SET standard_conforming_strings = off")
+    start()
+    for _ in range(2):
+        with Handler(group) as db:
+            if not off:
+                db.query("SET standard_conforming_strings = off")
+                db.commit()
+            db.query(r"SELECT 'it''s \\ one'")  # one statement
+            db.query(HIDDEN)
+            assert value(db, "SHOW work_mem") == "7MB"
+        with Handler(group) as db:
+            if not off:
+                assert db.query(HIDDEN).fetchone()[0] == r"\' ; SET work_mem = 7168; --"
+            assert value(db, "SHOW work_mem") == "4MB"
+    known_cluster.primary.execute("ALTER ROLE postgres RESET standard_conforming_strings")
+
+
 @pytest.mark.parametrize("group", ["auto", "manual"])
 def test_a_cleaning_is_not_undone_with_the_borrowers_transaction(start: Any, group: str) -> None:
     start()

@@ -19,7 +19,7 @@ ORDER = [
     "errors", "events", "asking", "keys", "foreign", "kinds", "transaction_modes", "setting_kinds", "config",
     "names", "credentials", "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
-    "tally", "stats", "scope", "tracing", "rows", "statements", "tenant", "deadlines", "preamble",
+    "tally", "stats", "scope", "tracing", "rows", "statements", "pooled", "tenant", "deadlines", "preamble",
     "prepared", "greenlets", "guests", "session", "ended", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "driver", "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group",

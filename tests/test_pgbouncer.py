@@ -171,6 +171,88 @@ def test_statements_are_prepared_only_where_one_asks_for_it(bouncer: Any) -> Non
         assert other.execute(LEFT).fetchone()[-1] > 0
 
 
+STAYS = [
+    "SET ROLE app",
+    "SET SESSION AUTHORIZATION app",
+    "SET search_path = secret",
+    "/* x */ set work_mem = '7MB'",
+    "SELECT 1; SET work_mem = '7MB'",
+    "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+    "RESET search_path",
+    "SELECT pg_advisory_lock(1)",
+    "SELECT pg_try_advisory_lock_shared(1)",
+    "LISTEN news",
+    "CREATE TEMP TABLE mine (i int)",
+    "CREATE TABLE pg_temp.mine (i int)",
+    "SELECT 1 AS i INTO TEMPORARY mine",
+    "PREPARE mine AS SELECT 1",
+    "DECLARE mine CURSOR WITH HOLD FOR SELECT 1",
+    "SELECT set_config('work_mem', '7MB', false)",
+    "WITH x AS (SELECT pg_catalog.set_config('work_mem', upper('7mb'), false)) TABLE x",
+    "DISCARD ALL",
+    "SELECT setseed(0.5)",
+]
+PASSES = [
+    "SET LOCAL work_mem = '7MB'",
+    "SET TRANSACTION READ ONLY",
+    "SET CONSTRAINTS ALL DEFERRED",
+    "SELECT set_config('work_mem', '7MB', true)",
+    "SELECT set_config('work_mem', upper('7mb'), /* here */ TRUE)",
+    "SELECT pg_advisory_xact_lock(1)",
+    "CREATE TEMP TABLE mine ON COMMIT DROP AS SELECT 1",
+    "DECLARE mine CURSOR FOR SELECT 1",
+    "SELECT 'SET x = 1; pg_advisory_lock(1)', \"temp\" FROM (SELECT 1 AS temp) AS x",
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'",
+]
+HELD = """SELECT session_user, current_user, current_setting('search_path'), current_setting('work_mem'),
+                 current_setting('default_transaction_read_only'),
+                 (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'),
+                 (SELECT count(*) FROM pg_listening_channels()), to_regclass('pg_temp.mine'),
+                 (SELECT count(*) FROM pg_prepared_statements), (SELECT count(*) FROM pg_cursors)"""
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_would_stay_in_the_session_is_refused_with_a_remedy(bouncer: Any, mode: str, group: str) -> None:
+    pooled = bouncer()
+    init(pooled, mode)
+    with pooled.connect() as other:
+        before = other.execute(HELD).fetchone()
+        for statement in STAYS:
+            for way in (
+                lambda db, text: db.query(text),
+                lambda db, text: db.connection.execute(text),
+                lambda db, text: db.executemany(text, [()]),
+                lambda db, text: list(db.cursor().stream(text)),
+            ):
+                with Handler(group) as db:
+                    with pytest.raises(psycopg.NotSupportedError, match=r"pooler: transaction`.*: [a-z]+"):
+                        way(db, statement)
+                    assert db.fetchval("SELECT 1") == 1  # nothing was sent: the block goes on
+            with pytest.raises(psycopg.NotSupportedError):
+                Connection.execute(group, statement)
+        with Handler(group) as db, db.transaction(), pytest.raises(psycopg.NotSupportedError):
+            db.cursor("mine", withhold=True).execute("SELECT 1")
+        assert other.execute(HELD).fetchone() == before
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_ends_with_the_transaction_passes(bouncer: Any, mode: str, group: str) -> None:
+    pooled = bouncer()
+    init(pooled, mode)
+    with pooled.connect() as other:
+        before = other.execute(HELD).fetchone()
+        for statement in PASSES:
+            with Handler(group) as db, db.transaction():
+                db.query(statement)
+        with Handler(group, settings={"search_path": "pg_catalog", "work_mem": "9MB"}) as db:
+            assert db.fetchval("SHOW work_mem") == "9MB"
+        assert other.execute(HELD).fetchone() == before
+
+
 @with_pgbouncer
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("group", GROUPS)
