@@ -35,16 +35,16 @@ def admin(known_cluster: Any) -> Iterator[psycopg.Connection[Any]]:
 
 
 def listen(group: str, channel: str = "first") -> Any:
-    """Leave a session that listens; return its connection."""
+    """Leave a session that listens; return its connection of libpq, which the next block has too."""
     with Handler(group) as db:
         db.query(f"LISTEN {channel}")
-        return db.connection
+        return db._live().pgconn
 
 
-def arrive(admin: psycopg.Connection[Any], conn: Any, channel: str = "first") -> None:
+def arrive(admin: psycopg.Connection[Any], pgconn: Any, channel: str = "first") -> None:
     """Send a notification, and wait until it is in the connection's socket."""
     admin.execute("SELECT pg_notify(%s, 'of the first block')", (channel,))
-    assert select.select([conn.pgconn.socket], [], [], 10)[0]
+    assert select.select([pgconn.socket], [], [], 10)[0]
 
 
 def received(db: Handler, timeout: float = 0.05) -> list[str]:
@@ -66,10 +66,10 @@ def test_what_comes_while_the_connection_is_idle_is_not_the_next_blocks(
     start: Any, admin: Any, group: str, channel: str
 ) -> None:
     start()
-    conn = listen(group)
-    arrive(admin, conn)
+    pgconn = listen(group)
+    arrive(admin, pgconn)
     with Handler(group) as db:
-        assert db._conn is conn
+        assert db._live().pgconn is pgconn
         assert own(db, admin, channel) == ["own"]
         assert received(db) == []
 
@@ -79,9 +79,9 @@ def test_nor_what_comes_between_its_beginning_and_its_first_statement(
     start: Any, admin: Any, group: str
 ) -> None:
     start()
-    conn = listen(group)
+    pgconn = listen(group)
     with Handler(group) as db:
-        arrive(admin, conn)
+        arrive(admin, pgconn)
         assert own(db, admin) == ["own"]
         assert received(db) == []
 
@@ -89,8 +89,8 @@ def test_nor_what_comes_between_its_beginning_and_its_first_statement(
 @GROUPS
 def test_nor_is_it_there_for_a_block_that_only_waits(start: Any, admin: Any, group: str) -> None:
     start()
-    conn = listen(group)
-    arrive(admin, conn)
+    pgconn = listen(group)
+    arrive(admin, pgconn)
     with Handler(group) as db:
         assert received(db) == []
         admin.execute("NOTIFY first, 'late'")
@@ -117,19 +117,19 @@ def test_nor_what_the_last_block_did_not_take(start: Any, admin: Any, group: str
 @GROUPS
 def test_a_handler_is_called_for_its_own_blocks_channels_alone(start: Any, admin: Any, group: str) -> None:
     start()
-    conn = listen(group)
-    arrive(admin, conn)
+    pgconn = listen(group)
+    arrive(admin, pgconn)
     heard: list[str] = []
     with Handler(group) as db:
         db.connection.add_notify_handler(lambda notify: heard.append(notify.payload))
         db.query("LISTEN second")
         db.commit()
-        arrive(admin, conn, "second")
+        arrive(admin, pgconn, "second")
         db.query("SELECT 1")
         assert heard == ["of the first block"]
         db.commit()
     with Handler(group) as db:
-        arrive(admin, conn, "second")
+        arrive(admin, pgconn, "second")
         db.query("SELECT 1")
         assert len(heard) == 1
 
@@ -140,8 +140,8 @@ def test_it_does_not_matter_what_the_next_block_does_first(
     start: Any, admin: Any, group: str, first: str
 ) -> None:
     start()
-    conn = listen(group)
-    arrive(admin, conn)
+    pgconn = listen(group)
+    arrive(admin, pgconn)
     if first == "one-shot":
         Connection.fetch(group, "SELECT 1")
     with Handler(group) as db:
@@ -164,8 +164,8 @@ def test_it_does_not_matter_what_the_next_block_does_first(
 @GROUPS
 def test_with_reset_never_the_session_goes_on_listening(start: Any, admin: Any, group: str) -> None:
     start(reset="never")
-    conn = listen(group)
-    arrive(admin, conn)
+    pgconn = listen(group)
+    arrive(admin, pgconn)
     with Handler(group) as db:
         db.query("SELECT 1")
         assert received(db) == ["of the first block"]
