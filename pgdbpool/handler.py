@@ -288,6 +288,7 @@ class Handler(Queries):
             with conn.replacing:  # by one of the threads that share the block
                 if self._conn is conn:
                     self._group.discard(conn, "lost")
+                    block.part()
                     self._check_not_lost(block)
                     self._conn = self._group.checkout(block, self._timeout)
             conn = self._conn

@@ -182,6 +182,7 @@ class _OneShot:
         self.conn.undo()
         if self.conn.closed:
             self.group.discard(self.conn, "lost")
+            self.block.part()
             self.conn = self.group.checkout(self.block, self.timeout)
 
     def __exit__(

@@ -157,9 +157,7 @@ class Block:
             if conn.bound or not self.settings:
                 return NOTHING
             # A transaction that the block did not begin itself, or one chained to the last.
-            if conn.touched:
-                self._encode(conn)
-            return self._set
+            return self._local(conn) if conn.touched else self._set
         if status == UNKNOWN:
             self.lost = self.lost or self.manual  # an autocommit block has no open transaction in it
             raise ConnectionLostError(
@@ -170,7 +168,7 @@ class Block:
     def explicit(self, conn: PooledConnection) -> tuple[Command, ...]:
         """Return BEGIN and the settings, after a cleaning if one is due, to wrap a statement in."""
         cleaning = conn.cleaning if conn.stale else NOTHING
-        return cleaning + conn.begin(self) + set_local(self.settings, conn.pgconn._encoding)
+        return cleaning + conn.begin(self) + self._local(conn)
 
     @property
     def nests(self) -> bool:
@@ -183,25 +181,32 @@ class Block:
             self.committed = True  # as far as it has come, which is not to be repeated
         self.chosen, self.manual = True, not autocommit
         if self.conn is not None:
-            self._encode(self.conn)
+            self._all = self._encode(self.conn)
 
     def lend(self, conn: PooledConnection) -> None:
         """Take over a connection: what it must bind by itself goes before the block's settings."""
         binding = self.binding
-        if not conn.plain or self.settings is not binding.settings or binding.modes is not None:
+        if not conn.plain or binding.modes is not None:
             self.settings = conn.local + binding.settings
-            self._encode(conn)
+            self._set, self._all = self._local(conn), self._encode(conn)
         if binding.patience != KEEP:
             conn.patience, conn.altered = binding.patience, True
         conn.lent, conn.wrapped = True, False
         conn.block = self
         self.conn = conn
 
+    def part(self) -> None:
+        """Forget the connection, which was lost, with what its attributes say of a BEGIN."""
+        self.conn, self.settings, self._set = None, self.binding.settings, self.binding.set
+        self._all = self.binding.begin_and_set if self.manual else self._set
+
+    def _local(self, conn: PooledConnection) -> tuple[Command, ...]:
+        """Return what binds the settings, in the encoding that the session has now."""
+        return set_local(self.settings, conn.pgconn._encoding)
+
     def _encode(self, conn: PooledConnection) -> tuple[Command, ...]:
-        """Return BEGIN, or the modes of an implicit transaction, and the settings in the encoding of now."""
-        self._set = set_local(self.settings, conn.pgconn._encoding)
-        self._all = (conn.begin(self) if self.manual else conn.modes_of_implicit(self)) + self._set
-        return self._all
+        """Return BEGIN, or the modes of an implicit transaction, and what binds the settings."""
+        return (conn.begin(self) if self.manual else conn.modes_of_implicit(self)) + self._local(conn)
 
 
 def is_high(priority: str) -> bool:

@@ -413,6 +413,26 @@ def test_transaction_modes_that_configure_sets_hold_in_every_block(start: Any, g
         assert modes(db) == READ
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_attributes_of_a_lost_connection_say_nothing_of_the_next_ones_transactions(
+    start: Any, admin: Any, group: str
+) -> None:
+    start()
+    with handler(group) as db:
+        if group.startswith("auto"):
+            db.connection.autocommit = False
+        set_modes(db.connection)
+        assert modes(db) == READ
+        db.commit()
+        kill_backends(admin, pid_of(db))
+        with pytest.raises(pgdbpool.ConnectionLostError):  # the block had made the session its own
+            db.query("SELECT 1")
+        db.rollback()
+        assert modes(db) == USUAL
+        assert db.connection.read_only is None
+        assert db.connection.autocommit is False  # that is the block's
+
+
 @pytest.mark.parametrize("group", ["auto", "auto_t"])
 def test_transaction_modes_that_configure_sets_hold_in_transactions_of_an_autocommit_group(
     start: Any, group: str
