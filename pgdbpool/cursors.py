@@ -36,6 +36,7 @@ FLUSH_EVERY = 4
 RECOVERY_CONFLICT = "40001"
 """SQLSTATE of a statement that a standby cancelled since its replay could wait no longer."""
 
+_TUPLES_OK = psycopg.pq.ExecStatus.TUPLES_OK
 _COPY_IN = psycopg.pq.ExecStatus.COPY_IN
 _NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
 _ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
@@ -48,6 +49,12 @@ def _gone(block: Block) -> errors.Error:
     error = errors.ConnectionLostError("the connection was lost in a statement of another thread")
     error.repeatable = not block.lost
     return error
+
+
+def _goes_on(conn: PooledConnection, error: psycopg.Error) -> bool:
+    """Return whether the connection is in a pipeline, which takes answers while it sends what follows."""
+    refused = error.sqlstate is None and not isinstance(error, psycopg.errors.PipelineAborted)
+    return conn._pipeline is not None and not refused
 
 
 class _Context:
@@ -107,8 +114,10 @@ class BlockCursor(psycopg.Cursor[Any]):
             if what.ends:
                 # Also where it is interrupted at its end: what it chains to has no tenant yet.
                 conn.bound, block.committed = False, block.committed or what.commits
+                conn.crossed = False
             try:
                 if conn._pipeline:
+                    conn.implicit = conn.implicit and not what.controls
                     with conn.owning():
                         super().execute(query, params, prepare=prepare, binary=binary)
                 elif not preamble and what.number == 1:
@@ -133,14 +142,15 @@ class BlockCursor(psycopg.Cursor[Any]):
             except errors.ConnectionLostError as error:
                 single = what.number == 1 and not conn._pipeline
                 block.committed = block.committed or what.ends
-                self._note_loss(error, autocommit, what.ends, rode, touched, single)
+                implicit = conn._pipeline is not None and conn.implicit
+                self._note_loss(error, autocommit or implicit, what.ends, rode, touched, single)
                 raise
             except psycopg.Error as error:
                 block.failure = errors.without_frames(error)
                 block.committed = block.committed or (what.ends and what.number > 1)
                 if error.sqlstate == RECOVERY_CONFLICT:
                     self._note_conflict(error, autocommit, rode, touched, what.number == 1)
-                if conn.pgconn.transaction_status == ACTIVE:
+                if conn.pgconn.transaction_status == ACTIVE and not _goes_on(conn, error):
                     # psycopg leaves a COPY that it refuses under way: where that ends is not known.
                     conn.close()
                     block.lost = not autocommit
@@ -280,6 +290,22 @@ class BlockCursor(psycopg.Cursor[Any]):
         if changed:
             self.block.in_effect = True
 
+    # As psycopg's, but for the block.
+
+    def _fetch_pipeline(self) -> None:
+        if not self.pgresult:
+            if not self.block.open:
+                raise errors.BlockClosedError(_ENDED)
+            super()._fetch_pipeline()
+
+    def _check_result_for_fetch(self) -> PGresult:
+        result = self.pgresult
+        if result and result.status == _TUPLES_OK and self.block.open and not self._closed:
+            return result
+        if not self.block.open:
+            raise errors.BlockClosedError(_ENDED)
+        return super()._check_result_for_fetch()
+
     @property
     def connection(self) -> PooledConnection:
         """The connection, which may then do anything: its session is cleaned after the block."""
@@ -414,6 +440,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             how, name = names.get(key) or self._get_prepared(converted, True)
             names[key] = Prepare.YES if how is Prepare.SHOULD else how, name
             plan.append((converted, how, name))
+        self._query = converted
 
         def send() -> None:
             for place, (converted, how, name) in enumerate(plan, 1):
@@ -480,6 +507,36 @@ class BlockServerCursor(psycopg.ServerCursor[Any]):
             with conn.ready():
                 super().execute(query, params, **kwargs)
         return self
+
+    # psycopg's methods, which would wait for the server.
+
+    def fetchone(self) -> Any:
+        """Return the next row, or None."""
+        self._check_block()
+        return super().fetchone()
+
+    def fetchmany(self, size: int = 0) -> list[Any]:
+        """Return the next rows, `arraysize` of them by default."""
+        self._check_block()
+        return super().fetchmany(size)
+
+    def fetchall(self) -> list[Any]:
+        """Return all the rows that are left."""
+        self._check_block()
+        return super().fetchall()
+
+    def __next__(self) -> Any:
+        self._check_block()
+        return super().__next__()
+
+    def scroll(self, value: int, mode: str = "relative") -> None:
+        """Move the cursor."""
+        self._check_block()
+        super().scroll(value, mode)
+
+    def _check_block(self) -> None:
+        if self._conn.block is not self.block:
+            raise _gone(self.block)
 
     def close(self) -> None:
         """Close the cursor at the server too, while its block has the connection."""

@@ -110,10 +110,12 @@ class Visit:
         if what.special:
             what = conn.touch(what, asked.statement)
         self._what = what
+        conn.implicit = conn.implicit and not what.controls
         if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
             raise psycopg.NotSupportedError(ENDS_INSIDE)
         if what.ends:
             conn.bound, block.committed = False, block.committed or what.commits
+            conn.crossed = False
 
     def end(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

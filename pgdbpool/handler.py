@@ -320,7 +320,7 @@ class Handler(Queries):
                 raise TransactionAbortedError("the block ends with a statement under way: connection closed")
         elif failed:
             try:
-                conn.rollback()
+                conn.give_up()
             except psycopg.Error as error:
                 # The exception of the block is the one to see; the server rolls back by itself.
                 events.BLOCK_ROLLBACK_FAILED(
@@ -329,6 +329,11 @@ class Handler(Queries):
                     sqlstate=error.sqlstate,
                 )  # fmt: skip
                 conn.close()
+        elif conn.crossed:
+            conn.rollback()
+            raise TransactionAbortedError(
+                "the block ends with a transaction whose contexts were left in the wrong order: rolled back"
+            )
         else:
             self.commit()
 

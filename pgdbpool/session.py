@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from math import inf
 from threading import Lock, RLock, get_ident
 from time import monotonic
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -53,6 +54,7 @@ from .transaction_modes import Modes
 if TYPE_CHECKING:
     from types import FrameType
 
+    from psycopg import ConnectionInfo, Xid
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
 
@@ -207,6 +209,12 @@ class PooledConnection(psycopg.Connection[Any]):
     """Psycopg's pipelines that are open over it, or are being opened or ended."""
     wrapped: bool
     """Whether the open transaction is there for one statement of an autocommit block, and ends with it."""
+    implicit: bool = False
+    """Whether the statements of the open pipeline are in no transaction but those that its Syncs end."""
+    failed: tuple[Any, str] = None, ""
+    """The statement of the block that failed last, and what the server said."""
+    crossed: bool = False
+    """Whether the open transaction had contexts that were left in the wrong order."""
     visit: Visit | None = None
     """The operation of a cursor that the block did not make, while it takes part."""
     holder: int = 0
@@ -493,7 +501,7 @@ class PooledConnection(psycopg.Connection[Any]):
             if deadlines.in_use or self.until is not None:
                 patience = self._within_deadline(patience)
         status = self.pgconn.transaction_status
-        if patience is not None and patience <= 0:
+        if patience is not None and patience <= 0 and timeout is None:
             if self.until is not None and self.closed:  # psycopg asks all the same; what was lost is noted
                 raise psycopg.OperationalError(
                     "the connection was lost where a stream or COPY was left early"
@@ -544,6 +552,15 @@ class PooledConnection(psycopg.Connection[Any]):
             if self.holder:  # which puts it back
                 self.until = min(monotonic() + GRACE, self.until or inf)
 
+    def _check_connection_ok(self) -> None:
+        """Raise if nothing can be sent; psycopg asks before it makes a cursor or sends a command of its own.
+
+        :raises ConnectionLostError: the connection is lost, or was closed by its block; nothing was sent.
+        """
+        if self.pgconn.status == _BAD and self.block is not None:
+            raise self.own_error(psycopg.OperationalError("the connection is lost: nothing was sent"))
+        super()._check_connection_ok()
+
     def close(self) -> None:
         """Close the connection, and with it a transaction of its block; one of the parent's is left alone."""
         if self.abandoned:
@@ -593,8 +610,14 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.cut_by:
             error.args = (f"the pools were closed by {self.cut_by}, with this block open: {error}",)
         own = errors.as_query_error(error, kind)
-        if self.block is not None and own.correlation_id is None:
-            own.correlation_id = tracing.id_of(self.block)
+        if (block := self.block) is not None:
+            if own.correlation_id is None:
+                own.correlation_id = tracing.id_of(block)
+            if error.sqlstate:
+                statement = getattr(block, "statement", None)
+                if isinstance(statement, str):  # another object, since the next execution may be well
+                    block.statement = statement = "".join(list(statement))
+                self.failed = statement, f"{error.diag.severity}:  {error}\n"  # as libpq says it
         return own
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
@@ -663,6 +686,13 @@ class PooledConnection(psycopg.Connection[Any]):
         self.annotated = True
         name = tracing.application_name(self.own_name, tracing.id_of(block))
         return preamble + set_local((("application_name", name),))
+
+    @property
+    def info(self) -> ConnectionInfo:
+        """What psycopg tells of the connection; `error_message` also after a failure in a pipeline."""
+        failed, text = self.failed
+        statement = None if self.block is None else getattr(self.block, "statement", None)
+        return _Info(self.pgconn, text if failed is not None and failed is statement else "")
 
     # Transactions: to psycopg the connection is in autocommit mode, and the block sends BEGIN.
 
@@ -1182,7 +1212,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def _commit(self) -> None:
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-        self.bound = False
+        self.bound = self.crossed = False
         block, status = self.block, self.pgconn.transaction_status
         if self.taken_away and status != IDLE:
             raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
@@ -1213,10 +1243,73 @@ class PooledConnection(psycopg.Connection[Any]):
         with self.alone():
             if self._pipeline and self.block is not None and self.block.settings:
                 raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-            self.bound = False
+            self.bound = self.crossed = False
             self.ending = True
             try:
                 super().rollback()
+            finally:
+                self.ending = False
+
+    # Two-phase commit: psycopg begins, prepares and ends these transactions; the tenant comes with the first
+    # statement in them.
+
+    def tpc_begin(self, xid: Xid | str) -> None:
+        """Begin a two-phase transaction, as psycopg does it for a connection that is not in autocommit mode.
+
+        :raises psycopg.ProgrammingError: the block is in autocommit mode, or a transaction is open.
+        """
+        with self._two_phase():
+            if self.stale and self.pgconn.transaction_status == IDLE:
+                self.run(self.cleaning)
+            self._autocommit = self.autocommit
+            try:
+                super().tpc_begin(xid)
+            finally:
+                self._autocommit = True
+
+    def tpc_prepare(self) -> None:
+        """Prepare the two-phase transaction, which is the server's from then on."""
+        with self._two_phase():
+            super().tpc_prepare()
+
+    def tpc_commit(self, xid: Xid | str | None = None) -> None:
+        """Commit a two-phase transaction, the open one or one that was prepared.
+
+        :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
+        """
+        with self._two_phase() as block:
+            try:
+                super().tpc_commit(xid)
+            except errors.ConnectionLostError as error:
+                error.maybe_committed = not errors.undone(error)
+                raise
+            block.committed = True
+
+    def tpc_rollback(self, xid: Xid | str | None = None) -> None:
+        """Roll back a two-phase transaction, the open one or one that was prepared."""
+        with self._two_phase():
+            super().tpc_rollback(xid)
+
+    def give_up(self) -> None:
+        """Roll back what is open, after an exception; what was prepared is the server's, and stays."""
+        if self._tpc is None:
+            self.rollback()
+        elif self._tpc[1]:
+            self.close()
+        else:
+            self.tpc_rollback()
+
+    @contextmanager
+    def _two_phase(self) -> Iterator[Block]:
+        """Have the turn for a step of a two-phase transaction, whose outcome is worth a wait."""
+        self.check_free()
+        with self.alone():
+            if (block := self.block) is None:
+                raise errors.BlockClosedError(OUTSIDE)
+            self.end_wrapped()
+            self.bound, self.ending = False, True
+            try:
+                yield block
             finally:
                 self.ending = False
 
@@ -1246,6 +1339,7 @@ class PooledConnection(psycopg.Connection[Any]):
         self.altered = self.handed_out = True  # psycopg's Transaction has the connection as an attribute
         with self.alone():
             self.end_wrapped()
+            self.implicit = False
             commands = block.preamble(self)
             if self.pgconn.transaction_status == IDLE and not block.nests:
                 # psycopg sends BEGIN; the settings go with the first statement after it.
@@ -1279,15 +1373,18 @@ class PooledConnection(psycopg.Connection[Any]):
             error.maybe_committed = error.maybe_committed or unknown
             raise
         except OutOfOrderTransactionNesting as error:
-            # Two were ended crosswise, or one was interrupted on its way in. psycopg leaves the savepoint and
-            # what was done in it, which the block must not commit.
-            if self.block is block and not outermost:
+            # psycopg leaves the transaction open with what was done in it, which must not be committed just
+            # because the block ends. If one was interrupted on its way in, the block goes on with another.
+            self.crossed = self.block is block
+            cause = error.__context__
+            if self.crossed and not outermost and not isinstance(cause, (Exception, NoneType)):
                 self.close()
                 self._note_loss(error, ACTIVE)
             raise
         finally:
             self.ending = False
-            if outermost and not block.nests and self.pgconn.transaction_status not in _OVER:
+            left_open = self.pgconn.transaction_status not in _OVER
+            if left_open and outermost and not block.nests and not self.crossed:
                 self._undo_left_open(block)
 
     def _undo_left_open(self, block: Block) -> None:
@@ -1308,6 +1405,8 @@ class PooledConnection(psycopg.Connection[Any]):
                 self.end_wrapped()
                 self.pipelines, counted = self.pipelines + 1, True
                 block, autocommit, wrap = self.send_due()
+                if not self._pipeline:
+                    self.implicit = autocommit and not wrap
             with self.over(block, autocommit, wrap):
                 yield
         finally:
@@ -1361,6 +1460,19 @@ class PooledConnection(psycopg.Connection[Any]):
             finally:
                 if self.block is block:  # left open, it ends when another may have the connection
                     self.patience, self.holder = patience, 0
+
+
+class _Info(psycopg.ConnectionInfo):
+    """What psycopg tells of a connection, and the failure that libpq forgets with the end of a pipeline."""
+
+    def __init__(self, pgconn: Any, failure: str) -> None:
+        super().__init__(pgconn)
+        self._failure = failure
+
+    @property
+    def error_message(self) -> str:
+        """The server's message about the last statement, if that failed."""
+        return super().error_message or self._failure
 
 
 def _ends_session(answer: PGresult) -> bool:

@@ -1,0 +1,265 @@
+"""What psycopg promises of a connection: two-phase commit, contexts, pipelines, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.transaction import OutOfOrderTransactionNesting
+from support import config, kill_backends, pid_of, server
+
+import pgdbpool
+from pgdbpool import BlockClosedError, Connection, ConnectionLostError, DBQueryError, Handler
+from pgdbpool.cluster import Cluster, Node
+
+TENANT = "SELECT current_setting('app.tenant', true)"
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    """A server that takes two-phase transactions."""
+    with Cluster(standbys=0, settings={"max_prepared_transactions": 5}) as cluster:
+        yield cluster.primary
+
+
+@pytest.fixture
+def admin(node: Node) -> Iterator[psycopg.Connection[Any]]:
+    with node.connect() as conn:
+        conn.execute("DROP TABLE IF EXISTS t; CREATE TABLE t (i int PRIMARY KEY, tenant text)")
+        yield conn
+
+
+@pytest.fixture(autouse=True)
+def pools(node: Node, mode: str, admin: Any) -> Iterator[None]:
+    """Groups `auto` and `manual` of one connection, in each mode."""
+    auto = {
+        "connection_count": 1,
+        "row_factory": "tuple",
+        "tenant": {"setting": "app.tenant", "verify": "off"},
+    }
+    auto["tenant"]["required"] = False  # type: ignore[index]
+    manual = {**auto, "autocommit": False}
+    Connection.init(config([server(node)], mode, auto=auto, manual=manual, plain={"connection_count": 1}))
+    yield
+    Connection.reset()
+
+
+@pytest.fixture(params=["auto", "manual"])
+def group(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def rows(admin: psycopg.Connection[Any]) -> list[Any]:
+    return admin.execute("SELECT i, tenant FROM t ORDER BY i").fetchall()
+
+
+INSERT = "INSERT INTO t VALUES (%s, current_setting('app.tenant', true))"
+
+
+# Two-phase commit.
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback", "recovered", "one-phase"])
+def test_two_phase_commit_works_with_the_tenant(group: str, admin: Any, end: str) -> None:
+    with Handler(group, tenant="acme") as db:
+        conn = db.connection
+        conn.autocommit = False
+        xid = conn.xid(1, "global", end)
+        conn.tpc_begin(xid)
+        conn.execute(INSERT, (1,))
+        if end != "one-phase":
+            conn.tpc_prepare()
+            assert admin.execute("SELECT count(*) FROM pg_prepared_xacts").fetchone() == (1,)
+        assert rows(admin) == []
+        if end == "recovered":
+            pid = pid_of(db)
+        elif end == "rollback":
+            conn.tpc_rollback()
+        else:
+            conn.tpc_commit()
+    if end == "recovered":
+        with Handler(group, tenant="acme") as db:
+            assert pid_of(db) != pid  # a prepared transaction that is not finished closes the connection
+            conn = db.connection
+            [xid] = conn.tpc_recover()
+            conn.tpc_commit(xid)
+    assert rows(admin) == ([] if end == "rollback" else [(1, "acme")])
+    with Handler(group, tenant="zeta") as db:
+        assert db.fetchval(TENANT) == "zeta"
+
+
+def test_two_phase_commit_is_refused_in_autocommit_mode() -> None:
+    with Handler("auto") as db, pytest.raises(psycopg.ProgrammingError, match="autocommit"):
+        db.connection.tpc_begin("x")
+
+
+def test_a_two_phase_transaction_that_is_left_open_is_not_committed(admin: Any) -> None:
+    with pytest.raises(psycopg.ProgrammingError, match="two-phase"), Handler("manual") as db:
+        db.connection.tpc_begin("x")
+        db.query("INSERT INTO t VALUES (1)")
+    with pytest.raises(RuntimeError), Handler("manual") as db:
+        db.connection.tpc_begin("x")
+        db.query("INSERT INTO t VALUES (1)")
+        raise RuntimeError
+    assert rows(admin) == []
+
+
+# Notifications, and contexts in the wrong order.
+
+
+def test_notifies_with_a_timeout_of_zero_returns_at_once(group: str) -> None:
+    with Handler(group) as db:
+        conn = db.connection
+        conn.execute("LISTEN here")
+        conn.commit()
+        pid = pid_of(db)
+        assert list(conn.notifies(timeout=0)) == []
+        conn.execute("NOTIFY here, 'now'")
+        conn.commit()
+        assert [n.payload for n in conn.notifies(timeout=0)] == ["now"]
+        assert pid_of(db) == pid
+
+
+def cross(conn: Any) -> None:
+    first, second = conn.transaction(), conn.transaction()
+    first.__enter__()
+    conn.execute("INSERT INTO t VALUES (1)")
+    second.__enter__()
+    for context in (first, second):
+        with pytest.raises(OutOfOrderTransactionNesting):
+            context.__exit__(None, None, None)
+
+
+def test_contexts_left_in_the_wrong_order_raise_and_the_block_goes_on(group: str, admin: Any) -> None:
+    with Handler(group, tenant="acme") as db:
+        pid = pid_of(db)
+        cross(db.connection)
+        assert db.fetchval(TENANT) == "acme"
+        db.connection.rollback()
+        assert db.fetchval("SELECT count(*) FROM t") == 0
+        assert pid_of(db) == pid
+
+
+def test_what_contexts_in_the_wrong_order_left_open_is_not_committed_by_the_end(
+    group: str, admin: Any
+) -> None:
+    with pytest.raises(pgdbpool.TransactionAbortedError, match="wrong order"), Handler(group) as db:
+        cross(db.connection)
+    assert rows(admin) == []
+    with Handler(group) as db:
+        cross(db.connection)
+        db.connection.commit()
+    assert rows(admin) == [(1, None)]
+
+
+# Errors in pipelines.
+
+
+def fails_early(conn: Any) -> None:
+    with conn.pipeline():
+        conn.execute("SELECT 1 / 0")
+        for i in range(300):
+            conn.execute("SELECT repeat('x', 1000), %s::int", (i,))
+
+
+def test_an_error_in_a_pipeline_keeps_the_connection(group: str) -> None:
+    with Handler(group, tenant="acme") as db:
+        pid = pid_of(db)
+        for _ in range(10):
+            with pytest.raises(psycopg.errors.DivisionByZero) as caught:
+                fails_early(db.connection)
+            assert isinstance(caught.value, DBQueryError)
+            db.rollback()
+            assert db.fetchval(TENANT) == "acme"
+        assert pid_of(db) == pid
+
+
+def test_a_savepoint_around_a_pipeline_that_fails_helps(admin: Any) -> None:
+    with Handler("manual") as db:
+        db.query("INSERT INTO t VALUES (1)")
+        with pytest.raises(psycopg.errors.DivisionByZero), db.transaction():
+            fails_early(db.connection)
+        db.query("INSERT INTO t VALUES (2)")
+    assert [i for i, _ in rows(admin)] == [1, 2]
+
+
+def test_a_connection_lost_in_a_pipeline_loses_no_transaction_that_was_not_open(admin: Any) -> None:
+    with Handler("plain") as db:
+        with pytest.raises(psycopg.OperationalError), db.pipeline():
+            kill_backends(admin, db.connection.info.backend_pid)
+            for _ in range(100):
+                db.query("SELECT 1")
+        assert db.fetchval("SELECT 1") == 1
+        with pytest.raises(psycopg.OperationalError), db.transaction(), db.pipeline():
+            kill_backends(admin, db.connection.info.backend_pid)
+            for _ in range(100):
+                db.query("SELECT 1")
+
+
+def test_a_copy_that_a_pipeline_refuses_does_not_hang(group: str) -> None:
+    with pytest.raises(psycopg.Error), Handler(group) as db, db.pipeline():
+        db.query("COPY t FROM STDIN").fetchall()
+    with Handler(group) as db:
+        assert db.fetchval("SELECT 1") == 1
+
+
+# After the block, after a loss, after a failure.
+
+FETCHES: dict[str, Callable[[Any], Any]] = {
+    "fetchone": lambda cursor: cursor.fetchone(),
+    "fetchmany": lambda cursor: cursor.fetchmany(1),
+    "fetchall": lambda cursor: cursor.fetchall(),
+    "next": next,
+    "scroll": lambda cursor: cursor.scroll(0),
+}
+
+
+@pytest.mark.parametrize("fetch", FETCHES)
+def test_fetching_after_the_block_is_refused_by_its_own_error(group: str, fetch: str) -> None:
+    with Handler(group) as db, db.transaction():
+        cursors: list[Any] = [db.query("SELECT 1"), db.cursor(), db.cursor("named").execute("SELECT 1")]
+    with Handler(group) as db, db.pipeline():
+        db.query("SELECT 1")
+        for cursor in cursors:
+            with pytest.raises(BlockClosedError):
+                FETCHES[fetch](cursor)
+    cursors[-1].close()
+
+
+def test_a_statement_on_a_connection_that_is_known_to_be_lost_says_so(group: str, admin: Any) -> None:
+    with Handler(group) as db:
+        conn = db.connection
+        cursor = conn.cursor()
+        kill_backends(admin, pid_of(db))
+        for _ in range(2):
+            with pytest.raises(ConnectionLostError) as caught:
+                conn.execute("INSERT INTO t VALUES (1)")
+            with pytest.raises(ConnectionLostError):
+                cursor.execute("SELECT 1")
+        assert not caught.value.maybe_executed
+        db.rollback()
+
+
+def test_the_query_is_known_after_executemany(group: str) -> None:
+    with Handler(group, tenant="acme") as db:
+        cursor = db.connection.cursor()
+        cursor.executemany("INSERT INTO t VALUES (%s)", [(1,), (2,)])
+        assert cursor._query.query == b"INSERT INTO t VALUES ($1)"
+        assert cursor._query.params == [b"\0\2"]
+
+
+def test_the_message_of_a_failure_is_there_until_the_next_statement(group: str) -> None:
+    statement = "SELECT 1 / i FROM (SELECT %s::int AS i) AS v"
+    with Handler(group, tenant="acme") as db:
+        conn = db.connection
+        assert conn.info.error_message == ""
+        for _ in range(2):
+            with pytest.raises(psycopg.errors.DivisionByZero) as caught:
+                conn.execute(statement, (0,))
+            assert "division by zero" in conn.info.error_message
+            assert conn.info.error_message == f"ERROR:  {caught.value}\n"
+            db.rollback()
+            conn.execute(statement, (1,))
+            assert conn.info.error_message == ""
