@@ -329,11 +329,6 @@ class Handler(Queries):
                     sqlstate=error.sqlstate,
                 )  # fmt: skip
                 conn.close()
-        elif conn.crossed:
-            conn.rollback()
-            raise TransactionAbortedError(
-                "the block ends with a transaction whose contexts were left in the wrong order: rolled back"
-            )
         else:
             self.commit()
 

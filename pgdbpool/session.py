@@ -92,6 +92,10 @@ _PARENTS = "this connection belongs to the parent process: open a Handler in thi
 
 _EMPTY: Command = (b"", None)
 _HELD = nullcontext()
+_CROSSED = (
+    "contexts of this transaction were left in the wrong order: it was rolled back, nothing was committed"
+)
+
 _names = itertools.count(1)
 
 _ATTRIBUTES = (
@@ -1212,13 +1216,14 @@ class PooledConnection(psycopg.Connection[Any]):
     def _commit(self) -> None:
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-        self.bound = self.crossed = False
+        self.bound = False
         block, status = self.block, self.pgconn.transaction_status
         if self.taken_away and status != IDLE:
             raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
-        if status == _INERROR:
+        if status == _INERROR or self.crossed:
+            why = _CROSSED if self.crossed else FAILED
             self.rollback()
-            raise errors.TransactionAbortedError(FAILED)
+            raise errors.TransactionAbortedError(why)
         if deadlines.in_use and status != IDLE:
             self._check_deadline()
         self.ending = True

@@ -142,16 +142,18 @@ def test_contexts_left_in_the_wrong_order_raise_and_the_block_goes_on(group: str
         assert pid_of(db) == pid
 
 
-def test_what_contexts_in_the_wrong_order_left_open_is_not_committed_by_the_end(
-    group: str, admin: Any
+@pytest.mark.parametrize("end", ["commit", "block"])
+def test_what_contexts_in_the_wrong_order_leave_open_is_not_committed(
+    group: str, admin: psycopg.Connection[Any], end: str
 ) -> None:
     with pytest.raises(pgdbpool.TransactionAbortedError, match="wrong order"), Handler(group) as db:
         cross(db.connection)
+        if end == "commit":
+            db.commit()
     assert rows(admin) == []
     with Handler(group) as db:
-        cross(db.connection)
-        db.connection.commit()
-    assert rows(admin) == [(1, None)]
+        db.query("INSERT INTO t VALUES (2)")
+    assert rows(admin) == [(2, None)]
 
 
 # Errors in pipelines.
