@@ -89,6 +89,8 @@ class DialError(Exception):
         super().__init__(message)
         self.endpoint = endpoint
         self.down = down
+        self.refused = False
+        """Whether the server is up and refused what is configured, or the application did."""
 
 
 class Look:
@@ -149,6 +151,8 @@ class Endpoint:
         """Whether a connection was lost since it last answered or failed to."""
         self.silent = False
         """Whether a ping was not answered since then: a probe looks whether the server is there."""
+        self._refuses = False
+        """Whether it refused the last login, for another reason than that it is full."""
         self.full_pause = 0.0
         """Seconds between two connects while it admits no more of them; 0 where it does."""
         self.full_until = 0.0
@@ -467,7 +471,10 @@ class Endpoint:
                 conn.close()
             told = error.__cause__ if isinstance(error, HookError) else error
             down = isinstance(told, psycopg.Error) and self._is_down(told, deadline, telling())
-            raise self._failed(error, down) from error
+            failure = self._failed(error, down)
+            by_server = isinstance(told, psycopg.Error)
+            failure.refused = self._refuses if by_server else not isinstance(error, CredentialError)
+            raise failure from error
         conn.until = None
         conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
         conn.row_factory = row_factory
@@ -620,6 +627,7 @@ class Endpoint:
 
         :param conclusive: whether no answer says that it is down, and not that there was no time for one.
         """
+        self._refuses = False
         if _FULL.search(str(error)):  # one more would be one too many
             self.note_full()
             return False
@@ -628,5 +636,6 @@ class Endpoint:
         if probe.sqlstate == "53300":
             self.note_full()
         else:
+            self._refuses = probe.accepting
             self.full_pause = self.full_until = 0.0
         return not probe.accepting and (conclusive or not probe.out_of_time)

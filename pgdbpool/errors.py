@@ -122,6 +122,8 @@ class DBConnectionError(Error, psycopg.OperationalError):
         super().__init__(*args, **kwargs)
         self.group = group
         self.endpoints: dict[str, str] = dict(endpoints or {})
+        self.refused = False
+        """Whether a server that is up refused what is configured, which does not pass by itself."""
 
 
 class DBOfflineError(DBConnectionError):

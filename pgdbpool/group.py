@@ -21,7 +21,6 @@ from .balance import Candidate, order, suits, worth_moving
 from .ended import end, succeed
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
-    CredentialError,
     DBConnectionError,
     DBOfflineError,
     Error,
@@ -88,12 +87,6 @@ LOOKED_AT = 5
 def _role_last(settings: Bound) -> Bound:
     """Return the settings with the role at the end, since it may not be allowed to set the others."""
     return tuple(sorted(settings, key=lambda pair: pair[0].lower() in ("role", "session_authorization")))
-
-
-def _passes(error: DBConnectionError) -> bool:
-    """Return whether time alone may mend it: no server refused the login for what is configured."""
-    passing = (DBOfflineError, PoolTimeout)
-    return isinstance(error, passing) or isinstance(error.__cause__, CredentialError)
 
 
 def _patience(settings: Bound) -> float | None:
@@ -995,7 +988,7 @@ class Group:
                 conn = self._connect(slot)
             except DBConnectionError as error:
                 if not self._pool.idle:
-                    if needed or not _passes(error):
+                    if needed or error.refused:
                         raise
                     events.GROUP_UNSERVED(
                         "group %s starts without a server: %s", self.name, error,
@@ -1244,6 +1237,7 @@ class Group:
             group=self.name,
             endpoints=evidence,
         )
+        error.refused = any(failure.refused for failure in dialled)
         down = next((e for e in self.endpoints if e.state is not State.UP and e.last_error), None)
         if isinstance(error, ServerFullError):
             error.pause = max(min(endpoint.full_until for endpoint in full) - monotonic(), HURRY / 10)

@@ -333,7 +333,7 @@ def test_init_fails_within_the_connect_timeout(start: Any, known_cluster: Any, p
         proxy.stall()
     began = time.monotonic()
     with pytest.raises(pgdbpool.DBConnectionError, match="no answer"):
-        start([server(known_cluster.primary, port=p.port, connect_timeout=2) for p in proxies])
+        start([server(known_cluster.primary, port=p.port, connect_timeout=2) for p in proxies], wait="all")
     took = time.monotonic() - began
     print(f"three servers that do not answer, connect_timeout 2 s: {took:.2f} s")
     assert took < 5  # one after another it would be 6

@@ -218,13 +218,40 @@ def test_a_group_without_a_server_is_a_warning_at_init(
         proxy.start()
 
         def written() -> bool:
-            try:
-                with Handler("write") as db:
-                    return bool(db.fetchval("SELECT true"))
-            except pgdbpool.DBOfflineError:
-                return False
+            with suppress(pgdbpool.DBOfflineError), Handler("write") as db:
+                return bool(db.fetchval("SELECT true"))
+            return False
 
         wait_for(written, what="the group is served")
+    finally:
+        Connection.reset()
+
+
+@pytest.mark.parametrize("away", ["silent", "full"])
+def test_a_server_that_is_silent_or_full_at_init_is_no_error(
+    known_cluster: Any, proxy_to: Any, mode: str, away: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    known_cluster.primary.execute("CREATE ROLE web LOGIN CONNECTION LIMIT 1")
+    proxies = [proxy_to(node) for node in known_cluster.nodes]
+    servers = [server(known_cluster.primary, port=proxy.port, connect_timeout=0.5) for proxy in proxies]
+    if away == "full":
+        servers = [server(known_cluster.primary, user="web")]
+    else:
+        for proxy in proxies:
+            proxy.stall()
+    with known_cluster.primary.connect(user="web"):
+        Connection.init(config(servers, mode, g={"connection_count": 1}))
+        assert "group.unserved" in [r.event for r in caplog.records]
+    for proxy in proxies:
+        proxy.resume()
+
+    def served() -> bool:
+        with suppress(pgdbpool.DBConnectionError), Handler("g") as db:
+            return bool(db.fetchval("SELECT true"))
+        return False
+
+    try:
+        wait_for(served, what="the group is served")
     finally:
         Connection.reset()
 
@@ -242,6 +269,7 @@ def test_what_is_configured_wrongly_is_an_error_at_init(
     with pytest.raises(pgdbpool.DBConnectionError) as caught:
         Connection.init(config([server(known_cluster.primary, **changes)], mode, g={"connection_count": 1}))
     assert not isinstance(caught.value, pgdbpool.DBOfflineError)
+    assert caught.value.refused
     gone = server(known_cluster.primary, port=closed_port(), label="gone")
     with pytest.raises(pgdbpool.DBConnectionError):  # also beside a server that is away
         Connection.init(
