@@ -376,6 +376,74 @@ WHERE f.prosecdef AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
 ORDER BY 1"""
 
 
+@dataclass(frozen=True, slots=True)
+class SourceFact:
+    """A function or view with its text, and the policies and views that depend on it."""
+
+    name: str
+    plain: str
+    """Its name alone, as others write it."""
+    immutable: bool
+    source: str
+    used_by: list[str]
+
+
+# A body in quotes leaves no dependencies: what it calls is found by name.
+SOURCES = """
+WITH things AS (
+    SELECT 'pg_proc'::regclass AS class, f.oid, f.oid::regprocedure::text AS name, f.proname::text AS plain,
+           f.provolatile = 'i' AS immutable,
+           f.prosrc || ' ' || coalesce(pg_get_function_sqlbody(f.oid), '') AS source
+    FROM pg_proc f JOIN pg_namespace n ON n.oid = f.pronamespace JOIN pg_language l ON l.oid = f.prolang
+    WHERE f.prokind = 'f' AND l.lanname NOT IN ('c', 'internal')
+      AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+    UNION ALL
+    SELECT 'pg_class'::regclass, c.oid, format('%%I.%%I', n.nspname, c.relname), c.relname::text, false,
+           pg_get_viewdef(c.oid)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'v' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+)
+SELECT t.name, t.plain, t.immutable, t.source, ARRAY(
+    SELECT DISTINCT coalesce(
+        (SELECT 'the policy ' || quote_ident(p.polname) || ' ON ' || format('%%I.%%I', n.nspname, c.relname)
+         FROM pg_policy p JOIN pg_class c ON c.oid = p.polrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE d.classid = 'pg_policy'::regclass AND p.oid = d.objid),
+        (SELECT 'the view ' || format('%%I.%%I', n.nspname, c.relname)
+         FROM pg_rewrite w JOIN pg_class c ON c.oid = w.ev_class JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid AND c.oid <> t.oid)) AS who
+    FROM pg_depend d
+    WHERE d.refclassid = t.class AND d.refobjid = t.oid
+      AND d.classid IN ('pg_policy'::regclass, 'pg_rewrite'::regclass)
+    ORDER BY 1) AS used_by
+FROM things t ORDER BY 1"""
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignFact:
+    """A foreign table that the role has privileges on."""
+
+    name: str
+    server: str
+    granted: list[str]
+    grantees: list[str]
+
+
+FOREIGN = """
+SELECT format('%%I.%%I', n.nspname, c.relname) AS name, quote_ident(s.srvname) AS server, p.granted,
+    ARRAY(SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END
+          FROM aclexplode(c.relacl) WHERE grantee = 0 OR pg_has_role(%(role)s::oid, grantee, 'USAGE')
+          ORDER BY 1) AS grantees
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_foreign_table f ON f.ftrelid = c.oid JOIN pg_foreign_server s ON s.oid = f.ftserver
+CROSS JOIN LATERAL (SELECT ARRAY(
+    SELECT p FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) p
+    WHERE has_any_column_privilege(%(role)s::oid, c.oid, p)
+    UNION ALL
+    SELECT 'DELETE' WHERE has_table_privilege(%(role)s::oid, c.oid, 'DELETE')) AS granted) p
+WHERE has_schema_privilege(%(role)s::oid, n.oid, 'USAGE') AND p.granted <> '{}'
+ORDER BY 1"""
+
+
 def protected(tables: Mapping[int, Table], among: Collection[int]) -> list[int]:
     """Return the tables that policies are meant to guard: those with RLS, and the partitions of those."""
     return [

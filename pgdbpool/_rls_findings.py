@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ._rls_catalog import COMMANDS, FunctionFact, Policy, RoleFact, Table, ViewFact
+from ._rls_catalog import COMMANDS, ForeignFact, FunctionFact, Policy, RoleFact, SourceFact, Table, ViewFact
 from ._rls_probe import Behaviour, Failure, State
 
 Severity = Literal["error", "warning", "info"]
@@ -21,6 +21,7 @@ PARTS = {"using": ("SELECT", "UPDATE", "DELETE"), "check": ("INSERT", "UPDATE")}
 WORDS = {"using": "USING", "check": "WITH CHECK"}
 OF_PRIVILEGES = {
     "table-owned", "truncate-granted", "references-granted", "trigger-granted", "partition-unprotected",
+    "foreign-table-granted",
 }  # fmt: skip
 STATES: tuple[State, ...] = ("unset", "empty")
 # For expressions as the server prints them; NAME stands for `current_setting('the.name'::text`.
@@ -220,6 +221,53 @@ def on_functions(role: str, functions: Sequence[FunctionFact]) -> Iterator[Findi
             message = f"it runs as {owner}, but looks names up where its caller says: set its search_path"
             remedy = f"ALTER ROUTINE {it} SET search_path = {function.schema}, pg_temp;"
             yield Finding("warning", "definer-search-path", it, message, remedy)
+
+
+_CALLS = re.compile(r'([\w$]+)"?\s*\(')
+_READS_FROM = re.compile(r'(?:\bfrom|\bjoin|,)\s+(?:"?[\w$]+"?\.)?"?([\w$]+)', re.I)
+_READS_ANY = re.compile(r"current_setting\s*\(\s*(?![\s']|e')", re.I)
+
+
+def on_sources(facts: Sequence[SourceFact], settings: Sequence[str]) -> Iterator[Finding]:
+    """Find IMMUTABLE functions that read the tenant, themselves or through what they call."""
+    names = [name.lower() for name in settings]
+    readers = [fact for fact in facts if _reads(fact.source.lower(), names)]
+    found = {id(fact) for fact in readers}
+    callers: dict[str, list[SourceFact]] = defaultdict(list)
+    for fact in facts:
+        for name in {*_CALLS.findall(fact.source), *_READS_FROM.findall(fact.source)}:
+            callers[name.lower()].append(fact)
+    while readers:
+        reader = readers.pop()
+        if reader.immutable:
+            message = (
+                f"it is IMMUTABLE and reads {' or '.join(settings)}: a plan that is kept has the tenant that "
+                "it was made for, and shows that one's rows to the others"
+            )
+            if reader.used_by:
+                message += f"; used by {', '.join(reader.used_by)}"
+            remedy = f"ALTER FUNCTION {reader.name} STABLE;"
+            yield Finding("error", "immutable-reads-setting", reader.name, message, remedy)
+        for caller in callers[reader.plain.lower()]:
+            if id(caller) not in found:
+                found.add(id(caller))
+                readers.append(caller)
+
+
+def _reads(source: str, names: Sequence[str]) -> bool:
+    return any(name in source for name in names) or _READS_ANY.search(source) is not None
+
+
+def on_foreign(role: str, tables: Sequence[ForeignFact]) -> Iterator[Finding]:
+    """Find foreign tables that the role may use: no policy of this server binds what is read through them."""
+    for table in tables:
+        rights = ", ".join(table.granted)
+        message = (
+            f"{role} has {rights} on it: a foreign table has no policies, and the server {table.server} "
+            "knows no tenant of this session"
+        )
+        remedy = f"REVOKE ALL ON {table.name} FROM {', '.join(table.grantees) or role};"
+        yield Finding("error", "foreign-table-granted", table.name, message, remedy)
 
 
 def applied(policies: Sequence[Policy], command: str, part: str) -> list[Policy]:

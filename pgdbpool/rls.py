@@ -157,6 +157,10 @@ def audit(
             chosen = _choose(known, tables, path)
             rules = catalog.fetch(conn, Policy, catalog.POLICIES, role=me.oid, tables=list(chosen))
             guarded = catalog.protected(known, known if tables is None else chosen)
+            found += findings.on_sources(catalog.fetch(conn, catalog.SourceFact, catalog.SOURCES), settings)
+            if tables is None:
+                foreign = catalog.fetch(conn, catalog.ForeignFact, catalog.FOREIGN, role=me.oid)
+                found += findings.on_foreign(me.subject, foreign)
             if guarded and not me.superuser:  # a superuser needs no way around
                 scope: dict[str, Any] = {"role": me.oid, "tables": guarded}
                 views = catalog.fetch(conn, catalog.ViewFact, catalog.VIEWS, **scope)

@@ -646,3 +646,83 @@ ERROR truncate-granted: shop.orders
     assert plain["ok"] is False
     assert plain["findings"][0]["code"] == "truncate-granted"
     assert plain["tables"][0]["policies"][0]["reads"] == [TENANT]
+
+
+READS = "NULLIF(current_setting('app.tenant', true), '')::uuid"
+IMMUTABLES = {
+    "itself": f"""CREATE FUNCTION who() RETURNS uuid IMMUTABLE LANGUAGE sql AS $$ SELECT {READS} $$;
+        ALTER POLICY tenant ON orders USING (tenant_id = who())""",
+    "a body that is parsed": f"""CREATE FUNCTION who() RETURNS uuid IMMUTABLE LANGUAGE sql RETURN {READS};
+        ALTER POLICY tenant ON orders USING (tenant_id = who())""",
+    "through what it calls": f"""
+        CREATE FUNCTION inner_() RETURNS uuid STABLE LANGUAGE sql AS $$ SELECT {READS} $$;
+        CREATE FUNCTION who() RETURNS uuid IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN RETURN inner_(); END $$;
+        ALTER POLICY tenant ON orders USING (tenant_id = who())""",
+    "below one that is not": f"""
+        CREATE FUNCTION who() RETURNS uuid IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN RETURN {READS}; END $$;
+        CREATE FUNCTION outer_() RETURNS uuid STABLE LANGUAGE sql AS $$ SELECT shop.who() $$;
+        ALTER POLICY tenant ON orders USING (tenant_id = outer_())""",
+    "by a name that it is given": """
+        CREATE FUNCTION who() RETURNS uuid STABLE LANGUAGE sql AS $$ SELECT value('app.tenant')::uuid $$;
+        CREATE FUNCTION value(name text) RETURNS text IMMUTABLE LANGUAGE sql
+            AS $$ SELECT NULLIF(current_setting(name, true), '') $$;
+        ALTER POLICY tenant ON orders USING (tenant_id = who())""",
+    "through a view": f"""
+        CREATE VIEW me AS SELECT {READS} AS id;
+        CREATE FUNCTION who() RETURNS uuid IMMUTABLE LANGUAGE sql AS $$ SELECT id FROM shop.me $$;
+        ALTER POLICY tenant ON orders USING (tenant_id = who())""",
+    "in a view that filters": f"""
+        CREATE FUNCTION who() RETURNS uuid IMMUTABLE LANGUAGE sql AS $$ SELECT {READS} $$;
+        CREATE VIEW mine WITH (security_invoker) AS SELECT * FROM orders WHERE tenant_id = who();
+        GRANT SELECT ON mine TO app""",
+}
+
+
+@pytest.mark.parametrize("how", IMMUTABLES)
+def test_an_immutable_function_that_reads_the_tenant_is_an_error(admin: Connection, how: str) -> None:
+    if "value(" in IMMUTABLES[how]:
+        admin.execute("SET LOCAL check_function_bodies = off")
+    admin.execute(IMMUTABLES[how].encode())
+    result = audit(admin, [TENANT], role="app")
+    [finding] = [finding for finding in result.findings if finding.code == "immutable-reads-setting"]
+    culprit = "shop.value(text)" if "value(" in IMMUTABLES[how] else "shop.who()"
+    assert (finding.severity, finding.subject) == ("error", culprit)
+    if how in ("itself", "in a view that filters"):
+        assert finding.message.endswith("view shop.mine" if "view" in how else "policy tenant ON shop.orders")
+    admin.execute(finding.remedy.encode())
+    codes = {finding.code for finding in audit(admin, [TENANT], role="app").findings}
+    assert "immutable-reads-setting" not in codes
+
+
+def test_what_an_immutable_function_does_to_a_tenant_is_as_bad_as_said(admin: Connection) -> None:
+    """After some executions the plan has the first tenant's value for good."""
+    admin.execute(IMMUTABLES["in a view that filters"].encode())
+    one_, two = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"
+    admin.execute("ALTER TABLE orders DISABLE ROW LEVEL SECURITY")
+    admin.execute("INSERT INTO orders VALUES (1, %s), (2, %s)", (one_, two))
+    shown = {}
+    for tenant in (one_, two):
+        admin.execute("SELECT set_config('app.tenant', %s, true)", (tenant,))
+        shown[tenant] = [admin.execute("SELECT id FROM mine", prepare=True).fetchall() for _ in range(8)][-1]
+    assert shown[two] == shown[one_] == [(1,)]
+
+
+def test_an_immutable_function_that_reads_no_tenant_is_none(admin: Connection) -> None:
+    admin.execute("""
+        CREATE FUNCTION twice(tenant int) RETURNS int IMMUTABLE LANGUAGE sql AS $$ SELECT tenant * 2 $$;
+        CREATE FUNCTION zone() RETURNS text IMMUTABLE LANGUAGE sql
+            AS $$ SELECT current_setting('TimeZone') $$""")
+    assert bad(audit(admin, [TENANT], role="app")) == []
+
+
+def test_a_foreign_table_that_the_role_may_use_is_an_error(admin: Connection) -> None:
+    admin.execute("""
+        CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER elsewhere FOREIGN DATA WRAPPER nothing;
+        CREATE FOREIGN TABLE shop.remote (tenant_id uuid) SERVER elsewhere;
+        CREATE FOREIGN TABLE shop.unused (tenant_id uuid) SERVER elsewhere;
+        CREATE ROLE readers; GRANT readers TO app; GRANT SELECT ON shop.remote TO readers""")
+    result = audit(admin, [TENANT], role="app")
+    assert bad(result) == [("error", "foreign-table-granted", "shop.remote")]
+    [finding] = [finding for finding in result.findings if finding.code == "foreign-table-granted"]
+    admin.execute(finding.remedy.encode())
+    assert bad(audit(admin, [TENANT], role="app")) == []
