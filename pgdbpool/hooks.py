@@ -46,8 +46,6 @@ class Hooks:
     def _on_checkout(self, conn: PooledConnection) -> None:
         """Tell that a block has the connection; raises `HookError` where that failed."""
         conn.altered = True  # what the hook does to the connection is the block's, and ends with it
-        if conn.stale:
-            conn.clean_what_shows()
         self._call("on_checkout", conn)
 
     def _at_checkin(self, conn: PooledConnection, reason: str | None) -> str | None:

@@ -693,7 +693,12 @@ class PooledConnection(psycopg.Connection[Any]):
 
     @property
     def info(self) -> ConnectionInfo:
-        """What psycopg tells of the connection; `error_message` also after a failure in a pipeline."""
+        """What psycopg tells of the connection; `error_message` also after a failure in a pipeline.
+
+        :raises ConnectionLostError: the session was to be cleaned first; see `hand_out`.
+        """
+        if self.stale and self.block is not None:  # in `on_checkout`
+            self.clean_what_shows()
         failed, text = self.failed
         statement = None if self.block is None else getattr(self.block, "statement", None)
         return _Info(self.pgconn, text if failed is not None and failed is statement else "")
@@ -1036,7 +1041,7 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def _ended_by(self, answer: PGresult, status: int) -> psycopg.Error:
         """Close the connection, and return the error that the server ended it with."""
-        error = psycopg.errors.error_from_result(answer, encoding=self.info.encoding)
+        error = psycopg.errors.error_from_result(answer, encoding=self.pgconn._encoding)
         self.pgconn.finish()
         self._note_loss(error, status)
         return error
@@ -1087,7 +1092,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def _refused(self, result: PGresult, number: int) -> Exception:
         """Return the error for the part of a preamble that failed."""
         self._known.clear()
-        error = psycopg.errors.error_from_result(result, encoding=self.info.encoding)
+        error = psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
         if self.stale and number < len(self.cleaning):
             # Not clean, and nobody's fault but the last borrower's: another will do.
             self.pgconn.finish()

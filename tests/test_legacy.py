@@ -127,7 +127,7 @@ def test_connections_are_lent_in_turn(old_config: dict[str, Any]) -> None:
     refs = []
     for _ in range(10):
         with dbpool.Handler("group1") as db:
-            refs.append(db.conn_ref)
+            refs.append(db.conn_ref.info.backend_pid)
     assert refs[:5] == refs[5:]
     assert len(set(refs)) == 5
 
