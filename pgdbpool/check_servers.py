@@ -13,6 +13,7 @@ from psycopg import pq
 from .config import CONFIG_KEYS, DB_KEYS, ENDPOINT_KEYS, conninfo_parts
 from .credentials import read_password
 from .keys import Refused, Unreadable, nearest, show, step
+from .names import service_of
 from .validation import Report, read, refused
 
 _BY_PARAMETER = {setting.key.libpq: setting for setting in ENDPOINT_KEYS.values() if setting.key.libpq}
@@ -39,12 +40,23 @@ def check_servers(tree: Mapping[Any, Any], report: Report) -> list[dict[str, Any
     labels: dict[str, str] = {}
     for path, entry in entries.items():
         servers.append(_server(entry, path, report))
-        servers[-1].setdefault("connect_timeout", 10.0 if len(entries) == 1 else 5.0)
+        timeout = _service_timeout(servers[-1]) or (10.0 if len(entries) == 1 else 5.0)
+        servers[-1].setdefault("connect_timeout", timeout)
         label = servers[-1].get("label")
         if label is not None and labels.setdefault(label, path) != path:
             where = f"{path}.label" if isinstance(entry, Mapping) and "label" in entry else path
             report.add(where, f"label {show(label)} is that of {labels[label]} too; give each its own label")
     return servers
+
+
+def _service_timeout(fields: Mapping[str, Any]) -> float:
+    """Return the `connect_timeout` of the server's service file, 0 where there is none, or no limit."""
+    try:
+        params = conninfo_parts(fields["conninfo"]) if fields.get("conninfo") else {}
+    except (psycopg.Error, ValueError):
+        return 0.0  # which is reported elsewhere
+    text = service_of(params).get("connect_timeout", "") if not fields.get("host") else ""
+    return float(text) if text.isdigit() else 0.0
 
 
 def _server(entry: object, path: str, report: Report) -> dict[str, Any]:

@@ -242,11 +242,12 @@ class EndpointConfig:
                 params[setting.key.libpq] = value if isinstance(value, str) else math.ceil(value)
         return params
 
-    def server_options(self, query_timeout_ms: int | None = None) -> str:
+    def server_options(self, query_timeout_ms: int | None = None, inherited: str | None = None) -> str:
         """Return libpq's `options`: the statement timeout, temporary buffers and settings of a session.
 
-        Those of the conninfo, or else of ``PGOPTIONS``, come first: libpq would drop them otherwise. A
-        transaction pooler takes none: give libpq the empty string too, or it sends ``PGOPTIONS``.
+        Those of the conninfo, or else those `inherited` from a service, or else of ``PGOPTIONS``, come first:
+        libpq would drop them otherwise. A transaction pooler takes none: give libpq the empty string too, or
+        it sends ``PGOPTIONS``.
         """
         if self.pooler:
             return ""
@@ -255,7 +256,8 @@ class EndpointConfig:
         if self.session_tmp_buffer is not None:
             settings["temp_buffers"] = f"{self.session_tmp_buffer}MB"
         settings.update(self.options)
-        inherited = conninfo_parts(self.conninfo).get("options") if self.conninfo else None
+        own_options = conninfo_parts(self.conninfo).get("options") if self.conninfo else None
+        inherited = inherited if own_options is None else own_options
         if inherited is None:
             inherited = os.environ.get("PGOPTIONS", "")
         own = (f"-c {name}={_escaped(value)}" for name, value in settings.items())
@@ -465,7 +467,10 @@ class GroupConfig:
     ] = 30.0
     ping_timeout: Annotated[
         float,
-        Key(Seconds(HOUR, likely=LIKELY), "Longest wait for the answer; after it the server counts as down."),
+        Key(
+            Seconds(HOUR, likely=LIKELY),
+            "Longest wait for the answer; after it a new connection tells whether the server is down.",
+        ),
     ] = 2.0
     prepare_threshold: Annotated[
         int | None,

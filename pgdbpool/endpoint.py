@@ -27,10 +27,11 @@ from psycopg.errors import ConnectionTimeout, _WaitTimeout
 from . import events
 from .arrival import Arrival
 from .asking import Gate
+from .config import KEEPALIVES
 from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
-from .errors import CredentialError, Error, HookError, one_line
-from .names import Name, UnresolvedError, destination, places
+from .errors import CredentialError, Error, HookError, QueryDeadlineError, one_line
+from .names import Name, UnresolvedError, destination, places, service_of
 from .preamble import FORBID_WRITES, GRACE, HURRY
 from .probe import StartupProbe
 from .roundtrip import round_trip
@@ -470,9 +471,14 @@ class Endpoint:
             if conn is not None:
                 conn.close()
             told = error.__cause__ if isinstance(error, HookError) else error
-            down = isinstance(told, psycopg.Error) and self._is_down(told, deadline, telling())
-            failure = self._failed(error, down)
             by_server = isinstance(told, psycopg.Error)
+            if self.config.pooler and isinstance(error, QueryDeadlineError) and telling():
+                # The pooler let it in, and no server answers (PAUSE): down, unless others got an answer.
+                down = not any(group.answered(self, began) for group in self.groups)
+                self._refuses = False
+            else:
+                down = isinstance(told, psycopg.Error) and self._is_down(told, deadline, telling())
+            failure = self._failed(error, down)
             failure.refused = self._refuses if by_server else not isinstance(error, CredentialError)
             raise failure from error
         conn.until = None
@@ -531,8 +537,13 @@ class Endpoint:
         """Return libpq's connection string for one of the group's connections, with what was asked for."""
         params: dict[str, Any] = self.config.conninfo_params()
         params.update(given)
+        service = service_of(params)
+        for key in KEEPALIVES:  # defaults of this package, which a service's own values go before
+            if key in service and getattr(self.config, key) is None:
+                del params[key]
         # Also where it is empty: libpq would send PGOPTIONS otherwise.
-        params["options"] = self.config.server_options(self.statement_timeout(group))
+        timeout = self.statement_timeout(group)
+        params["options"] = self.config.server_options(timeout, service.get("options"))
         return make_conninfo("", **params)
 
     def _log_in(

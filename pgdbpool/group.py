@@ -747,17 +747,29 @@ class Group:
                     filenos.append(conn.pgconn.socket)
         return filenos
 
-    def connect_apart(self) -> psycopg.Connection[Any]:
-        """Open a connection that belongs to no pool, to the endpoint that would come next.
+    def answered(self, endpoint: Endpoint, since: float) -> bool:
+        """Return whether a connection to the endpoint was known to work after that moment."""
+        conns = [slot.conn() for slot in self._pool.slots() if slot.conn is not None]
+        return any(conn and conn.endpoint is endpoint and conn.used_at > since for conn in conns)
 
-        :raises DBConnectionError: no endpoint is up.
-        :raises psycopg.Error: it could not be opened.
+    def connect_apart(self) -> psycopg.Connection[Any]:
+        """Open a connection that belongs to no pool, to the first endpoint that admits one.
+
+        :raises DBConnectionError: no endpoint is up, or none of several admits one.
+        :raises psycopg.Error: the only endpoint does not.
         :raises CredentialError: its user and password could not be had.
         """
         best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
-        if not best:
-            raise self._unreachable({})
-        return best[0].connect(self.config)
+        failures: dict[Endpoint, DialError | None] = {}
+        for endpoint in best:
+            try:
+                return endpoint.connect(self.config)
+            except (psycopg.OperationalError, CredentialError) as error:
+                if len(best) == 1:
+                    raise
+                failures[endpoint] = failure = DialError(endpoint, one_line(error), down=False)
+                failure.__cause__ = error
+        raise self._unreachable(failures)
 
     # What endpoints report.
 

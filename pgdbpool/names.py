@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Iterable, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -102,6 +102,12 @@ def is_name(host: str) -> bool:
 def _decoded(options: Iterable[ConninfoOption]) -> dict[str, str]:
     # Some are not in UTF-8, perhaps: none of those that count here.
     return {o.keyword.decode(): o.val.decode(errors="surrogateescape") for o in options if o.val}
+
+
+def service_of(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the service that is given, or ``PGSERVICE``, says; nothing where there is none."""
+    name = given.get("service") or os.environ.get("PGSERVICE")
+    return _service({"service": str(name)}) if name else {}
 
 
 def _service(params: dict[str, str]) -> dict[str, str]:

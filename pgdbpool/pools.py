@@ -296,7 +296,10 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def _start_workers(self) -> None:
         self._tasks = cast(Any, SimpleQueue())  # queue.Queue too can be left locked by an interruption
-        super()._start_workers()
+        # From Python 3.12 on an interpreter that is about to end starts no thread. Then requests connect by
+        # themselves, and what a worker would do is left undone.
+        with suppress(RuntimeError):
+            super()._start_workers()
 
     def _start_initial_tasks(self) -> None:
         self.run_task(Schedule(self, ShrinkPool(self), self.max_idle))
@@ -455,7 +458,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def refill(self) -> None:
         self.missing = False
-        if not self._opened or self._closed:
+        if not self._opened or self._closed or not self._workers:
             return
         with self._lock:
             while self.size < self._min_size and (slot := self._slots.new()):

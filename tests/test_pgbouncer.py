@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -375,3 +376,36 @@ def test_a_statement_that_the_pooler_had_no_server_for_is_not_queued_twice(
                     db.query("SELECT 1")
             assert not caught.value.maybe_executed
             assert Connection.status().groups[group].retries == 0
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pause_beyond_the_deadlines_is_one_outage_and_no_flapping(
+    bouncer: Any, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pooled = bouncer(admin_users="app")
+    limits = {"query_timeout": 300, "ping_timeout": 0.5, "connect_timeout": 1}
+    init(pooled, mode, **limits)
+
+    def use() -> float:
+        began = time.monotonic()
+        try:
+            with Handler("auto") as db:
+                db.query("SELECT 1")
+        except pgdbpool.Error:
+            return time.monotonic() - began
+        return 0.0
+
+    assert use() == 0.0
+    with psycopg.connect(host=pooled.host, port=pooled.port, user="app", dbname="pgbouncer") as console:
+        console.pgconn.exec_(b"PAUSE")
+        ends = time.monotonic() + 2.5
+        wait_for(lambda: use() and Connection.status().groups["auto"].idle == 0, 10)
+        wait_for(lambda: 0 < use() < 0.4, 10, "it is known to give no answer")
+        while time.monotonic() < ends:
+            assert 0 < use() < 0.8
+            time.sleep(0.05)
+        console.pgconn.exec_(b"RESUME")
+    wait_for(lambda: use() == 0.0, 10)
+    said = [record.message for record in caplog.records if record.message.startswith("endpoint")]
+    assert [text.split(": ")[0].split()[-1] for text in said] == ["down", "again"]

@@ -179,3 +179,29 @@ def works() -> bool:
     except pgdbpool.DBConnectionError:
         return False
     return True
+
+
+def test_what_a_service_says_counts_where_the_configuration_says_nothing(
+    known_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str
+) -> None:
+    node = known_cluster.primary
+    services = tmp_path / "services.conf"
+    services.write_text(
+        f"[mine]\nhost={node.host}\nport={node.port}\nuser=postgres\ndbname=postgres\nconnect_timeout=7\n"
+        "keepalives_idle=77\noptions=-c search_path=pg_temp -c work_mem=3MB\n"
+    )
+    monkeypatch.setenv("PGSERVICEFILE", str(services))
+    monkeypatch.setenv("PGOPTIONS", "-c work_mem=5MB")
+    asked = "SELECT current_setting('search_path'), current_setting('work_mem'), current_setting('jit')"
+    for own, idle, timeout in (({}, "77", 7.0), ({"keepalives_idle": 20, "connect_timeout": 3}, "20", 3.0)):
+        entry = {"conninfo": "service=mine", "options": {"jit": "off"}, **own}
+        Connection.init({"type": mode, "db": entry, "groups": {"g": {"connection_count": 1}}})
+        try:
+            with Handler("g") as db:
+                assert tuple(db.query(asked).fetchone()) == ("pg_temp", "3MB", "off")
+                used = {o.keyword.decode(): o.val.decode() for o in db.connection.pgconn.info if o.val}
+            assert used["keepalives_idle"] == idle
+            assert used["keepalives_count"] == "3"
+            assert Connection.group("g").endpoints[0].config.connect_timeout == timeout
+        finally:
+            Connection.reset()

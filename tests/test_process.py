@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -256,3 +257,25 @@ def test_multiprocessing_by_fork(known_cluster: Any, mode: str) -> None:
         """,
     )
     assert (done.returncode, done.stdout) == (0, "fine {}\n"), done
+
+
+def test_the_first_block_of_a_process_may_be_its_last(known_cluster: Any, mode: str) -> None:
+    """In a handler of atexit, where Python from 3.12 on starts no thread."""
+    node = known_cluster.primary
+    config = {"type": mode, "db": server(node), "groups": {"g": {"connection_count": 2}}}
+    body = f"""
+        import atexit
+
+        def last():
+            for _ in range(3):
+                with Handler("g") as db:
+                    print(db.query("SELECT 1").fetchone()[0])
+            Connection.close()
+            print("closed")
+
+        Connection.init({config!r}, wait=False)
+        atexit.register(last)
+    """
+    done, _ = run(node, mode, body)
+    assert done.stderr == ""
+    assert done.stdout.split() == ["1", "1", "1", "closed"]

@@ -12,7 +12,9 @@ import pytest
 from known import VERSION_VARIABLE
 from proxy import Proxy
 from psycopg.rows import dict_row
+from support import closed_port, config
 
+import pgdbpool
 from pgdbpool.cluster import Cluster
 from pgdbpool.errors import ConfigError
 from pgdbpool.rls import Audit, Finding, audit, role_findings
@@ -726,3 +728,22 @@ def test_a_foreign_table_that_the_role_may_use_is_an_error(admin: Connection) ->
     [finding] = [finding for finding in result.findings if finding.code == "foreign-table-granted"]
     admin.execute(finding.remedy.encode())
     assert bad(audit(admin, [TENANT], role="app")) == []
+
+
+def test_an_audit_asks_the_next_server_when_one_is_away(known_cluster: Any, mode: str) -> None:
+    away = {"host": "127.0.0.1", "name": "postgres", "user": "postgres"}
+    entries = [{**away, "port": closed_port()}, known_cluster.primary, {**away, "port": closed_port()}]
+    for _ in range(6):  # each begins at any of them
+        pgdbpool.Connection.init(config(entries, mode, g={"tenant": "app.tenant"}), wait=False)
+        try:
+            assert pgdbpool.Connection.audit_rls("g", []).findings is not None
+        finally:
+            pgdbpool.Connection.reset()
+    pgdbpool.Connection.init(config([entries[0], entries[2]], mode, g={"tenant": "app.tenant"}), wait=False)
+    try:
+        with pytest.raises(pgdbpool.DBConnectionError) as caught:
+            pgdbpool.Connection.audit_rls("g")
+        assert len(caught.value.endpoints) == 2
+        assert all("refused" in text for text in caught.value.endpoints.values())
+    finally:
+        pgdbpool.Connection.reset()
