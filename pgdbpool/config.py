@@ -59,6 +59,8 @@ CONNECTION_COUNT = 10
 LIKELY = 600
 """Seconds above which nobody waits for a connection; see `Seconds`."""
 
+NO_SERVICE: Mapping[str, str] = MappingProxyType({})
+
 KEEPALIVES: dict[str, str | int] = {
     "keepalives_idle": 30,
     "keepalives_interval": 10,
@@ -224,8 +226,10 @@ class EndpointConfig:
         ),
     ] = None
 
-    def conninfo_params(self) -> dict[str, str | int]:
+    def conninfo_params(self, service: Mapping[str, str] = NO_SERVICE) -> dict[str, str | int]:
         """Return libpq's parameters for `psycopg.conninfo.make_conninfo`, all but `options`.
+
+        A service's own keepalives go before the defaults of this package.
 
         Parts left out are absent, so that libpq's own defaults hold for them; so are those that a function
         gives.
@@ -234,7 +238,7 @@ class EndpointConfig:
         params.pop("options", None)
         params.setdefault("fallback_application_name", "pgdbpool")
         if not str(self.host or params.get("host") or "").startswith(("/", "@")):
-            params = {**KEEPALIVES, **params}
+            params = {key: value for key, value in KEEPALIVES.items() if key not in service} | params
         for setting in ENDPOINT_KEYS.values():
             value = getattr(self, setting.field)
             if setting.key.libpq and value is not None and not callable(value):

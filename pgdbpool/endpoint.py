@@ -27,7 +27,6 @@ from psycopg.errors import ConnectionTimeout, _WaitTimeout
 from . import events
 from .arrival import Arrival
 from .asking import Gate
-from .config import KEEPALIVES
 from .credentials import Login, refused
 from .cursors import BlockCursor, BlockServerCursor
 from .errors import CredentialError, Error, HookError, QueryDeadlineError, one_line
@@ -536,11 +535,10 @@ class Endpoint:
     def conninfo(self, group: GroupConfig, given: Mapping[str, str]) -> str:
         """Return libpq's connection string for one of the group's connections, with what was asked for."""
         params: dict[str, Any] = self.config.conninfo_params()
-        params.update(given)
         service = service_of(params)
-        for key in KEEPALIVES:  # defaults of this package, which a service's own values go before
-            if key in service and getattr(self.config, key) is None:
-                del params[key]
+        if service:
+            params = dict(self.config.conninfo_params(service))
+        params.update(given)
         # Also where it is empty: libpq would send PGOPTIONS otherwise.
         timeout = self.statement_timeout(group)
         params["options"] = self.config.server_options(timeout, service.get("options"))
