@@ -21,6 +21,7 @@ from .balance import Candidate, order, suits, worth_moving
 from .ended import end, succeed
 from .endpoint import DialError, Endpoint, Look, Role, State
 from .errors import (
+    CredentialError,
     DBConnectionError,
     DBOfflineError,
     Error,
