@@ -377,7 +377,10 @@ class Connection(OneShots, Changes):
             password, an unknown database, a certificate that is not trusted), and the group has no other. The
             error has each endpoint's own reason. One endpoint of several is a warning.
         :raises ThreadingModelError: gevent has patched the process too late, or in part.
+        :raises ValueError: `wait` is another value.
         """
+        if wait not in (True, False, "all"):
+            raise ValueError(f"wait={wait!r} is none of True, False and 'all'")
         from .sources import load  # a quarter of what there is to import, and this alone needs it
 
         greenlets.check()

@@ -26,6 +26,8 @@ from pgdbpool.contrib.gunicorn import worker_exit
 
 HERE = Path(__file__).parent
 UWSGI_THREADS = ("uwsgi", "--master", "--processes", "2", "--enable-threads")
+ONE = ("--worker-class", "sync", "--workers", "1")
+"""Where several workers fail at the same moment, gunicorn's own end fails, and its exit status is 1."""
 REFUSED = {"gunicorn": 3, "uwsgi": 22}
 """The exit status with which a server ends that cannot load its application."""
 
@@ -136,6 +138,10 @@ def test_a_worker_replaced_while_the_primary_is_away_serves_what_is_there(
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda pid=pid: pid not in running.workers, what="the worker is gone")
     wait_for(lambda: running.ask("read")[0] == 200, what="a new worker reads")
+    if arguments[0] != "uwsgi":  # pyuwsgi does not survive it
+        before = running.workers
+        running.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: running.workers and not running.workers & before, 20, "all workers are new")
     assert [running.ask("read")[0] for _ in range(10)] == [200] * 10
     status, text = running.ask("write")
     assert status == 503
@@ -147,7 +153,7 @@ def test_a_worker_replaced_while_the_primary_is_away_serves_what_is_there(
 
 @pytest.mark.parametrize(
     "arguments",
-    [SYNC, pytest.param(("uwsgi", "--master", "--lazy-apps"), marks=needs_uwsgi)],
+    [ONE, pytest.param(("uwsgi", "--master", "--lazy-apps"), marks=needs_uwsgi)],
     ids=["gunicorn", "uwsgi"],
 )
 def test_a_wrong_configuration_stops_the_server_at_its_start(
@@ -205,6 +211,8 @@ def test_a_group_without_a_server_is_a_warning_at_init(
     servers = [server(known_cluster.primary, port=proxy.port, label="p"), server(known_cluster.standbys[0])]
     read, write = {"target": "standby", "connection_count": 1}, {"target": "primary", "connection_count": 1}
     made = config(servers, mode, read=read, write=write)
+    with pytest.raises(ValueError, match="wait='everything' is none of True, False and 'all'"):
+        Connection.init(made, wait="everything")  # type: ignore[arg-type]
     with pytest.raises(pgdbpool.DBOfflineError, match="p: "):
         Connection.init(made, wait="all")
     with caplog.at_level(logging.WARNING, "pgdbpool"):
