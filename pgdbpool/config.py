@@ -39,6 +39,7 @@ from .kinds import (
     Section,
     Subclass,
     Text,
+    Url,
     Word,
 )
 from .setting_kinds import Pattern, ServerSettings, TenantName
@@ -184,6 +185,14 @@ class EndpointConfig:
             "then nothing counts on the session. `query_timeout` is bound for each transaction, `options` "
             "and `session_tmp_buffer` are refused, and ``PGOPTIONS`` is left out. A proxy that keeps one "
             "session for each client needs no word.",
+        ),
+    ] = None
+    patroni: Annotated[
+        str | None,
+        Key(
+            Url(),
+            "Patroni's REST API on the server's host, such as ``http://pg1:8008``. With it, blocks of groups "
+            "that write wait within `timeout` while Patroni moves or restarts the primary.",
         ),
     ] = None
     keepalives: Annotated[

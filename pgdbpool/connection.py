@@ -106,9 +106,17 @@ class _Pools:
             revive=self._revive if lock_free else None,
         )
         group.on_first_use = self._first_use
+        group.await_writer = self._await_writer
         if lock_free and self.publisher is not None:
             group.checkin = self.publisher.after(group)  # type: ignore[method-assign,assignment]
         return group
+
+    def _await_writer(self, group: Group, deadline: float) -> bool:
+        patronis = self.monitor.patronis
+        if patronis is None:
+            return False
+        step = self.monitor.step if self.config.type == "non-threaded" else self.monitor.wake
+        return patronis.await_writer(group, deadline, step)
 
     def _first_use(self) -> None:
         """A group is about to be used in this process."""

@@ -59,7 +59,7 @@ _FULL = re.compile(
 )
 """What PostgreSQL and PgBouncer say: libpq does not tell the SQLSTATE of a connect (53300)."""
 
-CHANGING = ("weight", "connect_timeout", "password", "pass_file")
+CHANGING = ("weight", "connect_timeout", "password", "pass_file", "patroni")
 """Keys of a server that may change while its connections stay."""
 
 

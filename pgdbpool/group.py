@@ -147,6 +147,8 @@ class Group:
         self._move_at = 0.0
         self._refill_at = 0.0
         self.on_first_use: Callable[[], None] = lambda: None
+        self.await_writer: Callable[[Group, float], bool] = lambda group, deadline: False
+        """Waits until the deadline while a primary is on its way; returns whether there is one."""
         self.config = config
         self.endpoints: tuple[Endpoint, ...] = ()
         self.limiter = self._make_limiter()
@@ -297,11 +299,13 @@ class Group:
                     now = monotonic()
                 if isinstance(got, Slot):
                     try:
-                        conn = self._connect(got, deadline)
+                        conn = self._connect_or_wait(got, deadline)
                     except ServerFullError as error:
                         now = self._await_room(error.pause, deadline, block.high)
                         continue
                     now = monotonic()
+                    if conn is None:
+                        continue
                     break
                 reason = self._unfit(got, now, deadline)
                 if reason is None:
@@ -564,6 +568,15 @@ class Group:
                 self._pool.free(slot)  # at once, whatever error's traceback still holds it
 
     # Opening.
+
+    def _connect_or_wait(self, slot: Slot, deadline: float) -> PooledConnection | None:
+        """Open a connection in the slot, or return None once there is a primary that had been on its way."""
+        try:
+            return self._connect(slot, deadline)
+        except (DBOfflineError, TargetUnavailableError):
+            if not self.writes or not self.await_writer(self, deadline):
+                raise
+            return None
 
     def _connect(self, slot: Slot, deadline: float | None = None) -> PooledConnection:
         """Open a connection in the slot, to the first endpoint that answers and suits."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
 
 from .keys import Kind, Refused, nearest, show, step
 
@@ -151,6 +152,29 @@ class Host(Text):
         if "@" in host[1:]:  # the first character marks an abstract socket
             raise self.refuse(value, "; an @ in the password of a URI is written %40")
         return host
+
+
+class Url(Text):
+    """The address of a server that speaks HTTP, without user and password."""
+
+    allowed = "a URL such as http://host:8008"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": "^https?://[^/@?#]+(/[^?#]*)?$"}
+
+    def check(self, value: object) -> Any:
+        url = super().check(value)
+        if "@" in url:  # which may have a password before it
+            raise Refused(("", f"must be {self.allowed}, without user and password"))
+        try:
+            parts = urlsplit(url)
+            told = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        except ValueError:
+            told = False
+        if not told or not re.fullmatch(r"https?://[^?#\s]+", url):
+            raise self.refuse(value)
+        return url
 
 
 class File(Text):

@@ -24,6 +24,7 @@ from .observer import Look, Observer
 from .probe import RESOLVING_AGAIN
 
 if TYPE_CHECKING:
+    from .patroni import Patronis
     from .publisher import Publisher
 
 WAIT = 0.25
@@ -34,6 +35,9 @@ RETRY_AFTER = 1.0
 
 
 class _Part(Protocol):
+    @property
+    def needed(self) -> bool: ...
+
     def step(self) -> float: ...
 
 
@@ -194,6 +198,7 @@ class Monitor:
         self.doubts = Doubts()
         self.observer = observer
         self.holds = holds
+        self.patronis = self._patronis(observer)
         self._next: Observer | None = None
         """The one to take its place: whoever steps it does that, so that none is closed while it looks."""
         self.publisher = publisher
@@ -216,13 +221,25 @@ class Monitor:
         if self._next is not None:
             self.observer.close()
             self.observer, self._next = self._next, None
-        parts: tuple[_Part, ...] = (self.prober, self.doubts, self.observer, self.holds)
-        pause = min(map(self._try, parts))
+            self.patronis = self._patronis(self.observer)
+        pause = min(map(self._try, self._parts()))
         if self.publisher is not None:
             pause = min(pause, self._try(self.publisher))
         if self._due_at == soon:  # nobody woke it meanwhile
             self._due_at = now + pause
         return pause
+
+    def _patronis(self, observer: Observer) -> Patronis | None:
+        endpoints = [endpoint for endpoint in observer.writing if endpoint.config.patroni]
+        if not endpoints:
+            return None
+        from .patroni import Patronis  # it brings an HTTP client
+
+        return Patronis(endpoints, observer.hurry)
+
+    def _parts(self) -> list[_Part]:
+        parts: list[_Part] = [self.prober, self.doubts, self.observer, self.holds]
+        return parts if self.patronis is None else [*parts, self.patronis]
 
     def _try(self, part: _Part) -> float:
         """Step one part; what goes wrong in it (no file descriptor is left ...) ends none of them."""
@@ -280,6 +297,8 @@ class Monitor:
         self.doubts.close()
         self.observer.close()
         self.holds.close()
+        if self.patronis is not None:
+            self.patronis.close()
         if self.publisher is not None:
             self.publisher.close()
 
@@ -288,8 +307,7 @@ class Monitor:
         while not self._closed:
             self._news.acquire(timeout=max(self.step(), 0.0))
             with self._lock:
-                parts = (self.prober, self.doubts, self.observer, self.holds)
-                needed = any(part.needed for part in parts)
+                needed = any(part.needed for part in self._parts())
                 publishing = self.publisher is not None and self.publisher.needed
                 if not needed and not publishing and self._next is None:
                     # Under the lock, so that `wake` starts another or is seen here.

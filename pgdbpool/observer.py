@@ -155,7 +155,9 @@ class Observer:
         self._writing: dict[Endpoint, list[Group]] = {}
         self._limiting: dict[Endpoint, list[Group]] = {}
         groups = list(groups)
-        self.plan = {(e, g.name, g.writes, g.config.max_lag) for g in groups for e in g.endpoints}
+        self.plan = {
+            (e, e.config.patroni, g.name, g.writes, g.config.max_lag) for g in groups for e in g.endpoints
+        }
         """What it looks at, and for whom."""
         everyone: dict[Endpoint, Group] = {}
         limited = False
@@ -179,9 +181,19 @@ class Observer:
         self._standbys: dict[Endpoint, Sight] = {}
 
     @property
+    def writing(self) -> list[Endpoint]:
+        """The servers of groups that write to one of several."""
+        return list(self._writing)
+
+    @property
     def needed(self) -> bool:
         """Whether there is anything to look at."""
         return bool(self._due)
+
+    def hurry(self, endpoint: Endpoint) -> None:
+        """Look at a server now, if at all."""
+        if endpoint in self._due:
+            self._due[endpoint] = (self._clock(),) * 2
 
     def step(self) -> float:
         """Do what is due now, without waiting; return the seconds until there may be more to do."""

@@ -23,14 +23,14 @@ ORDER = [
     "prepared", "greenlets", "guests", "session", "ended", "timing", "cursors", "copying", "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "driver", "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group",
-    "oneshots", "observer", "holds", "runtime", "publisher", "doubts", "monitor", "changes", "shutdown",
-    "sizing", "health", "connection", "handler", "retry", "pool",
+    "oneshots", "observer", "patroni", "holds", "runtime", "publisher", "doubts", "monitor", "changes",
+    "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at `init`, at a connect, for tenants, for signals, for YAML.
 LATE = {
     "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health", "runtime",
     "publisher", "yamlfile", "config", "setting_kinds", "validation", "check_servers", "check_groups",
-    "sources", "stats", "driver", "foreign",
+    "sources", "stats", "driver", "foreign", "patroni",
 }  # fmt: skip
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 

@@ -1,0 +1,226 @@
+"""What doc/howto/patroni.rst says, with three members, under a load that writes and one that reads."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic, sleep
+from typing import Any
+
+import psycopg
+import pytest
+from patroni_cluster import TTL, Member, Patroni
+from support import wait_for
+
+from pgdbpool import Connection, Handler
+
+STRICT = {"synchronous_mode": True, "synchronous_mode_strict": True}
+FOUND_WITHIN = 0.3
+"""Seconds from when a fresh connection could write to our first commit."""
+
+
+class Load:
+    """A context manager: blocks that write and blocks that read, in threads, or in one if lock-free."""
+
+    def __init__(self, cluster: Patroni, mode: str, **write: Any) -> None:
+        self.errors: Counter[str] = Counter()
+        self.reader_errors: list[str] = []
+        self.commits: list[tuple[float, int]] = []
+        self.reads = 0
+        self._numbers = itertools.count(1)
+        self._over = threading.Event()
+        servers = [
+            {
+                "label": m.name, "host": m.host, "port": m.port, "name": "postgres", "user": "postgres",
+                "patroni": m.url,
+            }
+            for m in cluster.members
+        ]  # fmt: skip
+        groups = {
+            "write": {"target": "primary", "autocommit": False, "connection_count": 4, **write},
+            "read": {"target": "prefer-standby", "connection_count": 4},
+        }
+        Connection.init({"type": mode, "db": servers, "groups": groups})
+        works = ([self._write] * 3, [self._read] * 3) if mode == "threaded" else ([self._both], [])
+        self._threads = [
+            threading.Thread(target=self._loop, args=(work,)) for work in itertools.chain(*works)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        wait_for(lambda: len(self.commits) > 20, 20, "rows are written")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(60)
+        Connection.reset()
+
+    def _loop(self, work: Callable[[], None]) -> None:
+        while not self._over.wait(0.005):
+            work()
+
+    def _both(self) -> None:
+        self._write()
+        self._read()
+
+    def _write(self) -> None:
+        number = next(self._numbers)
+        try:
+            with Handler("write") as db:
+                db.query("INSERT INTO done VALUES (%s)", (number,))
+                db.commit()
+        except psycopg.Error as error:
+            self.errors[type(error).__name__] += 1
+        else:
+            self.commits.append((monotonic(), number))
+
+    def _read(self) -> None:
+        try:
+            with Handler("read") as db:
+                db.fetchval("SELECT count(*) FROM done")
+            self.reads += 1
+        except psycopg.Error as error:
+            self.reader_errors.append(repr(error))
+
+    def committed_after(self, moment: float) -> float | None:
+        """Return when the first block after that moment was committed."""
+        return next((at for at, _ in self.commits if at > moment), None)
+
+    def lost(self, leader: Member) -> set[int]:
+        """Return the rows that were acknowledged and are not there."""
+        with leader.connect() as conn:
+            there = {number for (number,) in conn.execute("SELECT n FROM done")}
+        return {number for _, number in self.commits} - there
+
+
+class FirstWrite:
+    """A thread that finds out when a fresh connection can write to another member than the old leader."""
+
+    def __init__(self, cluster: Patroni, old: Member) -> None:
+        self.at = 0.0
+        self.leader: Member | None = None
+        self._members = [member for member in cluster.members if member is not old]
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        for member in itertools.cycle(self._members):
+            try:
+                with member.connect() as conn:
+                    conn.execute("SET statement_timeout = '2s'")
+                    conn.execute("INSERT INTO first VALUES (1)")
+            except psycopg.Error:
+                sleep(0.01)
+                continue
+            self.at, self.leader = monotonic(), member
+            return
+
+    def wait(self, timeout: float) -> Member:
+        """Wait for it, and return the new leader."""
+        self._thread.join(timeout)
+        assert self.leader is not None, f"no new leader within {timeout} s"
+        return self.leader
+
+
+@contextmanager
+def cluster(**dcs: Any) -> Iterator[Patroni]:
+    with Patroni(**dcs) as started:
+        with started.leader.connect() as conn:
+            conn.execute("CREATE TABLE done (n int)")
+            conn.execute("CREATE TABLE first (n int)")
+        tables = "SELECT count(*) FROM pg_class WHERE relname IN ('done', 'first')"
+
+        def known(member: Member) -> bool:
+            with member.connect() as conn:
+                (found,) = conn.execute(tables).fetchone() or (0,)
+            return bool(found == 2)
+
+        wait_for(lambda: all(map(known, started.members)), 20, "the tables are on all members")
+        yield started
+
+
+def found_in_time(load: Load, first: FirstWrite) -> None:
+    at = wait_for(lambda: load.committed_after(first.at - 0.05), 20, "a block is committed")
+    took = at - first.at
+    print(f"first commit {took:.3f} s after a fresh connection could write; {dict(load.errors)}")
+    assert took <= FOUND_WITHIN
+
+
+REFUSED = {"DBOfflineError", "TargetUnavailableError"}
+both = pytest.mark.parametrize("settings", [{}, STRICT], ids=["asynchronous", "strict"])
+
+
+def wait_for_sync_standby(patroni: Patroni) -> None:
+    def named() -> bool:
+        members = patroni.leader.ask("/cluster").get("members", [])
+        return any(member["role"] == "sync_standby" for member in members)
+
+    wait_for(named, 30, "a synchronous standby")
+
+
+@both
+def test_a_switchover_loses_nothing_and_blocks_wait_for_it(mode: str, settings: dict[str, Any]) -> None:
+    with cluster(**settings) as patroni:
+        if settings:
+            wait_for_sync_standby(patroni)
+        with Load(patroni, mode, timeout=20) as load:
+            first = FirstWrite(patroni, patroni.leader)
+            patroni.switchover()
+            leader = first.wait(30)
+            found_in_time(load, first)
+        assert load.reader_errors == []
+        assert not REFUSED & load.errors.keys(), load.errors
+        assert load.lost(leader) == set()
+
+
+@both
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_failover_is_found_at_once_and_readers_see_nothing_of_it(
+    mode: str, settings: dict[str, Any], how: signal.Signals
+) -> None:
+    with cluster(**settings) as patroni:
+        if settings:
+            wait_for_sync_standby(patroni)
+        with Load(patroni, mode, timeout=1) as load:
+            old = patroni.leader
+            first = FirstWrite(patroni, old)
+            old.signal(how)
+            leader = first.wait(3 * TTL)
+            found_in_time(load, first)
+            if how is signal.SIGSTOP:
+                old.signal(signal.SIGCONT)
+            commits = len(load.commits)
+            wait_for(lambda: len(load.commits) > commits + 50, 20, "it goes on")
+        assert load.reader_errors == []
+        lost = load.lost(leader)
+        # Without a synchronous standby, what the leader had not sent on is lost with it.
+        assert len(lost) <= (0 if settings else 3), lost
+
+
+def test_blocks_wait_for_a_restart_of_the_leader(mode: str) -> None:
+    with cluster() as patroni, Load(patroni, mode, timeout=20) as load:
+        leader = patroni.leader
+        assert "success" in leader.tell("/restart", {}).lower()
+        commits = len(load.commits)
+        wait_for(lambda: len(load.commits) > commits + 20, 20, "it goes on")
+        assert load.reader_errors == []
+        assert not REFUSED & load.errors.keys(), load.errors
+
+
+def test_in_pause_nobody_waits_for_a_leader_that_nobody_replaces(mode: str) -> None:
+    with cluster() as patroni:
+        patroni.leader.tell("/config", {"pause": True}, "PATCH")
+        wait_for(lambda: all(member.ask().get("pause") for member in patroni.members), 20, "the pause")
+        with Load(patroni, mode, timeout=20) as load:
+            patroni.leader.signal(signal.SIGKILL)
+            began = monotonic()
+            wait_for(lambda: REFUSED & load.errors.keys(), 20, "a block is refused")
+            assert monotonic() - began < 10
+            assert load.reader_errors == []
