@@ -157,7 +157,7 @@ class Host(Text):
 class Url(Text):
     """The address of a server that speaks HTTP, without user and password."""
 
-    allowed = "a URL such as http://host:8008"
+    allowed = "the URL of an HTTP server"
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Url(Text):
         except ValueError:
             told = False
         if not told or not re.fullmatch(r"https?://[^?#\s]+", url):
-            raise self.refuse(value)
+            raise self.refuse(value, "; for example http://host:8008")
         return url
 
 

@@ -105,7 +105,9 @@ ENVIRONMENTS: list[dict[str, str]] = [
 
 # What each key takes, written down a second time: the declarations are what is tested here.
 SERVER_KEYS = {
-    **dict.fromkeys(["label", "host", "name", "user", "pass", "conninfo", "application_name"], "text"),
+    **dict.fromkeys(
+        ["label", "host", "name", "user", "pass", "conninfo", "application_name", "patroni"], "text"
+    ),
     **dict.fromkeys(["pass_file", "sslrootcert", "sslcert", "sslkey", "sslcrl"], "file"),
     **dict.fromkeys(["port", "session_tmp_buffer", "weight", "keepalives_count"], "integer"),
     **dict.fromkeys(["connect_timeout", "keepalives_idle", "keepalives_interval"], "seconds"),

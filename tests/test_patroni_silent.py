@@ -44,6 +44,6 @@ def test_a_patroni_that_does_not_answer_stops_nothing(known_cluster: Any, mode: 
     "url", ["pg1:8008", "ftp://pg1", "http://", "http://pg1:0", "http://pg1:x", "http://me:hidden@pg1"]
 )
 def test_an_address_that_is_not_a_url_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"db\.patroni: must be a URL such as http://host:8008") as caught:
+    with pytest.raises(ConfigError, match=r"db\.patroni: must be the URL of an HTTP server") as caught:
         Connection.init({"db": {"host": "a", "patroni": url}, "groups": {"g": {}}}, wait=False)
     assert "hidden" not in str(caught.value)
