@@ -611,7 +611,7 @@ class PooledConnection(psycopg.Connection[Any]):
             kind = errors.ReadOnlyServerError
         if self.taken_away:
             kind = errors.HoldExceededError
-        if self.cut_by:
+        if self.cut_by and not isinstance(error, errors.DBQueryError):  # it may come by twice
             error.args = (f"the pools were closed by {self.cut_by}, with this block open: {error}",)
         own = errors.as_query_error(error, kind)
         if (block := self.block) is not None:

@@ -193,7 +193,8 @@ def test_an_open_block_is_told_that_the_pools_were_closed_and_by_what(
     Connection.close(0.05) if how == "close" else Connection.terminate()
     closed.set()
     thread.join(10)
-    assert f"the pools were closed by {by}, with this block open" in str(errors[0])
+    assert str(errors[0]).startswith(f"the pools were closed by {by}, with this block open: ")
+    assert str(errors[0]).count("the pools were closed") == 1
     if group == "g":  # its next statement wants another connection
         assert str(errors[-1]) == f"group 'g' was closed by {by}"
     else:

@@ -93,7 +93,7 @@ class Site:
         workers = self.workers if self.process.poll() is None else set()
         self.process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):  # uWSGI waits for a worker that is only loading
-            self.process.wait(5)
+            self.process.wait(2)
         for pid in workers:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
