@@ -88,7 +88,7 @@ def test_a_statement_after_idle_session_timeout_is_sent_again(
     assert Connection.status().groups["g"].retries == 1
     with pytest.raises(pgdbpool.IdleSessionTimeoutError) as caught, Handler("g") as db:
         db.connection.execute("SET work_mem = '1MB'")  # what the block has made its own is lost
-        db.rollback()
+        db.commit()
         gone(primary)
         db.query("INSERT INTO t VALUES (2)")
     assert not caught.value.maybe_executed
