@@ -728,7 +728,7 @@ class PooledConnection(psycopg.Connection[Any]):
             self._change(self._check_intrans_gen("autocommit"))
             if self.block is None:  # while `configure` has it
                 self._autocommit = self.by_itself = bool(value)
-            elif self.block.manual is bool(value):
+            elif self.block.manual is bool(value) or self.block.nests:
                 self.block.choose(bool(value))
 
     def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
@@ -1414,7 +1414,7 @@ class PooledConnection(psycopg.Connection[Any]):
             with self.alone():
                 self.end_wrapped()
                 self.pipelines, counted = self.pipelines + 1, True
-                block, autocommit, wrap = self.send_due()
+                block, autocommit, wrap = self._send_due_of_pipeline()
                 if not self._pipeline:
                     self.implicit = autocommit and not wrap
             with self.over(block, autocommit, wrap):
@@ -1422,6 +1422,20 @@ class PooledConnection(psycopg.Connection[Any]):
         finally:
             if counted:
                 self.pipelines -= 1
+
+    def _send_due_of_pipeline(self) -> tuple[Block, bool, bool]:
+        """Send what the block needs before a pipeline; a BEGIN alone comes with the first statement in it.
+
+        It is so for a block that has chosen to have transactions as psycopg has them: the connection stays
+        idle, and its attributes can still be set.
+        """
+        block = self.block
+        if (
+            block is not None and block.manual and not (block.nests or block.settings or self.stale)
+            and self.pgconn.transaction_status == IDLE and not (deadlines.in_use or self.annotates)
+        ):  # fmt: skip
+            return block, False, False
+        return self.send_due()
 
     @contextmanager
     def pipeline(self) -> Iterator[psycopg.Pipeline]:
