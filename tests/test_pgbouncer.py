@@ -409,3 +409,19 @@ def test_a_pause_beyond_the_deadlines_is_one_outage_and_no_flapping(
     wait_for(lambda: use() == 0.0, 10)
     said = [record.message for record in caplog.records if record.message.startswith("endpoint")]
     assert [text.split(": ")[0].split()[-1] for text in said] == ["down", "again"]
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+def test_one_in_session_mode_wants_the_same_word(bouncer: Any, mode: str) -> None:
+    running = bouncer(4, pool_mode="session")
+    with pytest.raises(psycopg.OperationalError, match="unsupported startup parameter: options"):
+        init(running, mode, pooler=None)
+        with Handler("auto"):
+            pass
+    init(running, mode, query_timeout=100, min_size=0)
+    for group in GROUPS:
+        with Handler(group, tenant=A) as db:
+            assert tuple(seen(db)) == ([A], A)
+        with pytest.raises(psycopg.errors.QueryCanceled), Handler(group) as db:
+            db.query("SELECT pg_sleep(5)")
