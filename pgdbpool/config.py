@@ -184,7 +184,8 @@ class EndpointConfig:
             "``transaction`` for a proxy, such as PgBouncer, that gives each transaction another session: "
             "then nothing counts on the session. `query_timeout` is bound for each transaction, `options` "
             "and `session_tmp_buffer` are refused, and ``PGOPTIONS`` is left out. PgBouncer in session mode "
-            "wants it too, since it refuses ``options`` at start-up; a proxy that only passes bytes on does not.",
+            "wants it too, since it refuses ``options`` at start-up; a proxy that only passes bytes on does "
+            "not.",
         ),
     ] = None
     patroni: Annotated[
