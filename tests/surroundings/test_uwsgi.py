@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -84,3 +85,23 @@ def test_its_gevent_loop_lets_requests_run_side_by_side(place: Path, known_clust
             took = monotonic() - began
         assert set(clients.answers) == {OK}
         assert took < 3, "eight requests of half a second, four at a time"
+
+
+def test_its_master_counts_as_no_process(place: Path) -> None:
+    settings = (place / "pgdbpool.yaml").read_text()
+    (place / "pgdbpool.yaml").write_text(f"runtime_dir: {place}/run\n{settings}")
+    text = (place / "app.py").read_text()
+    text += (
+        "\nfrom pgdbpool.metrics import MetricsApp\n"
+        "application = mount(application, '/metrics', MetricsApp())\n"
+    )
+    (place / "app.py").write_text(text)
+    options = ("--http-socket", "127.0.0.1:0", "--wsgi-file", "app.py", "--master", "--die-on-term")
+    with start(place, *options, "--processes", "2", "--threads", "2") as server:
+
+        def processes() -> str:
+            server.ask()  # until each process has had a block
+            return re.findall(r"^pgdbpool_processes (\S+)", server.ask("/metrics")[1], re.MULTILINE)[0]
+
+        wait_for(lambda: processes() == "2.0", 20, "two workers and no master")
+        assert server.ask("/metrics")[1].count("pgdbpool_processes ") == 3  # with its help and type
