@@ -45,6 +45,11 @@ def _servers(config: Config, facts: Facts) -> Iterator[Finding]:
         if not users:
             remedy = "name it in `endpoints` of a group, or remove it from `db`"
             yield Finding("info", "unused-endpoint", endpoint.label, "no group uses it", remedy)
+        if server.patroni is False:
+            yield Finding(
+                "warning", "patroni", endpoint.label, f"no answer from Patroni at {endpoint.patroni}",
+                "give the address of its REST API in `patroni`, and let this machine ask it",
+            )  # fmt: skip
         if not server.reachable:
             # Serious by itself only where a group is left without a server, which is told there.
             yield Finding("warning", "unreachable", endpoint.label, server.error or "no answer", _why(server))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.rows import tuple_row
 
-from . import sizing
+from . import patroni, sizing
 from .balance import suits
 from .driver import Driver, driver
 from .endpoint import DialError, Endpoint, Role
@@ -72,6 +72,8 @@ class ServerFacts:
     """Connections that all processes can open to it, with every server up."""
     opens_at_most: int | None = None
     """... and when it alone is left."""
+    patroni: bool | None = None
+    """Whether its Patroni answers, if it has one."""
     settings: dict[str, str | None] = field(default_factory=dict)
     limits: sizing.Server | None = None
     demand: sizing.Demand | None = None
@@ -147,6 +149,8 @@ def inspect(
                 groups[group.name].served_by.append(label)
             else:
                 groups[group.name].errors[label] = error
+        if url := endpoint.config.patroni:
+            servers[label].patroni = patroni.ask(url).heard
     _compare(servers, sights)
     if processes is not None:
         roles = {label: facts.role for label, facts in servers.items()}

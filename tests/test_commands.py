@@ -19,7 +19,7 @@ import pytest
 import yaml
 from commands import Running, empty_room, environment
 from pgbouncer import PROGRAM, PgBouncer
-from support import config, server
+from support import closed_port, config, server
 
 from pgdbpool import Connection
 from pgdbpool.advice import advise
@@ -200,6 +200,13 @@ def test_check_of_statements_without_a_bound_and_of_an_unused_server(
     status, text = run("check", path, "--json")
     assert status == 3
     assert codes(json.loads(text)) >= {"query_timeout", "unused-endpoint"}
+
+
+def test_check_tells_of_a_patroni_that_does_not_answer(known_cluster: Cluster, run: Run, write: Any) -> None:
+    first, *others = known_cluster.nodes
+    path = write([server(first, patroni=f"http://127.0.0.1:{closed_port()}"), *others])
+    status, text = run("check", path, "--json")
+    assert (status, codes(json.loads(text), "warning")) == (3, {"patroni"})
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="PgBouncer is not installed")
