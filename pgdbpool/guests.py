@@ -8,7 +8,7 @@ statement, and what was opened for it ends with the lock.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from threading import Lock, get_ident
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,6 +58,10 @@ class PsycopgsLock:
         self._conn = conn
         self._turn: Lock
 
+    def locked(self) -> bool:
+        """Return whether a thread has the turn."""
+        return self._conn.turn.locked()
+
     def __enter__(self) -> None:
         turn = self._conn.turn
         turn.acquire()
@@ -72,6 +76,14 @@ class PsycopgsLock:
                 visit.end(kind, error, traceback)
         finally:
             turn.release()  # if the connection was cut meanwhile, it has another
+
+
+class HeldLock(nullcontext[None]):
+    """What psycopg takes for the lock in the thread that has the connection's turn already."""
+
+    def locked(self) -> bool:
+        """Return True."""
+        return True
 
 
 class Visit:

@@ -13,7 +13,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from math import inf
 from threading import Lock, RLock, get_ident
 from time import monotonic
@@ -29,7 +29,7 @@ from psycopg.generators import execute
 from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets, tracing
-from .guests import ENDS_INSIDE, FAILED, PsycopgsLock, Visit, asked_in
+from .guests import ENDS_INSIDE, FAILED, HeldLock, PsycopgsLock, Visit, asked_in
 from .pooled import left_in_session
 from .preamble import (
     CLEANING,
@@ -91,7 +91,7 @@ _BUSY = "a stream, COPY or notifies() of this connection is still open in this t
 _PARENTS = "this connection belongs to the parent process: open a Handler in this one"
 
 _EMPTY: Command = (b"", None)
-_HELD = nullcontext()
+_HELD = HeldLock()
 _CROSSED = (
     "contexts of this transaction were left in the wrong order: it was rolled back, nothing was committed"
 )

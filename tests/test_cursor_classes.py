@@ -227,6 +227,17 @@ def test_a_statement_inside_of_its_stream_is_refused_and_does_not_hang(group: st
         assert db.fetchval(TENANT) == "acme"
 
 
+def test_the_lock_tells_whether_it_is_held(group: str) -> None:
+    with Handler(group) as db:
+        conn = db.connection
+        assert not conn.lock.locked()
+        with conn.lock:
+            assert conn.lock.locked()
+        assert not conn.lock.locked()
+        for _ in db.cursor().stream("SELECT 1"):
+            assert conn.lock.locked()
+
+
 def test_what_is_due_takes_a_round_trip_of_its_own(
     start: Callable[..., None], known_cluster: Cluster, proxy_to: Any
 ) -> None:

@@ -52,13 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(checkout: Path, node: Node, group: str, only: str) -> tuple[list[str], int]:
     """Run the suite over one group; return the tests that failed, and how many ran."""
-    with tempfile.NamedTemporaryFile("r") as outcome:
+    with tempfile.NamedTemporaryFile("r") as outcome, tempfile.TemporaryDirectory() as cache:
         here = str(Path(__file__).parent)
         environment = {**os.environ, "PGDBPOOL_SUITE_GROUP": group, "PGDBPOOL_SUITE_OUTCOME": outcome.name}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         dsn = f"host={node.host} port={node.port} user=postgres dbname=postgres"
         command = [sys.executable, "-m", "pytest", "-p", "lent_connection", "-q", "--tb=no", "-r", ""]
-        selection = ["-m", LEFT_OUT, "-k", only, "--test-dsn", dsn, *FILES]
+        # Its own cache: the suite refuses to run over that of a run that was interrupted.
+        selection = ["-o", f"cache_dir={cache}", "-m", LEFT_OUT, "-k", only, "--test-dsn", dsn, *FILES]
         subprocess.run([*command, *selection], cwd=checkout, env=environment, check=False)
         lines = outcome.read().splitlines()
     if not lines:
