@@ -114,6 +114,11 @@ class Prober:
         """Whether an endpoint is down."""
         return bool(self._due)
 
+    def hurry(self, endpoint: Endpoint) -> None:
+        """Probe a DOWN endpoint now."""
+        if endpoint in self._due:
+            self._due[endpoint] = min(self._due[endpoint], self._clock())
+
     def watch(self, endpoint: Endpoint) -> None:
         """Probe the endpoint until it is up; at once if it is, and it did not answer."""
         self._due.setdefault(endpoint, self._clock() if endpoint.silent else self._next())
@@ -235,7 +240,11 @@ class Monitor:
             return None
         from .patroni import Patronis  # it brings an HTTP client
 
-        return Patronis(endpoints, observer.hurry)
+        return Patronis(endpoints, self._hurry)
+
+    def _hurry(self, endpoint: Endpoint) -> None:
+        self.prober.hurry(endpoint)
+        self.observer.hurry(endpoint)
 
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = [self.prober, self.doubts, self.observer, self.holds]

@@ -100,7 +100,7 @@ def _get(url: str, path: str) -> Any:
 class Patronis:
     """Asks the members while a block waits for a primary; a part of the background.
 
-    :param look: has the observer look at a server at once.
+    :param look: has a server looked at, or probed, at once.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class Patronis:
         self._asked: dict[Endpoint, Asking[Word]] = {}
         self._words: dict[Endpoint, tuple[float, Word]] = {}
         """The last word of each member, and when it was asked for."""
+        self._primaries: dict[Endpoint, float] = {}
+        """The members that said that they are the primary, and since when."""
 
     @property
     def needed(self) -> bool:
@@ -143,17 +145,26 @@ class Patronis:
     def _note(self, endpoint: Endpoint, asking: Asking[Word]) -> None:
         word = asking.answer() if asking.answered else Word()
         self._words[endpoint] = asking.began, word
+        if not word.primary:
+            self._primaries.pop(endpoint, None)
+            return
+        self._primaries.setdefault(endpoint, asking.began)
         behind = (word.timeline or 0) > (endpoint.timeline or 0)
-        if word.primary and (endpoint.role is not Role.PRIMARY or behind):
+        if behind or endpoint.role is not Role.PRIMARY or endpoint.state is not State.UP:
             self._look(endpoint)
 
     def moving(self, since: float) -> bool:
         """Return whether a member has said after that time that a primary is on its way."""
         return any(
-            word.moving or (word.primary and endpoint.state is State.UP)
+            word.moving or (word.primary and self._may_be_there(endpoint))
             for endpoint, (at, word) in self._words.items()
             if at >= since
         )
+
+    def _may_be_there(self, endpoint: Endpoint) -> bool:
+        """Return whether a server has not failed us since its Patroni calls it the primary."""
+        failed = endpoint.last_error_at or 0.0
+        return endpoint.state is State.UP or failed < self._primaries.get(endpoint, 0.0)
 
     def heard(self, since: float) -> bool:
         """Return whether all members were asked after that time, but those known not to answer."""
