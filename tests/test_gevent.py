@@ -120,6 +120,8 @@ def test_a_server_that_does_not_answer_stalls_no_greenlet(known_cluster: Any, pr
         gevent.spawn(tick)
         try:
             start()
+            with Handler("g"):
+                pass
         except pgdbpool.DBConnectionError as error:
             print(type(error).__name__, f"largest gap {max(gaps) * 1000:.0f} ms")
         assert len(gaps) > 50, len(gaps)
