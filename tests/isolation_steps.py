@@ -6,7 +6,7 @@ under which tenant the server gave it. `STEPS` gives each its weight.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -59,6 +59,9 @@ LOCAL_TENANT = [
     "SELECT remember({})",
 ]
 """Of these, those that a group behind a pooler does not refuse."""
+
+CHANNELS: deque[str] = deque(maxlen=20)
+"""Channels that blocks have listened to of late, some of them in sessions that others have now."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -116,6 +119,8 @@ class Scene:
         self.events = events
         self.new_unit = new_unit
         self.unit: Unit | None = new_unit() if manual else None
+        self.listens: set[str] = set()
+        """Channels that the block listens to."""
 
     # The oracle.
 
@@ -442,6 +447,27 @@ def one_shot(s: Scene) -> None:
         s.events["one-shots without a connection"] += 1
 
 
+# Notifications.
+
+
+def notifications(s: Scene) -> None:
+    """Tell another block's channel, listen to one of one's own, and take what comes: for that alone."""
+    channel = f"c{s.random.randrange(10**9)}"
+    if s.random.random() < 0.5:
+        s.listens.add(channel)
+        s.db.query(f"LISTEN {channel}")
+        CHANNELS.append(channel)
+    for told in (s.random.choice((*CHANNELS, "news")), *s.listens):
+        s.db.query("SELECT pg_notify(%s, %s)", (told, s.tenant))
+    if s.manual:
+        with s.ending():
+            s.db.commit()
+    for notify in s.db.connection.notifies(timeout=0.001):
+        s.events["notifications"] += 1
+        if notify.channel not in s.listens:
+            raise Violation(f"{notify.channel} told a block that listens to {s.listens or 'nothing'}")
+
+
 # The transaction.
 
 
@@ -563,6 +589,7 @@ STEPS: dict[Callable[[Scene], None], int] = {
     copies: 2,
     own_cursor_and_pipeline: 1,
     one_shot: 3,
+    notifications: 3,
     commit: 3,
     commit_and_chain: 1,
     roll_back: 2,
@@ -573,7 +600,7 @@ STEPS: dict[Callable[[Scene], None], int] = {
 }
 
 
-SESSION = {leave_something}
+SESSION = {leave_something, notifications}
 """Steps that change the session itself, which no pooler gives back as it was."""
 
 
