@@ -620,7 +620,7 @@ class PooledConnection(psycopg.Connection[Any]):
             if error.sqlstate:
                 statement = getattr(block, "statement", None)
                 if isinstance(statement, str):  # another object, since the next execution may be well
-                    block.statement = statement = "".join(list(statement))
+                    block.statement = statement = statement[:1] + statement[1:]
                 self.failed = statement, f"{error.diag.severity}:  {error}\n"  # as libpq says it
         return own
 

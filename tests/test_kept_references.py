@@ -12,6 +12,7 @@ from support import config, pid_of, server
 
 from pgdbpool import BlockClosedError, Connection, Handler
 from pgdbpool.cluster import Cluster
+from pgdbpool.session import PooledConnection
 
 
 @pytest.fixture(params=[True, False], ids=["autocommit", "manual"])
@@ -79,7 +80,7 @@ def test_a_block_has_one_connection_object_and_the_next_another(group: str) -> N
     with Handler(group) as db:
         assert db.connection is not first
     assert first.closed
-    assert isinstance(first, type(db).connection.fget.__globals__["PooledConnection"])
+    assert isinstance(first, PooledConnection)
 
 
 def test_what_is_set_on_a_kept_connection_is_not_the_next_blocks(group: str) -> None:
