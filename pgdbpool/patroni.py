@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 EVERY = 0.1
 """Seconds between two questions to the same member."""
 
-ASK_WITHIN = 1.0
-"""Seconds that a member has for its answer."""
+ASK_WITHIN = 2.0
+"""Seconds that a member has for its answer; of a restart, during which it may hang, others tell after one."""
 
 WANTED_FOR = 1.0
 """Seconds for which members are asked after a block has wanted to know."""
