@@ -204,14 +204,16 @@ def test_a_failover_is_found_at_once_and_readers_see_nothing_of_it(
         assert len(lost) <= (0 if settings else 3), lost
 
 
-def test_blocks_wait_for_a_restart_of_the_leader(mode: str) -> None:
+def test_a_restart_of_the_leader_loses_nothing_and_hardly_a_block_is_refused(mode: str) -> None:
     with cluster() as patroni, Load(patroni, mode, timeout=20) as load:
         leader = patroni.leader
         assert "success" in leader.tell("/restart", {}).lower()
         commits = len(load.commits)
         wait_for(lambda: len(load.commits) > commits + 20, 20, "it goes on")
         assert load.reader_errors == []
-        assert not REFUSED & load.errors.keys(), load.errors
+        assert load.lost(leader) == set()
+        # Its Patroni may hang meanwhile, and the others tell of the restart one to two seconds late.
+        assert sum(load.errors[name] for name in REFUSED) <= 20, load.errors
 
 
 def test_in_pause_nobody_waits_for_a_leader_that_nobody_replaces(mode: str) -> None:
