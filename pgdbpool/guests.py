@@ -96,6 +96,7 @@ class Visit:
         self._what: Shape | None = None
         self._to_end = ExitStack()
         self._in_transaction = True
+        self._until = conn.until
 
     def begin(self, named: bool) -> None:
         """Send what the block needs first; from here on the connection is busy for its own thread too.
@@ -137,6 +138,7 @@ class Visit:
         conn.visit, conn.holder = None, 0
         if conn.block is not block:
             return  # a generator that was left open: the connection may be another block's
+        conn.until = self._until  # what was left early has bounded its own end alone
         if conn.closed and self._in_transaction:
             block.lost = True
         with conn.owning():
