@@ -3,7 +3,9 @@
 `BlockCursor._ride` is psycopg's own execution of one statement with the preamble sent before it. It
 uses these private parts of psycopg, for which the minor version is pinned: `Cursor._reset`, `_tx`,
 `_last_query`, `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
-`_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`. `has_rows` uses
+`_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`. `BlockCursor.__init__` sets
+`Cursor._conn`, `_pgconn`, `_adapters`, `_row_factory`, `_closed` and `_last_query` itself, and `adapters`
+uses `Cursor._loaders_changed` and `AdaptersMap._register_loader_callback`. `has_rows` uses
 `Cursor._fetch_pipeline` and `_results`.
 """
 
@@ -12,7 +14,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import psycopg
 from psycopg._preparing import Prepare
@@ -36,6 +40,7 @@ FLUSH_EVERY = 4
 RECOVERY_CONFLICT = "40001"
 """SQLSTATE of a statement that a standby cancelled since its replay could wait no longer."""
 
+_TEXT = psycopg.pq.Format.TEXT
 _TUPLES_OK = psycopg.pq.ExecStatus.TUPLES_OK
 _COPY_IN = psycopg.pq.ExecStatus.COPY_IN
 _NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
@@ -76,10 +81,28 @@ class BlockCursor(psycopg.Cursor[Any]):
     """What follows the statement in its pipeline."""
 
     def __init__(self, connection: PooledConnection, *, row_factory: Any = None) -> None:
-        if connection.block is None:
+        block = connection.block
+        if block is None:
             raise errors.BlockClosedError(OUTSIDE)
-        super().__init__(connection, row_factory=row_factory or connection.row_factory)
-        self.block = connection.block
+        self.block = block
+        if connection.altered:
+            super().__init__(connection, row_factory=row_factory or connection.row_factory)
+            return
+        # As psycopg's, but for a copy of the adapters, which takes most of its time; see `adapters`.
+        self._conn, self._pgconn = connection, connection.pgconn
+        self._adapters = connection.adapters_shared or connection.share_adapters()
+        self._row_factory = row_factory or connection.row_factory
+        self.format, self.arraysize, self._closed, self._last_query = _TEXT, 1, False, None
+        self._reset()
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """The cursor's own adapters, copied from the connection's when they are first asked for."""
+        if self._adapters._register_loader_callback is None:  # it shares them
+            self._adapters = own = AdaptersMap(self._adapters)
+            own._register_loader_callback = partial(self._loaders_changed, ref(self))
+            self._last_query = None  # the next execution converts by these
+        return self._adapters
 
     @property
     def closed(self) -> bool:
@@ -372,7 +395,7 @@ class BlockCursor(psycopg.Cursor[Any]):
 
     def _begin(self, query: Any) -> None:
         """Do what psycopg's `_start_query` does for a connection in autocommit mode, which sends nothing."""
-        if self.closed:
+        if self._closed or not self.block.open:
             raise psycopg.InterfaceError("the cursor is closed")
         self._reset()
         if not self._last_query or self._last_query is not query:

@@ -82,7 +82,7 @@ def succeed(conn: PooledConnection) -> PooledConnection | None:
     if not lock.acquire(blocking=False):
         return None
     try:
-        heir.__dict__.update(conn.__dict__)
+        heir.__dict__ = {**conn.__dict__}  # not `update`: see `settle`
         for name in _kind(cls).slots:
             if hasattr(conn, name):
                 setattr(heir, name, getattr(conn, name))

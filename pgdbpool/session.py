@@ -136,9 +136,11 @@ class PooledConnection(psycopg.Connection[Any]):
     # What every connection has. In its dictionary these would be too many for the form in which instances
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
-        "_known", "block", "bound", "by_itself", "client_encoding", "endpoint", "expires_at", "handed_out",
-        "lent", "named", "own_handlers", "owner", "plain", "poll", "reads", "replacing", "riding", "settled",
-        "shown", "slot", "speaks_utf8", "streamed", "turn", "used_at", "uses", "wait_readable", "wrapped",
+        "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
+        "client_encoding", "crossed", "ending", "endpoint", "expires_at", "handed_out", "holder", "lent",
+        "local", "named", "own_handlers", "owner", "patience", "plain", "poll", "reads", "replacing",
+        "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "streamed", "taken_away", "touched",
+        "turn", "until", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -148,15 +150,15 @@ class PooledConnection(psycopg.Connection[Any]):
     block: Block | None
     handed_out: bool
     """Whether its block may keep a reference to it, which is not to reach the next one; see `ended`."""
-    patience: float | None = None
+    patience: float | None
     """Seconds that one wait for the server may take; None for no bound."""
-    until: float | None = None
+    until: float | None
     """When it ends in any case, on the clock of `monotonic`: while it is opened, asked, or left early."""
     own_timeout: bool = False
     """Whether the block has set a statement_timeout by itself."""
     limited: bool = False
     """Whether a deadline has bound a statement_timeout in the open transaction."""
-    annotates: bool = False
+    annotates: bool
     """Whether its group shows the blocks' correlation ids at the server."""
     annotated: bool = False
     """Whether that was done in the open transaction."""
@@ -164,9 +166,9 @@ class PooledConnection(psycopg.Connection[Any]):
     """The session's application_name."""
     cut_by: str = ""
     """What has closed the pools under its block."""
-    taken_away: bool = False
+    taken_away: bool
     """Whether it was taken from its block, which finds it lost; see `max_hold`."""
-    ending: bool = False
+    ending: bool
     """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
     used_at: float
     """When the connection was last known to work, on the monotonic clock."""
@@ -177,7 +179,7 @@ class PooledConnection(psycopg.Connection[Any]):
     """Blocks that it was lent to, where anybody counts."""
     asked_role: str | None = None
     """The role of a server that does not report it (before PostgreSQL 14), asked once."""
-    local: Bound = ()
+    local: Bound
     """Settings that every transaction binds, where the session itself can keep none (a pooler)."""
     bound: bool
     """Whether the block's settings are bound in the open transaction."""
@@ -185,13 +187,13 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether its group is one of servers that take no writes."""
     conforms: bool = True
     """Whether a backslash in a plain string is one, when the session begins."""
-    touched: bool = False
+    touched: bool
     """Whether the block may have left something in the session."""
-    altered: bool = False
+    altered: bool
     """Whether the connection's own attributes may have changed."""
     tainted: bool = False
     """Whether something may be left that cannot be cleaned."""
-    stale: bool = False
+    stale: bool
     """Whether the session is to be cleaned before the next statement."""
     cleaning: tuple[Command, ...] = CLEANING
     dropping: tuple[Command, ...] = NOTHING
@@ -204,7 +206,7 @@ class PooledConnection(psycopg.Connection[Any]):
     own_statements: tuple[str, ...] = ()
     """Prepared statements that belong to the session itself (`sqlprepare`)."""
 
-    abandoned: bool = False
+    abandoned: bool
     riding: bool
     """Whether statements go through that are the pool's own, not a block's."""
     streamed: bool
@@ -217,11 +219,11 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether the statements of the open pipeline are in no transaction but those that its Syncs end."""
     failed: tuple[Any, str] = None, ""
     """The statement of the block that failed last, and what the server said."""
-    crossed: bool = False
+    crossed: bool
     """Whether the open transaction had contexts that were left in the wrong order."""
     visit: Visit | None = None
     """The operation of a cursor that the block did not make, while it takes part."""
-    holder: int = 0
+    holder: int
     """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
     turn: Lock
     """Held from looking at what is due before a statement to the end of the statement; see `alone`."""
@@ -236,6 +238,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """What the server reports of a clean session's settings."""
     by_itself: bool
     """What `autocommit` says outside of a block: what the group does."""
+    adapters_shared: AdaptersMap | None
+    """A copy of the adapters, while nobody can have changed them, for the cursors that change none."""
     client_encoding: bytes | None
     speaks_utf8: bool
     plain: bool
@@ -243,13 +247,16 @@ class PooledConnection(psycopg.Connection[Any]):
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
-        self.owner, self.replacing = 0, RLock()
+        self.owner, self.holder, self.replacing = 0, 0, RLock()
+        self.abandoned = self.taken_away = False
         before = len(vars(self))
         super().__init__(pgconn, *args, **kwargs)
         own_names.update(list(vars(self))[before:])
         self.slot = self.block = self.settled = self.client_encoding = None
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
-        self.handed_out = False
+        self.handed_out = self.touched = self.altered = self.stale = self.annotates = self.ending = False
+        self.crossed, self.local = False, ()
+        self.patience = self.until = self.adapters_shared = None
         self.speaks_utf8 = self.plain = self.by_itself = True
         self.shown, self.own_handlers = (), ((), ())
         self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0
@@ -487,11 +494,20 @@ class PooledConnection(psycopg.Connection[Any]):
         # An isolation_level, read_only or deferrable that `configure` has set is part of each BEGIN.
         self.plain = not self.local and self.speaks_utf8 and self._get_tx_start_command() == b"BEGIN"
         self._own_adapters()
+        # `vars` has made of the values a dictionary that shares its keys with others, in which every look at
+        # an attribute is a search. A dictionary with keys of its own is read by their place.
+        self.__dict__ = {**vars(self)}
 
     def _own_adapters(self) -> None:
         """Give the next block a copy of what `configure` registered, so that what it adds ends with it."""
+        self.adapters_shared = None
         if self._adapters is not None:
             self._adapters = AdaptersMap(self._adapters)
+
+    def share_adapters(self) -> AdaptersMap:
+        """Return the adapters for cursors that have none of their own, made for the first of these."""
+        self.adapters_shared = shared = AdaptersMap(self.adapters)
+        return shared
 
     # psycopg comes through here whenever it waits for the server: statements, COMMIT, COPY ...
 

@@ -8,8 +8,9 @@ doubt it says "alone" or "touches", which costs a round trip or a cleaning and i
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 from psycopg.sql import Composable
@@ -108,7 +109,8 @@ _NAMES = {"SET", "RESET", "DO", "CALL", "EXECUTE"}
 _QUOTES = re.compile(r"set_config|pg_settings", re.I)
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True, slots=True)  # slots are read faster than a tuple's names
+class Shape:
     """What a statement's text says about it."""
 
     number: int

@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.adapt import Dumper
 from psycopg.types.string import TextLoader
 from support import config, kill_backends, pid_of, pools_backends, wait_for
 
@@ -75,6 +76,15 @@ class Whisper(Shout):
         return bytes(data).decode().lower()
 
 
+class Word:
+    """A type that psycopg does not know."""
+
+
+class WordDumper(Dumper):
+    def dump(self, obj: Any) -> bytes:
+        return b"word"
+
+
 def test_adapters_that_configure_registers_are_there_for_every_block(start: Any) -> None:
     start(configure=lambda conn: conn.adapters.register_loader("text", Shout))
     for _ in range(2):
@@ -82,6 +92,43 @@ def test_adapters_that_configure_registers_are_there_for_every_block(start: Any)
             assert db.query("SELECT 'Ab'::text").fetchone()[0] == "AB"
             db.connection.adapters.register_loader("text", Whisper)
             assert db.query("SELECT 'Ab'::text").fetchone()[0] == "ab"
+
+
+def test_adapters_of_a_cursor_are_its_own_and_hold_for_the_rows_it_has(start: Any) -> None:
+    start()
+    statement = "SELECT v FROM (VALUES ('Ab'::text), ('Ab')) AS t (v)"
+    with Handler("auto") as db:
+        cursor = db.query(statement)
+        assert cursor.fetchone()[0] == "Ab"
+        cursor.adapters.register_loader("text", Shout)
+        assert cursor.fetchone()[0] == "AB"
+        assert cursor.execute(statement).fetchone()[0] == "AB"
+        assert db.query(statement).fetchone()[0] == "Ab"
+    assert Connection.fetchval("auto", statement) == "Ab"
+
+
+def test_what_converts_parameters_of_a_cursor_can_be_registered_after_its_first_execution(start: Any) -> None:
+    start()
+    statement = "SELECT %s::text"
+    with Handler("auto") as db:
+        cursor = db.query("SELECT 1")
+        with pytest.raises(psycopg.ProgrammingError, match="Word"):
+            cursor.execute(statement, (Word(),))
+        cursor.adapters.register_dumper(Word, WordDumper)
+        assert cursor.execute(statement, (Word(),)).fetchone()[0] == "word"
+        with pytest.raises(psycopg.ProgrammingError, match="Word"):
+            db.query(statement, (Word(),))
+
+
+def test_adapters_of_the_connection_hold_for_the_cursors_made_after(start: Any) -> None:
+    start()
+    statement = "SELECT 'Ab'::text"
+    with Handler("auto") as db:
+        before = db.query(statement)
+        db.connection.adapters.register_loader("text", Shout)
+        assert db.query(statement).fetchone()[0] == "AB"
+        assert before.execute(statement).fetchone()[0] == "Ab"
+    assert Connection.fetchval("auto", statement) == "Ab"
 
 
 def test_configure_executes_statements(start: Any, admin: Any) -> None:
