@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .client_settings import why_refused
 from .config import (
     CONFIG_KEYS,
     CONNECTION_COUNT,
@@ -118,7 +119,7 @@ def check_pooler(group: dict[str, Any], servers: list[dict[str, Any]], path: str
 
 
 def _check_settings(group: Mapping[str, Any], path: str, report: Report) -> None:
-    """Report settings that another key of the group sets too."""
+    """Report settings that another key of the group sets too, and those that no block can bind."""
     tenant: TenantConfig | None = group.get("tenant")
     tenants = {name.lower() for name in tenant.settings} if tenant else set()
     for name in group["settings"]:
@@ -127,6 +128,8 @@ def _check_settings(group: Mapping[str, Any], path: str, report: Report) -> None
             report.add(where, "is the setting of the tenant, which each block gives; remove it here")
         elif name.lower() == "statement_timeout" and group.get("query_timeout") is not None:
             report.add(where, "contradicts query_timeout, which sets it too; keep one of the two")
+        elif reason := why_refused(name):
+            report.add(where, reason)
 
 
 def _rate_limit(entry: object, path: str, report: Report) -> RateLimit | None:

@@ -321,6 +321,11 @@ class Group:
             self._lent[conn] = block
             if self._on_checkout is not None:
                 self._on_checkout(conn)
+        except SettingError as error:
+            if conn is not None:
+                self._pool.give(conn)  # nothing was sent
+            tracing.mark(error, block)
+            raise
         except HookError as error:
             assert conn is not None
             block.conn = conn.block = None

@@ -18,7 +18,8 @@ from weakref import ref
 
 from psycopg import pq, sql
 
-from .errors import ConnectionLostError
+from .client_settings import REPORT, is_reported
+from .errors import ConnectionLostError, SettingError
 from .tenant import Bound
 from .transaction_modes import modes_of
 
@@ -74,14 +75,34 @@ def set_local(settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
     if not settings:
         return NOTHING
     calls = ",".join(f"pg_catalog.set_config(${2 * i + 1},${2 * i + 2},true)" for i in range(len(settings)))
-    values = [part.encode(encoding) for pair in settings for part in pair]
+    try:
+        values = [part.encode(encoding) for pair in settings for part in pair]
+    except UnicodeEncodeError:
+        raise _unencodable(settings, encoding) from None
     return ((f"SELECT {calls}".encode(), values),)
+
+
+def _unencodable(settings: Bound, encoding: str) -> SettingError:
+    """Return the error for settings of which the session's encoding has no form."""
+    for name, value in settings:
+        try:
+            f"{name}{value}".encode(encoding)
+        except UnicodeEncodeError:
+            break
+    shown = repr(value) if len(value) <= 60 else repr(value[:57]) + "..."
+    return SettingError(
+        f"setting {name!r}: {shown} cannot be written in the session's encoding ({encoding}): use a value of "
+        "its characters, or sessions in UTF8 (client_encoding in the server's options)"
+    )
+
+
+_REPORT: tuple[Command, ...] = ((REPORT, ()),)
 
 
 class Binding:
     """What a block binds, and the command that does it; shared by all blocks of the same tenant."""
 
-    __slots__ = ("begin_and_set", "modes", "patience", "set", "settings")
+    __slots__ = ("begin_and_set", "modes", "patience", "report", "set", "settings", "special")
 
     def __init__(self, settings: Bound, patience: float | None = KEEP) -> None:
         self.settings = settings
@@ -89,7 +110,11 @@ class Binding:
         """Seconds that the client waits for a statement; None for no bound."""
         self.modes = modes_of(settings)
         """What the settings say of a transaction's modes, which its BEGIN has to say."""
-        self.set = set_local(settings)
+        self.report = _REPORT if is_reported(name for name, _ in settings) else NOTHING
+        """What asks for the settings that values are read by, if the block binds one of them."""
+        self.special = patience != KEEP or bool(self.report)
+        """Whether the connection's own attributes change for the block."""
+        self.set = set_local(settings) + self.report
         self.begin_and_set = BEGIN + self.set
 
 
@@ -148,6 +173,9 @@ class Block:
         status = conn.pgconn.transaction_status
         if status == IDLE:
             conn.bound = False
+            if conn.stale and conn.misleads():
+                with conn.owning():
+                    conn.clean_what_shows()
             if (self.manual and conn.altered) or (self.settings and conn.touched):
                 commands = self._encode(conn)  # its isolation_level, its encoding may be others by now
             else:
@@ -189,8 +217,12 @@ class Block:
         if not conn.plain or binding.modes is not None:
             self.settings = conn.local + binding.settings
             self._set, self._all = self._local(conn), self._encode(conn)
-        if binding.patience != KEEP:
-            conn.patience, conn.altered = binding.patience, True
+        if binding.special:
+            conn.altered = True
+            if binding.patience != KEEP:
+                conn.patience = binding.patience
+            if binding.report:
+                conn.follow_settings()
         conn.lent, conn.wrapped = True, False
         conn.block = self
         self.conn = conn
@@ -202,7 +234,7 @@ class Block:
 
     def _local(self, conn: PooledConnection) -> tuple[Command, ...]:
         """Return what binds the settings, in the encoding that the session has now."""
-        return set_local(self.settings, conn.pgconn._encoding)
+        return set_local(self.settings, conn.pgconn._encoding) + self.binding.report
 
     def _encode(self, conn: PooledConnection) -> tuple[Command, ...]:
         """Return BEGIN, or the modes of an implicit transaction, and what binds the settings."""

@@ -29,6 +29,7 @@ from psycopg.generators import execute
 from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets, tracing
+from .client_settings import InForce
 from .guests import ENDS_INSIDE, FAILED, HeldLock, PsycopgsLock, Visit, asked_in
 from .pooled import left_in_session
 from .preamble import (
@@ -70,9 +71,11 @@ _FATAL = int(pq.ExecStatus.FATAL_ERROR)
 _SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 _COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
 
+_WRITTEN_BY = (b"IntervalStyle", b"standard_conforming_strings")
+"""Settings that the client writes intervals and literals by."""
 _SHOWN = (
-    b"TimeZone", b"DateStyle", b"IntervalStyle", b"standard_conforming_strings", b"search_path",
-    b"application_name", b"session_authorization", b"is_superuser", b"default_transaction_read_only",
+    *_WRITTEN_BY, b"TimeZone", b"DateStyle", b"search_path", b"application_name", b"session_authorization",
+    b"is_superuser", b"default_transaction_read_only",
 )  # fmt: skip
 """Settings that the server reports. If `client_encoding` has changed, the connection is closed anyway."""
 
@@ -196,6 +199,11 @@ class PooledConnection(psycopg.Connection[Any]):
     stale: bool
     """Whether the session is to be cleaned before the next statement."""
     cleaning: tuple[Command, ...] = CLEANING
+    in_force: InForce | None = None
+    """What values of the last transaction were written by, if the block binds such a setting."""
+    follows: bool = False
+    """Whether the block does."""
+    _following: AdaptersMap | None = None
     dropping: tuple[Command, ...] = NOTHING
     """The part of a cleaning that is due which drops forgotten prepared statements."""
     spoilt: bool = False
@@ -406,6 +414,10 @@ class PooledConnection(psycopg.Connection[Any]):
                 self.run(self.cleaning)
                 self.shown = self._shown()  # the server's defaults may be others by now
 
+    def misleads(self) -> bool:
+        """Return whether a parameter would be written by what a cleaning that rides before it undoes."""
+        return tuple(map(self.pgconn.parameter_status, _WRITTEN_BY)) != self.shown[: len(_WRITTEN_BY)]
+
     def _shown(self) -> tuple[bytes | None, ...]:
         """Return what the server has reported of the session's settings."""
         return tuple(map(self.pgconn.parameter_status, _SHOWN))
@@ -429,11 +441,20 @@ class PooledConnection(psycopg.Connection[Any]):
             self._own_adapters()
             self._notice_handlers, self._notify_handlers = map(list, self.own_handlers)
             self._notifies_backlog = deque()
+        self.follows, self.in_force = False, None
         if self.touched and not self.local:
             self._known.clear()
             self.ask_for_cleaning()
         self.touched = self.altered = self.prepares = False
         return True
+
+    def follow_settings(self) -> None:
+        """Read values by what the block binds; see `decoding`."""
+        from .decoding import adapters_for
+
+        if self._following is None:
+            self._following = adapters_for(self)
+        self._adapters, self.follows, self.in_force = AdaptersMap(self._following), True, None
 
     def ask_for_cleaning(self) -> None:
         """Have the session cleaned before its next statement."""
@@ -1104,6 +1125,9 @@ class PooledConnection(psycopg.Connection[Any]):
                 if result.status == _FATAL:
                     raise self._refused(result, number)
         self.stale = False
+        if self.follows:
+            found = [InForce.of(result) for results in outcomes for result in results]
+            self.in_force = next(filter(None, found), self.in_force)
 
     def _refused(self, result: PGresult, number: int) -> Exception:
         """Return the error for the part of a preamble that failed."""

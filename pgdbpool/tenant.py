@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from .client_settings import why_refused
 from .errors import SettingError, TenantConflictError, TenantRequiredError
 from .scope import Binding, Scope, Variable, current
 from .transaction_modes import canonical, is_mode, mode_value
@@ -129,6 +130,8 @@ def bind_settings(settings: Mapping[str, Any]) -> Bound:
             raise SettingError(
                 f"{_shown(name)} is no name of a server setting, such as statement_timeout or app.x"
             )
+        if reason := why_refused(name):
+            raise SettingError(f"setting {name!r} {reason}")
     bound = tuple(_bind(name, setting_value(name, value)) for name, value in settings.items())
     modes = [name for name, _ in bound if is_mode(name)]
     if twice := sorted({name for name in modes if modes.count(name) > 1}):

@@ -15,12 +15,13 @@ PACKAGE = Path(pgdbpool.__file__).parent
 # A module imports only what stands before it. What is not listed may import all of these, and none of
 # these imports it: commands, middlewares, the embedded cluster.
 ORDER = [
-    "categories",
+    "categories", "client_settings",
     "errors", "events", "asking", "keys", "foreign", "kinds", "transaction_modes", "setting_kinds", "config",
     "names", "credentials", "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
     "tally", "stats", "scope", "tracing", "rows", "statements", "pooled", "tenant", "deadlines", "preamble",
-    "prepared", "greenlets", "guests", "session", "ended", "timing", "cursors", "copying", "queries",
+    "prepared", "decoding", "greenlets", "guests", "session", "ended", "timing", "cursors", "copying",
+    "queries",
     "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
     "driver", "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group",
     "oneshots", "observer", "patroni", "holds", "runtime", "publisher", "doubts", "monitor", "changes",
@@ -30,7 +31,7 @@ ORDER = [
 LATE = {
     "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health", "runtime",
     "publisher", "yamlfile", "config", "setting_kinds", "validation", "check_servers", "check_groups",
-    "sources", "stats", "driver", "foreign", "patroni",
+    "sources", "stats", "driver", "foreign", "patroni", "decoding",
 }  # fmt: skip
 HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 

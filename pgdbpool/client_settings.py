@@ -1,0 +1,60 @@
+"""Server settings that the client goes by too: it reads, or writes, values as they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+REPORTED = (b"TimeZone", b"DateStyle", b"IntervalStyle")
+"""What psycopg reads and writes dates, times and intervals by."""
+
+# A transaction's own value of these would hold at the server alone, and text be misread.
+_REFUSED = {"client_encoding", "standard_conforming_strings"}
+_NAMES = {name.decode().lower() for name in REPORTED}
+_COLUMNS = ",".join(f"pg_catalog.current_setting('{name.decode()}')" for name in REPORTED)
+_MARK = b"pgdbpool_reported"
+REPORT = f"SELECT {_COLUMNS.replace(',', f' AS {_MARK.decode()},', 1)}".encode()
+"""The query that asks for what is in force."""
+
+
+def why_refused(name: str) -> str | None:
+    """Return why no block can bind the setting, with the remedy; None if one can."""
+    if name.lower() not in _REFUSED:
+        return None
+    return (
+        "would hold at the server and not at the client, which misreads text then: "
+        f"set it for whole sessions, in the server's options ({name}: ...)"
+    )
+
+
+def is_reported(names: Iterable[str]) -> bool:
+    """Return whether the client reads values by one of these settings."""
+    return any(name.lower() in _NAMES for name in names)
+
+
+class InForce:
+    """Stands for a connection where psycopg's loaders ask one how the server wrote a value."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: dict[bytes, bytes | None]) -> None:
+        self._values = values
+
+    @classmethod
+    def of(cls, result: Any) -> InForce | None:
+        """Return what a result of `REPORT` says; None of another one."""
+        if result.nfields != len(REPORTED) or result.fname(0) != _MARK:
+            return None
+        return cls({name: result.get_value(0, place) for place, name in enumerate(REPORTED)})
+
+    @property
+    def connection(self) -> InForce:
+        return self
+
+    @property
+    def pgconn(self) -> InForce:
+        return self
+
+    def parameter_status(self, name: bytes) -> bytes | None:
+        """Return the value that a setting had."""
+        return self._values.get(name)
