@@ -54,6 +54,7 @@ Reset = Literal["auto", "always", "never"]
 Pooler = Literal["transaction"]
 TenantType = Literal["uuid", "int", "text", "regex"]
 Verify = Literal["error", "warn", "off"]
+NotReplicated = Literal["error", "warn"]
 
 HOUR, DAY, YEAR = 3600, 86_400, 31_536_000
 CONNECTION_COUNT = 10
@@ -588,6 +589,16 @@ class GroupConfig:
             "may have left something in it, ``always``, or ``never``.",
         ),
     ] = "auto"
+
+    not_replicated: Annotated[
+        NotReplicated,
+        Key(
+            Word(get_args(NotReplicated)),
+            "What happens if a commit stops waiting for its synchronous standby, and so is on the primary "
+            "and perhaps nowhere else: ``error`` raises `NotReplicatedError`, ``warn`` logs it. It is raised "
+            "in any case while the pools are being closed.",
+        ),
+    ] = "error"
 
     leak_after: Annotated[
         float | None,

@@ -26,6 +26,7 @@ from .monitor import Monitor
 from .observer import LOOK_TIMEOUT, Observer
 from .oneshots import OneShots
 from .tally import Tally
+from .vigil import Vigil
 
 if TYPE_CHECKING:
     from .config import Config, EndpointConfig, GroupConfig
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from .stats import EndpointStatus, Status
 
 CUT_WITHIN = 0.5
-"""Seconds that cancelling what runs may take, where connections are closed under their blocks."""
+"""Seconds that cancelling, and waiting for commits, may take if connections are closed under their blocks."""
 
 ASK_WITHIN = 0.1
 """Seconds that a status may wait in lock-free mode for a server that has closed idle connections."""
@@ -75,6 +76,7 @@ class _Pools:
         self.monitor = Monitor(
             Observer(self.groups.values()),
             Holds(self.groups.values(), threaded=config.type == "threaded"),
+            Vigil(self.groups.values()),
             threaded=config.type == "threaded",
             publisher=self.publisher,
         )
@@ -107,6 +109,7 @@ class _Pools:
         )
         group.on_first_use = self._first_use
         group.await_writer = self._await_writer
+        group.on_left = self._wake
         if lock_free and self.publisher is not None:
             group.checkin = self.publisher.after(group)  # type: ignore[method-assign,assignment]
         return group
@@ -160,6 +163,7 @@ class _Pools:
             group.apply(config.groups[name], members[name], _row_factory(config.groups[name]))
         self.monitor.observe(Observer(groups.values()))
         self.monitor.holds.watch(self.all_groups)
+        self.monitor.vigil.watch(self.all_groups)
         self._watch_holds()
         return gone
 
@@ -168,6 +172,9 @@ class _Pools:
 
     def _revive(self, endpoints: Collection[Endpoint], deadline: float) -> bool:
         return self.monitor.prober.hasten(endpoints, deadline)
+
+    def _wake(self) -> None:
+        self.monitor.wake()
 
     def _begin_publishing(self) -> None:
         if self.publisher is not None and not self.publisher.needed:
@@ -209,6 +216,8 @@ class _Pools:
         if endpoint.state is State.DRAINING:
             self._forget(endpoint)
         else:
+            for group in endpoint.groups:
+                group.let_all_go(endpoint)
             self.monitor.prober.watch(endpoint)
             self.monitor.wake()
 
@@ -336,12 +345,20 @@ class _Pools:
                     conn.cut_by = by
 
     def terminate(self, by: str, but: int = 0) -> None:
-        """Close all connections now, also those in use but by that thread."""
+        """Close all connections now, also those in use but by that thread.
+
+        What may be committing has until the end of the time; what runs else is cancelled before.
+        """
         self.blame(by, but)
         self.close(CUT_WITHIN)  # first, so that no block goes on with another connection
         deadline = monotonic() + CUT_WITHIN
-        for group in self.all_groups:
-            group.sever(deadline, but)
+        lent = [conn for group in self.all_groups for conn in group.lent(but)]
+        committing = [conn for conn in lent if conn.begin_sever()]
+        for conn in lent:
+            if conn not in committing:
+                conn.sever(deadline)
+        for conn in committing:
+            conn.sever(deadline)
 
 
 def _row_factory(config: GroupConfig) -> Any:

@@ -32,6 +32,7 @@ from .statements import Shape, shape
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
+    from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
 
 FLUSH_EVERY = 4
@@ -72,7 +73,18 @@ class _Context:
         self.connection = connection
 
 
-class BlockCursor(psycopg.Cursor[Any]):
+class _Declared:
+    """A cursor whose statements its block knows of, also those that psycopg begins."""
+
+    __slots__ = ()
+    _conn: PooledConnection
+
+    def _start_query(self, query: Any = None) -> PQGen[None]:
+        self._conn.declared = True
+        yield from super()._start_query(query)  # type: ignore[misc]
+
+
+class BlockCursor(_Declared, psycopg.Cursor[Any]):
     """A cursor that sends the block's preamble with its statements and closes with the block."""
 
     __slots__ = ("block",)
@@ -125,8 +137,8 @@ class BlockCursor(psycopg.Cursor[Any]):
             touched = conn.touched
             if what.special:
                 what = conn.touch(what, query)
-            if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
-                raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+            if what.controls:
+                self._begin_control(what)
             if conn.wrapped:
                 conn.end_wrapped()
             autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
@@ -155,6 +167,8 @@ class BlockCursor(psycopg.Cursor[Any]):
                     if rode and not what.ends:
                         conn.bound = conn.pgconn.transaction_status != IDLE
                 if what.changes:
+                    if what.controls and not conn._pipeline:
+                        conn.explicit = conn.pgconn.transaction_status != IDLE
                     if what.ends:
                         conn.bound = False
                         block.committed = True
@@ -179,6 +193,15 @@ class BlockCursor(psycopg.Cursor[Any]):
                     block.lost = not autocommit
                 raise
         return self
+
+    def _begin_control(self, what: Shape) -> None:
+        """Before a statement that begins or ends a transaction: what was known of the open one may end."""
+        conn, block = self._conn, self.block
+        if block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
+            raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+        conn.explicit = False
+        if what.ends and (conn._pipeline or conn._num_transactions):
+            conn.unsure = conn.altered = True
 
     def _extended(self, preamble: tuple[Command, ...], what: Shape, autocommit: bool) -> tuple[Command, ...]:
         """Add to the preamble what a deadline and `annotate` bind, where the statement can ride with it."""
@@ -214,6 +237,8 @@ class BlockCursor(psycopg.Cursor[Any]):
         """Note in the block, and in the error, what was lost with the connection."""
         block = self.block
         block.failure = errors.without_frames(error)
+        if isinstance(error, errors.NotReplicatedError):
+            return  # it says itself what there is to say, and the connection is there
         block.lost = block.lost or not autocommit
         if error.repeatable:
             return
@@ -491,7 +516,7 @@ class BlockCursor(psycopg.Cursor[Any]):
             self._check_results(answer)
 
 
-class BlockServerCursor(psycopg.ServerCursor[Any]):
+class BlockServerCursor(_Declared, psycopg.ServerCursor[Any]):
     """A named cursor of the block; its DECLARE comes after the preamble."""
 
     __slots__ = ("block",)

@@ -248,6 +248,26 @@ class NotCleanError(ConnectionLostError):
     repeatable = True
 
 
+class NotReplicatedError(ConnectionLostError):
+    """The transaction is committed on its server, and perhaps nowhere else: after a failover it may be gone.
+
+    The wait for the synchronous standby was cancelled, as by an administrator's `pg_cancel_backend`.
+    The connection is as good as before. Do not repeat the work: it is there, as long as the server is.
+    """
+
+    maybe_committed = True
+
+
+class ResultError(DBQueryError, psycopg.DataError):
+    """A one-shot's statement was executed and committed, but Python cannot hold what it returned.
+
+    Its cause is what a loader or the row factory raised. Do not repeat it: it would be there twice.
+    """
+
+    maybe_executed = True
+    maybe_committed = True
+
+
 class ReadOnlyServerError(DBQueryError, pg.ReadOnlySqlTransaction):
     """The server takes no writes (it is a standby now, or read only): worth a retry in another block.
 

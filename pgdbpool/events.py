@@ -169,6 +169,21 @@ BLOCK_ROLLBACK_FAILED = Event(
     "The ROLLBACK after an exception failed: the connection was closed, which rolls back too.",
     "group", "endpoint", "correlation_id", "reason", "sqlstate",
 )  # fmt: skip
+COMMIT_NOT_REPLICATED = Event(
+    "commit.not_replicated", WARNING,
+    "A commit stopped waiting for its synchronous standby, in a group with ``not_replicated: warn``.",
+    "group", "endpoint", "correlation_id", *_PLACE, "statement",
+)  # fmt: skip
+SESSION_LEFT = Event(
+    "session.left", WARNING,
+    "A connection was closed while its session may have been committing: it counts against "
+    "`connection_count` until the server has let it go.",
+    "group", "endpoint", "reason",
+)  # fmt: skip
+SESSION_GONE = Event(
+    "session.gone", DEBUG, "Such a session is gone, or is not waited for any longer.",
+    "group", "endpoint", "seconds", "reason",
+)  # fmt: skip
 STATEMENT_SLOW = Event(
     "statement.slow", WARNING, "A statement, or a COMMIT, took longer than `slow_query`.",
     "group", "endpoint", "correlation_id", "seconds", *_PLACE, "statement",

@@ -38,6 +38,7 @@ from .errors import (
     one_line,
 )
 from .hooks import Hooks
+from .left import LeftSession
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
 from .preamble import BEGIN, GRACE, HURRY, IDLE, KEEP, UNBOUND, Binding, Block, set_local
 from .ratelimit import RateLimiter
@@ -80,6 +81,9 @@ REFILL_AFTER = 1.0
 
 LONG = 1.0
 """Seconds after which the status page tells of a block that has a connection, without `leak_after`."""
+
+LEFT_EVERY = 0.01
+"""Seconds between two looks of a lock-free checkout for a session that was left in a commit."""
 
 LOOKED_AT = 5
 """Connections to an endpoint whose sockets tell the time of a round trip."""
@@ -128,6 +132,9 @@ class Group:
         self._opened = 0
         self._timeouts = self._rate_limited = self._past_failovers = 0
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
+        self.not_replicated = 0
+        self.left: list[LeftSession] = []
+        """Sessions that were left in a commit."""
         self._waits = Tally()
         """Of those who waited in the queue; the others took no time."""
         self.uses: dict[Endpoint, Tally] = {}
@@ -149,6 +156,7 @@ class Group:
         self.on_first_use: Callable[[], None] = lambda: None
         self.await_writer: Callable[[Group, float], bool] = lambda group, deadline: False
         """Waits until the deadline while a primary is on its way; returns whether there is one."""
+        self.on_left: Callable[[], None] = lambda: None
         self.config = config
         self.endpoints: tuple[Endpoint, ...] = ()
         self.limiter = self._make_limiter()
@@ -466,6 +474,8 @@ class Group:
         """Wait for a connection, or for a slot, where nothing was free for that reason."""
         if reason == NoConnection.CLOSED:
             raise self._was_closed() from None
+        if reason == NoConnection.EXHAUSTED and self.left:
+            return self._await_left(deadline, now, high)
         if reason == NoConnection.EXHAUSTED or self._mine_alone(high):
             raise self._exhausted(PoolExhausted, 0.0, high) from None
         try:
@@ -497,6 +507,16 @@ class Group:
     def _was_closed(self) -> NotInitializedError:
         by = f" by {self.closed_by}" if self.closed_by else ""
         return NotInitializedError(f"group {self.name!r} was closed{by}")
+
+    def _await_left(self, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
+        """Wait, in lock-free mode, until a server lets a session go that was left in a commit."""
+        while self.left and monotonic() < deadline:
+            time.sleep(LEFT_EVERY)
+            if self._probe is not None:
+                self._probe()
+            with suppress(NoConnection):
+                return self._pool.take(0.0, high)
+        raise self._exhausted(PoolTimeout, deadline - now, high)
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None: no round trip unless it is due."""
@@ -570,7 +590,57 @@ class Group:
         finally:
             conn.retire()
             if slot is not None:
-                self._pool.free(slot)  # at once, whatever error's traceback still holds it
+                self._free(conn, slot)
+
+    def _free(self, conn: PooledConnection, slot: Slot) -> None:
+        """Give a connection's slot back at once, whatever error's traceback still holds it.
+
+        Not that of a session which was left in a commit: the server has one process more for it.
+        """
+        if not conn.left or self.ending or conn.endpoint.config.pooler:
+            self._pool.free(slot)
+            return
+        slot.left = True
+        self.left.append(LeftSession(slot, conn.endpoint, conn.left))
+        label = conn.endpoint.label
+        events.SESSION_LEFT(
+            "group %s: a session was left in a commit at %s: it counts until the server lets it go (pid %d)",
+            self.name, label, conn.left,
+            group=self.name, endpoint=label, reason=f"pid {conn.left}",
+        )  # fmt: skip
+        self.on_left()
+
+    def let_go(self, session: LeftSession, reason: str) -> None:
+        """Give back the place of a session that was left in a commit."""
+        if session not in self.left:
+            return
+        self.left.remove(session)
+        label = session.endpoint.label
+        events.SESSION_GONE(
+            "group %s: the session that was left at %s (pid %d) counts no longer: %s",
+            self.name, label, session.pid, reason,
+            group=self.name, endpoint=label, seconds=monotonic() - session.since, reason=reason,
+        )  # fmt: skip
+        self._pool.free(session.slot)
+        self._pool.refill()
+
+    def let_all_go(self, endpoint: Endpoint) -> None:
+        """Give back the places of what was left at a server that is down."""
+        for session in [session for session in self.left if session.endpoint is endpoint]:
+            self.let_go(session, "the server is down")
+
+    def tolerates(self, conn: PooledConnection) -> bool:
+        """Count a commit that did not wait for its standby; return whether a log record of it will do."""
+        self.not_replicated += 1
+        if self.config.not_replicated != "warn":
+            return False
+        if (block := conn.block) is not None:
+            text, fields = tracing.told(self.name, conn.endpoint.label, block, monotonic() - block.since)
+            del fields["seconds"]
+            events.COMMIT_NOT_REPLICATED(
+                "group %s: a commit did not wait for its synchronous standby: %s", self.name, text, **fields
+            )
+        return True
 
     # Opening.
 
@@ -620,7 +690,7 @@ class Group:
         finally:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         slot.endpoint = spare.endpoint
-        spare.slot, spare.uses = slot, self.uses.get(spare.endpoint, Tally())
+        spare.keeper, spare.slot, spare.uses = self, slot, self.uses.get(spare.endpoint, Tally())
         if self.config.annotate:
             spare.annotates = True
             spare.own_name = (spare.pgconn.parameter_status(b"application_name") or b"").decode(
@@ -1037,7 +1107,7 @@ class Group:
     def busy(self, but: int = 0) -> bool:
         """Tell whether a block has a connection, or gets one, of any thread but that one."""
         pool = self._pool
-        return pool.waiting > 0 or pool.size - pool.idle > self.held_by(but)
+        return pool.waiting > 0 or pool.size - pool.idle - len(self.left) > self.held_by(but)
 
     def held_by(self, thread: int) -> int:
         """Return how many connections blocks of the thread have."""
@@ -1047,11 +1117,9 @@ class Group:
         """Close the pool; connections in use are closed as they come back."""
         self._pool.close(timeout)
 
-    def sever(self, deadline: float, but: int = 0) -> None:
-        """Cut the connections that are in use, but those of that thread; their statements are cancelled."""
-        for conn, block in list(self._lent.items()):
-            if block.thread != but:
-                conn.sever(deadline)
+    def lent(self, but: int = 0) -> list[PooledConnection]:
+        """Return the connections that are in use, but those of that thread."""
+        return [conn for conn, block in self.held() if block.thread != but]
 
     def abandon(self) -> None:
         """Forget the parent's connections in a forked child, without touching them."""
@@ -1089,6 +1157,8 @@ class Group:
             overdue=self.overdue,
             slow_blocks=self.slow_blocks,
             slow_statements=self.slow_statements,
+            not_replicated=self.not_replicated,
+            left=len(self.left),
             wait=Histogram.of([self._waits], max(0, pool.taken - waits)),
             use={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.uses.items()},
             connect={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.connects.items()},
@@ -1138,9 +1208,9 @@ class Group:
     def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> Warn | None:
         """Take the connection from a block that has it for longer than `max_hold`, in any thread.
 
-        What runs is cancelled within the deadline. The connection is not closed but cut: its own thread,
-        which may be waiting for it, closes it. Returns what warns of it; None where the block has just
-        given it back.
+        What runs is cancelled within the deadline, but what may be committing. The connection is not closed
+        but cut: its own thread, which may be waiting for it, closes it. Returns what warns of it; None where
+        the block has just given it back.
         """
         if self._lent.get(conn) is not block or (owner := self._lent.pop(conn, None)) is None:
             return None
@@ -1161,7 +1231,7 @@ class Group:
             conn.close()
         slot, conn.slot = conn.slot, None
         if slot is not None:
-            self._pool.free(slot)
+            self._free(conn, slot)
         self._pool.refill()
         return lambda: events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)
 
@@ -1197,10 +1267,11 @@ class Group:
         }.get(kind, f"no connection became free within {waited:g} s")
         errors = {e.label: e.last_error for e in self.endpoints if e.last_error}
         full = "; ".join(f"{endpoint.label} is full: {endpoint.last_error}" for endpoint in self._full())
+        left = f", {len(self.left)} left in a commit" if self.left else ""
         share = "" if high or not self.config.reserved else f" ({self.config.reserved} for high priority)"
         return kind(
             f"group {self.name!r}: {what}; {len(holders)} of {limit}{share} in use, {pool.idle} idle, "
-            f"{pool.waiting} waiting; held by "
+            f"{pool.waiting} waiting{left}; held by "
             + ("; ".join(holders) or "nobody")
             + (f"; {full}" if full else ""),
             group=self.name,

@@ -40,6 +40,7 @@ COUNTERS = {
     "overdue": ("overdue", "Blocks whose connection was taken away after max_hold."),
     "slow_blocks": ("slow_blocks", "Blocks that took longer than slow_block."),
     "slow_statements": ("slow_statements", "Statements that took longer than slow_query."),
+    "not_replicated": ("not_replicated", "Commits that stopped waiting for their synchronous standby."),
     "opened": ("connections_opened", "Connections that were opened."),
 }
 """Of each group: the name in the status, the metric's between `pgdbpool_` and `_total`, and its help."""
@@ -47,6 +48,7 @@ COUNTERS = {
 GAUGES = {
     "in_use": ("connections_in_use", "Connections that blocks have."),
     "idle": ("connections_idle", "Connections that wait for a block."),
+    "left": ("sessions_left", "Sessions that were left in a commit, and that their servers have not let go."),
     "waiting": ("waiting", "Blocks that wait for a connection."),
     "min_size": ("connections_min", "Connections that are kept, in all processes."),
     "max_size": ("connections_max", "Most connections there can be, in all processes."),

@@ -1,4 +1,4 @@
-"""The background of a process: probes DOWN endpoints, looks at roles and lag, and at who holds what.
+"""The background of a process: DOWN endpoints, roles and lag, blocks that hold on, sessions that were left.
 
 One daemon thread steps it, or in lock-free mode a checkout in passing. Nothing in it waits for a server, but
 for the cancelling of a statement after `max_hold`, which is bounded.
@@ -22,6 +22,7 @@ from .errors import one_line
 from .holds import Holds
 from .observer import Look, Observer
 from .probe import RESOLVING_AGAIN
+from .vigil import Vigil
 
 if TYPE_CHECKING:
     from .patroni import Patronis
@@ -197,13 +198,20 @@ class Monitor:
     """Steps its parts: in a thread while one of them is needed, or when it is called."""
 
     def __init__(
-        self, observer: Observer, holds: Holds, *, threaded: bool, publisher: Publisher | None = None
+        self,
+        observer: Observer,
+        holds: Holds,
+        vigil: Vigil,
+        *,
+        threaded: bool,
+        publisher: Publisher | None = None,
     ) -> None:
         self.prober = Prober()
         self.doubts = Doubts()
         self.observer = observer
         self.holds = holds
         self.patronis = self._patronis(observer)
+        self.vigil = vigil
         self._next: Observer | None = None
         """The one to take its place: whoever steps it does that, so that none is closed while it looks."""
         self.publisher = publisher
@@ -247,7 +255,7 @@ class Monitor:
         self.observer.hurry(endpoint)
 
     def _parts(self) -> list[_Part]:
-        parts: list[_Part] = [self.prober, self.doubts, self.observer, self.holds]
+        parts: list[_Part] = [self.prober, self.doubts, self.observer, self.holds, self.vigil]
         return parts if self.patronis is None else [*parts, self.patronis]
 
     def _try(self, part: _Part) -> float:
@@ -308,6 +316,7 @@ class Monitor:
         self.holds.close()
         if self.patronis is not None:
             self.patronis.close()
+        self.vigil.close()
         if self.publisher is not None:
             self.publisher.close()
 

@@ -25,6 +25,8 @@ from .errors import CredentialError, one_line
 from .sight import QUERY, Course, Sight, read
 
 if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
     from .arrival import Arrival
     from .group import Group
 
@@ -53,6 +55,8 @@ class Look:
     :param arrive: begins to ask for that.
     :param pgconn: a connection that there is, in place of both.
     """
+
+    query = QUERY
 
     def __init__(
         self,
@@ -103,6 +107,10 @@ class Look:
             fileno, wait = self._waits
             poller.register(fileno, _events(wait))
 
+    def take(self, result: PGresult) -> None:
+        """Take the answer to the question."""
+        self.sight = read(result, monotonic())
+
     def close(self) -> None:
         """Give up, and close the connection."""
         self._steps.close()
@@ -129,7 +137,7 @@ class Look:
             self.pgconn = yield from connecting
         pgconn: Any = self.pgconn
         self.asked_at = monotonic()
-        pgconn.send_query_params(QUERY, None)
+        pgconn.send_query_params(self.query, None)
         executing: Any = generators.execute(pgconn)
         try:
             wait = next(executing)
@@ -139,7 +147,7 @@ class Look:
             (result,) = end.value
         self.answered = pgconn.status == pq.ConnStatus.OK
         if result.status == pq.ExecStatus.TUPLES_OK:
-            self.sight = read(result, monotonic())
+            self.take(result)
         else:
             self.failure = one_line(psycopg.OperationalError(result.get_error_message()))
 

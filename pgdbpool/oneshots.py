@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from weakref import ref
 
-from . import tracing
+from . import outcome, tracing
 from .cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
-from .errors import DBQueryError, Error, QueryDeadlineError
+from .errors import DBQueryError, Error, QueryDeadlineError, ResultError, one_line
 from .preamble import IDLE, Block, is_high
-from .queries import all_rows, command_tag, first_row, first_value, rows_of_all
+from .queries import all_rows, command_tag, first_row, plain_row, rows_of_all, value_in
 from .statements import shape
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class OneShots:
             for a `Handler`.
         :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
             another: the statement may or may not have taken effect.
+        :raises ResultError: Python cannot hold what was returned, or the row factory failed; what the
+            statement did has been committed. After a statement that only reads, the error itself.
         """
         with _OneShot(cls.group(group), **block) as one:
             return all_rows(one.execute(statement, params))
@@ -82,7 +84,8 @@ class OneShots:
         :raises LookupError: there is no such column; what the statement did has been committed.
         """
         with _OneShot(cls.group(group), **block) as one:
-            return first_value(one.execute(statement, params), column)
+            row = plain_row(one.execute(statement, params))
+        return value_in(row, column)
 
     @classmethod
     def execute(cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]) -> str:
@@ -115,7 +118,9 @@ class OneShots:
 class _OneShot:
     """A block of one statement, without the parts of a Handler that only more of them need."""
 
-    __slots__ = ("__weakref__", "block", "conn", "group", "timeout")
+    __slots__ = ("__weakref__", "answered", "block", "conn", "group", "timeout")
+    commits_at_once = True
+    """Its statement's transaction ends with it."""
 
     def __init__(
         self,
@@ -127,7 +132,7 @@ class _OneShot:
         priority: Literal["high", "normal"] = "normal",
         correlation_id: Any = None,
     ) -> None:
-        self.group, self.timeout = group, timeout
+        self.group, self.timeout, self.answered = group, timeout, False
         caller = sys._getframe(2)
         binding = group.bind(tenant, tenant_override, settings)
         self.block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
@@ -147,27 +152,34 @@ class _OneShot:
         """Execute the statement, with its COMMIT where that can ride."""
         params = params or None
         try:
-            return self._cursor(statement, params).execute(statement, params)
+            cursor = self._cursor(statement, params).execute(statement, params)
         except DBQueryError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self.group.note_retry(self.block, error)
-        self._replace()
-        return self._cursor(statement, params).execute(statement, params)
+            cursor = None
+        if cursor is None:
+            self._replace()
+            cursor = self._cursor(statement, params).execute(statement, params)
+        self.answered = True
+        return cursor
 
     def executemany(self, statement: Any, sets: Sequence[Any], returning: bool = False) -> BlockCursor:
         """Execute the statement for each of the parameter sets, with the COMMIT where that can ride."""
         cursor = self._cursor(statement, None)
+        lost = False
         try:
             cursor.executemany(statement, sets, returning=returning)
-            return cursor
         except DBQueryError as error:
             if not error.repeatable or isinstance(error, QueryDeadlineError):
                 raise
             self.group.note_retry(self.block, error)
-        self._replace()
-        cursor = self._cursor(statement, None)
-        cursor.executemany(statement, sets, returning=returning)
+            lost = True
+        if lost:
+            self._replace()
+            cursor = self._cursor(statement, None)
+            cursor.executemany(statement, sets, returning=returning)
+        self.answered = True
         return cursor
 
     def _cursor(self, statement: Any, params: Any) -> BlockCursor:
@@ -185,6 +197,13 @@ class _OneShot:
             self.block.part()
             self.conn = self.group.checkout(self.block, self.timeout)
 
+    def _explain(self, error: Exception) -> None:
+        """Say of a result that cannot be read that its statement is committed, unless it is a read."""
+        if outcome.may_commit(self.block.statement, inside=False):
+            raise ResultError(
+                f"the statement is committed, but its result cannot be read: {one_line(error)}"
+            ) from error
+
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
@@ -196,6 +215,8 @@ class _OneShot:
                     conn.commit()
                 else:
                     conn.undo()
+            elif self.answered and isinstance(exc, Exception):
+                self._explain(exc)
             if exc is not None:
                 tracing.mark(exc, block)
         except Error as error:

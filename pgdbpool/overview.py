@@ -174,7 +174,10 @@ def _groups(
         found.append(
             {
                 "name": name,
-                **{key: sum(group[key] for group in seen) for key in ("size", "idle", "in_use", "waiting")},
+                **{
+                    key: sum(group[key] for group in seen)
+                    for key in ("size", "idle", "in_use", "left", "waiting")
+                },
                 **{key: sum(group[key] for group in serving) for key in ("min_size", "max_size")},
                 "connections": dict(connections),
                 **counts,

@@ -566,7 +566,7 @@ class LockFreePool:
         if self._closed:
             raise NoConnection(NoConnection.CLOSED)
         if self._owner != (me := get_ident()):
-            if self.size > len(self._idle):
+            if sum(not slot.left for slot in self._slots.live()) > len(self._idle):
                 raise ThreadingModelError(
                     "a lock-free group is used by two threads at once: its pool has no lock. "
                     "Set `type: threaded`, or keep each process to one thread (gunicorn: threads = 1)"

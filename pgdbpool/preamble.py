@@ -211,6 +211,11 @@ class Block:
         if self.conn is not None:
             self._all = self._encode(self.conn)
 
+    def spans(self) -> bool:
+        """Return whether its transaction goes on after the statement that is under way."""
+        owner = self.watch() if self.watch is not None else None
+        return self.manual and not getattr(owner, "commits_at_once", False)
+
     def lend(self, conn: PooledConnection) -> None:
         """Take over a connection: what it must bind by itself goes before the block's settings."""
         binding = self.binding

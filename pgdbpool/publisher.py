@@ -42,7 +42,7 @@ EVENTS = 50
 
 COUNTERS = (
     "checkouts", "timeouts", "opened", "discarded", "waits", "retries", "failovers", "rate_limited", "leaks",
-    "overdue", "slow_blocks", "slow_statements", "wait", "use", "connect",
+    "overdue", "slow_blocks", "slow_statements", "not_replicated", "wait", "use", "connect",
 )  # fmt: skip
 """What of a group's status only grows: processes that are gone still count there."""
 

@@ -165,10 +165,20 @@ def first_row(cursor: psycopg.Cursor[Any]) -> Any:
 
 def first_value(cursor: psycopg.Cursor[Any], column: int | str) -> Any:
     """Return a value of the first row of the last statement's result, or None."""
+    return value_in(plain_row(cursor), column)
+
+
+def plain_row(cursor: psycopg.Cursor[Any]) -> Row | None:
+    """Return the first row of the last statement's result, or None, whatever the row factory."""
     if not has_rows(cursor):
         return None
     cursor.row_factory = rows.row
-    row = cursor.fetchone()
+    row: Row | None = cursor.fetchone()
+    return row
+
+
+def value_in(row: Row | None, column: int | str) -> Any:
+    """Return a value of a row, None where there is no row."""
     if row is None:
         return None
     try:

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from . import deadlines, events, tracing
 from .categories import Category
-from .errors import DBConnectionError, DBOfflineError, classify, one_line
+from .errors import DBConnectionError, DBOfflineError, NotReplicatedError, classify, one_line
 from .handler import Handler
 
 T = TypeVar("T")
@@ -123,6 +123,8 @@ def _harmless(db: Handler, error: Exception, reads: bool, idempotent: bool) -> b
     passing = category in _PASSING or (category is Category.READ_ONLY and not reads)
     if not passing or (isinstance(error, DBConnectionError) and not isinstance(error, DBOfflineError)):
         return False  # what a server refuses for a reason of its own, such as a wrong password, it will again
+    if isinstance(error, NotReplicatedError):
+        return False  # it is known to be there
     if idempotent or reads or block is None:
         return True
     unknown = getattr(error, "maybe_executed", False) or getattr(error, "maybe_committed", False)

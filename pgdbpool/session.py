@@ -14,11 +14,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from math import inf
 from threading import Lock, RLock, get_ident
-from time import monotonic
+from time import monotonic, sleep
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 import psycopg
@@ -28,7 +29,7 @@ from psycopg.errors import _WaitTimeout
 from psycopg.generators import execute
 from psycopg.transaction import OutOfOrderTransactionNesting
 
-from . import deadlines, errors, greenlets, tracing
+from . import deadlines, errors, greenlets, outcome, tracing
 from .client_settings import InForce
 from .guests import ENDS_INSIDE, FAILED, HeldLock, PsycopgsLock, Visit, asked_in
 from .pooled import left_in_session
@@ -88,6 +89,9 @@ MOST_NAMES = 20
 MOST_LEFT = 100
 """Answers that are taken at most from a connection that was lost."""
 
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
+"""What psycopg takes for a reason to cancel, and to wait for five seconds."""
+
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
 
 _BUSY = "a stream, COPY or notifies() of this connection is still open in this thread: end it first"
@@ -98,6 +102,11 @@ _HELD = HeldLock()
 _CROSSED = (
     "contexts of this transaction were left in the wrong order: it was rolled back, nothing was committed"
 )
+_SEVERED = "the connection was cut under the block"
+_NOT_REPLICATED = (
+    "the transaction is committed on {}, and perhaps nowhere else: its wait for the synchronous standby was "
+    "cancelled; do not repeat it"
+)
 
 _names = itertools.count(1)
 
@@ -107,12 +116,21 @@ _ATTRIBUTES = (
 )  # fmt: skip
 
 
+class Keeper(Protocol):
+    """What a connection tells the group that it belongs to."""
+
+    def tolerates(self, conn: PooledConnection) -> bool:
+        """Count a commit that did not wait for its standby; return whether a log record of it will do."""
+
+
 class Slot:
     """The right to one connection of a pool, taken for as long as the object lives."""
 
-    __slots__ = ("__weakref__", "conn", "endpoint", "lent")
+    __slots__ = ("__weakref__", "conn", "endpoint", "left", "lent")
 
     def __init__(self) -> None:
+        self.left = False
+        """Whether its connection is closed, and the server may still be in a commit of the session."""
         self.conn: ref[PooledConnection] | None = None
         """Its connection, whoever has that."""
         self.endpoint: Endpoint | None = None
@@ -141,9 +159,9 @@ class PooledConnection(psycopg.Connection[Any]):
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
         "client_encoding", "crossed", "ending", "endpoint", "expires_at", "handed_out", "holder", "lent",
-        "local", "named", "own_handlers", "owner", "patience", "plain", "poll", "reads", "replacing",
-        "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "streamed", "taken_away", "touched",
-        "turn", "until", "used_at", "uses", "wait_readable", "wrapped",
+        "local", "named", "not_replicated", "own_handlers", "owner", "patience", "plain", "poll", "reads",
+        "replacing", "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "streamed", "taken_away",
+        "touched", "turn", "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -173,6 +191,22 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether it was taken from its block, which finds it lost; see `max_hold`."""
     ending: bool
     """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
+    explicit: bool = False
+    """Whether a statement of an autocommit block began the open transaction."""
+    declared: bool = False
+    """Whether the statement that psycopg begins is the one that its block knows of."""
+    undeclared: Any = NOTHING
+    """The statement that the block knew of when a cursor of another kind executed one."""
+    unsure: bool = False
+    """Whether a transaction may have ended that the block still takes for open."""
+    not_replicated: bool
+    """Whether the server has just said that a commit did not wait for its standby."""
+    severed: bool = False
+    """Whether another thread cuts it under its block, which can begin nothing more."""
+    left: int = 0
+    """The process of its server, where that may still be committing after the connection was closed."""
+    keeper: Keeper | None = None
+    """Its group, once it is open."""
     used_at: float
     """When the connection was last known to work, on the monotonic clock."""
     expires_at: float
@@ -215,6 +249,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """Prepared statements that belong to the session itself (`sqlprepare`)."""
 
     abandoned: bool
+    unusable: bool
+    """Whether it is abandoned or severed."""
     riding: bool
     """Whether statements go through that are the pool's own, not a block's."""
     streamed: bool
@@ -256,10 +292,11 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         self.owner, self.holder, self.replacing = 0, 0, RLock()
-        self.abandoned = self.taken_away = False
+        self.abandoned = self.unusable = self.taken_away = self.not_replicated = False
         before = len(vars(self))
         super().__init__(pgconn, *args, **kwargs)
         own_names.update(list(vars(self))[before:])
+        pgconn.notice_handler = partial(_notice, ref(self))
         self.slot = self.block = self.settled = self.client_encoding = None
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
         self.handed_out = self.touched = self.altered = self.stale = self.annotates = self.ending = False
@@ -375,6 +412,8 @@ class PooledConnection(psycopg.Connection[Any]):
             raise errors.as_query_error(psycopg.NotSupportedError(kept))
         self.touched = self.touched or what.touches
         self.prepares = self.prepares or what.prepares
+        if what.prepares:
+            self.explicit = False  # it may be PREPARE TRANSACTION
         self.tainted = self.tainted or what.taints
         if what.timeout:
             # How long a statement may take is the server's to say from here on: no less than that, and where
@@ -441,6 +480,7 @@ class PooledConnection(psycopg.Connection[Any]):
             self._own_adapters()
             self._notice_handlers, self._notify_handlers = map(list, self.own_handlers)
             self._notifies_backlog = deque()
+            self.unsure = False
         self.follows, self.in_force = False, None
         if self.touched and not self.local:
             self._known.clear()
@@ -534,8 +574,8 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def wait(self, gen: PQGen[Any], interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run psycopg's generator within the deadline; errors are raised as `DBQueryError`."""
-        if self.abandoned:
-            raise errors.BlockClosedError(_PARENTS)
+        if self.unusable:
+            self._refuse_use()
         patience = timeout
         if timeout is None:
             patience = self.patience
@@ -560,15 +600,68 @@ class PooledConnection(psycopg.Connection[Any]):
         except BaseException as interruption:
             if self.pgconn.transaction_status == ACTIVE:
                 # What was under way was not ended: where it stands is not known, and it is not to run on.
-                with suppress(psycopg.Error):
-                    self.cancel_safe(timeout=1.0)
-                self.close()
+                self._cancel_and_close()
             self._note_loss(interruption, status)
             raise
+        if self.not_replicated or self.pgconn.status == _BAD:
+            self._look_back(status)
+        return result
+
+    def _look_back(self, status: int) -> None:
+        """Find out what an answer leaves behind that is not in it."""
         if self.closed:
             # psycopg keeps to itself what goes wrong while it rolls back to a savepoint.
             self._note_loss(psycopg.OperationalError("the connection was lost in a rollback"), status)
-        return result
+        if self.not_replicated:
+            self._check_replicated()
+
+    def _check_replicated(self) -> None:
+        """Raise for a commit that did not wait for its standby, unless its group wants a log record.
+
+        :raises NotReplicatedError: it is committed all the same.
+        """
+        self.not_replicated = False
+        block = self.block
+        if block is not None:
+            block.committed = True
+        # After a cancel of the pool's own the record would not do: that is no success.
+        if self.keeper is not None and self.keeper.tolerates(self) and not self.severed:
+            return
+        error = errors.NotReplicatedError(_NOT_REPLICATED.format(self.endpoint.label))
+        error.maybe_executed = block is None or not block.manual
+        if block is not None:
+            error.correlation_id = tracing.id_of(block)
+        raise error
+
+    def _refuse_use(self) -> None:
+        if self.abandoned:
+            raise errors.BlockClosedError(_PARENTS)
+        status = self.pgconn.transaction_status
+        self.close()
+        raise self.own_error(psycopg.OperationalError(_SEVERED), status)
+
+    def may_commit(self) -> bool:
+        """Return whether what is under way may be committing, so that it must not be cancelled.
+
+        A read of which nothing is to be committed may be cancelled, and a statement inside of a transaction.
+        """
+        block = self.block
+        if self.ending or self.unsure or self._tpc is not None:
+            return True
+        if block is None:
+            return False  # it is the pool's own, such as a ping
+        statement = getattr(block, "statement", None)
+        inside = self.explicit or self.wrapped or self._num_transactions > 0 or block.spans()
+        if statement is self.undeclared or (self._pipeline is not None and not inside):
+            return True
+        return outcome.may_commit(statement, inside)
+
+    def _cancel_and_close(self) -> None:
+        """Close the connection in the middle of a statement, which is cancelled if it cannot be a commit."""
+        if not self.unusable and not self.may_commit():
+            with suppress(psycopg.Error):
+                self.cancel_safe(timeout=1.0)
+        self.close()
 
     def _note_loss(self, error: BaseException, status: int) -> None:
         """Where the connection was lost, note in the block what was lost with it."""
@@ -581,10 +674,16 @@ class PooledConnection(psycopg.Connection[Any]):
             block.failure = errors.without_frames(error) if isinstance(error, Exception) else None
 
     def _try_cancel(self, *, timeout: float = 5.0) -> None:
-        """Cancel what is left early: a stream, COPY. psycopg then takes what is on its way, for a second."""
+        """Cancel what is left early: a stream, COPY. psycopg then takes what is on its way, for a second.
+
+        What may be a commit is not cancelled: a stream or COPY may end in that second, else it is closed.
+        """
         left = self._within_deadline(self.patience)
         try:
-            self.cancel_safe(timeout=max(HURRY, min(timeout, GRACE, GRACE if left is None else left)))
+            if not self.may_commit():
+                self.cancel_safe(timeout=max(HURRY, min(timeout, GRACE, GRACE if left is None else left)))
+            elif not self.holder or issubclass(sys.exc_info()[0] or Exception, INTERRUPTIONS):
+                self.close()
         except (psycopg.Error, OSError) as error:
             status, self.until = self.pgconn.transaction_status, 0.0
             self.close()
@@ -606,30 +705,58 @@ class PooledConnection(psycopg.Connection[Any]):
         """Close the connection, and with it a transaction of its block; one of the parent's is left alone."""
         if self.abandoned:
             return
-        if self.block is not None and self.pgconn.transaction_status in _OPEN:
+        status = self.pgconn.transaction_status
+        if self.block is not None and status in _OPEN:
             self.block.lost = True  # by the block itself: it must not commit what it does from now on alone
+        elif status == ACTIVE and not self.left and self.may_commit():
+            self.left = self.pgconn.backend_pid
         super().close()
 
-    def sever(self, deadline: float) -> None:
-        """Cancel what runs, within the deadline, and cut the connection under its block, from any thread.
+    def begin_sever(self) -> bool:
+        """Let the block begin nothing more on the connection; return whether it may be committing.
 
-        The block finds it lost. To close it would take its socket's number from under a wait for it.
+        Before anything is cancelled: what is sent after this is refused before its outcome is told.
         """
+        self.severed = self.unusable = True
+        return not self.abandoned and self.pgconn.transaction_status == ACTIVE and self.may_commit()
+
+    def sever(self, deadline: float) -> None:
+        """Cut the connection under its block, from any thread, within the deadline; the block finds it lost.
+
+        What runs is cancelled. What may be committing is waited for instead, and then left to the server. To
+        close the connection would take its socket's number from under a wait for it.
+        """
+        committing = self.begin_sever()
         if self.abandoned:
             return
         with suppress(psycopg.Error, OSError):
             number = self.pgconn.socket
             with socket.socket(fileno=os.dup(number)) as own:
-                left = deadline - monotonic()
-                if self.pgconn.transaction_status == ACTIVE and left > 0:
+                if committing:
+                    self._await_commit(own, deadline)
+                elif self.pgconn.transaction_status == ACTIVE and (left := deadline - monotonic()) > 0:
                     with suppress(psycopg.Error):
                         self.cancel_safe(timeout=left)
                 if self.pgconn.socket == number:  # raises where it was closed: the number may be another's
                     own.shutdown(socket.SHUT_RDWR)
 
+    def _await_commit(self, own: socket.socket, deadline: float) -> None:
+        """Wait until what may be committing is over; at the deadline note what it leaves at the server."""
+        block = self.block
+        # A signal handler may have come between its thread and the answer, which then stays in the socket.
+        here = block is not None and block.thread == get_ident()
+        poller = select.poll()
+        poller.register(own, select.POLLIN)
+        while self.pgconn.transaction_status == ACTIVE and not (here and poller.poll(0)):
+            if monotonic() >= deadline or greenlets.in_hub():
+                self.left = self.left or self.pgconn.backend_pid
+                return
+            sleep(0.005)
+
     def abandon(self) -> None:
         """In a forked child: never touch the socket or the lock again, which are the parent's."""
-        self.abandoned, self.block, self.turn = True, None, Lock()
+        self.abandoned = self.unusable = True
+        self.block, self.turn = None, Lock()
 
     # An exception is never kept in a local variable of a frame that it passes: that would be a cycle, and
     # keep the connection with its slot until the next collection of garbage.
@@ -651,6 +778,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.cut_by and not isinstance(error, errors.DBQueryError):  # it may come by twice
             error.args = (f"the pools were closed by {self.cut_by}, with this block open: {error}",)
         own = errors.as_query_error(error, kind)
+        self._note_undeclared(own, status)
         if (block := self.block) is not None:
             if own.correlation_id is None:
                 own.correlation_id = tracing.id_of(block)
@@ -660,6 +788,14 @@ class PooledConnection(psycopg.Connection[Any]):
                     block.statement = statement = statement[:1] + statement[1:]
                 self.failed = statement, f"{error.diag.severity}:  {error}\n"  # as libpq says it
         return own
+
+    def _note_undeclared(self, error: errors.DBQueryError, status: int) -> None:
+        """Note in the error that a statement which the block knows nothing of may have taken effect."""
+        block = self.block
+        if block is None or block.manual or status != IDLE or not self.closed:
+            return
+        if self.undeclared is getattr(block, "statement", None):
+            error.maybe_executed = True
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()
@@ -676,6 +812,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.block is not None:
             error.correlation_id = tracing.id_of(self.block)
         self._note_loss(error, status)
+        self._note_undeclared(error, status)
         return error
 
     # The deadline of the request. Where it has passed, what would begin is refused (`deadlines.check`), and
@@ -842,6 +979,12 @@ class PooledConnection(psycopg.Connection[Any]):
     def _start_query(self) -> PQGen[None]:
         """Let a cursor take part that the block did not make; every cursor of psycopg comes through here."""
         block = self.block
+        if self.declared:
+            self.declared = False
+        else:
+            self.explicit, self.undeclared = False, getattr(block, "statement", None)
+            if self._pipeline is not None:
+                self.unsure = self.altered = True
         if self.settled is not None and not self.riding:
             if block is None:
                 raise errors.BlockClosedError(OUTSIDE)
@@ -986,8 +1129,8 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
         pgconn = self.pgconn
-        if self.abandoned:
-            raise errors.BlockClosedError(_PARENTS)
+        if self.unusable:
+            self._refuse_use()
         began_in = pgconn.transaction_status
         patience = self.patience
         if self.streamed:
@@ -1046,8 +1189,7 @@ class PooledConnection(psycopg.Connection[Any]):
         except BaseException as error:
             # Where the session stands is not known. As psycopg does, do not leave a statement running.
             if not isinstance(error, psycopg.Error):
-                with suppress(psycopg.Error):
-                    self.cancel_safe(timeout=1.0)
+                self._cancel_and_close()
             if (answer := self._last_words(error, (*outcomes, current))) is not None:
                 raise self._ended_by(answer, began_in) from None
             pgconn.finish()
@@ -1056,6 +1198,8 @@ class PooledConnection(psycopg.Connection[Any]):
         while notify := pgconn.notifies():
             if pgconn.notify_handler:
                 pgconn.notify_handler(notify)
+        if self.not_replicated:
+            self._check_replicated()
         if commands:
             self._check(outcomes[:before])
         return outcomes[before:]
@@ -1261,7 +1405,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def _commit(self) -> None:
         if self._pipeline and self.block is not None and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-        self.bound = False
+        self.bound = self.explicit = False
         block, status = self.block, self.pgconn.transaction_status
         if self.taken_away and status != IDLE:
             raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
@@ -1277,15 +1421,19 @@ class PooledConnection(psycopg.Connection[Any]):
         except errors.ConnectionLostError as error:
             if status == UNKNOWN:
                 raise  # it was lost before, and nothing is committed now
-            error.maybe_committed = not errors.undone(error)
-            if block is not None:
-                block.lost = False  # or committed: nobody knows, and this error says so
-                block.committed = block.committed or error.maybe_committed
+            self._note_unknown(error)
             raise
         finally:
             self.ending = False
         if block is not None and status != IDLE:
             block.committed = True
+
+    def _note_unknown(self, error: errors.ConnectionLostError) -> None:
+        """Note in the error, and in the block, that a COMMIT was under way when the connection was lost."""
+        error.maybe_committed = not errors.undone(error)
+        if (block := self.block) is not None:
+            block.lost = False  # or committed: nobody knows, and this error says so
+            block.committed = block.committed or error.maybe_committed
 
     def rollback(self) -> None:
         """Roll the open transaction back, if any."""
@@ -1293,7 +1441,7 @@ class PooledConnection(psycopg.Connection[Any]):
         with self.alone():
             if self._pipeline and self.block is not None and self.block.settings:
                 raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
-            self.bound = self.crossed = False
+            self.bound = self.crossed = self.explicit = False
             self.ending = True
             try:
                 super().rollback()
@@ -1318,9 +1466,16 @@ class PooledConnection(psycopg.Connection[Any]):
                 self._autocommit = True
 
     def tpc_prepare(self) -> None:
-        """Prepare the two-phase transaction, which is the server's from then on."""
+        """Prepare the two-phase transaction, which is the server's from then on.
+
+        :raises ConnectionLostError: with `maybe_committed`: it may be prepared, or be rolled back.
+        """
         with self._two_phase():
-            super().tpc_prepare()
+            try:
+                super().tpc_prepare()
+            except errors.ConnectionLostError as error:
+                self._note_unknown(error)
+                raise
 
     def tpc_commit(self, xid: Xid | str | None = None) -> None:
         """Commit a two-phase transaction, the open one or one that was prepared.
@@ -1331,7 +1486,7 @@ class PooledConnection(psycopg.Connection[Any]):
             try:
                 super().tpc_commit(xid)
             except errors.ConnectionLostError as error:
-                error.maybe_committed = not errors.undone(error)
+                self._note_unknown(error)
                 raise
             block.committed = True
 
@@ -1493,6 +1648,8 @@ class PooledConnection(psycopg.Connection[Any]):
                         pipeline.result_queue = _Answers(pipeline.result_queue)
                     yield pipeline
             except psycopg.Error as error:
+                if isinstance(error, errors.ConnectionLostError) and self.unsure:
+                    self._note_unknown(error)
                 if isinstance(error, errors.DBQueryError):
                     raise
                 if not self.pgconn.pipeline_status and not self.closed:
@@ -1546,6 +1703,15 @@ def _ends_session(answer: PGresult) -> bool:
 
 own_names = {"_pool", "_created_at", "_expire_at", *PooledConnection.__annotations__}
 """Attributes in a connection's dictionary that are psycopg's, psycopg_pool's and this class's own."""
+
+
+def _notice(wself: ref[PooledConnection], notice: PGresult) -> None:
+    """Take a notice; note that of a commit which did not wait for its standby."""
+    conn = wself()
+    if conn is not None and outcome.stopped_waiting(notice):
+        conn.not_replicated = True
+    psycopg.Connection._notice_handler(wself, notice)  # type: ignore[arg-type]
+
 
 _classes: dict[tuple[type[Any], type[PooledConnection]], type[PooledConnection]] = {}
 

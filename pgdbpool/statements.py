@@ -188,16 +188,17 @@ def _changes(words: list[str], code: str) -> bool:
     return bool(others) and (not others <= _MAY_READ or _WRITES.search(code) is not None)
 
 
-def code_of(text: str, escaping: bool = False) -> str:
-    """Return the text with a blank in place of each comment, string and quoted name."""
+def code_of(text: str, escaping: bool = False, name: str = " ") -> str:
+    """Return the text with a blank in place of each comment and string, and `name` for each quoted name."""
     opaque = _OPAQUE_ESCAPING if escaping else _OPAQUE
-    if "/*" not in text:
+    if "/*" not in text and name == " ":
         return opaque.sub(" ", text)
-    parts, at = [], 0
+    parts: list[str] = []
+    at = 0
     while found := opaque.search(text, at):
-        parts.append(text[at : found.start()])
+        parts += text[at : found.start()], name if found[0][0] == '"' else " "
         at = found.end() if found["comment"] is None else _end_of_comment(text, found.end())
-    return " ".join((*parts, text[at:]))
+    return "".join((*parts, text[at:]))
 
 
 def _end_of_comment(text: str, at: int) -> int:

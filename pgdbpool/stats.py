@@ -113,6 +113,10 @@ class GroupStatus:
     """Blocks whose connection was taken from them after `max_hold`."""
     slow_blocks: int
     slow_statements: int
+    not_replicated: int
+    """Commits that stopped waiting for their synchronous standby."""
+    left: int
+    """Sessions that were left in a commit: they count in `size` until their servers have let them go."""
     wait: Histogram
     """How long a checkout waited for a connection or a slot; not for one to be opened."""
     use: dict[str, Histogram]

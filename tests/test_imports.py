@@ -20,12 +20,11 @@ ORDER = [
     "names", "credentials", "arrival", "validation",
     "check_servers", "check_groups", "yamlfile", "sources",
     "tally", "stats", "scope", "tracing", "rows", "statements", "pooled", "tenant", "deadlines", "preamble",
-    "prepared", "decoding", "greenlets", "guests", "session", "ended", "timing", "cursors", "copying",
-    "queries",
-    "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "driver", "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "group",
-    "oneshots", "observer", "patroni", "holds", "runtime", "publisher", "doubts", "monitor", "changes",
-    "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
+    "prepared", "decoding", "greenlets", "guests", "outcome", "session", "ended", "timing", "cursors",
+    "copying", "queries", "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
+    "driver", "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "left",
+    "group", "oneshots", "observer", "vigil", "patroni", "holds", "runtime", "publisher", "doubts", "monitor",
+    "changes", "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
 ]  # fmt: skip
 # Of these, imported only when they are needed: at `init`, at a connect, for tenants, for signals, for YAML.
 LATE = {

@@ -12,7 +12,7 @@ import pytest
 from support import config, kill_backends, server, wait_for
 
 import pgdbpool
-from pgdbpool import Connection, Handler
+from pgdbpool import Connection, Handler, ResultError
 
 SCHEMA = """
     CREATE ROLE app LOGIN;
@@ -360,3 +360,61 @@ def test_an_interrupted_statement_leaves_the_counts_exact(start: Any, group: str
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert at_rest(group)
+
+
+# A result that Python cannot hold.
+
+ENDLESS = "INSERT INTO t VALUES (1) RETURNING 'infinity'::timestamp"
+
+
+def failing(cursor: Any) -> Any:
+    def make(values: Any) -> Any:
+        raise KeyError("no such thing")
+
+    return make
+
+
+@pytest.mark.parametrize("group", ["auto", "manual", "auto_t", "manual_t"])
+@pytest.mark.parametrize("way", ["fetch", "fetchrow", "fetchval"])
+def test_a_result_that_python_cannot_hold_is_said_to_be_committed(
+    start: Any, admin: Any, group: str, way: str
+) -> None:
+    start()
+    with pytest.raises(ResultError, match="committed") as caught:
+        getattr(Connection, way)(group, ENDLESS, **use(group))
+    assert isinstance(caught.value, psycopg.DataError)
+    assert isinstance(caught.value.__cause__, psycopg.DataError)
+    assert (caught.value.maybe_committed, caught.value.maybe_executed) == (True, True)
+    assert there(admin) == [1]
+    assert at_rest(group)
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_a_row_factory_that_fails_is_said_to_come_after_the_commit(
+    start: Any, admin: Any, group: str
+) -> None:
+    start(row_factory=failing)
+    for number, way in enumerate((Connection.fetch, Connection.fetchrow)):
+        with pytest.raises(ResultError, match="committed") as caught:
+            way(group, "INSERT INTO t VALUES (%s) RETURNING i", (number,))
+        assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(ResultError):
+        Connection.fetchmany(group, "INSERT INTO t VALUES (%s) RETURNING i", [(2,), (3,)])
+    assert there(admin) == [0, 1, 2, 3]
+    with pytest.raises(KeyError):  # of a read there is nothing to say
+        Connection.fetch(group, "SELECT 1")
+
+
+def test_where_the_commit_did_not_ride_nothing_is_committed(start: Any, admin: Any) -> None:
+    start()
+    admin.execute("""
+        CREATE PROCEDURE enter(OUT endless timestamp) LANGUAGE plpgsql
+        AS $$BEGIN INSERT INTO t VALUES (1); endless := 'infinity'; END$$
+    """)
+    with pytest.raises(psycopg.DataError) as caught:
+        Connection.fetchval("manual", "CALL enter(NULL)")
+    assert not isinstance(caught.value, ResultError)
+    assert there(admin) == []
+    with pytest.raises(ResultError):
+        Connection.fetchval("auto", "CALL enter(NULL)")
+    assert there(admin) == [1]
