@@ -127,6 +127,8 @@ class Group:
         self._revive = revive
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
         self._lent: dict[PooledConnection, Block] = {}
+        self._borrowed: set[PooledConnection] = set()
+        """Connections over which a server is asked something, for no block."""
         self.on_drop = self._dropped
         self._discarded: Counter[str] = Counter()
         self._opened = 0
@@ -924,10 +926,14 @@ class Group:
 
         if self._pool.mine():
             self._pool.remove(first)
+        self._borrowed.update(found)
         return found[0] if found else None
 
     def give_back(self, conn: PooledConnection, failure: str | None = None) -> None:
         """Put a connection back that was borrowed; one that failed is closed and replaced."""
+        self._borrowed.discard(conn)
+        if failure is None and conn.endpoint in self._barred:
+            failure = "barred"  # meanwhile, when it was spared for the question
         if failure is None and conn.endpoint.state is State.DRAINING:
             failure = conn.endpoint.state.value  # meanwhile, when it was not among the idle ones
         if failure is None and conn.pgconn.transaction_status == IDLE:
@@ -1001,7 +1007,7 @@ class Group:
         """
         for slot in self._pool.slots():
             conn = slot.conn() if slot.conn is not None else None
-            if conn is not None and conn.endpoint is endpoint:
+            if conn is not None and conn.endpoint is endpoint and conn not in self._borrowed:
                 conn.sever(0.0)
 
     def part_with(self, endpoint: Endpoint) -> None:
