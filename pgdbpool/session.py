@@ -778,7 +778,6 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.cut_by and not isinstance(error, errors.DBQueryError):  # it may come by twice
             error.args = (f"the pools were closed by {self.cut_by}, with this block open: {error}",)
         own = errors.as_query_error(error, kind)
-        self._note_undeclared(own, status)
         if (block := self.block) is not None:
             if own.correlation_id is None:
                 own.correlation_id = tracing.id_of(block)
@@ -788,14 +787,6 @@ class PooledConnection(psycopg.Connection[Any]):
                     block.statement = statement = statement[:1] + statement[1:]
                 self.failed = statement, f"{error.diag.severity}:  {error}\n"  # as libpq says it
         return own
-
-    def _note_undeclared(self, error: errors.DBQueryError, status: int) -> None:
-        """Note in the error that a statement which the block knows nothing of may have taken effect."""
-        block = self.block
-        if block is None or block.manual or status != IDLE or not self.closed:
-            return
-        if self.undeclared is getattr(block, "statement", None):
-            error.maybe_executed = True
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()
@@ -812,7 +803,6 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.block is not None:
             error.correlation_id = tracing.id_of(self.block)
         self._note_loss(error, status)
-        self._note_undeclared(error, status)
         return error
 
     # The deadline of the request. Where it has passed, what would begin is refused (`deadlines.check`), and

@@ -544,7 +544,9 @@ def test_a_signal_cancels_no_commit(
 
 def test_a_signal_lets_a_commit_end_that_can(primary: Primary, known_cluster: Any, mode: str) -> None:
     node = known_cluster.primary
-    handler = "Connection.install_signal_handlers(timeout=20)"
+    # To release the commit takes a moment.
+    patience = "import pgdbpool.connection; pgdbpool.connection.CUT_WITHIN = 10"
+    handler = f"{patience}; Connection.install_signal_handlers(timeout=20)"
     body = PROGRAM.format(mode=mode, host=node.host, port=node.port, group="manual", handler=handler)
     primary.lonely()
     program = subprocess.Popen(
