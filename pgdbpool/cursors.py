@@ -20,6 +20,7 @@ from weakref import ref
 
 import psycopg
 from psycopg._preparing import Prepare
+from psycopg._queries import PostgresClientQuery
 from psycopg.adapt import AdaptersMap, Transformer
 
 from . import deadlines, errors, tracing
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
+
+MOST_PARAMETERS = 65_535
+"""What the protocol takes for one statement: libpq refuses more, in the midst of what is being sent."""
 
 FLUSH_EVERY = 4
 """Statements of `executemany` after which their answers are asked for: the server keeps them otherwise."""
@@ -60,7 +64,16 @@ def _gone(block: Block) -> errors.Error:
 def _goes_on(conn: PooledConnection, error: psycopg.Error) -> bool:
     """Return whether the connection is in a pipeline, which takes answers while it sends what follows."""
     refused = error.sqlstate is None and not isinstance(error, psycopg.errors.PipelineAborted)
-    return conn._pipeline is not None and not refused
+    return conn._pipeline is not None and (not refused or getattr(error, "unsent", False))
+
+
+def _refuse(query: PostgresQuery, number: int) -> None:
+    """Refuse so many parameters of one statement, unless they are written into its text."""
+    if not isinstance(query, PostgresClientQuery):
+        raise psycopg.ProgrammingError(
+            f"the statement has {number} parameters, and can have {MOST_PARAMETERS}: nothing was sent; "
+            "pass an array (= ANY(%s), unnest(%s)), use executemany or COPY"
+        )
 
 
 class _Context:
@@ -376,6 +389,25 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
         conn.end_wrapped()
         return what
 
+    def _convert_query(self, query: Any, params: Any = None) -> PostgresQuery:
+        """Convert a statement as psycopg does; what cannot be sent is refused before anything is."""
+        converted = self._query_cls(self._tx)
+        try:
+            converted.convert(query, params)
+            if (values := converted.params) and len(values) > MOST_PARAMETERS:
+                _refuse(converted, len(values))
+        except psycopg.Error as error:
+            errors.as_query_error(error).unsent = True
+            raise
+        except Exception as error:
+            if not self._conn._pipeline:
+                raise
+            # Raised in psycopg's wait as it is, it would end the pipeline's connection as an interruption.
+            refused = errors.as_query_error(psycopg.DataError(f"{type(error).__name__}: {error}"))
+            refused.unsent = True
+            raise refused from error
+        return converted
+
     def _ride(
         self,
         preamble: Sequence[Command],
@@ -521,6 +553,13 @@ class BlockServerCursor(_Declared, psycopg.ServerCursor[Any]):
 
     __slots__ = ("block",)
     _conn: PooledConnection
+
+    def _convert_query(self, query: Any, params: Any = None) -> PostgresQuery:
+        """Convert a statement as psycopg does; what cannot be sent is refused before anything is."""
+        converted = super()._convert_query(query, params)
+        if (values := converted.params) and len(values) > MOST_PARAMETERS:
+            _refuse(converted, len(values))
+        return converted
 
     def __init__(self, connection: PooledConnection, name: str, **kwargs: Any) -> None:
         if connection.block is None:

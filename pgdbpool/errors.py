@@ -197,6 +197,8 @@ class DBQueryError(Error):
     category: Category | None = None
     maybe_executed: bool = False
     maybe_committed: bool = False
+    unsent: bool = False
+    """Whether the driver refused the statement or its parameters, so that nothing was sent."""
     repeatable: bool = False
     """Whether the statement can be sent again: the first of its transaction, or a read-only server's."""
 

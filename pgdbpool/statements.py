@@ -15,6 +15,8 @@ from typing import Any
 import psycopg
 from psycopg.sql import Composable
 
+from .errors import as_query_error
+
 # As PostgreSQL's lexer reads them. A constant that goes on in a later line is one; a constant with a doubled
 # quote reads as two here, which covers the same text. What has no end takes the rest, so that no text is read
 # twice: PostgreSQL refuses it.
@@ -151,6 +153,10 @@ def _known(text: str) -> Shape:
 
 
 def _analyse(text: str, escaping: bool = False) -> Shape:
+    if "\0" in text:  # psycopg would send what stands before it
+        raise as_query_error(
+            psycopg.ProgrammingError("the statement's text contains a NUL: nothing was sent")
+        )
     code = code_of(text, escaping)
     heads = [head for part in statements_of(code) if (head := _first_words(part))]
     words = [head[0].upper() for head in heads]
