@@ -33,6 +33,7 @@ from isolation_steps import (
     SESSION,
     STEPS,
     ApplicationError,
+    Companion,
     Leave,
     Scene,
     Unit,
@@ -139,6 +140,7 @@ class Worker:
         """The steps of the block that is open, or was last."""
         self.weights = {s: weight for s, weight in STEPS.items() if not (plan.pooler and s in SESSION)}
         self.tenants = [f"tenant {i}" + "'é€"[: i % 4] for i in range(plan.tenants)]
+        self.companion = Companion()
         self.ident = 0
         self.timed = False
         self.chance = Random(f"{plan.seed} signals")
@@ -174,6 +176,9 @@ class Worker:
                 self.violations.append(
                     f"worker {self.number} block {number}: it left the tenant {left!r} behind"
                 )
+        self.companion.finish()
+        place = f"worker {self.number} of seed {self.plan.seed} {self.plan.mode}"
+        self.violations += [f"{place}: {violation}" for violation in self.companion.violations]
 
     def violate(self, number: int) -> None:
         """Report the exception that is being handled."""
@@ -268,7 +273,7 @@ class Worker:
             scene: Scene | None = None
             try:
                 with handler as db:
-                    scene = Scene(db, tenant, manual, random, self.events, self.new_unit)
+                    scene = Scene(db, tenant, manual, random, self.events, self.new_unit, self.companion)
                     self.steps(scene, nested)
                     if scene.unit is not None:
                         scene.unit.outcome = "unknown"

@@ -6,11 +6,14 @@ under which tenant the server gave it. `STEPS` gives each its weight.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from random import Random
+from threading import Lock, Thread
 from typing import Any
 
 import psycopg
@@ -98,6 +101,42 @@ class Unit:
     counted: bool = True  # false where an interrupt came between a row and its counting
 
 
+class Companion:
+    """A second thread for the blocks of a worker.
+
+    It is started once, before anything is raised in the worker: CPython 3.11 raises in the new thread what is
+    asked for its creator while the thread begins, and so before the thread can note that it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.violations: list[str] = []
+        self._jobs: SimpleQueue[tuple[Callable[[], None], Lock]] = SimpleQueue()
+        Thread(target=self._run, name="companion", daemon=True).start()
+
+    def begin(self, job: Callable[[], None]) -> Lock:
+        """Have a job done; return a lock that can be acquired when it is over."""
+        over = Lock()
+        over.acquire()
+        self._jobs.put((job, over))
+        return over
+
+    def finish(self) -> None:
+        """Wait for the jobs that an interrupted block did not wait for, and end the thread."""
+        if not self.begin(sys.exit).acquire(timeout=30):
+            self.violations.append("the other thread of a block does not end")
+
+    def _run(self) -> None:
+        while True:
+            job, over = self._jobs.get()
+            try:
+                job()
+            except Violation as violation:
+                self.violations.append(str(violation))
+            finally:
+                over.release()
+                del job  # it leads to the block
+
+
 class Scene:
     """A block that is open, with its tenant ("" for none) and the transaction that it has open."""
 
@@ -109,6 +148,7 @@ class Scene:
         random: Random,
         events: Counter[str],
         new_unit: Callable[[], Unit],
+        companion: Companion,
     ) -> None:
         self.db = db
         self.tenant = tenant
@@ -118,6 +158,7 @@ class Scene:
         self.random = random
         self.events = events
         self.new_unit = new_unit
+        self.companion = companion
         self.unit: Unit | None = new_unit() if manual else None
         self.listens: set[str] = set()
         """Channels that the block listens to."""
@@ -447,7 +488,45 @@ def one_shot(s: Scene) -> None:
         s.events["one-shots without a connection"] += 1
 
 
-# Notifications.
+# Threads, and notifications.
+
+
+def two_threads(s: Scene) -> None:
+    """Read and write in another thread at the same time, over the same connection."""
+    notes = 0
+    failures: list[BaseException] = []
+    # Another connection is taken by the thread of the block alone, where the pool has no lock.
+    cursors = [s.db.cursor(row_factory=psycopg.rows.tuple_row) for _ in range(4)]
+    mark = s.mark
+
+    def other() -> None:
+        nonlocal notes
+        try:
+            for cursor in cursors[1:]:
+                s.check(cursor.execute(READ_NOW))
+                s.check(cursor.execute(READ, (1,)))
+                s.check(cursor.execute(NOTE, mark))
+                notes += 1
+            for result in cursors[0].execute(f"{READ_NOW}; {READ_NOW}").results():
+                s.check(result)
+        except Violation:
+            raise
+        except Exception as error:  # noqa: BLE001  it is raised in the block's thread
+            failures.append(error)
+
+    over = s.companion.begin(other)
+    try:
+        for _ in range(3):
+            read(s)
+            read_with_parameter(s)
+        s.hazard()
+    finally:
+        if not over.acquire(timeout=30):
+            raise Violation("the other thread of the block does not end")
+        s.wrote(notes)
+        s.events["blocks with two threads"] += 1
+    if failures:
+        raise failures.pop()
 
 
 def notifications(s: Scene) -> None:
@@ -589,6 +668,7 @@ STEPS: dict[Callable[[Scene], None], int] = {
     copies: 2,
     own_cursor_and_pipeline: 1,
     one_shot: 3,
+    two_threads: 2,
     notifications: 3,
     commit: 3,
     commit_and_chain: 1,
