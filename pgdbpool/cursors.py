@@ -45,6 +45,8 @@ FLUSH_EVERY = 4
 RECOVERY_CONFLICT = "40001"
 """SQLSTATE of a statement that a standby cancelled since its replay could wait no longer."""
 
+# Looked up once: a member of an enumeration is found slowly.
+_SHOULD, _YES, _NO = Prepare.SHOULD, Prepare.YES, Prepare.NO
 _TEXT = psycopg.pq.Format.TEXT
 _TUPLES_OK = psycopg.pq.ExecStatus.TUPLES_OK
 _COPY_IN = psycopg.pq.ExecStatus.COPY_IN
@@ -426,7 +428,7 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
             if many is None:
                 converted = self._convert_query(query, params)
                 preparing, name = conn._prepared.get(converted, prepare)
-                if preamble or self.after or preparing is Prepare.SHOULD:
+                if preamble or self.after or preparing is _SHOULD:
                     self._exchange(preamble, converted, preparing, name, binary)
                 else:
                     self._send(converted, preparing, name, binary)
@@ -468,11 +470,11 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
         binary: bool | None,
     ) -> None:
         def send() -> None:
-            if preparing is Prepare.SHOULD:
+            if preparing is _SHOULD:
                 self._send_prepare(name, query)
             self._send(query, preparing, name, binary, extended=True)
 
-        number = 2 if preparing is Prepare.SHOULD else 1
+        number = 2 if preparing is _SHOULD else 1
         answers = self._conn.exchange(preamble, send, self.after)
         if number > 1:
             self._check_results(answers[0])
@@ -488,20 +490,20 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
         binary: bool | None,
         extended: bool = False,
     ) -> None:
-        if preparing is Prepare.NO:
+        if preparing is _NO:
             self._execute_send(query, force_extended=extended, binary=binary)
         else:
             self._send_query_prepared(name, query, binary=binary)
 
     def _take(self, query: PostgresQuery, preparing: Prepare, name: bytes, answer: list[PGresult]) -> None:
         """Take the answer to the statement over as the cursor's result, or raise its error."""
-        if preparing is not Prepare.SHOULD:
+        if preparing is not _SHOULD:
             self._check_results(answer)
         # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
         prepared = self._conn._prepared
         if (key := prepared.maybe_add_to_cache(query, preparing, name)) is not None:
             prepared.validate(key, preparing, name, answer)
-        if preparing is Prepare.SHOULD:  # it is prepared also where it fails itself
+        if preparing is _SHOULD:  # it is prepared also where it fails itself
             self._check_results(answer)
         self._set_results(answer)
 
@@ -518,13 +520,13 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
             converted = self._convert_query(query, params)
             key = converted.query, converted.types
             how, name = names.get(key) or self._get_prepared(converted, True)
-            names[key] = Prepare.YES if how is Prepare.SHOULD else how, name
+            names[key] = _YES if how is _SHOULD else how, name
             plan.append((converted, how, name))
         self._query = converted
 
         def send() -> None:
             for place, (converted, how, name) in enumerate(plan, 1):
-                if how is Prepare.SHOULD:
+                if how is _SHOULD:
                     self._send_prepare(name, converted)
                 self._send(converted, how, name, None, extended=True)
                 if place % FLUSH_EVERY == 0:
@@ -533,11 +535,11 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
         many = min(len(plan), FLUSH_EVERY)
         answers = iter(self._conn.exchange(preamble, send, self.after, many))
         for converted, how, name in plan:
-            if how is Prepare.SHOULD:
+            if how is _SHOULD:
                 self._check_results(next(answers))
             answer = next(answers)
             self._check_results(answer)
-            if how is Prepare.SHOULD and (entry := prepared.maybe_add_to_cache(converted, how, name)):
+            if how is _SHOULD and (entry := prepared.maybe_add_to_cache(converted, how, name)):
                 prepared.validate(entry, how, name, answer)
             self._set_results(answer)
         self._check_after(list(answers))

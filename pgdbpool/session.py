@@ -158,10 +158,10 @@ class PooledConnection(psycopg.Connection[Any]):
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
-        "client_encoding", "crossed", "ending", "endpoint", "expires_at", "handed_out", "holder", "lent",
-        "local", "named", "not_replicated", "own_handlers", "owner", "patience", "plain", "poll", "reads",
-        "replacing", "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "streamed", "taken_away",
-        "touched", "turn", "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
+        "client_encoding", "crossed", "ending", "endpoint", "expires_at", "follows", "handed_out", "holder",
+        "lent", "local", "named", "not_replicated", "own_handlers", "owner", "patience", "plain", "poll",
+        "reads", "replacing", "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "streamed",
+        "taken_away", "touched", "turn", "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -235,7 +235,7 @@ class PooledConnection(psycopg.Connection[Any]):
     cleaning: tuple[Command, ...] = CLEANING
     in_force: InForce | None = None
     """What values of the last transaction were written by, if the block binds such a setting."""
-    follows: bool = False
+    follows: bool
     """Whether the block does."""
     _following: AdaptersMap | None = None
     dropping: tuple[Command, ...] = NOTHING
@@ -300,7 +300,8 @@ class PooledConnection(psycopg.Connection[Any]):
         self.slot = self.block = self.settled = self.client_encoding = None
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
         self.handed_out = self.touched = self.altered = self.stale = self.annotates = self.ending = False
-        self.crossed, self.local = False, ()
+        self.crossed = self.follows = False
+        self.local = ()
         self.patience = self.until = self.adapters_shared = None
         self.speaks_utf8 = self.plain = self.by_itself = True
         self.shown, self.own_handlers = (), ((), ())
@@ -1381,12 +1382,14 @@ class PooledConnection(psycopg.Connection[Any]):
         :raises TransactionAbortedError: a statement of the transaction had failed.
         :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
         """
-        if self.owner == get_ident() and not self.holder:
+        me = get_ident()
+        if self.owner == me and not self.holder:
             self._commit()
             return
-        self.check_free()
+        if self.holder == me:
+            self.check_free()
         with self.turn:
-            self.owner = get_ident()
+            self.owner = me
             try:
                 self._commit()
             finally:
@@ -1407,7 +1410,7 @@ class PooledConnection(psycopg.Connection[Any]):
             self._check_deadline()
         self.ending = True
         try:
-            super().commit()
+            self.wait(self._commit_gen())  # psycopg's commit(), but for the lock
         except errors.ConnectionLostError as error:
             if status == UNKNOWN:
                 raise  # it was lost before, and nothing is committed now
