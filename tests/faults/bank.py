@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -63,6 +64,8 @@ BOUNDS = {
     "transaction": 5 * ANSWER,
 }
 """How long a call may take, in seconds, without the slack."""
+LEAVING = sum(BOUNDS.values()) + 2 * BOUNDS["query"] + SLACK
+"""How long a process may take to end, in seconds: a transfer has a few calls, each within its bound."""
 
 
 @dataclass
@@ -145,45 +148,45 @@ def run(plan: Plan, directory: Path) -> Verdict:
         "log_statement": "all" if plan.log_statements else "none",
     }
     processes, tellers = plan.shape
-    clients: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster(standbys=1, version=plan.version, settings=settings))
         cluster.primary.execute(SCHEMA.format(balance=plan.balance, accounts=plan.accounts))
         proxies = {node: stack.enter_context(Proxy(node.host, node.port)) for node in cluster.nodes}
         history = History(directory / "history.jsonl")
         stack.callback(history.close)
-        stack.callback(end, clients, 0.0)
-        began = time.monotonic()
+        desks = []
         for number in range(processes):
             # One has no proxy: it sees the servers refuse by themselves.
             before: list[Any] = list(cluster.nodes if number == 0 else proxies.values())
-            desk = Desk(
-                number=number,
-                seed=f"{plan.seed} {plan.mode}",
-                tellers=tellers,
-                accounts=plan.accounts,
-                history=str(history.path),
-                config=configuration(plan, before, tellers, random),
+            desks.append(
+                Desk(
+                    number=number,
+                    generation=0,
+                    patience=random.choice((0.1, 0.5, ANSWER)),
+                    seed=f"{plan.seed} {plan.mode}",
+                    tellers=tellers,
+                    accounts=plan.accounts,
+                    history=str(history.path),
+                    config=configuration(plan, before, tellers, random),
+                )
             )
-            command = [sys.executable, str(HERE / "bank_client.py"), json.dumps(asdict(desk))]
-            with (directory / f"process{number}.log").open("w") as log:
-                clients.append(subprocess.Popen(command, stdout=log, stderr=log))
+        clients = Clients(desks, directory, random, history.note)
+        stack.callback(clients.end, 0.0)
+        began = time.monotonic()
+        clients.start()
 
         def recovered(since: float) -> bool:
             history.follow()
             return all(history.successes.get(number, 0.0) >= since for number in range(processes))
 
         recovery = BOUNDS["query"] + SLACK
-        nemesis = Nemesis(cluster, proxies, "teller", random, history.note)
+        nemesis = Nemesis(cluster, proxies, "teller", random, history.note, clients.replace_one)
         try:
             while not recovered(began) and time.monotonic() < began + 20:
                 time.sleep(0.02)
             nemesis.run(began + plan.seconds, recovered, recovery)
             until = time.monotonic()
-            # A transfer has a few calls, each within its bound.
-            codes = end(clients, sum(BOUNDS.values()) + 2 * BOUNDS["query"] + SLACK)
-            if any(codes):
-                history.note("unexpected", text=f"exit codes of the processes: {codes}")
+            clients.end(LEAVING)
         finally:
             for node in cluster.nodes:
                 if node.log.exists():
@@ -200,19 +203,50 @@ def run(plan: Plan, directory: Path) -> Verdict:
     return check(directory)
 
 
-def end(clients: list[subprocess.Popen[bytes]], patience: float) -> list[int]:
-    """Have the processes end, within the time, and return their exit codes."""
-    deadline = time.monotonic() + patience
-    for client in clients:
-        client.send_signal(signal.SIGTERM)
-    codes = []
-    for client in clients:
+class Clients:
+    """The processes of the bank, one for each desk; one that was ended has a successor."""
+
+    def __init__(self, desks: list[Desk], directory: Path, random: Random, note: Callable[..., None]) -> None:
+        self.desks = desks
+        self.directory = directory
+        self.random = random
+        self.note = note
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        for desk in self.desks:
+            self._start(desk)
+
+    def _start(self, desk: Desk) -> None:
+        command = [sys.executable, str(HERE / "bank_client.py"), json.dumps(asdict(desk))]
+        with (self.directory / f"process{desk.number}.log").open("a") as log:
+            self.running[desk.number] = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def replace_one(self) -> None:
+        """End one of the processes with SIGTERM, whatever it is doing, and start its successor."""
+        number = self.random.randrange(len(self.desks))
+        self.running[number].send_signal(signal.SIGTERM)
+        self._wait(number, time.monotonic() + LEAVING)
+        desk = self.desks[number] = replace(self.desks[number], generation=self.desks[number].generation + 1)
+        self._start(desk)
+
+    def end(self, patience: float) -> None:
+        """Have the processes end, within the time."""
+        deadline = time.monotonic() + patience
+        for client in self.running.values():
+            client.send_signal(signal.SIGTERM)
+        for number in list(self.running):
+            self._wait(number, deadline)
+
+    def _wait(self, number: int, deadline: float) -> None:
+        client = self.running.pop(number)
         try:
-            codes.append(client.wait(max(0.0, deadline - time.monotonic())))
+            code = client.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             client.kill()
-            codes.append(client.wait(10))
-    return codes
+            code = client.wait(10)
+        if code:
+            self.note("unexpected", text=f"exit code of process {number}: {code}")
 
 
 def write_final(node: Node, path: Path) -> None:

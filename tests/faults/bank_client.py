@@ -1,6 +1,7 @@
 """A process of the bank: its tellers transfer money through one pool and write down what they were told.
 
-Started by `bank.py` with a `Desk` as JSON, ended by SIGTERM, after the transfers that are under way.
+Started by `bank.py` with a `Desk` as JSON. At SIGTERM `install_signal_handlers` ends the pools, within
+the desk's `patience`: what is still under way then is cut.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from random import Random
 from time import monotonic, sleep
 from typing import Any
 
-from pgdbpool import Connection, ConnectionLostError, DBConnectionError, DBQueryError, Handler
+from pgdbpool import (
+    Connection,
+    ConnectionLostError,
+    DBConnectionError,
+    DBQueryError,
+    Handler,
+    NotInitializedError,
+)
 
 Line = dict[str, Any]
 
@@ -37,6 +45,9 @@ class Desk:
     """What a process is asked to do."""
 
     number: int
+    generation: int
+    """How many processes had this number before."""
+    patience: float
     seed: str
     tellers: int
     accounts: int
@@ -65,7 +76,7 @@ class Teller:
 
     def __init__(self, desk: Desk, number: int, history: int, closing: Callable[[], bool]) -> None:
         self.desk = desk
-        self.name = f"{desk.number}.{number}"
+        self.name = f"{desk.number}.{desk.generation}.{number}"
         self.random = Random(f"{desk.seed} {self.name}")
         self.history = history
         self.closing = closing
@@ -99,7 +110,7 @@ class Teller:
         start = monotonic()
         try:
             way(self, transfer)
-        except (DBQueryError, DBConnectionError, DeclinedError) as raised:
+        except (DBQueryError, DBConnectionError, DeclinedError, NotInitializedError) as raised:
             error = raised
             if transfer.outcome != "ok":
                 maybe = isinstance(raised, DBQueryError) and (raised.maybe_committed or raised.maybe_executed)
@@ -223,7 +234,7 @@ class Teller:
             with self.block(group) as db:
                 with self.timed("query"):
                     ((found,),) = db.query("SELECT sum(balance)::bigint FROM accounts").fetchall()
-        except (DBQueryError, DBConnectionError) as raised:
+        except (DBQueryError, DBConnectionError, NotInitializedError) as raised:
             error = raised
         name = None if error is None else type(error).__name__
         self.write("read", group=group, start=start, end=monotonic(), sum=found, error=name, calls=self.calls)
@@ -283,8 +294,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end)
     history = os.open(desk.history, os.O_WRONLY | os.O_APPEND)
     Connection.init(desk.config)
+    Connection.install_signal_handlers(signal.SIGTERM, timeout=desk.patience)
     # Nobody is left working for a driver that was killed.
-    closing = lambda: ended or os.getppid() != parent  # noqa: E731
+    closing = lambda: ended or Connection.is_closing() or os.getppid() != parent  # noqa: E731
     first, *others = (Teller(desk, number, history, closing) for number in range(desk.tellers))
     threads = [threading.Thread(target=teller.run) for teller in others]
     for thread in threads:

@@ -19,6 +19,7 @@ VICTIM = "SELECT pid FROM pg_stat_activity WHERE usename = %s ORDER BY random() 
 LEAST = 9
 """Faults of a run, however slow the machine is."""
 ALL_ENDED = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s"
+ALL_CANCELLED = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE usename = %s"
 
 
 class Nemesis:
@@ -27,11 +28,12 @@ class Nemesis:
     A standby is promoted only when the old primary is dead (of two primaries each could acknowledge) and when
     it had been in sync: with every acknowledged commit on it. The next promotion waits until the old primary
     has rejoined as the new one's standby and is in sync in turn. Until then the new primary acknowledges
-    nothing, since it waits for a standby too. Nothing cancels statements: a COMMIT that is cancelled while it
-    waits for the standby is a success with a warning, and may be lost in the next failover.
+    nothing, since it waits for a standby too. A COMMIT that is cancelled while it waits for the standby is a
+    success with a warning at the server, and is lost in a failover that follows: no client may count on it.
 
-    :param user: whose backends it ends.
+    :param user: whose backends it ends and cancels.
     :param note: writes a line to a history.
+    :param stop_client: ends one of the clients with SIGTERM, and starts another in its place.
     """
 
     def __init__(
@@ -41,21 +43,23 @@ class Nemesis:
         user: str,
         random: Random,
         note: Callable[..., None],
+        stop_client: Callable[[], None] = lambda: None,
     ) -> None:
         self.cluster = cluster
         self.proxies = proxies
         self.user = user
         self.random = random
         self.note = note
+        self.stop_client = stop_client
 
     def run(self, until: float, recovered: Callable[[float], bool], patience: float) -> None:
         """Go through all faults in random order, again and again; end with everything mended.
 
-        The first is a failover, which so comes in the shortest of runs; on a slow machine it goes on until
+        The first are failovers, which so come in the shortest of runs; on a slow machine it goes on until
         there were `LEAST`. After each, wait until `recovered` says that all have recovered since then, or for
         the `patience`.
         """
-        deck, struck = [Nemesis.fail_over], 0
+        deck, struck = FIRST[::-1], 0
         while time.monotonic() < until or struck < LEAST:
             struck += 1
             if not deck:
@@ -162,6 +166,34 @@ class Nemesis:
         self.hold(0.2, 0.5)
         self.terminate_backends()
 
+    # Commits that wait for the standby, and are cut short.
+
+    def cancel_backends(self) -> None:
+        """As an administrator may, again and again."""
+        for _ in range(self.random.randint(1, 5)):
+            with suppress(psycopg.OperationalError):
+                self.primary.execute(ALL_CANCELLED, (self.user,))
+            time.sleep(self.random.uniform(0.0, 0.2))
+
+    def cancel_what_waits_for_the_standby(self) -> None:
+        self.standby.pause()
+        self.hold(0.2, 0.5)
+        self.cancel_backends()
+        self.hold(0.0, 0.5)
+
+    def cancel_what_waits_for_the_replay(self) -> None:
+        """The standby has all, and shows none of it: with `remote_apply` commits wait for that too."""
+        self.standby.execute("SELECT pg_wal_replay_pause()")
+        self.hold(0.2, 1.0)
+        self.cancel_backends()
+        self.standby.execute("SELECT pg_wal_replay_resume()")
+
+    def stop_a_client_that_commits(self) -> None:
+        if self.random.random() < 0.7:
+            self.standby.pause()
+            self.hold(0.1, 0.5)
+        self.stop_client()
+
     # Servers that hang.
 
     def pause_the_primary(self) -> None:
@@ -217,8 +249,29 @@ class Nemesis:
 
     def fail_over_to_a_standby_that_was_away(self) -> None:
         """What the primary committed alone, and so acknowledged to nobody, is lost."""
+        self.fail_over_without_what_was_committed_alone(lambda: None)
+
+    def fail_over_after_cancels(self) -> None:
+        self.fail_over_without_what_was_committed_alone(self.cancel_backends)
+
+    def fail_over_after_a_client_was_stopped(self) -> None:
+        self.fail_over_without_what_was_committed_alone(self.stop_client)
+
+    def fail_over_to_a_standby_without_a_receiver(self) -> None:
+        standby = self.standby
+        standby.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        standby.execute("SELECT pg_reload_conf()")
+        self.hold(0.2, 1.0)
+        self.random.choice((self.cancel_backends, self.stop_client))()
+        self.primary.kill()
+        standby.execute("ALTER SYSTEM RESET primary_conninfo")
+        standby.execute("SELECT pg_reload_conf()")
+        self.promote_after(lambda old: None)
+
+    def fail_over_without_what_was_committed_alone(self, meanwhile: Callable[[], None]) -> None:
         self.standby.kill()  # one that is paused would still find everything in its socket's buffer
         self.hold(0.2, 1.0)
+        meanwhile()
         self.primary.kill()
         self.standby.start()
         self.promote_after(lambda old: None)
@@ -243,6 +296,9 @@ FAULTS = [
     Nemesis.restart_the_standby,
     Nemesis.terminate_backends,
     Nemesis.terminate_what_waits_for_the_standby,
+    Nemesis.cancel_what_waits_for_the_standby,
+    Nemesis.cancel_what_waits_for_the_replay,
+    Nemesis.stop_a_client_that_commits,
     Nemesis.pause_the_primary,
     Nemesis.pause_the_standby,
     Nemesis.stall_the_network,
@@ -254,7 +310,16 @@ FAULTS = [
     Nemesis.fail_over_from_a_hung_primary,
     Nemesis.fail_over_without_network,
     Nemesis.fail_over_to_a_standby_that_was_away,
+    Nemesis.fail_over_after_cancels,
+    Nemesis.fail_over_after_a_client_was_stopped,
+    Nemesis.fail_over_to_a_standby_without_a_receiver,
 ]
+FIRST = [
+    Nemesis.fail_over,
+    Nemesis.fail_over_after_cancels,
+    Nemesis.fail_over_after_a_client_was_stopped,
+]
+"""Those that every run has."""
 QUICK = [
     Nemesis.kill_the_primary,
     Nemesis.kill_the_standby,

@@ -24,6 +24,7 @@ def test_every_transfer_has_the_outcome_that_its_client_was_told(mode: str, tmp_
     happened = list(read_lines(tmp_path / "history.jsonl"))
     outcomes = {line["outcome"] for line in happened if line["type"] == "transfer"}
     assert outcomes == {"ok", "unknown", "none"}
+    assert any(line["error"] == "NotReplicatedError" for line in happened if line["type"] == "transfer")
     assert len({line["fault"] for line in happened if line["type"] == "fault"}) > 5
     assert any(line["primary"] == "node2" for line in happened if line["type"] == "healed")
 
