@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psycopg
 from psycopg import pq
 
-from .preamble import BEGIN, COMMIT, IDLE, Command
+from .preamble import BEGIN, COMMIT, IDLE, NOTHING, Command
 
 if TYPE_CHECKING:
     from .session import PooledConnection
@@ -47,13 +47,13 @@ def before_resending(
     if not is_stale(error):
         return None
     conn.forget_statements()
-    status = conn.pgconn.transaction_status
-    cleaning = conn.cleaning if conn.stale else ()
+    status, undo = conn.pgconn.transaction_status, NOTHING
     if status == _INERROR and any(text.startswith(b"BEGIN") for text, _ in preamble):
-        # The transaction began with this statement, so nothing else is lost with it.
-        conn.stale, conn.cleaning = True, ROLLBACK + cleaning
-        return (*conn.cleaning, *preamble)
-    return (*cleaning, *preamble) if status == IDLE else None
+        undo = ROLLBACK  # the transaction began with this statement, so nothing else is lost with it
+    elif status != IDLE:
+        return None
+    dropping, conn.dropping = conn.dropping, NOTHING
+    return (*undo, *dropping, *preamble)
 
 
 def dropping(names: Iterable[bytes]) -> tuple[Command, ...]:

@@ -239,7 +239,7 @@ class PooledConnection(psycopg.Connection[Any]):
     """Whether the block does."""
     _following: AdaptersMap | None = None
     dropping: tuple[Command, ...] = NOTHING
-    """The part of a cleaning that is due which drops forgotten prepared statements."""
+    """What drops the prepared statements that were forgotten, in a transaction of its own."""
     spoilt: bool = False
     """Whether a statement of the pipeline that is open has failed: the server skips what follows."""
     prepares: bool = False
@@ -401,6 +401,7 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.touched:
             self._known.clear()
         self.touched = self.prepares = self.tainted = False
+        self.dropping = NOTHING
 
     def touch(self, what: Shape, query: Any) -> Shape:
         """Note what a statement may leave behind, or in its transaction; return what it is in this session.
@@ -485,6 +486,7 @@ class PooledConnection(psycopg.Connection[Any]):
         self.follows, self.in_force = False, None
         if self.touched and not self.local:
             self._known.clear()
+        if (self.touched or self.dropping) and not self.local:
             self.ask_for_cleaning()
         self.touched = self.altered = self.prepares = False
         return True
@@ -500,15 +502,14 @@ class PooledConnection(psycopg.Connection[Any]):
     def ask_for_cleaning(self) -> None:
         """Have the session cleaned before its next statement."""
         plain = self.plain_cleaning
-        if self.stale and plain[1] in self.cleaning and not self.prepares:
+        if self.stale and plain[1] in self.cleaning and not (self.prepares or self.dropping):
             return  # that is due already
         own = ((deallocate(self.own_statements), None),) if self.prepares else NOTHING
-        earlier = self.dropping if self.stale else NOTHING
-        self.cleaning = (*earlier, *plain[:-1], *own, plain[-1])
-        self.stale = True
+        self.cleaning = (*self.dropping, *plain[:-1], *own, plain[-1])
+        self.stale, self.dropping = True, NOTHING
 
     def forget_statements(self, since: int = 0) -> None:
-        """Forget what is prepared in the session, and have it dropped before the next transaction.
+        """Forget what is prepared in the session, and have it dropped before the next block.
 
         :param since: psycopg's number of the first statement to forget; 0 is all, also the preamble's own.
         """
@@ -523,12 +524,9 @@ class PooledConnection(psycopg.Connection[Any]):
             self._known.clear()
         if not names or self.local:
             return  # a pooler's names are its own
-        if not self.stale:
-            self.dropping = self.cleaning = NOTHING
-        drop = dropping(names)
-        self.dropping += drop
-        self.cleaning = drop + self.cleaning
-        self.stale = True
+        # Not as a part of the cleaning: that ends a transaction, and this one may go on after a savepoint.
+        self.dropping += dropping(names)
+        self.altered = True
 
     @contextmanager
     def preparing(self) -> Iterator[None]:

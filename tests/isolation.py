@@ -50,6 +50,8 @@ HOST = Node.host
 SCHEMA = """
     DROP TABLE IF EXISTS docs, journal CASCADE;
     DROP SCHEMA IF EXISTS shadow;
+    DROP SCHEMA IF EXISTS shape_1, shape_2, shape_3 CASCADE;
+    DROP TABLE IF EXISTS changing;
     DROP FUNCTION IF EXISTS note_tenant, remember, forget;
     DROP ROLE IF EXISTS app, peeker;
     CREATE ROLE peeker BYPASSRLS;
@@ -71,6 +73,15 @@ SCHEMA = """
     CREATE VIEW shadow.docs AS SELECT * FROM docs;
     GRANT USAGE ON SCHEMA shadow TO app, peeker;
     GRANT ALL ON docs, journal, shadow.docs TO app, peeker;
+    CREATE SCHEMA shape_1;
+    CREATE TABLE shape_1.shapes AS SELECT 1 AS a, 1 AS b;
+    CREATE SCHEMA shape_2;
+    CREATE TABLE shape_2.shapes AS SELECT 2 AS a, 2 AS b, 2 AS c;
+    CREATE SCHEMA shape_3;
+    CREATE TABLE shape_3.shapes AS SELECT 3 AS a, 3 AS b, 3 AS c, 3 AS d;
+    GRANT USAGE ON SCHEMA shape_1, shape_2, shape_3 TO app, peeker;
+    CREATE TABLE changing AS SELECT 1 AS id, 7 AS value;
+    GRANT SELECT ON changing, shape_1.shapes, shape_2.shapes, shape_3.shapes TO app, peeker;
 """
 
 # What an application must expect, and goes on or ends its block after.
@@ -265,6 +276,9 @@ class Worker:
             current, use = pgdbpool.tenant(other), {**use, "tenant_override": True}
         if random.random() < 0.2:
             use["settings"] = {"work_mem": "5MB"}
+        schema = random.choice((None, None, 1, 2, 3))
+        if schema is not None:
+            use["settings"] = {**use.get("settings", {}), "search_path": f"public, shape_{schema}"}
         if nested:
             use["timeout"] = 0.05
         self.trail = [*(self.trail if nested else []), f"{group} of {tenant!r}"]
@@ -274,6 +288,7 @@ class Worker:
             try:
                 with handler as db:
                     scene = Scene(db, tenant, manual, random, self.events, self.new_unit, self.companion)
+                    scene.schema = schema
                     self.steps(scene, nested)
                     if scene.unit is not None:
                         scene.unit.outcome = "unknown"
@@ -324,7 +339,7 @@ class Worker:
 
 
 class Nemesis(threading.Thread):
-    """Kills backends, cancels statements and interrupts threads until its block ends."""
+    """Kills backends, changes a table, cancels statements and interrupts threads until its block ends."""
 
     def __init__(self, node: Node, seed: int) -> None:
         super().__init__(name="nemesis", daemon=True)
@@ -340,6 +355,7 @@ class Nemesis(threading.Thread):
         victim = """SELECT {}(pid) FROM pg_stat_activity WHERE usename = 'app'
                     AND backend_start < now() - interval '0.2 s' ORDER BY random() LIMIT 1"""
         with self.node.connect() as admin:
+            admin.execute("SET lock_timeout = '20ms'")
             while not self.stopped.wait(self.random.uniform(0.001, 0.01)):
                 chance = self.random.random()
                 if chance < 0.1:
@@ -347,6 +363,13 @@ class Nemesis(threading.Thread):
                     self.events["backends killed"] += found is not None
                 elif chance < 0.2:
                     admin.execute(victim.format("pg_cancel_backend").encode())
+                elif chance < 0.3:
+                    kind = self.random.choice(("int", "text", "bigint"))
+                    with suppress(psycopg.errors.LockNotAvailable):
+                        admin.execute(
+                            f"ALTER TABLE changing ALTER value TYPE {kind} USING value::{kind}".encode()
+                        )
+                        self.events["tables changed"] += 1
                 elif self.workers:
                     self.random.choice(self.workers).fire(self.random.choice(INTERRUPTS))
 
@@ -442,7 +465,8 @@ def check_counts(name: str, port: int) -> list[str]:
             for group in groups
             if group.in_use
             or group.waiting
-            or not group.idle == group.size == sum(group.connections.values()) <= group.max_size
+            # A lock-free pool finds at a checkout that the server has let go a session left in a commit.
+            or not group.idle + group.left == group.size == sum(group.connections.values()) <= group.max_size
         ]
         row = admin.execute(
             """SELECT count(*), count(*) FILTER (WHERE state <> 'idle')

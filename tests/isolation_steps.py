@@ -153,6 +153,8 @@ class Scene:
         self.db = db
         self.tenant = tenant
         self.manual = manual
+        self.schema: int | None = None
+        """Which of the schemas the block's search_path names, if any."""
         self.switched = False
         """Whether the block has set autocommit, and so has psycopg's own transactions."""
         self.random = random
@@ -488,6 +490,41 @@ def one_shot(s: Scene) -> None:
         s.events["one-shots without a connection"] += 1
 
 
+# Prepared statements whose tables differ, or change.
+
+
+@contextmanager
+def stale_plans(s: Scene) -> Iterator[None]:
+    """Let a plan that is stale fail in a transaction that was open before, and only there."""
+    was_open = not s.idle
+    try:
+        yield
+    except psycopg.errors.FeatureNotSupported as error:
+        if not was_open:
+            raise Violation("a stale plan has failed outside of a transaction") from error
+        s.events["stale plans in a transaction"] += 1
+        raise ApplicationError from error
+
+
+def table_of_the_schema(s: Scene) -> None:
+    """Read a table that has other columns in each of the schemas."""
+    if s.schema is None:
+        return
+    with stale_plans(s):
+        rows = s.db.fetch("SELECT * FROM shapes")
+    s.events["tables of a schema read"] += 1
+    if [tuple(row) for row in rows] != [(s.schema,) * (s.schema + 1)]:
+        raise Violation(f"search_path of schema {s.schema}: {rows}")
+
+
+def changing_table(s: Scene) -> None:
+    """Read a table whose owner changes a column's type all the time."""
+    with stale_plans(s):
+        for number, value in s.db.query("SELECT * FROM changing WHERE id = %s", (1,)):
+            if (number, int(value)) != (1, 7):
+                raise Violation(f"the changing table has {number}, {value!r}")
+
+
 # Threads, and notifications.
 
 
@@ -670,6 +707,8 @@ STEPS: dict[Callable[[Scene], None], int] = {
     one_shot: 3,
     two_threads: 2,
     notifications: 3,
+    table_of_the_schema: 4,
+    changing_table: 3,
     commit: 3,
     commit_and_chain: 1,
     roll_back: 2,

@@ -9,7 +9,7 @@ from pgdbpool.cluster import Cluster
 
 HAPPENED = (
     "backends killed", "sessions left unclean", "tenant changed by the block", "autocommit switched",
-    "nested blocks", "notifications", "blocks with two threads",
+    "nested blocks", "notifications", "blocks with two threads", "tables changed", "tables of a schema read",
 )  # fmt: skip
 
 

@@ -228,3 +228,18 @@ def test_what_may_commit_inside_is_not_sent_again(start: Any, admin: Any, group:
             db.query("SELECT * FROM nothing")
         db.rollback()
         assert len(db.fetch(ALL, (0,))) == 1
+
+
+def test_what_is_forgotten_in_a_transaction_leaves_it_open(start: Any, admin: Any) -> None:
+    start()
+    with Handler("manual") as db:
+        db.query("SET application_name = 'own'")  # which the client is told of
+        db.query("INSERT INTO items VALUES (77)")
+        with pytest.raises(KeyError), db.pipeline():
+            db.query(ALL, (0,))
+            raise KeyError
+        with db.transaction():
+            assert len(db.fetch(ALL, (0,))) == 2
+        assert db.connection.info.parameter_status("application_name") == "own"
+        db.rollback()
+    assert admin.execute("SELECT count(*) FROM items WHERE id = 77").fetchone() == (0,)
