@@ -142,8 +142,8 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
         """Execute a statement, with the preamble of the block where one is due."""
         conn, block = self._conn, self.block
         what = shape(query, conn)
-        if conn.holder:
-            conn.check_free()
+        if conn.step is not None:
+            conn.take_back()
         # From here on no other thread's statement comes between what is due, what is sent and what is noted.
         with conn.turn:
             if conn.block is not block:

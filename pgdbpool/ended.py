@@ -86,7 +86,7 @@ def succeed(conn: PooledConnection) -> PooledConnection | None:
         for name in _kind(cls).slots:
             if hasattr(conn, name):
                 setattr(heir, name, getattr(conn, name))
-        heir.turn, heir.replacing, heir.handed_out = Lock(), RLock(), False
+        heir.turn, heir.step, heir.replacing, heir.handed_out = Lock(), None, RLock(), False
         for listener in ("notice_handler", "notify_handler"):
             handler = getattr(heir.pgconn, listener)
             setattr(heir.pgconn, listener, partial(handler.func, ref(heir)))

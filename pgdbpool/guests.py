@@ -30,6 +30,7 @@ NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
     "open one with db.transaction()"
 )
+_ONCE = (True,)
 FAILED = "a statement of this transaction failed: it was rolled back, nothing was committed"
 
 
@@ -49,33 +50,74 @@ def asked_in(frame: FrameType) -> Asked:
     return Asked(frame.f_locals.get("self"), statement)
 
 
-class PsycopgsLock:
-    """What psycopg takes for the lock of a connection: the connection's turn, and the end of a visit."""
+class Turn:
+    """The turn of one thread for several steps, which `alone` gives; it can be given up from outside.
 
-    __slots__ = ("_conn", "_turn")
+    It is an object, not a generator: the traceback of an exception that came while a generator was entered or
+    left would keep the turn for as long as the application keeps the exception.
+    """
+
+    __slots__ = ("_conn", "_lock", "thread")
 
     def __init__(self, conn: PooledConnection) -> None:
         self._conn = conn
-        self._turn: Lock
+        self._lock: Lock
+        self.thread: int
+
+    def __enter__(self) -> None:
+        conn, self.thread = self._conn, get_ident()
+        conn.take_back()
+        self._lock = lock = conn.turn
+        taken: list[bool] = []
+        try:
+            # An exception of a signal, or of another thread, comes after a call and not inside it. So the
+            # lock is never taken without a note of it.
+            taken.extend(map(lock.acquire, _ONCE))
+            self._begin(conn)
+        except BaseException:
+            if conn.step is self:
+                self.give_up()
+            elif taken:
+                lock.release()
+            raise
+
+    def _begin(self, conn: PooledConnection) -> None:
+        """Note the turn as the thread's own."""
+        conn.step, conn.owner = self, self.thread
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.give_up()
+
+    def give_up(self) -> None:
+        """End the turn, unless it was ended already: with the connection, or by `take_back`."""
+        conn = self._conn
+        if conn.step is self:
+            conn.step, conn.owner = None, 0
+            self._lock.release()
+
+
+class PsycopgsLock(Turn):
+    """What psycopg takes for the lock of a connection: the connection's turn, and the end of a visit."""
+
+    __slots__ = ()
 
     def locked(self) -> bool:
         """Return whether a thread has the turn."""
         return self._conn.turn.locked()
 
-    def __enter__(self) -> None:
-        turn = self._conn.turn
-        turn.acquire()
-        self._turn = turn
+    def _begin(self, conn: PooledConnection) -> None:
+        conn.step = self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        turn = self._turn
         try:
             if (visit := self._conn.visit) is not None:
                 visit.end(kind, error, traceback)
         finally:
-            turn.release()  # if the connection was cut meanwhile, it has another
+            self.give_up()
 
 
 class HeldLock(nullcontext[None]):

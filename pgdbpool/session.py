@@ -31,7 +31,7 @@ from psycopg.transaction import OutOfOrderTransactionNesting
 
 from . import deadlines, errors, greenlets, outcome, tracing
 from .client_settings import InForce
-from .guests import ENDS_INSIDE, FAILED, HeldLock, PsycopgsLock, Visit, asked_in
+from .guests import ENDS_INSIDE, FAILED, HeldLock, PsycopgsLock, Turn, Visit, asked_in
 from .pooled import left_in_session
 from .preamble import (
     CLEANING,
@@ -160,8 +160,9 @@ class PooledConnection(psycopg.Connection[Any]):
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
         "client_encoding", "crossed", "ending", "endpoint", "expires_at", "follows", "handed_out", "holder",
         "lent", "local", "named", "not_replicated", "own_handlers", "owner", "patience", "plain", "poll",
-        "reads", "replacing", "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "streamed",
-        "taken_away", "touched", "turn", "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
+        "reads", "replacing", "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "step",
+        "streamed", "taken_away", "touched", "turn", "until", "unusable", "used_at", "uses",
+        "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -273,6 +274,8 @@ class PooledConnection(psycopg.Connection[Any]):
     """Held from looking at what is due before a statement to the end of the statement; see `alone`."""
     owner: int
     """The thread that holds it for several steps."""
+    step: Turn | None
+    """How a thread holds it, if not for one statement of a cursor of the block."""
     replacing: AbstractContextManager[Any]
     """Held while a block that has lost it takes another in its place."""
     settled: dict[str, Any] | None
@@ -291,7 +294,7 @@ class PooledConnection(psycopg.Connection[Any]):
     _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
-        self.owner, self.holder, self.replacing = 0, 0, RLock()
+        self.owner, self.holder, self.step, self.replacing = 0, 0, None, RLock()
         self.abandoned = self.unusable = self.taken_away = self.not_replicated = False
         before = len(vars(self))
         super().__init__(pgconn, *args, **kwargs)
@@ -327,14 +330,18 @@ class PooledConnection(psycopg.Connection[Any]):
     def lock(self, lock: Lock) -> None:
         self.turn = lock
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[Any]:
         """Have the connection for several steps; other threads wait. May be nested."""
-        if self.owner == get_ident():
-            yield
-            return
-        with self.turn, self.owning():
-            yield
+        return _HELD if self.owner == get_ident() else Turn(self)
+
+    def take_back(self) -> None:
+        """Give up a turn whose end was interrupted in this thread, before the thread waits for another.
+
+        :raises DBQueryError: a stream, COPY or notifies() of this thread has it.
+        """
+        self.check_free()
+        if (step := self.step) is not None and step.thread == get_ident():
+            step.give_up()
 
     @contextmanager
     def owning(self) -> Iterator[None]:
@@ -755,7 +762,7 @@ class PooledConnection(psycopg.Connection[Any]):
     def abandon(self) -> None:
         """In a forked child: never touch the socket or the lock again, which are the parent's."""
         self.abandoned = self.unusable = True
-        self.block, self.turn = None, Lock()
+        self.block, self.step, self.turn = None, None, Lock()
 
     # An exception is never kept in a local variable of a frame that it passes: that would be a cycle, and
     # keep the connection with its slot until the next collection of garbage.
@@ -984,9 +991,16 @@ class PooledConnection(psycopg.Connection[Any]):
 
     def _welcome(self, block: Block, frame: FrameType) -> None:
         mine = self.owner == get_ident()
-        if mine and not self.holder:
+        if mine and not self.holder and self.step is None:
             return  # a cursor of the block, which has seen to it
         asked = asked_in(frame)
+        if mine and not self.holder:
+            if not hasattr(asked.cursor, "block"):
+                # The end of this thread's turn was interrupted: the statement would go without the tenant.
+                self.cut()
+                self._note_loss(psycopg.OperationalError(_BUSY), ACTIVE)
+                self._check_connection_ok()
+            return
         if mine:
             if not hasattr(asked.cursor, "block"):
                 self.check_free()  # it comes into the block's own stream or COPY
@@ -1047,12 +1061,17 @@ class PooledConnection(psycopg.Connection[Any]):
             self.expires_at = -inf
             return
         self.close()
-        if self.turn.locked():
+        if (step := self.step) is not None:
+            self.holder = 0
+            step.give_up()  # threads that wait for it find the connection closed, or the block ended
+        elif self.turn.locked():
             self.turn, self.holder, self.owner = Lock(), 0, 0
 
     def _is_anothers(self) -> bool:
         """Return whether another thread has the turn."""
-        return self.turn.locked() and self.owner != get_ident()
+        if not self.turn.locked() or self.owner == get_ident():
+            return False
+        return (step := self.step) is None or step.thread != get_ident()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -1384,8 +1403,8 @@ class PooledConnection(psycopg.Connection[Any]):
         if self.owner == me and not self.holder:
             self._commit()
             return
-        if self.holder == me:
-            self.check_free()
+        if self.step is not None:
+            self.take_back()
         with self.turn:
             self.owner = me
             try:

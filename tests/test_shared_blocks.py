@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import psycopg
@@ -184,3 +186,65 @@ def test_threads_whose_connection_is_lost_go_on_with_one_other(start: None, know
             assert {str(values) for values, _ in found} == {str(["acme"] * 3)}
             assert len({pid for _, pid in found}) == 1
             assert Connection.status().groups["auto"].in_use == 1
+
+
+class Struck(BaseException):
+    """What a signal raises."""
+
+
+def strike(number: int, work: Callable[[], Any]) -> Struck | None:
+    """Do the work; raise at the place of this number where a signal may hit the taking or end of a turn."""
+    places = 0
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal places
+        if event in ("call", "c_return") and frame.f_code.co_filename.endswith(
+            ("guests.py", "contextlib.py")
+        ):
+            places += 1
+            if places == number:
+                sys.setprofile(None)
+                raise Struck
+
+    sys.setprofile(profile)
+    try:
+        work()
+    except Struck as error:
+        return error
+    finally:
+        sys.setprofile(None)
+    return None
+
+
+INTERRUPTED: list[Callable[[Handler], Any]] = [
+    lambda db: db.connection.execute(READ).fetchone(),
+    lambda db: db.connection.rollback(),
+]
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+@pytest.mark.parametrize("work", INTERRUPTED)
+def test_an_interrupted_step_keeps_the_turn_from_no_thread(
+    start: None, group: str, work: Callable[[Handler], Any]
+) -> None:
+    def interrupt(number: int) -> list[BaseException]:
+        kept: list[BaseException] = []
+        with suppress(pgdbpool.Error, psycopg.Error), Handler(group, tenant="acme") as db:
+            plain(db)
+            if (struck := strike(number, lambda: work(db))) is not None:
+                kept.append(struck)  # and with it each generator that it has passed
+            for way in (plain, raw, plain):
+                with suppress(pgdbpool.Error, psycopg.Error):
+                    assert set(way(db)) == {"acme"}
+            plain(db)  # if this thread is refused, the others go on when the block ends
+            assert set(in_threads(lambda _: plain(db), 1)[0]) == {"acme"}
+        return kept
+
+    for number in range(1, 200):
+        done: list[list[BaseException]] = []
+        thread = threading.Thread(target=lambda n=number, d=done: d.append(interrupt(n)), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert done, f"struck at place {number}, the thread waits for its own turn"
+        if not done[0]:
+            return
