@@ -122,13 +122,13 @@ def _check_settings(group: Mapping[str, Any], path: str, report: Report) -> None
     """Report settings that another key of the group sets too, and those that no block can bind."""
     tenant: TenantConfig | None = group.get("tenant")
     tenants = {name.lower() for name in tenant.settings} if tenant else set()
-    for name in group["settings"]:
+    for name, value in group["settings"].items():
         where = f"{path}.settings{step(name)}"
         if name.lower() in tenants:
             report.add(where, "is the setting of the tenant, which each block gives; remove it here")
         elif name.lower() == "statement_timeout" and group.get("query_timeout") is not None:
             report.add(where, "contradicts query_timeout, which sets it too; keep one of the two")
-        elif reason := why_refused(name):
+        elif reason := why_refused(name, value):
             report.add(where, reason)
 
 

@@ -10,6 +10,7 @@ REPORTED = (b"TimeZone", b"DateStyle", b"IntervalStyle")
 
 # A transaction's own value of these would hold at the server alone, and text be misread.
 _REFUSED = {"client_encoding", "standard_conforming_strings"}
+_SILENT = {"error", "fatal", "panic"}
 _NAMES = {name.decode().lower() for name in REPORTED}
 _COLUMNS = ",".join(f"pg_catalog.current_setting('{name.decode()}')" for name in REPORTED)
 _MARK = b"pgdbpool_reported"
@@ -17,8 +18,13 @@ REPORT = f"SELECT {_COLUMNS.replace(',', f' AS {_MARK.decode()},', 1)}".encode()
 """The query that asks for what is in force."""
 
 
-def why_refused(name: str) -> str | None:
-    """Return why no block can bind the setting, with the remedy; None if one can."""
+def why_refused(name: str, value: object) -> str | None:
+    """Return why no block can bind the setting to the value, with the remedy; None if one can."""
+    if name.lower() == "client_min_messages" and str(value).strip().lower() in _SILENT:
+        return (
+            f"to {str(value).strip()!r} would hide the server's warning that a commit did not wait for its "
+            "synchronous standby: use warning, or a lower level"
+        )
     if name.lower() not in _REFUSED:
         return None
     return (

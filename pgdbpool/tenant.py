@@ -125,12 +125,12 @@ def bind_settings(settings: Mapping[str, Any]) -> Bound:
 
     :raises SettingError: a name that is no name of a server setting, or a value that is no text.
     """
-    for name in settings:
+    for name, value in settings.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise SettingError(
                 f"{_shown(name)} is no name of a server setting, such as statement_timeout or app.x"
             )
-        if reason := why_refused(name):
+        if reason := why_refused(name, value):
             raise SettingError(f"setting {name!r} {reason}")
     bound = tuple(_bind(name, setting_value(name, value)) for name, value in settings.items())
     modes = [name for name, _ in bound if is_mode(name)]

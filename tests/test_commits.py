@@ -350,6 +350,19 @@ def test_a_warning_of_a_trigger_is_not_taken_for_it(primary: Primary, start: Any
     assert told == [("01000", "WARNING")]
 
 
+@pytest.mark.parametrize("level", ["error", "FATAL", "panic"])
+def test_a_setting_that_would_hide_it_is_refused(known_cluster: Any, start: Any, level: str) -> None:
+    with pytest.raises(pgdbpool.ConfigError, match=r"client_min_messages.*use warning"):
+        Connection.init(config([known_cluster.primary], g={"settings": {"client_min_messages": level}}))
+    start()
+    with pytest.raises(pgdbpool.SettingError, match=r"client_min_messages.*use warning"):
+        Connection.fetch("auto", "SELECT 1", settings={"client_min_messages": level})
+    shown = Connection.fetchval(
+        "auto", "SHOW client_min_messages", settings={"client_min_messages": "warning"}
+    )
+    assert shown == "warning"
+
+
 def test_notice_handlers_of_a_block_are_told_of_it(primary: Primary, start: Any) -> None:
     start()
     primary.lonely()
