@@ -45,6 +45,8 @@ SCHEMA = """
 """
 SIZES = {"write": 3, "auto": 3, "read": 4}
 """The groups and their connections."""
+PAUSES = 3
+"""How often it is looked, at most, for a sample in which nothing is under way."""
 
 
 # The process that works.
@@ -343,6 +345,18 @@ def run(plan: Plan) -> Report:
 
 def sample_at_pause(report: Report, process: subprocess.Popen[bytes], cluster: Cluster) -> None:
     """Have the process pause, note what it has, and let it go on."""
+    # A lock-free process that pauses while it asks a server something has that connection until it goes on.
+    for again in range(PAUSES):
+        if again:
+            time.sleep(0.5)
+        sample, settled = look_at_pause(report, process, cluster)
+        if settled:
+            break
+    report.samples.append(sample)
+
+
+def look_at_pause(report: Report, process: subprocess.Popen[bytes], cluster: Cluster) -> tuple[Sample, bool]:
+    """Have the process pause and go on; return what it had, and whether that was what it is to have."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(b"p")
@@ -360,11 +374,12 @@ def sample_at_pause(report: Report, process: subprocess.Popen[bytes], cluster: C
         return sample.exact == expected if expected else sample.backends == sum(SIZES.values())
 
     # What was closed a moment ago ends a moment later: a thread, a backend.
+    as_expected = False
     with suppress(AssertionError):
-        wait_for(settled, 30)
-    report.samples.append(sample)
+        as_expected = wait_for(settled, 30 / PAUSES)
     process.stdin.write(b"w")
     process.stdin.flush()
+    return sample, as_expected
 
 
 def look_at(pid: int, cluster: Cluster) -> Sample:
