@@ -27,7 +27,7 @@ _READS = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _WRITES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|INTO|SHARE|CALL|PROGRAM)\b", re.IGNORECASE)
-_CALL = re.compile(r"([\w.]+)\s*\(")
+_CALL = re.compile(r"((?:[\w$]+\s*\.\s*)*[\w$]+)\s*\(")
 _ENDS = re.compile(r"(?:^|;)\s*(?:COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
 
 # What stands before a parenthesis and writes nothing: words of the language, and functions of every server.
@@ -93,7 +93,8 @@ def _only_reads(code: str) -> bool:
     parts = [part for part in code.split(";") if part.strip()]
     if not parts or not all(map(_READS.match, parts)) or _WRITES.search(code):
         return False
-    called = (name.lower().removeprefix("pg_catalog.") for name in _CALL.findall(_without_aliases(code)))
+    names = ("".join(name.split()) for name in _CALL.findall(_without_aliases(code)))
+    called = (name.lower().removeprefix("pg_catalog.") for name in names)
     return _HARMLESS.issuperset(called)
 
 

@@ -21,6 +21,7 @@ from support import Interruption, config, wait_for
 import pgdbpool
 from pgdbpool import Connection, ConnectionLostError, Handler, NotReplicatedError
 from pgdbpool.cluster import Cluster, Node
+from pgdbpool.outcome import may_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 INSERT = "INSERT INTO t VALUES (1)"
@@ -642,3 +643,11 @@ def test_pools_close_at_once_whatever_was_left(primary: Primary, start: Any) -> 
     began = time.monotonic()
     Connection.close(20)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "call", ["app.count(1)", "app . count(1)", "app /* x */ . count(1)", "count$(1)", "a$count(1)"]
+)
+def test_a_function_that_only_looks_like_one_of_the_server_may_commit(call: str) -> None:
+    assert may_commit(f"SELECT {call}", inside=False)
+    assert not may_commit("SELECT pg_catalog . count(1), lower('A')", inside=False)
