@@ -149,7 +149,11 @@ def away(server: NameServer) -> dict[str, Any]:
     server.proxy.stop()
     refused = timed(use)
     server.proxy.start()
-    time.sleep(0.8)  # longer than between two probes, and nothing takes their steps meanwhile
+    time.sleep(
+        0.8
+    )  # longer than between two probes, and without a thread nothing takes their steps meanwhile
+    if server.config["type"] == "threaded":  # there a request does not wait for the probe
+        wait_for(lambda: state() == "up")
     return {"refused": refused, "then": timed(use), "state": state()}
 
 
