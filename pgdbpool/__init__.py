@@ -6,11 +6,15 @@
 ...     rows = db.query("SELECT id, name FROM users").fetchall()
 """
 
-from __future__ import annotations
-
-from .categories import Category
-from .connection import Connection
-from .deadlines import deadline, time_left
+from ._api.connection import Connection
+from ._api.copy import CopyInOptions, CopyOptions, CopyOutOptions
+from ._api.handler import Handler, Query
+from ._api.retry import retrying, run
+from ._error_categories import Category
+from ._request.correlation import correlation, current_correlation
+from ._request.deadline import deadline, time_left
+from ._request.tenant import current_tenant, tenant
+from ._session.rows import Row
 from .errors import (
     BlockClosedError,
     ConfigError,
@@ -47,11 +51,6 @@ from .errors import (
     UnsafeRoleError,
     classify,
 )
-from .handler import Handler, Query
-from .retry import retrying, run
-from .rows import Row
-from .tenant import current_tenant, tenant
-from .tracing import correlation, current_correlation
 
 __version__ = "2.0.0.dev0"
 
@@ -61,6 +60,9 @@ __all__ = [
     "ConfigError",
     "Connection",
     "ConnectionLostError",
+    "CopyInOptions",
+    "CopyOptions",
+    "CopyOutOptions",
     "CredentialError",
     "DBConnectionError",
     "DBOfflineError",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import errors as pg
 
-from .categories import Category, by_class, by_sqlstate
+from ._error_categories import Category, by_class, by_sqlstate
 
 
 class Error(Exception):
@@ -185,6 +185,10 @@ class DeadlineExceeded(DBConnectionError, TimeoutError):
     """The time of `deadline()` is up, so nothing was sent."""
 
     category = Category.TIMEOUT
+
+
+class RuntimeDirError(Error):
+    """The `runtime_dir` cannot be used; says why, and how to fix it."""
 
 
 class DBQueryError(Error):

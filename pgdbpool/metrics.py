@@ -20,10 +20,9 @@ try:
 except ImportError as error:  # the module's own name would only puzzle
     raise ImportError("pgdbpool.metrics needs prometheus-client: pip install 'pgdbpool[metrics]'") from error
 
-from .errors import NotInitializedError
-from .gate import Answer, Gate, Permission
+from .errors import NotInitializedError, RuntimeDirError
 from .overview import gather
-from .runtime import RuntimeDirError
+from .wsgi._access import Answer, Gate, Permission
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment

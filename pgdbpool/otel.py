@@ -22,15 +22,15 @@ except ImportError as error:  # the module's own name would only puzzle
     raise ImportError("pgdbpool.otel needs opentelemetry-api: pip install 'pgdbpool[otel]'") from error
 
 from . import __version__
-from .connection import Connection
-from .cursors import BlockCursor, BlockServerCursor
-from .endpoint import Endpoint
+from ._api.connection import Connection
+from ._lending.group import Group
+from ._request.correlation import text_of, without_values
+from ._servers.endpoint import Endpoint
+from ._session.block import IDLE, Block
+from ._session.connection import PooledConnection
+from ._session.cursors import BlockCursor, BlockServerCursor
 from .errors import NotInitializedError
-from .group import Group
-from .preamble import IDLE, Block
-from .session import PooledConnection
 from .stats import GroupStatus
-from .tracing import text_of, without_values
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

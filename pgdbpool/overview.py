@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .connection import Connection
-from .publisher import STEP, STEPS, History, split
-from .runtime import RuntimeDir, add_counts
+from ._api.connection import Connection
+from ._status.publisher import STEP, STEPS, History, split
+from ._status.runtime_dir import RuntimeDir, add_counts
 
 SILENT_AFTER = 5.0
 """Seconds without news after which a threaded process counts as stopped or stuck."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .connection import Connection
+from ._api.connection import Connection
+from ._api.handler import Handler, Query
 from .errors import DBConnectionError, DBOfflineError, DBQueryError, UnconfiguredGroupError
-from .handler import Handler, Query
 
 __all__ = [
     "Connection",

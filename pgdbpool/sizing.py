@@ -16,11 +16,11 @@ import psycopg
 from psycopg import generators
 from psycopg.pq import ExecStatus
 
-from .check_servers import default_label
+from ._config.check_endpoints import default_label
 
 if TYPE_CHECKING:
-    from .config import Config, EndpointConfig, GroupConfig
-    from .session import PooledConnection
+    from ._config.model import Config, EndpointConfig, GroupConfig
+    from ._session.connection import PooledConnection
 
 __all__ = ["Demand", "GroupSize", "Recommendation", "Server", "demand", "recommend"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from .tally import BUCKETS, Tally
+from ._util.durations import BUCKETS, Tally
 
 
 @dataclass(frozen=True, slots=True)

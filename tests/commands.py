@@ -16,7 +16,7 @@ from typing import Any
 from support import wait_for
 
 import pgdbpool
-from pgdbpool._cluster_watchdog import processes, tree
+from pgdbpool.cluster._watchdog import processes, tree
 
 ROOT = Path(pgdbpool.__file__).parents[1]
 PYTHON = (sys.executable, "-m", "pgdbpool")

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from support import wait_for
 
-from pgdbpool import CredentialError, asking
-from pgdbpool.asking import Asking, OneAtATime
-from pgdbpool.names import Name, UnresolvedError
-from pgdbpool.sources import load
+from pgdbpool import CredentialError
+from pgdbpool._config.load import load
+from pgdbpool._servers.host_names import Name, UnresolvedError
+from pgdbpool._util import background_call as asking
+from pgdbpool._util.background_call import Asking, OneAtATime
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from support import config
 
-from pgdbpool import Connection, Handler, deadlines, tracing
+from pgdbpool import Connection, Handler
+from pgdbpool._request import correlation as tracing
+from pgdbpool._request import deadline as deadlines
 
 CALLS = {"threaded": (17, 29), "non-threaded": (19, 31)}
 """Of Python functions, and of those and built-in ones together."""
@@ -84,5 +86,10 @@ def test_a_statement_makes_no_call_for_what_its_block_does_not_use(mode: str) ->
         query()
     finally:
         sys.setprofile(None)
-    assert "pgdbpool.group" in names
-    assert not names & {"pgdbpool.tracing", "pgdbpool.events", "pgdbpool.timing", "pgdbpool.tally"}
+    assert "pgdbpool._lending.group" in names
+    assert not names & {
+        "pgdbpool._request.correlation",
+        "pgdbpool._util.log_events",
+        "pgdbpool._session.slow_statements",
+        "pgdbpool._util.durations",
+    }

@@ -14,7 +14,7 @@ import pytest
 from commands import ROOT, Running, alive, empty_room, environment, run
 
 import pgdbpool
-from pgdbpool.cli import main
+from pgdbpool._cli.main import main
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_psycopg_in_python_in_place_of_its_c_code_is_told_of(room: Path) -> None
 import sys, logging
 sys.modules["psycopg_binary.pq"] = sys.modules["psycopg_c"] = None
 import pgdbpool
-from pgdbpool.driver import driver
+from pgdbpool._servers.driver import driver
 logging.basicConfig(stream=sys.stdout, format="%(event)s %(message)s")
 pgdbpool.Connection.init({"db": {"host": "127.0.0.1"}, "groups": {"g": {}}}, wait=False)
 """

@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 import pgdbpool
-from pgdbpool import _cluster_install as install
-from pgdbpool import _cluster_watchdog as watchdog
 from pgdbpool.cluster import Cluster, ClusterError, Node
+from pgdbpool.cluster import _installation as install
+from pgdbpool.cluster import _watchdog as watchdog
 
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 PACKAGE_ROOT = str(Path(pgdbpool.__file__).parent.parent)

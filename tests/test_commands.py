@@ -22,11 +22,11 @@ from pgbouncer import PROGRAM, PgBouncer
 from support import closed_port, config, server
 
 from pgdbpool import Connection
-from pgdbpool.advice import advise
-from pgdbpool.cli import main
+from pgdbpool._cli.main import main
+from pgdbpool._config.load import load
+from pgdbpool._diagnosis.advice import advise
+from pgdbpool._diagnosis.inspection import Facts, GroupFacts, ServerFacts
 from pgdbpool.cluster import Cluster
-from pgdbpool.inspection import Facts, GroupFacts, ServerFacts
-from pgdbpool.sources import load
 
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 

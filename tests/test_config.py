@@ -20,8 +20,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import kwargs_row
 
-from pgdbpool.cluster import Cluster
-from pgdbpool.config import (
+from pgdbpool._config.load import load
+from pgdbpool._config.model import (
     CONFIG_KEYS,
     DB_KEYS,
     GROUP_KEYS,
@@ -35,8 +35,8 @@ from pgdbpool.config import (
     TenantConfig,
     TenantSetting,
 )
+from pgdbpool.cluster import Cluster
 from pgdbpool.errors import ConfigError, Error
-from pgdbpool.sources import load
 
 SECRET = "pl4nted-s3cret"
 REPOSITORY = Path(__file__).parent.parent

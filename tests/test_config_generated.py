@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pgdbpool.config import DB_KEYS, GROUP_KEYS, RATE_KEYS, TENANT_KEYS
+from pgdbpool._config.load import load
+from pgdbpool._config.model import DB_KEYS, GROUP_KEYS, RATE_KEYS, TENANT_KEYS
 from pgdbpool.errors import ConfigError
-from pgdbpool.sources import load
 
 SECRET = "pl4nted-s3cret"
 EACH = 100

@@ -14,8 +14,9 @@ import pytest
 from support import config, pid_of, server, wait_for
 
 import pgdbpool
-from pgdbpool import Category, Connection, DeadlineExceeded, Handler, classify, deadline, session, time_left
-from pgdbpool.tenant import milliseconds
+from pgdbpool import Category, Connection, DeadlineExceeded, Handler, classify, deadline, time_left
+from pgdbpool._request.tenant import milliseconds
+from pgdbpool._session import connection as session
 from pgdbpool.wsgi import DeadlineMiddleware, TenantMiddleware
 
 

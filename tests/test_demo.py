@@ -23,8 +23,8 @@ import pytest
 from commands import ROOT, Running, alive, empty_room, environment, run
 from support import wait_for
 
+from pgdbpool._demo.demo import RESTART_AFTER, look_after
 from pgdbpool.cluster import Cluster, Node
-from pgdbpool.demo import RESTART_AFTER, look_after
 
 STEPS = ["start", "transfers", "reads", "refusals", "repeat", "kill", "health", "back", "stop"]
 

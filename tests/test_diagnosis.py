@@ -23,10 +23,10 @@ from pgdbpool import (
     TransactionAbortedError,
     correlation,
     current_correlation,
-    tracing,
 )
+from pgdbpool._request import correlation as tracing
+from pgdbpool._util.durations import BATCH, BUCKETS, Tally
 from pgdbpool.stats import Histogram
-from pgdbpool.tally import BATCH, BUCKETS, Tally
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ import pytest
 import yaml
 
 import pgdbpool
+from pgdbpool._config.load import load
 from pgdbpool.cluster import Cluster, config_yaml
-from pgdbpool.sources import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "doc").rglob("*.rst"))

@@ -399,7 +399,7 @@ def test_on_failover_is_for_groups_that_write(start: Any) -> None:
 
 
 def test_hooks_are_named_in_a_file() -> None:
-    from pgdbpool.sources import load
+    from pgdbpool._config.load import load
 
     keys = ("configure", "on_checkout", "on_checkin", "on_discard")
     group = {**dict.fromkeys(keys, "builtins:print"), "on_failover": "builtins:print", "target": "primary"}

@@ -1,4 +1,4 @@
-"""Imports point one way, so that every module can be read with those above it alone."""
+"""Imports point one way: a file can be read with those that it imports alone."""
 
 from __future__ import annotations
 
@@ -7,32 +7,75 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
 
 import pgdbpool
 
 PACKAGE = Path(pgdbpool.__file__).parent
 
-# A module imports only what stands before it. What is not listed may import all of these, and none of
-# these imports it: commands, middlewares, the embedded cluster.
-ORDER = [
-    "categories", "client_settings",
-    "errors", "events", "asking", "keys", "foreign", "kinds", "transaction_modes", "setting_kinds", "config",
-    "names", "credentials", "arrival", "validation",
-    "check_servers", "check_groups", "yamlfile", "sources",
-    "tally", "stats", "scope", "tracing", "rows", "statements", "pooled", "tenant", "deadlines", "preamble",
-    "prepared", "decoding", "greenlets", "guests", "outcome", "session", "ended", "timing", "cursors",
-    "copying", "queries", "_rls_catalog", "_rls_probe", "_rls_findings", "rls",
-    "driver", "probe", "sight", "roundtrip", "endpoint", "balance", "pools", "ratelimit", "hooks", "left",
-    "group", "oneshots", "observer", "vigil", "patroni", "holds", "runtime", "publisher", "doubts", "monitor",
-    "changes", "shutdown", "sizing", "health", "connection", "handler", "retry", "pool",
-]  # fmt: skip
-# Of these, imported only when they are needed: at `init`, at a connect, for tenants, for signals, for YAML.
+# What each room may import, type-only imports included. A room is a module or a package below `pgdbpool`.
+ROOMS = {
+    "_error_categories": "",
+    "errors": "_error_categories",
+    "_util": "errors",
+    "_config": "errors _util",
+    "_request": "errors _util _config",
+    "_session": "errors _util _request",
+    "rls": "errors",
+    "stats": "_util",
+    "sizing": "_config _session",
+    "_servers": "errors _util _config _session",
+    "_lending": "errors _util _config _request _session _servers stats rls",
+    "_status": "errors _util _request _session _servers _lending stats",
+    "_process": "errors _util _config _session _servers _lending _status",
+    "_api": "errors _error_categories _util _config _request _session _servers _lending _status _process rls sizing"
+    " stats",
+    "": "errors _error_categories _request _session _api",
+    "pool": "errors _api",
+    "overview": "_api _status",
+    "wsgi": "errors _request _status _api overview",
+    "metrics": "errors wsgi overview",
+    "otel": " errors stats _request _session _servers _lending _api",
+    "_diagnosis": "errors _config _request _session _servers _process rls sizing",
+    "cluster": "",
+    "_demo": "cluster",
+    "_cli": "errors _config _api _diagnosis _demo cluster overview rls sizing",
+    "contrib": "errors _error_categories _util _request _api _cli wsgi",
+    "__main__": "_cli",
+}
+# The rooms that serve requests. Of their files, those that are imported only when they are needed: at `init`,
+# at a connect, for tenants, for signals, with a `runtime_dir`.
+CORE = (
+    "errors",
+    "_error_categories",
+    "_util",
+    "_request",
+    "_session",
+    "_servers",
+    "_lending",
+    "_process",
+    "_api",
+)
 LATE = {
-    "rls", "shutdown", "_rls_catalog", "_rls_probe", "_rls_findings", "pool", "sizing", "health", "runtime",
-    "publisher", "yamlfile", "config", "setting_kinds", "validation", "check_servers", "check_groups",
-    "sources", "stats", "driver", "foreign", "patroni", "decoding",
+    "_process.health", "_process.patroni", "_process.signals", "_servers.driver", "_session.decoding",
 }  # fmt: skip
-HANDWRITTEN = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
+NEEDED_EARLY = {
+    f"_config{name}" for name in ("", ".declarations", ".password_file", ".service_file", ".value_types")
+}
+# Imports for types that still point the wrong way.
+STILL = {
+    ("_request.correlation", "_session.block"),
+    ("_servers.endpoint", "_lending.group"),
+    ("_servers.observer", "_lending.group"),
+    ("_session.connection", "_servers.endpoint"),
+    ("_session.block", "_session.connection"),
+    ("_session.decoding", "_session.connection"),
+    ("_session.foreign_cursors", "_session.connection"),
+    ("_session.prepared", "_session.connection"),
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
 
 
 def module_of(path: Path) -> str:
@@ -41,56 +84,88 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {module_of(path) for path in FILES}
+
+
+class Import(NamedTuple):
+    """An import of one of the package's modules by another."""
+
+    module: str
+    line: int
+    imported: str
+
+
+def names(node: ast.Import | ast.ImportFrom, package: tuple[str, ...]) -> Iterator[str]:
+    """Yield the full names that a statement imports; a module's where the statement names one."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    base = package[: len(package) - node.level + 1] if node.level else ()
+    origin = ".".join((*base, *filter(None, [node.module])))
+    for alias in node.names:
+        module = f"{origin}.{alias.name}"
+        yield module if module.partition(".")[2] in MODULES else origin
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and full name of each module imported when the program runs, also inside functions."""
+    """Yield line and full name of everything that a file imports, in functions and for types too."""
     package = ("pgdbpool", *path.relative_to(PACKAGE).parent.parts)
-    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            todo += node.orelse
-            continue
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            origin = ".".join((*base, *filter(None, [node.module])))
-            if origin == "pgdbpool":  # from . import rows
-                yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
-            else:
-                yield node.lineno, origin
-        todo += ast.iter_child_nodes(node)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((node.lineno, name) for name in names(node, package))
 
 
-def own_imports() -> Iterator[tuple[str, int, str]]:
-    """Yield module, line and imported module of all imports within the package."""
-    modules = {module_of(path) for path in HANDWRITTEN}
-    for path in HANDWRITTEN:
+def own_imports() -> Iterator[Import]:
+    """Yield the imports within the package."""
+    for path in FILES:
         for line, name in imports(path):
             root, _, imported = name.partition(".")
-            if root == "pgdbpool":
-                # A name that is no module (`from . import __version__`) comes from the package itself.
-                yield module_of(path), line, imported if imported in modules else ""
+            if root == "pgdbpool" and (module_of(path), imported) not in STILL:
+                yield Import(module_of(path), line, imported)
 
 
-def test_every_module_of_the_order_exists() -> None:
-    assert set(ORDER) <= {module_of(path) for path in HANDWRITTEN}
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def test_imports_point_one_way() -> None:
-    place = {module: number for number, module in enumerate(ORDER)}
+def test_every_file_is_in_a_room_of_the_table() -> None:
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
+
+
+def test_rooms_import_only_rooms_above_them() -> None:
+    above: set[str] = set()
+    for room, allowed in ROOMS.items():
+        assert set(allowed.split()) <= above, room
+        above.add(room)
+
+
+def test_a_room_imports_only_what_the_table_allows() -> None:
     wrong = [
-        f"{module}.py:{line} imports {imported or 'the package'}, which comes after it"
+        f"{module or '__init__'}:{line} imports {imported or 'the package'}"
         for module, line, imported in own_imports()
-        if module in place and place.get(imported, len(ORDER)) >= place[module]
+        if room_of(module) != room_of(imported) and room_of(imported) not in ROOMS[room_of(module)].split()
+        # The version, and the names of the package as an application has them.
+        if not (imported == "" and room_of(module) in ("_cli", "otel"))
     ]
     assert not wrong
 
 
-def test_what_comes_after_the_core_has_no_cycle_either() -> None:
+def test_the_table_allows_nothing_that_no_file_needs() -> None:
+    used = {(room_of(module), room_of(imported)) for module, _, imported in own_imports()}
+    unused = [
+        f"{room} imports {name}"
+        for room, allowed in ROOMS.items()
+        for name in allowed.split()
+        if (room, name) not in used
+    ]
+    assert not unused
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
     uses: dict[str, set[str]] = {}
     for module, _, imported in own_imports():
-        if module and imported:
+        # A package's `__init__` has no part in a circle through the files in it, unless it imports them.
+        if module and imported and not (module.startswith(f"{imported}.") and imported in ROOMS):
             uses.setdefault(module, set()).add(imported)
     while leaves := {module for module, imported in uses.items() if not imported & uses.keys()}:
         for module in leaves:
@@ -98,18 +173,37 @@ def test_what_comes_after_the_core_has_no_cycle_either() -> None:
     assert not uses
 
 
-def test_one_module_alone_knows_psycopg_pool() -> None:
+def test_one_file_alone_knows_psycopg_pool() -> None:
     users = {
         module_of(path)
-        for path in HANDWRITTEN
+        for path in FILES
         for _, name in imports(path)
         if name.partition(".")[0] == "psycopg_pool"
     }
-    assert users == {"pools"}
+    assert users == {"_lending.pools"}
 
 
 def test_importing_the_package_loads_the_core_and_nothing_else() -> None:
     code = "import sys, pgdbpool; print(*sorted(m for m in sys.modules if m.startswith('pgdbpool.')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {module.partition(".")[2] for module in done.stdout.split()}
-    assert loaded == set(ORDER) - LATE
+    core = {module for module in MODULES if room_of(module) in CORE}
+    assert loaded == core - LATE | NEEDED_EARLY
+
+
+def test_the_package_shows_public_names_alone() -> None:
+    code = "import pgdbpool; print(*[n for n in dir(pgdbpool) if not n.startswith('_')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) - set(pgdbpool.__all__) == {"errors"}
+    assert len(list(PACKAGE.iterdir())) - (PACKAGE / "__pycache__").exists() <= 30
+
+
+@pytest.mark.parametrize(
+    "room", [room for room in ROOMS if room.startswith("_") and (PACKAGE / room).is_dir()]
+)
+def test_a_room_says_what_lives_there_and_what_must_not(room: str) -> None:
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
+    assert text is not None
+    first, _, second = text.partition("\n\n")
+    assert first.endswith(".")
+    assert second.endswith(".")

@@ -24,11 +24,11 @@ from pgdbpool import (
     Handler,
     TransactionAbortedError,
     deadline,
-    tracing,
 )
+from pgdbpool._config.model import RateLimit
+from pgdbpool._lending.rate_limit import RateLimiter
+from pgdbpool._request import correlation as tracing
 from pgdbpool.cluster import Cluster
-from pgdbpool.config import RateLimit
-from pgdbpool.ratelimit import RateLimiter
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import pytest
 from support import config, pid_of, server
 
 from pgdbpool import BlockClosedError, Connection, Handler
+from pgdbpool._session.connection import PooledConnection
 from pgdbpool.cluster import Cluster
-from pgdbpool.session import PooledConnection
 
 
 @pytest.fixture(params=[True, False], ids=["autocommit", "manual"])

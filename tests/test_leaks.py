@@ -24,8 +24,8 @@ from pgdbpool import (
     classify,
     retrying,
     run,
-    tracing,
 )
+from pgdbpool._request import correlation as tracing
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from pgdbpool import otel
-from pgdbpool.group import Group
+from pgdbpool._lending.group import Group
 
 POOL, STATE = otel.POOL, otel.STATE
 

@@ -15,11 +15,11 @@ from tls_front import TlsFront
 
 import pgdbpool
 from pgdbpool import Connection, Handler
+from pgdbpool._config.load import load
+from pgdbpool._config.model import Config
+from pgdbpool._servers.endpoint import Endpoint
+from pgdbpool._servers.startup_probe import StartupProbe
 from pgdbpool.cluster import Cluster
-from pgdbpool.config import Config
-from pgdbpool.endpoint import Endpoint
-from pgdbpool.probe import StartupProbe
-from pgdbpool.sources import load
 
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 

@@ -16,8 +16,8 @@ from support import config, interruptions, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler, RateLimitExceeded
-from pgdbpool.config import RateLimit
-from pgdbpool.ratelimit import RateLimiter
+from pgdbpool._config.model import RateLimit
+from pgdbpool._lending.rate_limit import RateLimiter
 
 
 class Clock:

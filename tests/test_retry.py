@@ -383,7 +383,7 @@ def test_nothing_is_repeated_beyond_the_deadline(start: Any, mode: str) -> None:
 def test_the_wait_doubles_up_to_its_bound(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     start()
     waits: list[float] = []
-    monkeypatch.setattr("pgdbpool.retry.time.sleep", waits.append)
+    monkeypatch.setattr("pgdbpool._api.retry.time.sleep", waits.append)
     with pytest.raises(psycopg.errors.SerializationFailure):
         pgdbpool.run("manual", serialization_failure, attempts=8, backoff=0.1, max_backoff=1.0)
     full = [0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from pgdbpool import Row
-from pgdbpool.rows import row as row_factory
+from pgdbpool._session.rows import row as row_factory
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ from support import config, pid_of, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
-from pgdbpool.cli import main
+from pgdbpool._cli.main import main
+from pgdbpool._status.runtime_dir import RuntimeDir
+from pgdbpool.errors import RuntimeDirError
 from pgdbpool.overview import gather, overview
-from pgdbpool.runtime import RuntimeDir, RuntimeDirError
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_nothing_is_published_without_a_directory(known_cluster: Any, mode: str)
     try:
         Connection.init(config(known_cluster.nodes, mode, g={}))
         assert Connection.runtime_dir() is None
-        assert "pgdbpool.publisher" not in sys.modules or Connection._current().publisher is None
+        assert "pgdbpool._status.publisher" not in sys.modules or Connection._current().publisher is None
     finally:
         Connection.reset()
 
@@ -130,9 +131,8 @@ def test_a_directory_that_others_may_enter_is_refused(place: str) -> None:
 def test_a_directory_of_another_user_is_refused(place: str) -> None:
     os.mkdir(place, 0o700)
     os.chown(place, 12345, 12345)
-    code = (
-        "import os, sys; from pgdbpool.runtime import RuntimeDir; os.setuid(54321); RuntimeDir(sys.argv[1])"
-    )
+    code = "import os, sys; from pgdbpool._status.runtime_dir import RuntimeDir as Made; "
+    code += "os.setuid(54321); Made(sys.argv[1])"
     RuntimeDir(place).close()  # root may look
     done = subprocess.run(
         [sys.executable, "-c", code, place], capture_output=True, text=True, cwd=ROOT, check=False
@@ -394,7 +394,7 @@ def test_the_overview_is_of_this_process_alone_without_a_directory(known_cluster
 
 
 def test_the_directory_comes_from_the_environment_too(place: str) -> None:
-    from pgdbpool.sources import load
+    from pgdbpool._config.load import load
 
     environ = {"DATABASE_URL": "postgresql://127.0.0.1/", "PGDBPOOL_RUNTIME_DIR": place}
     assert load(None, environ).runtime_dir == place

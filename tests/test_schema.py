@@ -16,9 +16,9 @@ import yaml
 from test_docs import ALL, name
 
 from pgdbpool import ConfigError
-from pgdbpool.cli import main
-from pgdbpool.schema import PUBLISHED, reference, schema
-from pgdbpool.sources import load
+from pgdbpool._cli.main import main
+from pgdbpool._config.json_schema import PUBLISHED, reference, schema
+from pgdbpool._config.load import load
 
 ROOT = Path(__file__).parents[1]
 VALIDATOR = jsonschema.Draft7Validator(schema())

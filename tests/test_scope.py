@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import pgdbpool
-from pgdbpool import scope
+from pgdbpool._util import scoped_value as scope
 
 KINDS: list[tuple[Callable[[Any], Any], Callable[[], Any], Any, Any]] = [
     (pgdbpool.tenant, pgdbpool.current_tenant, "one", "two"),

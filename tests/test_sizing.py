@@ -13,8 +13,8 @@ import pytest
 from support import config, server
 
 from pgdbpool import Connection, sizing
+from pgdbpool._config.load import load
 from pgdbpool.sizing import Server, demand, recommend
-from pgdbpool.sources import load
 
 GROUPS = {"read": ["a", "b"], "write": ["a", "b"]}
 

@@ -6,8 +6,8 @@ from time import process_time
 
 import pytest
 
-from pgdbpool.statements import _OVERLAP, _PIECE
-from pgdbpool.statements import _analyse as shape
+from pgdbpool._session.statement_shape import _OVERLAP, _PIECE
+from pgdbpool._session.statement_shape import _analyse as shape
 
 
 @pytest.mark.parametrize(

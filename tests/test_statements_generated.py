@@ -8,8 +8,8 @@ from typing import Any
 
 import psycopg
 
+from pgdbpool._session.statement_shape import _analyse as shape
 from pgdbpool.cluster import Cluster
-from pgdbpool.statements import _analyse as shape
 
 PIECES = [
     ";", ";", "'", "''", '"', "\\", "\\'", "$$", "$a$", "$1", "--", "/*", "*/", "/", "*", "-", "+", "(", ")",

@@ -17,8 +17,8 @@ import pytest
 from support import server, wait_for
 
 from pgdbpool import Connection, Handler
+from pgdbpool._status.runtime_dir import RuntimeDir
 from pgdbpool.overview import gather
-from pgdbpool.runtime import RuntimeDir
 from pgdbpool.wsgi import StatusApp, mount
 
 TOKEN = "sixteen-characters"

@@ -17,7 +17,7 @@ from support import config, kill_backends, server
 
 import pgdbpool
 from pgdbpool import Connection, Handler
-from pgdbpool.cli import main
+from pgdbpool._cli.main import main
 
 A, B = "a", "b"
 GROUPS = ["auto", "manual"]

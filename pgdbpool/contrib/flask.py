@@ -26,9 +26,11 @@ from flask import Flask, g, jsonify
 from flask.cli import AppGroup, with_appcontext
 from flask.globals import current_app, request
 
-from .. import cli, deadlines
-from ..categories import Category
-from ..connection import Connection
+from .._api.connection import Connection
+from .._cli import main as cli
+from .._error_categories import Category
+from .._request import deadline as deadlines
+from .._request.tenant import set_current, tenant
 from ..errors import (
     DBQueryError,
     Error,
@@ -37,7 +39,6 @@ from ..errors import (
     TenantRequiredError,
     classify,
 )
-from ..tenant import set_current, tenant
 from ..wsgi import HealthApp, StatusApp, in_context, mount
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import os
 import threading
 from typing import Any
 
-from .. import greenlets
-from ..connection import Connection
+from .._api.connection import Connection
+from .._util import greenlets
 
 __all__ = ["worker_abort", "worker_exit", "worker_int"]
 

@@ -8,7 +8,7 @@ import subprocess
 from contextlib import ExitStack
 from typing import Any
 
-from pgdbpool import demo
+from pgdbpool._demo import demo
 from pgdbpool.cluster import Cluster
 
 from .bench import VERSION, Bench

@@ -15,7 +15,8 @@ import pytest
 from support import config, wait_for
 
 import pgdbpool
-from pgdbpool import Connection, Handler, observer
+from pgdbpool import Connection, Handler
+from pgdbpool._servers import observer
 from pgdbpool.cluster import Cluster, Node
 
 MODES = ["threaded", "non-threaded"]

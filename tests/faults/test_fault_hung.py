@@ -13,7 +13,8 @@ from load import Load, call
 from support import server, wait_for
 
 import pgdbpool
-from pgdbpool import Connection, Handler, group
+from pgdbpool import Connection, Handler
+from pgdbpool._lending import group
 
 PING, CONNECT, QUERY = 1.0, 1.2, 1.0
 

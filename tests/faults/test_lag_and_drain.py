@@ -11,8 +11,8 @@ from support import config, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
-from pgdbpool.endpoint import Role
-from pgdbpool.sight import Course, Lag, Sight
+from pgdbpool._servers.endpoint import Role
+from pgdbpool._servers.replication import Course, Lag, Sight
 
 
 @pytest.fixture(params=["threaded", "non-threaded"])

@@ -24,7 +24,7 @@ import pytest
 import yaml
 from support import wait_for
 
-from pgdbpool._cluster_install import Installation, find_installation
+from pgdbpool.cluster._installation import Installation, find_installation
 
 VARIABLE = "PGDBPOOL_TEST_PATRONI"
 TTL = 20

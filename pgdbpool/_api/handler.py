@@ -1,0 +1,348 @@
+"""The `with` block: one connection, its statements, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+from weakref import ref
+
+import psycopg
+from psycopg import rows
+
+from .._request import correlation as tracing
+from .._session.block import IDLE, INTRANS, Block, is_high
+from .._session.connection import PooledConnection
+from .._session.cursors import BlockClientCursor, BlockCursor
+from .._session.statement_shape import shape
+from .._util import log_events as events
+from ..errors import (
+    BlockClosedError,
+    DBQueryError,
+    Error,
+    QueryDeadlineError,
+    TransactionAbortedError,
+    as_query_error,
+    one_line,
+)
+from .connection import Connection
+from .queries import Queries
+
+_ACTIVE = int(psycopg.pq.TransactionStatus.ACTIVE)
+_BAD = int(psycopg.pq.ConnStatus.BAD)
+_OPEN = (INTRANS, int(psycopg.pq.TransactionStatus.INERROR))
+
+_COMMITTED = (
+    "group {!r}: rollback() comes too late: in an autocommit block each statement commits by itself, and "
+    "nothing was undone; give the group `autocommit: false`, or put what belongs together into "
+    "`with db.transaction():`"
+)
+
+
+class Handler(Queries):
+    """A unit of work on one connection of a group.
+
+    >>> with Handler("read") as db:                                     # doctest: +SKIP
+    ...     for row in db.query("SELECT id, name FROM users WHERE active = %s", (True,)):
+    ...         print(row["id"], row[1])
+
+    The connection is checked out on entering the block. In a group with `autocommit: false` the
+    first statement opens a transaction; a clean end of the block commits it, an exception rolls it
+    back. A Handler opens one block.
+
+    :param group: the name of the group.
+    :param timeout: seconds to wait for a connection, in place of the group's `timeout`.
+    :param tenant: the tenant's value, or a mapping where the group has several tenant settings; left
+        out, the current one of `pgdbpool.tenant()`.
+    :param tenant_override: allow a tenant that is not the current one.
+    :param settings: server settings for this block, over those of the group: name to value.
+    :param priority: ``high`` goes before those that wait, and may take the group's `reserved` connections.
+    :param correlation_id: what the block's log records and errors are to have, in place of the current one of
+        `pgdbpool.correlation()`; any value, as that takes it.
+    :raises UnconfiguredGroupError: there is no such group.
+    :raises NotInitializedError: `Connection.init` was not called.
+
+    Entering the block raises `TenantRequiredError`, `TenantConflictError` or `SettingError` before
+    anything is sent, `PoolTimeout` where no connection became free, and `DBConnectionError`
+    (`DBOfflineError` where every endpoint is down) where none could be opened; `RateLimitExceeded`
+    where the group has a `rate_limit`, and `DeadlineExceeded` after the current deadline.
+    """
+
+    __slots__ = (
+        "__weakref__", "_block", "_conn", "_correlation_id", "_group", "_high", "_override", "_settings",
+        "_tenant", "_timeout",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        group: str,
+        *,
+        timeout: float | None = None,
+        tenant: Any = None,
+        tenant_override: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        priority: Literal["high", "normal"] = "normal",
+        correlation_id: Any = None,
+    ) -> None:
+        self._block: Block | None = None
+        self._conn: PooledConnection | None = None
+        self._group = Connection.group(group)
+        self._timeout = timeout
+        self._tenant = tenant
+        self._override = tenant_override
+        self._settings = settings
+        self._high = priority != "normal" and is_high(priority)
+        self._correlation_id = None if correlation_id is None else tracing.clean(correlation_id)
+
+    def __enter__(self) -> Handler:
+        if self._block is not None:
+            raise BlockClosedError("a Handler opens one block: make another Handler for the next")
+        group = self._group = Connection.group(self._group.name)  # the process may have been forked
+        caller = sys._getframe(1)
+        if caller.f_globals is tracing.CONTEXTLIB:
+            caller = tracing.caller_of(caller)
+        binding = group.bind(self._tenant, self._override, self._settings)
+        block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
+        block.high = self._high
+        if tracing.in_use:
+            tracing.begin(block, self._correlation_id, caller if group.config.leak_stack else None)
+        if group.limiter is not None:
+            group.admit(block)
+        # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler
+        # still gives its connection back: by a weak reference and not by __del__, which would run at
+        # the end of each block and swallow an interruption there.
+        block.watch = ref(self, group.on_drop)
+        self._block = block
+        self._conn = group.checkout(block, self._timeout)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        block, conn = self._block, self._conn
+        if block is None or not block.open:
+            return  # never entered, or of the parent process
+        try:
+            if block.lost or (conn is not None and conn.pgconn.transaction_status != IDLE):
+                self._end(block, conn, failed=exc is not None)
+            if exc is not None:
+                tracing.mark(exc, block)
+        except Error as error:
+            tracing.mark(error, block)
+            raise
+        finally:
+            if block.conn is not None:
+                self._group.checkin(block.conn)
+            block.open = False
+            block.watch = block.failure = self._conn = None
+
+    def __repr__(self) -> str:
+        state = "open" if self._block is not None and self._block.open else "closed"
+        return f"<Handler {self._group.name!r} {state}>"
+
+    # Statements.
+
+    def query(self, statement: Any, params: Any = None) -> psycopg.Cursor[Any]:
+        """Execute a statement and return its cursor: iterate, `fetchone`, `fetchall`, `rowcount` ...
+
+        Rows answer to index and to column name. Empty parameters count as none, as in 1.x, so
+        that a lone `%` needs no doubling.
+
+        :raises DBQueryError: also psycopg's own class (`psycopg.errors.UniqueViolation` ...).
+        :raises ConnectionLostError: the connection was lost; `maybe_executed` tells whether the
+            statement may have taken effect. The first statement of a transaction, and a statement of
+            an autocommit group whose target is `standby` or `read-only`, is sent again on another
+            connection instead, once.
+        :raises TransactionAbortedError: an open transaction was lost before; `rollback()` first.
+        """
+        conn = self._conn
+        if conn is None or conn.pgconn.status == _BAD:
+            conn = self._live()
+        params = params or None
+        several = params is not None and isinstance(statement, str) and ";" in statement
+        make = BlockClientCursor if several and shape(statement, conn).number > 1 else BlockCursor
+        try:
+            return make(conn).execute(statement, params)
+        except DBQueryError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+            self._group.note_retry(self._block, error)
+        self._undo()  # nothing of it can have been committed
+        return make(self._live()).execute(statement, params)
+
+    def query_prepared(self, params: Sequence[Any]) -> Any:
+        """Call `"SQLPrepare"."ExecuteQuery"` with the parameters and return its value (1.x).
+
+        :raises DBQueryError: the call failed.
+        """
+        marks = ", ".join(["%s"] * len(params))
+        cursor = BlockCursor(self._live(), row_factory=rows.tuple_row)
+        row = cursor.execute(f'SELECT * FROM "SQLPrepare"."ExecuteQuery"({marks})', params).fetchone()
+        return None if row is None else row[0]
+
+    # The transaction.
+
+    def commit(self) -> None:
+        """Commit the open transaction, if any; the next statement opens another.
+
+        In an autocommit block there is none, and what it did is committed already: nothing happens.
+
+        :raises TransactionAbortedError: a statement had failed, or the transaction was lost with
+            its connection: nothing was committed.
+        :raises ConnectionLostError: with `maybe_committed`: the connection was lost on the way.
+        :raises DBQueryError: the server refused (a deferred constraint ...): nothing was committed.
+        """
+        block = self._opened()
+        if block.lost:
+            self._live()  # raises
+        if self._conn is not None and not self._conn.closed:
+            try:
+                self._conn.commit()
+            except TransactionAbortedError as error:
+                raise error from block.failure
+        if not block.manual:
+            block.in_effect = False  # it was asked for
+
+    def rollback(self) -> None:
+        """Roll the open transaction back, if any; after a lost connection, go on with another.
+
+        :raises psycopg.ProgrammingError: an autocommit block has committed its statements already, each by
+            itself, since it began or since the last `commit()`: nothing was undone.
+        """
+        block, conn = self._opened(), self._conn
+        ended = conn is None or conn.pgconn.transaction_status not in _OPEN
+        if ended and getattr(block, "in_effect", False) and not (block.lost or block.manual):
+            raise as_query_error(psycopg.ProgrammingError(_COMMITTED.format(self._group.name)))
+        self._undo()
+
+    def _undo(self) -> None:
+        """Roll back what is open; what was lost is given up."""
+        self._opened().lost = False
+        if self._conn is not None and not self._conn.closed:
+            self._conn.rollback()
+
+    @contextmanager
+    def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> Iterator[psycopg.Transaction]:
+        """Open a transaction, or a savepoint where one is open (always in a manual-commit group).
+
+        See https://www.psycopg.org/psycopg3/docs/basic/transactions.html#transaction-contexts
+        """
+        conn = self._live()
+        try:
+            with conn.transaction(savepoint_name, force_rollback) as transaction:
+                yield transaction
+        finally:
+            if self._block is not None and not self._block.manual:
+                self._block.lost = False  # it is over, and whoever waits for it was told
+
+    # The connection.
+
+    @property
+    def connection(self) -> PooledConnection:
+        """The psycopg connection; its statements take part in the block as `query` does.
+
+        Since anything can be done with it, its session is cleaned before the next block's first
+        statement, in the same round trip, unless the group says `reset: never`.
+        """
+        return self._handed_out()
+
+    @property
+    def conn_ref(self) -> PooledConnection:
+        """The psycopg connection, under its 1.x name."""
+        return self._handed_out()
+
+    @property
+    def endpoint(self) -> str:
+        """The label of the server that the block is on."""
+        return self._live().endpoint.label
+
+    @property
+    def correlation_id(self) -> str:
+        """What the block's log records and errors have; made now, where none was given."""
+        return tracing.id_of(self._block if self._block is not None else self._opened())
+
+    def _handed_out(self) -> PooledConnection:
+        try:
+            return self._live().hand_out()
+        except DBQueryError as error:
+            if self._conn is None or not self._conn.closed or isinstance(error, QueryDeadlineError):
+                raise
+        return self._live().hand_out()  # lost while it was being cleaned: nothing of the block was sent
+
+    def _opened(self) -> Block:
+        block = self._block
+        if block is None or not block.open:
+            raise BlockClosedError(
+                f"Handler({self._group.name!r}) is used outside its block: "
+                f"write `with Handler({self._group.name!r}) as db:` and use db inside"
+            )
+        return block
+
+    def _live(self) -> PooledConnection:
+        """Return the block's connection, another one where it was lost outside a transaction."""
+        block, conn = self._opened(), self._conn
+        if conn is not None and conn.closed:
+            with conn.replacing:  # by one of the threads that share the block
+                if self._conn is conn:
+                    self._group.discard(conn, "lost")
+                    block.part()
+                    self._check_not_lost(block)
+                    self._conn = self._group.checkout(block, self._timeout)
+            conn = self._conn
+        self._check_not_lost(block)
+        if conn is None:
+            conn = self._conn = self._group.checkout(block, self._timeout)
+        return conn
+
+    def _check_not_lost(self, block: Block) -> None:
+        if block.lost:
+            raise TransactionAbortedError(
+                "the connection was lost with an open transaction: nothing of it was committed; "
+                "call rollback() to begin another in this block, or leave the block"
+            ) from block.failure
+
+    def _end(self, block: Block, conn: PooledConnection | None, *, failed: bool) -> None:
+        """End what is open: commit at a clean end, roll back after an exception."""
+        if block.lost:
+            if not failed:
+                raise TransactionAbortedError(
+                    "the block ends, but its transaction was lost with the connection: nothing was committed"
+                ) from block.failure
+            return
+        if conn is None or conn.closed:
+            return
+        if conn.pgconn.transaction_status == _ACTIVE or conn.turn.locked():
+            conn.cut()  # interrupted in a statement, or in a loop: where it stands is unknown
+            if not failed:
+                raise TransactionAbortedError("the block ends with a statement under way: connection closed")
+        elif failed:
+            try:
+                conn.give_up()
+            except psycopg.Error as error:
+                # The exception of the block is the one to see; the server rolls back by itself.
+                events.BLOCK_ROLLBACK_FAILED(
+                    "group %s: rollback failed: %s", self._group.name, error, group=self._group.name,
+                    endpoint=conn.endpoint.label, correlation_id=tracing.id_of(block), reason=one_line(error),
+                    sqlstate=error.sqlstate,
+                )  # fmt: skip
+                conn.close()
+        else:
+            self.commit()
+
+
+class Query:
+    """The static methods of 1.x, on a Handler."""
+
+    @staticmethod
+    def execute(db: Handler, sql_statement: Any, sql_params: Any = None) -> psycopg.Cursor[Any]:
+        """Execute a statement: `db.query`."""
+        return db.query(sql_statement, sql_params)
+
+    @staticmethod
+    def execute_prepared(db: Handler, sql_params: Sequence[Any]) -> Any:
+        """Execute a system-prepared query: `db.query_prepared`."""
+        return db.query_prepared(sql_params)

@@ -1,0 +1,230 @@
+"""One statement in a block of its own: `Connection.fetch(group, ...)` and its like."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from weakref import ref
+
+from .._request import correlation as tracing
+from .._session import outcome
+from .._session.block import IDLE, Block, is_high
+from .._session.cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
+from .._session.statement_shape import shape
+from ..errors import DBQueryError, Error, QueryDeadlineError, ResultError, one_line
+from .queries import all_rows, command_tag, first_row, plain_row, rows_of_all, value_in
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .._lending.group import Group
+    from .._session.rows import Row
+
+
+class BlockOptions(TypedDict, total=False):
+    """What a block may be given besides its group; see `Handler`."""
+
+    tenant: Any
+    tenant_override: bool
+    settings: Mapping[str, Any] | None
+    timeout: float | None
+    priority: Literal["high", "normal"]
+    correlation_id: Any
+
+
+class OneShots:
+    """The methods of `Connection` that execute one statement in a block of its own."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def group(cls, name: str) -> Group: ...
+
+    @classmethod
+    def fetch(
+        cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]
+    ) -> list[Row]:
+        """Execute one statement in a block of its own, and return its rows.
+
+        In a manual-commit group, `BEGIN`, the tenant, the statement and the COMMIT take one round trip;
+        where any of them fails, nothing is committed. It raises what entering a `Handler`, `query` and
+        `commit` do.
+
+        :param block: `tenant`, `tenant_override`, `settings`, `timeout`, `priority` and `correlation_id`, as
+            for a `Handler`.
+        :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
+            another: the statement may or may not have taken effect.
+        :raises ResultError: Python cannot hold what was returned, or the row factory failed; what the
+            statement did has been committed. After a statement that only reads, the error itself.
+        """
+        with _OneShot(cls.group(group), **block) as one:
+            return all_rows(one.execute(statement, params))
+
+    @classmethod
+    def fetchrow(
+        cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]
+    ) -> Row | None:
+        """Execute one statement in a block of its own, and return its first row, or None; see `fetch`."""
+        with _OneShot(cls.group(group), **block) as one:
+            row: Row | None = first_row(one.execute(statement, params))
+            return row
+
+    @classmethod
+    def fetchval(
+        cls,
+        group: str,
+        statement: Any,
+        params: Any = None,
+        column: int | str = 0,
+        **block: Unpack[BlockOptions],
+    ) -> Any:
+        """Execute one statement in a block of its own, and return a value of its first row; see `fetch`.
+
+        :raises LookupError: there is no such column; what the statement did has been committed.
+        """
+        with _OneShot(cls.group(group), **block) as one:
+            row = plain_row(one.execute(statement, params))
+        return value_in(row, column)
+
+    @classmethod
+    def execute(cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]) -> str:
+        """Execute one statement in a block of its own, and return its command tag; see `fetch`."""
+        with _OneShot(cls.group(group), **block) as one:
+            return command_tag(one.execute(statement, params))
+
+    @classmethod
+    def executemany(
+        cls, group: str, statement: Any, params_seq: Iterable[Any], **block: Unpack[BlockOptions]
+    ) -> int:
+        """Execute a statement once for each set of parameters, in one transaction; return the rows in all."""
+        sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        with _OneShot(cls.group(group), **block) as one:
+            return one.executemany(statement, sets).rowcount
+
+    @classmethod
+    def fetchmany(
+        cls, group: str, statement: Any, params_seq: Iterable[Any], **block: Unpack[BlockOptions]
+    ) -> list[Row]:
+        """Execute a statement once for each set of parameters, in one transaction; return all of their rows.
+
+        Where the answer of the COMMIT is lost, so are the rows; see `fetch`.
+        """
+        sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        with _OneShot(cls.group(group), **block) as one:
+            return rows_of_all(one.executemany(statement, sets, returning=True))
+
+
+class _OneShot:
+    """A block of one statement, without the parts of a Handler that only more of them need."""
+
+    __slots__ = ("__weakref__", "answered", "block", "conn", "group", "timeout")
+    commits_at_once = True
+    """Its statement's transaction ends with it."""
+
+    def __init__(
+        self,
+        group: Group,
+        tenant: Any = None,
+        tenant_override: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        priority: Literal["high", "normal"] = "normal",
+        correlation_id: Any = None,
+    ) -> None:
+        self.group, self.timeout, self.answered = group, timeout, False
+        caller = sys._getframe(2)
+        binding = group.bind(tenant, tenant_override, settings)
+        self.block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
+        self.block.high = priority != "normal" and is_high(priority)
+        if correlation_id is not None or tracing.in_use:
+            given = None if correlation_id is None else tracing.clean(correlation_id)
+            tracing.begin(self.block, given, caller if group.config.leak_stack else None)
+        if group.limiter is not None:
+            group.admit(self.block)
+        self.block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler
+
+    def __enter__(self) -> _OneShot:
+        self.conn = self.group.checkout(self.block, self.timeout)
+        return self
+
+    def execute(self, statement: Any, params: Any) -> BlockCursor:
+        """Execute the statement, with its COMMIT where that can ride."""
+        params = params or None
+        try:
+            cursor = self._cursor(statement, params).execute(statement, params)
+        except DBQueryError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+            self.group.note_retry(self.block, error)
+            cursor = None
+        if cursor is None:
+            self._replace()
+            cursor = self._cursor(statement, params).execute(statement, params)
+        self.answered = True
+        return cursor
+
+    def executemany(self, statement: Any, sets: Sequence[Any], returning: bool = False) -> BlockCursor:
+        """Execute the statement for each of the parameter sets, with the COMMIT where that can ride."""
+        cursor = self._cursor(statement, None)
+        lost = False
+        try:
+            cursor.executemany(statement, sets, returning=returning)
+        except DBQueryError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+            self.group.note_retry(self.block, error)
+            lost = True
+        if lost:
+            self._replace()
+            cursor = self._cursor(statement, None)
+            cursor.executemany(statement, sets, returning=returning)
+        self.answered = True
+        return cursor
+
+    def _cursor(self, statement: Any, params: Any) -> BlockCursor:
+        what = shape(statement, self.conn)
+        if self.block.manual and commits_with(what):
+            return CommittingCursor(self.conn)
+        return (BlockClientCursor if params is not None and what.number > 1 else BlockCursor)(self.conn)
+
+    def _replace(self) -> None:
+        """Begin again, on another connection if this one is lost: the statement had no effect."""
+        self.block.lost = False
+        self.conn.undo()
+        if self.conn.closed:
+            self.group.discard(self.conn, "lost")
+            self.block.part()
+            self.conn = self.group.checkout(self.block, self.timeout)
+
+    def _explain(self, error: Exception) -> None:
+        """Say of a result that cannot be read that its statement is committed, unless it is a read."""
+        if outcome.may_commit(self.block.statement, inside=False):
+            raise ResultError(
+                f"the statement is committed, but its result cannot be read: {one_line(error)}"
+            ) from error
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        block, conn = self.block, self.conn
+        try:
+            if conn.pgconn.transaction_status != IDLE:
+                # The COMMIT did not ride, or the statement failed.
+                if exc is None:
+                    conn.commit()
+                else:
+                    conn.undo()
+            elif self.answered and isinstance(exc, Exception):
+                self._explain(exc)
+            if exc is not None:
+                tracing.mark(exc, block)
+        except Error as error:
+            tracing.mark(error, block)
+            raise
+        finally:
+            if block.conn is not None:
+                self.group.checkin(block.conn)
+            block.open = False
+            block.watch = block.failure = None

@@ -1,0 +1,194 @@
+"""The queries of a block under asyncpg's names: rows, one row, one value, the command tag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import psycopg
+
+from .._session import rows
+from .._session.cursors import BlockCursor, has_rows
+from ..errors import DBQueryError, QueryDeadlineError
+from .copy import Copying
+
+if TYPE_CHECKING:
+    from .._lending.group import Group
+    from .._session.block import Block
+    from .._session.connection import PooledConnection
+    from .._session.rows import Row
+
+
+class Queries(Copying):
+    """The query methods of a `Handler`, each of them made of `query` or of a cursor of the block."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def query(self, statement: Any, params: Any = None) -> psycopg.Cursor[Any]: ...
+
+        def _undo(self) -> None: ...
+
+        def _live(self) -> PooledConnection: ...
+
+        _group: Group
+        _block: Block | None
+
+    def fetch(self, statement: Any, params: Any = None) -> list[Row]:
+        """Execute a statement and return its rows; none where it gives none.
+
+        They are what the group's `row_factory` makes, `Row` by default. Here and in the methods below, of
+        several statements in one string it is the last one's result. Each raises what `query` does.
+        """
+        return all_rows(self.query(statement, params))
+
+    def fetchrow(self, statement: Any, params: Any = None) -> Row | None:
+        """Execute a statement and return its first row, or None."""
+        row: Row | None = first_row(self.query(statement, params))
+        return row
+
+    def fetchval(self, statement: Any, params: Any = None, column: int | str = 0) -> Any:
+        """Execute a statement and return a value of its first row, or None where there is no row.
+
+        :param column: the index or the name of the column, whatever the group's `row_factory`.
+        :raises LookupError: there is no such column; the statement has been executed.
+        """
+        return first_value(self.query(statement, params), column)
+
+    def fetchmany(self, statement: Any, params_seq: Iterable[Any]) -> list[Row]:
+        """Execute a statement once for each set of parameters; return all of their rows in one list.
+
+        It is one transaction, and all sets travel in one pipeline.
+        """
+        return rows_of_all(self._many(statement, params_seq, returning=True))
+
+    def executemany(self, statement: Any, params_seq: Iterable[Any]) -> int:
+        """Execute a statement once for each set of parameters; return the number of rows in all.
+
+        It is one transaction, and all sets travel in one pipeline.
+        """
+        return self._many(statement, params_seq, returning=False).rowcount
+
+    def _many(self, statement: Any, params_seq: Iterable[Any], *, returning: bool) -> BlockCursor:
+        sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
+        try:
+            cursor = BlockCursor(self._live())
+            cursor.executemany(statement, sets, returning=returning)
+            return cursor
+        except DBQueryError as error:
+            if not error.repeatable or isinstance(error, QueryDeadlineError):
+                raise
+            self._group.note_retry(self._block, error)
+        self._undo()  # as `query` does: nothing of it can have been committed
+        cursor = BlockCursor(self._live())
+        cursor.executemany(statement, sets, returning=returning)
+        return cursor
+
+    def execute(self, statement: Any, params: Any = None) -> str:
+        """Execute a statement and return its command tag, such as `INSERT 0 1`."""
+        return command_tag(self.query(statement, params))
+
+    @contextmanager
+    def copy(self, statement: Any, params: Any = None) -> Iterator[psycopg.Copy]:
+        """Start a COPY, after what the block needs first; use the `psycopg.Copy` inside its `with`.
+
+        See https://www.psycopg.org/psycopg3/docs/basic/copy.html
+
+        :raises DBQueryError: PostgreSQL refused; an exception inside the `with` cancels the COPY.
+        """
+        conn = self._live()
+        conn.altered = conn.handed_out = True  # the Copy has the connection as an attribute
+        with BlockCursor(conn).copy(statement, params or None) as copy:
+            yield copy
+
+    @overload
+    def cursor(
+        self, name: None = None, *, row_factory: Any = None, binary: bool = False
+    ) -> psycopg.Cursor[Any]: ...
+
+    @overload
+    def cursor(
+        self,
+        name: str,
+        *,
+        row_factory: Any = None,
+        binary: bool = False,
+        scrollable: bool | None = None,
+        withhold: bool = False,
+    ) -> psycopg.ServerCursor[Any]: ...
+
+    def cursor(
+        self,
+        name: str | None = None,
+        *,
+        row_factory: Any = None,
+        binary: bool = False,
+        scrollable: bool | None = None,
+        withhold: Literal[False] | bool = False,
+    ) -> psycopg.Cursor[Any] | psycopg.ServerCursor[Any]:
+        """Return a cursor of the block; with a name, one that stays at the server: for large results.
+
+        Iterating over a named cursor fetches `itersize` rows at a time (100). It lives in a transaction: in
+        an autocommit group, open one with `transaction()`.
+
+        See https://www.psycopg.org/psycopg3/docs/advanced/cursors.html#server-side-cursors
+        """
+        options: Any = {"row_factory": row_factory, "binary": binary}
+        if name is not None:
+            options.update(scrollable=scrollable, withhold=withhold)
+        return self._live().cursor(name or "", **options)
+
+    def pipeline(self) -> AbstractContextManager[psycopg.Pipeline]:
+        """Start a pipeline: its statements are sent without waiting for each one's result.
+
+        See https://www.psycopg.org/psycopg3/docs/advanced/pipeline.html
+        """
+        return self._live().pipeline()
+
+
+def all_rows(cursor: psycopg.Cursor[Any]) -> list[Any]:
+    """Return the rows of the last statement's result."""
+    return cursor.fetchall() if has_rows(cursor) else []
+
+
+def rows_of_all(cursor: psycopg.Cursor[Any]) -> list[Any]:
+    """Return the rows that `executemany` gave, of all sets of parameters."""
+    return [row for result in cursor.results() if has_rows(result) for row in result]
+
+
+def first_row(cursor: psycopg.Cursor[Any]) -> Any:
+    """Return the first row of the last statement's result, or None."""
+    return cursor.fetchone() if has_rows(cursor) else None
+
+
+def first_value(cursor: psycopg.Cursor[Any], column: int | str) -> Any:
+    """Return a value of the first row of the last statement's result, or None."""
+    return value_in(plain_row(cursor), column)
+
+
+def plain_row(cursor: psycopg.Cursor[Any]) -> Row | None:
+    """Return the first row of the last statement's result, or None, whatever the row factory."""
+    if not has_rows(cursor):
+        return None
+    cursor.row_factory = rows.row
+    row: Row | None = cursor.fetchone()
+    return row
+
+
+def value_in(row: Row | None, column: int | str) -> Any:
+    """Return a value of a row, None where there is no row."""
+    if row is None:
+        return None
+    try:
+        return row[column]
+    except IndexError:
+        names = ", ".join(row.keys())
+        raise IndexError(f"no column {column!r}; the columns from 0 on are {names}") from None
+
+
+def command_tag(cursor: psycopg.Cursor[Any]) -> str:
+    """Return the command tag of the last statement; the empty string where there was none."""
+    has_rows(cursor)
+    return cursor.statusmessage or ""

@@ -1,0 +1,177 @@
+"""The checks of `db`: where each server is, who logs in, and what a session starts with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import psycopg
+from psycopg import pq
+
+from .declarations import Refused, Unreadable, nearest, show, step
+from .model import CONFIG_KEYS, DB_KEYS, ENDPOINT_KEYS, conninfo_parts
+from .password_file import read_password
+from .report import Report, read, refused
+from .service_file import service_of
+
+_BY_PARAMETER = {setting.key.libpq: setting for setting in ENDPOINT_KEYS.values() if setting.key.libpq}
+
+
+def check_servers(tree: Mapping[Any, Any], report: Report) -> list[dict[str, Any]]:
+    """Return the fields of each server; one without a label is one whose label could not be told."""
+    allowed = CONFIG_KEYS["db"].key.kind.allowed
+    value = tree.get("db")
+    if "db" not in tree:
+        report.add("db", f"is missing; it must be {allowed}")
+        return []
+    if isinstance(value, Unreadable):
+        return []
+    if isinstance(value, Mapping):
+        entries: dict[str, Any] = {"db": value}
+    elif isinstance(value, (list, tuple)) and value:
+        entries = {f"db[{index}]": entry for index, entry in enumerate(value)}
+    else:
+        hint = "; a connection string goes under db: {conninfo: ...}" if isinstance(value, str) else ""
+        report.add("db", f"must be {allowed}, not {show(value)}{hint}")
+        return []
+    servers = []
+    labels: dict[str, str] = {}
+    for path, entry in entries.items():
+        servers.append(_server(entry, path, report))
+        timeout = _service_timeout(servers[-1]) or (10.0 if len(entries) == 1 else 5.0)
+        servers[-1].setdefault("connect_timeout", timeout)
+        label = servers[-1].get("label")
+        if label is not None and labels.setdefault(label, path) != path:
+            where = f"{path}.label" if isinstance(entry, Mapping) and "label" in entry else path
+            report.add(where, f"label {show(label)} is that of {labels[label]} too; give each its own label")
+    return servers
+
+
+def _service_timeout(fields: Mapping[str, Any]) -> float:
+    """Return the `connect_timeout` of the server's service file, 0 where there is none, or no limit."""
+    try:
+        params = conninfo_parts(fields["conninfo"]) if fields.get("conninfo") else {}
+    except (psycopg.Error, ValueError):
+        return 0.0  # which is reported elsewhere
+    text = service_of(params).get("connect_timeout", "") if not fields.get("host") else ""
+    return float(text) if text.isdigit() else 0.0
+
+
+def _server(entry: object, path: str, report: Report) -> dict[str, Any]:
+    fields = read(DB_KEYS, entry, path, report)
+    if "connection_retry_sleep" in fields:
+        report.deprecated.append(f"{path}.connection_retry_sleep")
+        del fields["connection_retry_sleep"]
+    params: dict[str, str] | None = {}
+    if fields.get("conninfo") is not None:
+        params = _merge_conninfo(fields, path, report)
+    if fields.get("pass_file") is not None:
+        if fields.get("password") is not None:
+            report.add(f"{path}.pass_file", "contradicts the password that is given too; keep one of the two")
+        else:
+            try:
+                fields["password"] = read_password(fields["pass_file"])
+            except Refused as error:
+                report.refused(f"{path}.pass_file", error)
+    for name in fields.get("options", ()):
+        where = f"{path}.options{step(name)}"
+        if name.lower() == "statement_timeout":
+            report.add(where, "must be left to query_timeout, which sets it")
+        elif name.lower() == "temp_buffers" and fields.get("session_tmp_buffer") is not None:
+            report.add(where, "contradicts session_tmp_buffer, which sets it too; keep one of the two")
+    if fields.get("pooler"):
+        _check_pooled_server(fields, params or {}, path, report)
+    fields["options"] = MappingProxyType(fields.get("options", {}))
+    told = params is not None and not refused(entry, fields, "label", "host", "port", "conninfo")
+    if "label" not in fields and told:
+        fields["label"] = default_label({**(params or {}), **fields})
+        if "," in fields["label"]:
+            message = f"libpq's default host or port ({show(fields['label'])}) names several servers"
+            report.add(path, f"{message}: give host and port")
+    return fields
+
+
+def _check_pooled_server(
+    fields: Mapping[str, Any], params: Mapping[str, str], path: str, report: Report
+) -> None:
+    """Report what a session cannot start with behind a transaction pooler."""
+    why = "cannot pass a transaction pooler"
+    remedy = "write them as settings of the groups, or ALTER ROLE ... SET them at the server"
+    if fields.get("options"):
+        report.add(f"{path}.options", f"{why}; {remedy}")
+    if params.get("options"):
+        report.add(f"{path}.conninfo", f"has options, which {why}; {remedy}")
+    if fields.get("session_tmp_buffer") is not None:
+        report.add(f"{path}.session_tmp_buffer", f"{why}; ALTER ROLE ... SET temp_buffers at the server")
+
+
+def parse_conninfo(conninfo: str) -> dict[str, str]:
+    """Return the parameters of a URI or keyword string; raises `Refused` without quoting it."""
+    # Such a password would end at the slash, and what was read of it would pass for a host, port or database.
+    if re.match(r"postgres(ql)?://[^/?]*/[^?]*@", conninfo):
+        raise Refused(("", "has an @ after a slash; in a password, / is written %2F, and elsewhere @ is %40"))
+    try:
+        return conninfo_parts(conninfo)
+    except (psycopg.Error, ValueError) as error:
+        reason = _unknown_parameter(str(error), conninfo)
+    raise Refused(("", f"must be a URI (postgresql://...) or keyword string (host=...) of libpq{reason}"))
+
+
+def default_label(params: Mapping[str, Any]) -> str:
+    """Return host:port of a server, with those that libpq takes where they are left out."""
+    host, port = params.get("host") or params.get("hostaddr"), params.get("port")
+    if not host and params.get("service"):
+        return str(params["service"])
+    defaults = {default.keyword: default.val for default in pq.Conninfo.get_defaults()}
+    host = host or (defaults.get(b"host") or b"[local]").decode(errors="replace")
+    port = port or (defaults.get(b"port") or b"5432").decode(errors="replace")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _merge_conninfo(fields: dict[str, Any], path: str, report: Report) -> dict[str, str] | None:
+    """Add what the conninfo says to the fields, and return its parameters; None where it cannot be used."""
+    where = f"{path}.conninfo"
+    try:
+        params = parse_conninfo(fields["conninfo"])
+    except Refused as error:
+        report.refused(where, error)
+        return None
+    if any("," in params.get(name, "") for name in ("host", "hostaddr", "port")):
+        report.add(where, "names several servers; one server per entry, list them separately")
+        return None
+    if params.get("target_session_attrs", "any") != "any":
+        report.add(where, "has target_session_attrs, which is for a list of hosts; use target of the groups")
+    if re.search(r"statement[-_]timeout", params.get("options", ""), re.IGNORECASE):
+        report.add(where, "sets statement_timeout, which must be left to query_timeout")
+    for name, text in params.items():
+        setting = _BY_PARAMETER.get(name)
+        if setting is None or not text:
+            continue
+        digits = not setting.key.kind.text and re.fullmatch(r"-?[0-9]{1,18}", text)
+        try:
+            value = setting.key.kind.read(int(text) if digits else text)
+        except Refused as error:
+            message = error.problems[0][1]
+            if name == "port" and not digits:  # what follows a colon may be a password
+                message = f"must be {setting.key.kind.allowed}"
+            report.add(where, f"its {name} {message}")
+            continue
+        given = fields.get(setting.field)
+        if given is None:
+            fields[setting.field] = value
+        elif given != value:
+            here, there = (show(side, setting.key.kind.secret) for side in (given, value))
+            report.add(f"{path}.{setting.name}", f"contradicts conninfo: {here} here, {there} there")
+    return params
+
+
+def _unknown_parameter(message: str, conninfo: str) -> str:
+    """Return a hint at the parameter that libpq does not know, where it cannot be a piece of a password."""
+    match = re.search(r'"([a-z_]{1,40})"', message)
+    tail = conninfo.rpartition("@")[2]
+    if not match or "pass" in tail.lower() or not re.search(rf"(^|[\s?&]){match[1]}\s*=", tail):
+        return ""
+    known = [option.keyword.decode() for option in pq.Conninfo.get_defaults()]
+    return f"; {match[1]!r} is none of its parameters{nearest(match[1], known)}"

@@ -1,0 +1,34 @@
+"""What a connection service file of libpq says (https://www.postgresql.org/docs/current/libpq-pgservice.html)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from psycopg.conninfo import make_conninfo
+from psycopg.pq import ConninfoOption, PGconn
+
+
+def decoded(options: Iterable[ConninfoOption]) -> dict[str, str]:
+    """Return those of libpq's parameters that have a value."""
+    # Some are not in UTF-8, perhaps: none of those that count here.
+    return {o.keyword.decode(): o.val.decode(errors="surrogateescape") for o in options if o.val}
+
+
+def service_of(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the service that is given, or ``PGSERVICE``, says; nothing where there is none."""
+    name = given.get("service") or os.environ.get("PGSERVICE")
+    return with_service({"service": str(name)}) if name else {}
+
+
+def with_service(params: dict[str, str]) -> dict[str, str]:
+    """Return the parameters with those of the service file, which libpq reads when it is to connect."""
+    # It reads all parameters before it refuses one, and connects to nothing.
+    pgconn = PGconn.connect_start(make_conninfo("", **{**params, "channel_binding": "nothing"}).encode())
+    try:
+        found = decoded(pgconn.info)
+    finally:
+        pgconn.finish()
+    found.pop("channel_binding", None)
+    return found

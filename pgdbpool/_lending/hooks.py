@@ -1,0 +1,89 @@
+"""What the application wants to be told of a group's connections, and what becomes of a hook that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .._session.block import IDLE
+from .._util import log_events as events
+from ..errors import HookError, one_line
+
+if TYPE_CHECKING:
+    from .._config.model import GroupConfig
+    from .._session.connection import PooledConnection
+
+
+class Hooks:
+    """The hooks of a group; each attribute is None where there is nothing to do: a test is all it costs.
+
+    They are called without a lock of the group, in whichever thread is about it.
+    """
+
+    def __init__(self, config: GroupConfig) -> None:
+        self._config = config
+        self._failed: dict[str, str] = {}
+        """How each hook failed last: the same again is no news."""
+        self.configure = self._configure if config.configure is not None else None
+        self.on_checkout = self._on_checkout if config.on_checkout is not None else None
+        self.at_checkin = self._at_checkin if config.on_checkin is not None or config.max_uses else None
+        self.on_discard = self._on_discard if config.on_discard is not None else None
+        self.on_failover = self._on_failover if config.on_failover is not None else None
+
+    def _configure(self, conn: PooledConnection) -> None:
+        """Let the application set a new connection up; raises `HookError` where it failed."""
+        self._call("configure", conn)
+        if conn.pgconn.transaction_status != IDLE:
+            raise HookError(f"configure of group {self._config.name!r} left a transaction open")
+        left, wanted = conn.autocommit, self._config.autocommit
+        if left is not wanted:
+            raise HookError(
+                f"configure of group {self._config.name!r} left autocommit = {left}, and the group has "
+                f"`autocommit: {str(wanted).lower()}`: put it back, or change the group's key"
+            )
+        conn._autocommit = True  # what psycopg is to see; the block sends BEGIN
+
+    def _on_checkout(self, conn: PooledConnection) -> None:
+        """Tell that a block has the connection; raises `HookError` where that failed."""
+        conn.altered = True  # what the hook does to the connection is the block's, and ends with it
+        self._call("on_checkout", conn)
+
+    def _at_checkin(self, conn: PooledConnection, reason: str | None) -> str | None:
+        """Tell that a block gives the connection back; return the reason to close it, if there is one now."""
+        conn.times_lent += 1
+        if self._config.on_checkin is not None and not self._tell("on_checkin", conn):
+            return reason or "on_checkin failed"
+        if 0 < self._config.max_uses <= conn.times_lent:
+            return reason or "used up"
+        return reason
+
+    def _on_discard(self, conn: PooledConnection, reason: str) -> None:
+        """Tell that the connection is about to be closed."""
+        self._tell("on_discard", conn, reason)
+
+    def _on_failover(self, old: str, new: str) -> None:
+        """Tell that another server takes the group's writes."""
+        self._tell("on_failover", old, new)
+
+    def _tell(self, name: str, *args: Any) -> bool:
+        """Call a hook whose failure is nobody's but its own; return whether it worked."""
+        try:
+            self._call(name, *args)
+        except HookError as error:
+            text = str(error)
+            group, cause = self._config.name, error.__cause__
+            if self._failed.get(name) == text:
+                events.HOOK_FAILED_AGAIN("%s", text, exc_info=cause, group=group, hook=name)
+            else:
+                events.HOOK_FAILED("%s", text, exc_info=cause, group=group, hook=name)
+            self._failed[name] = text
+            return False
+        return True
+
+    def _call(self, name: str, *args: Any) -> None:
+        hook: Callable[..., object] = getattr(self._config, name)
+        try:
+            hook(*args)
+        except Exception as error:
+            what = f"{name} of group {self._config.name!r} raised {type(error).__name__}: {one_line(error)}"
+            raise HookError(what) from error

@@ -1,0 +1,643 @@
+"""The two pools behind one interface: `ThreadedPool` and `LockFreePool`.
+
+A pool knows connections and slots, not servers. `take` gives an idle connection or a free slot, in
+which the caller opens a connection itself, so that an error is its own at once and a burst of
+requests connects side by side.
+
+A `Slot` is the right to one connection, and it is taken for as long as the object lives: the
+connection holds it, and whoever is opening one does. So there is no counter that an exception at the
+wrong moment (KeyboardInterrupt, gevent.Timeout) could leave wrong: what is lost is given back.
+
+`ThreadedPool` is psycopg_pool's ConnectionPool with three things changed: the request that finds a
+free slot connects (psycopg_pool grows one connection at a time in a worker, and backs off for
+minutes whatever the demand), a slot that becomes free goes to the first in the queue (psycopg_pool
+leaves it waiting), and a waiter that is interrupted gives back what it was handed. It relies on
+`_pool`, `_waiting`, `_lock` (a re-entrant one), `_tasks`, `_nconns`, `_nconns_min`, `_closed`, `_opened`,
+`_close_connection`, `_start_workers`, `_start_initial_tasks` and `MaintenanceTask`, so its minor version is
+pinned.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from queue import SimpleQueue
+from threading import Lock, RLock, get_ident
+from time import monotonic
+from typing import Any, Protocol, cast
+
+import psycopg_pool
+from psycopg_pool.pool import MaintenanceTask, Schedule, ShrinkPool
+
+from .._session.connection import PooledConnection, Slot
+from ..errors import Error, ServerFullError, ThreadingModelError
+
+Dial = Callable[[Slot], PooledConnection]
+"""Opens a connection in a slot in the background; raises `Error` where it cannot."""
+
+Drop = Callable[[PooledConnection, str], None]
+"""Closes a connection, for a reason, and gives its slot back."""
+
+
+LOOK_AFTER = 3600.0
+"""Seconds after which a pool whose connections stay, however long they are idle, looks whether that holds."""
+
+RETRY_AFTER = 1.0
+"""Seconds after which a connection that could not be opened in the background is tried again."""
+
+
+class NoConnection(Exception):
+    """Nothing became free in time; `reason` is one of the class's constants."""
+
+    TIMEOUT, EXHAUSTED, QUEUE_FULL, CLOSED = "timeout", "exhausted", "queue full", "closed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Pool(Protocol):
+    """What a group asks of its pool."""
+
+    taken: int
+    """How often `take` succeeded, waits included."""
+    missing: bool
+    """Whether connections are to be opened for `min_size`, by whom the group finds for it."""
+
+    @property
+    def size(self) -> int:
+        """Slots taken: idle, lent, or being connected."""
+
+    @property
+    def idle(self) -> int:
+        """Connections that wait for a request."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a connection."""
+
+    def slots(self) -> list[Slot]:
+        """Return the slots that are taken."""
+
+    def lendable(self) -> list[PooledConnection]:
+        """Return the connections that wait for a request."""
+
+    def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
+        """Take the connection that is idle longest, or a slot for the caller to fill.
+
+        :param high: whether it may be one of those reserved, and goes before those who may not.
+        :raises NoConnection: when neither became free within the timeout (seconds).
+        """
+
+    def give(self, conn: PooledConnection) -> None:
+        """Hand a connection to the first in the queue, else make it idle."""
+
+    def free(self, slot: Slot) -> None:
+        """Give a slot back at once, whoever still refers to it."""
+
+    def claim(self) -> Slot | None:
+        """Take a free slot without waiting."""
+
+    def hold_back(self, pause: float) -> bool:
+        """Hand out no slots, since the servers are full, until one was found to have room, in the background.
+
+        :param pause: seconds until that is worth a try.
+        :returns: whether there is a background; else the caller tries.
+        """
+
+    def refill(self) -> None:
+        """See to it that there are `min_size` connections again."""
+
+    def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
+        """Take idle connections out, for the caller to close."""
+
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        """Change the sizes; who waits gets what there is more of, what is too much is left to the group."""
+
+    def mine(self) -> bool:
+        """Tell whether the calling thread may take connections out."""
+
+    def close(self, timeout: float) -> None:
+        """Close the idle connections and refuse further use; those lent are closed as they come back."""
+
+    def abandon(self) -> None:
+        """Forget everything without touching it: the process was forked."""
+
+
+def _remove(
+    idle: deque[PooledConnection], unwanted: Callable[[PooledConnection], bool]
+) -> list[PooledConnection]:
+    """Take connections out, also where a signal handler does so meanwhile, in the same thread."""
+    removed = []
+    for conn in list(idle):
+        if unwanted(conn):
+            with suppress(ValueError):  # gone already
+                idle.remove(conn)
+                removed.append(conn)
+    return removed
+
+
+class _Slots:
+    """The slots of a pool: taken while somebody holds them."""
+
+    def __init__(self, limit: int, freed: Callable[[], None]) -> None:
+        self.limit = limit
+        self._freed = freed
+        self._taken: set[weakref.ref[Slot]] = set()
+
+    def live(self) -> list[Slot]:
+        return [slot for ref in list(self._taken) if (slot := ref()) is not None]
+
+    def free(self, slot: Slot) -> None:
+        self._gone(weakref.ref(slot))  # equal to the one in the set
+
+    def new(self) -> Slot | None:
+        # In this order: the list keeps slots alive, and one that dies with it must be seen as free.
+        if len(self.live()) >= self.limit and len(self._taken) >= self.limit:
+            return None
+        slot = Slot()
+        self._taken.add(weakref.ref(slot, self._gone))
+        return slot
+
+    def _gone(self, ref: weakref.ref[Slot]) -> None:
+        self._taken.discard(ref)
+        self._freed()
+
+
+class _Queue:
+    """Those who wait: first come, first served, but those of high priority before the others."""
+
+    def __init__(self) -> None:
+        self.high: deque[_Waiter] = deque()
+        self.normal: deque[_Waiter] = deque()
+
+    def __len__(self) -> int:
+        return len(self.high) + len(self.normal)
+
+    def __iter__(self) -> Iterator[_Waiter]:
+        yield from (*self.high, *self.normal)
+
+    def clear(self) -> None:
+        """Forget all; called by psycopg_pool, which tells them that the pool is closed."""
+        self.high.clear()
+        self.normal.clear()
+
+
+class _Waiter:
+    """A place in the queue; the pool's lock guards `got`, and `wake` is held until there is news.
+
+    psycopg_pool's WaitingClient is built on threading.Condition, which stays locked for ever when the
+    thread is interrupted on its way in. This one is two operations of a plain lock.
+    """
+
+    __slots__ = ("closed", "got", "wake")
+
+    def __init__(self) -> None:
+        self.got: PooledConnection | Slot | None = None
+        self.closed = False
+        self.wake = Lock()
+        self.wake.acquire()
+
+    def fail(self, error: Exception) -> bool:
+        """Tell that the pool is closed; called by psycopg_pool."""
+        self.closed = True
+        if self.got is None:
+            self.wake.release()
+        return True
+
+
+class _Open(MaintenanceTask):
+    """Opens a connection in a slot, in a worker."""
+
+    def __init__(self, pool: ThreadedPool, slot: Slot) -> None:
+        super().__init__(pool)
+        self._slot: Slot | None = slot
+
+    def _run(self, pool: Any) -> None:
+        slot, self._slot = self._slot, None
+        pool.open_in(slot)
+
+
+class _Retry(MaintenanceTask):
+    """Tries again, some time after a connection could not be opened, whether there are `min_size`."""
+
+    def _run(self, pool: Any) -> None:
+        pool.retry()
+
+
+class _Room(MaintenanceTask):
+    """Looks whether a full server has room again."""
+
+    def _run(self, pool: Any) -> None:
+        pool.seek_room()
+
+
+class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
+    """A pool for many threads: a fair queue, and workers that keep `min_size` connections.
+
+    `_lock` guards `_pool`, `_queue` and the slots; it is never held while anything waits. It is
+    re-entrant, since a slot may be freed by the collection of garbage anywhere.
+
+    Of `reserved` connections the last ones go to those of high priority alone: who is not waits until
+    more than so many are free, which is looked at whenever one becomes so.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        min_size: int,
+        max_size: int,
+        max_idle: float,
+        max_waiting: int,
+        num_workers: int,
+        dial: Dial,
+        drop: Drop,
+        reserved: int = 0,
+    ) -> None:
+        self._dial = dial
+        self._drop = drop
+        self._reserved = reserved
+        self.taken = 0
+        self._shrinks = max_idle > 0
+        self.missing = False  # but when it was just opened; a worker opens what is
+        self._retrying = False
+        self._full = False
+        """Whether slots are held back, since no server has room for another connection."""
+        self._slots = _Slots(max_size, self._slot_freed)
+        self._queue = _Queue()
+        super().__init__(
+            name=f"pgdbpool-{name}",
+            connection_class=PooledConnection,
+            min_size=min_size,
+            max_size=max_size,
+            max_idle=max_idle or LOOK_AFTER,
+            max_waiting=max_waiting,
+            num_workers=num_workers,
+            open=False,
+        )
+        self._waiting = cast(Any, self._queue)  # psycopg_pool's `close` tells those who wait
+
+    # psycopg_pool counts its connections here; the slots know.
+
+    @property
+    def _nconns(self) -> int:
+        return len(self._slots.live())
+
+    @_nconns.setter
+    def _nconns(self, value: int) -> None:
+        pass
+
+    # A pool is opened, and its threads started, by the first who asks for a connection.
+
+    def _start_workers(self) -> None:
+        self._tasks = cast(Any, SimpleQueue())  # queue.Queue too can be left locked by an interruption
+        # From Python 3.12 on an interpreter that is about to end starts no thread. Then requests connect by
+        # themselves, and what a worker would do is left undone.
+        with suppress(RuntimeError):
+            super()._start_workers()
+
+    def _start_initial_tasks(self) -> None:
+        self.run_task(Schedule(self, ShrinkPool(self), self.max_idle))
+        self.missing = True
+
+    def _shrink_pool(self) -> None:
+        if self._shrinks:
+            super()._shrink_pool()
+
+    @property
+    def size(self) -> int:
+        return self._nconns
+
+    @property
+    def idle(self) -> int:
+        return len(self._pool)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def slots(self) -> list[Slot]:
+        return self._slots.live()
+
+    def lendable(self) -> list[PooledConnection]:
+        with self._lock:
+            return list(self._pool)
+
+    def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
+        if not self._opened:
+            self.open()
+        with self._lock:
+            if self._closed:
+                raise NoConnection(NoConnection.CLOSED)
+            if high or not self._reserved or self._free() > self._reserved:
+                if self._pool:
+                    try:
+                        conn = self._pool.popleft()
+                    except IndexError:  # a signal handler has taken the last one out
+                        return self.take(timeout, high)
+                    self.taken += 1
+                    if len(self._pool) < self._nconns_min:  # what psycopg_pool shrinks by
+                        self._nconns_min = len(self._pool)
+                    return conn
+                if not self._full and (slot := self._slots.new()):
+                    self.taken += 1
+                    return slot
+            if timeout <= 0:
+                raise NoConnection(NoConnection.TIMEOUT)
+            if self.max_waiting and len(self._queue) >= self.max_waiting:
+                raise NoConnection(NoConnection.QUEUE_FULL)
+            waiter = _Waiter()
+            queue = self._queue.high if high else self._queue.normal
+            queue.append(waiter)
+        try:
+            waiter.wake.acquire(timeout=timeout)
+        except BaseException:
+            self._leave_queue(queue, waiter)
+            if isinstance(waiter.got, PooledConnection):
+                self.give(waiter.got)  # a slot is free again when the waiter is gone
+            raise
+        self._leave_queue(queue, waiter)
+        if waiter.got is None:
+            raise NoConnection(NoConnection.CLOSED if waiter.closed else NoConnection.TIMEOUT)
+        self.taken += 1
+        return waiter.got
+
+    def _leave_queue(self, queue: deque[_Waiter], waiter: _Waiter) -> None:
+        if waiter.got is not None and not (queue and queue[0] is waiter):
+            return  # who served it took it out; to look for it would take longer the more there are
+        with self._lock:
+            if waiter in queue:
+                queue.remove(waiter)
+
+    def _free(self) -> int:
+        """Return how many are neither lent nor being opened; the caller must hold `_lock`."""
+        return self._slots.limit - self._nconns + len(self._pool)
+
+    def _serve(self, got: PooledConnection | Slot) -> bool:
+        """Hand something to the first in the queue, if any; the caller must hold `_lock`.
+
+        In this order, and without a Python call between the handing over and the waking, which is where
+        an interruption could come in: afterwards it leaves one that is served at the head, for the next
+        to take out, and no one who is forgotten.
+        """
+        waiting = self._queue
+        # What is handed over counts as lent: it goes to a normal one where the reserved share is left free.
+        while queue := waiting.high or (
+            waiting.normal if not self._reserved or self._free() >= self._reserved else None
+        ):
+            waiter = queue[0]
+            served = waiter.got is None
+            if served:
+                got.lent = False
+                waiter.got = got
+            try:
+                waiter.wake.release()
+            except RuntimeError:
+                served = False  # roused before
+            queue.popleft()
+            if served:
+                return True
+        return False
+
+    def give(self, conn: PooledConnection) -> None:
+        with self._lock:
+            if not self._closed:
+                queue = self._queue
+                if not (queue.high or queue.normal) or not self._serve(conn):
+                    conn.lent = False  # in one breath with the next: nothing can interrupt between
+                    self._pool.append(conn)
+                return
+        self._close_connection(conn)
+
+    def _slot_freed(self) -> None:
+        with self._lock:
+            # Only where it is taken: one that is not would come back here at once.
+            wanted = self._queue.high or (
+                self._queue.normal and (not self._reserved or self._free() > self._reserved)
+            )
+            if wanted and not self._closed and not self._full and (slot := self._slots.new()):
+                self._serve(slot)
+
+    def free(self, slot: Slot) -> None:
+        self._slots.free(slot)
+
+    def claim(self) -> Slot | None:
+        if not self._opened:
+            self.open()
+        with self._lock:
+            return None if self._closed else self._slots.new()
+
+    def hold_back(self, pause: float) -> bool:
+        if not self._workers:
+            return False
+        with self._lock:
+            looking, self._full = self._full, True
+        if not looking:
+            self.run_task(Schedule(self, _Room(self), pause))
+        return True
+
+    def seek_room(self) -> None:
+        """Open connections in a worker for requests that wait, one by one, until the servers are full."""
+        while self.waiting and (slot := self.claim()):
+            try:
+                conn = self._dial(slot)
+            except ServerFullError as error:
+                self.run_task(Schedule(self, _Room(self), error.pause))
+                return
+            except Error:  # those who wait find out by themselves
+                break
+            self.give(conn)
+        self._full = False
+        for _ in range(self.waiting):
+            self._slot_freed()
+
+    def refill(self) -> None:
+        self.missing = False
+        if not self._opened or self._closed or not self._workers:
+            return
+        with self._lock:
+            while self.size < self._min_size and (slot := self._slots.new()):
+                self.run_task(_Open(self, slot))
+
+    def open_in(self, slot: Slot) -> bool:
+        """Open a connection in a worker; return whether that worked."""
+        try:
+            conn = self._dial(slot)
+        except Error:  # the endpoint has noted why; a request that needs a connection tries by itself
+            with self._lock:
+                retrying, self._retrying = self._retrying, True
+            if not retrying:
+                self.run_task(Schedule(self, _Retry(self), RETRY_AFTER))
+            return False
+        self.give(conn)
+        return True
+
+    def retry(self) -> None:
+        """Open one connection of those that are missing in a worker, and if that worked, the others."""
+        self._retrying = False
+        if self.size < self._min_size and (slot := self.claim()) and self.open_in(slot):
+            self.refill()
+
+    def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
+        with self._lock:
+            return _remove(self._pool, unwanted)
+
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        with self._lock:
+            self._min_size, self._max_size, self._slots.limit = min_size, max_size, max_size
+            self._shrinks, self.max_idle = max_idle > 0, max_idle or LOOK_AFTER
+            self.max_waiting, self._reserved = max_waiting, reserved
+            while self._pool and self.waiting:  # for one that is no longer reserved
+                conn = self._pool.popleft()
+                if not self._serve(conn):
+                    self._pool.appendleft(conn)
+                    break
+                self._nconns_min = min(self._nconns_min, len(self._pool))
+        for _ in range(self.waiting):
+            self._slot_freed()
+
+    def mine(self) -> bool:
+        return True
+
+    def _close_connection(self, conn: PooledConnection) -> None:
+        self._drop(conn, "closed" if self._closed else "idle")
+
+    def close(self, timeout: float = 5.0) -> None:
+        if self._opened:
+            super().close(timeout)
+        else:
+            self._opened = True  # `take` then finds it closed
+
+    def abandon(self) -> None:
+        # Its lock may be held by a thread that the child does not have. Nothing of the pool runs there but
+        # what is called when a connection of a block is collected, with its slot.
+        self._lock = RLock()
+        self._closed = True
+
+    def __del__(self) -> None:
+        """Nothing: psycopg_pool's would wait for workers, at exit and in a forked child too."""
+
+
+class LockFreePool:
+    """A pool for one thread: a deque and its slots, no lock, no thread of its own."""
+
+    def __init__(
+        self, *, min_size: int, max_size: int, max_idle: float, drop: Drop, reserved: int = 0
+    ) -> None:
+        self._drop = drop
+        self._reserved = reserved
+        self._idle: deque[PooledConnection] = deque()
+        self._slots = _Slots(max_size, lambda: None)
+        self._min_size = min_size
+        self._max_idle = max_idle
+        self.taken = 0
+        self.missing = min_size > 0
+        self._owner = 0
+        self._closed = False
+        self._least_idle = 0
+        self._shrink_at = monotonic() + max_idle
+
+    @property
+    def size(self) -> int:
+        return len(self._slots.live())
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        return 0
+
+    def slots(self) -> list[Slot]:
+        return self._slots.live()
+
+    def lendable(self) -> list[PooledConnection]:
+        return list(self._idle)
+
+    def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
+        if self._closed:
+            raise NoConnection(NoConnection.CLOSED)
+        if self._owner != (me := get_ident()):
+            if sum(not slot.left for slot in self._slots.live()) > len(self._idle):
+                raise ThreadingModelError(
+                    "a lock-free group is used by two threads at once: its pool has no lock. "
+                    "Set `type: threaded`, or keep each process to one thread (gunicorn: threads = 1)"
+                )
+            self._owner = me
+        if self._reserved and not high and self._free() <= self._reserved:
+            raise NoConnection(NoConnection.EXHAUSTED)
+        if self._idle:
+            try:
+                conn = self._idle.popleft()
+            except IndexError:  # a signal handler has taken the last one out
+                return self.take(timeout, high)
+            self.taken += 1
+            if self._least_idle and len(self._idle) < self._least_idle:
+                self._least_idle = len(self._idle)
+            return conn
+        if slot := self._slots.new():
+            self.taken += 1
+            return slot
+        raise NoConnection(NoConnection.EXHAUSTED)  # only this thread could release one
+
+    def _free(self) -> int:
+        return self._slots.limit - self.size + len(self._idle)
+
+    def give(self, conn: PooledConnection) -> None:
+        if self._closed:
+            self._drop(conn, "closed")
+            return
+        conn.lent = False
+        self._idle.append(conn)
+        if self._max_idle and conn.used_at >= self._shrink_at:
+            self._shrink(conn.used_at)
+
+    def _shrink(self, now: float) -> None:
+        """Close one connection where more than needed were idle all through `max_idle`."""
+        if self._least_idle > 0 and self.size > self._min_size:
+            self._drop(self._idle.popleft(), "idle")
+        self._least_idle = len(self._idle)
+        self._shrink_at = now + self._max_idle
+
+    def free(self, slot: Slot) -> None:
+        self._slots.free(slot)
+
+    def claim(self) -> Slot | None:
+        slot = None if self._closed else self._slots.new()
+        self.missing = self.missing and slot is not None and self.size < self._min_size
+        return slot
+
+    def hold_back(self, pause: float) -> bool:
+        return False
+
+    def refill(self) -> None:
+        """Ask for what is missing: there is no background, so a later checkout opens it."""
+        self.missing = not self._closed and self.size < self._min_size
+
+    def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
+        return _remove(self._idle, unwanted)
+
+    def adjust(
+        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
+    ) -> None:
+        self._min_size, self._slots.limit, self._reserved = min_size, max_size, reserved
+        self._max_idle, self._shrink_at = max_idle, monotonic() + max_idle
+
+    def mine(self) -> bool:
+        return self._owner in (0, get_ident())
+
+    def close(self, timeout: float = 0.0) -> None:
+        self._closed = True
+        while self._idle:
+            self._drop(self._idle.popleft(), "closed")
+
+    def abandon(self) -> None:
+        self._closed = True

@@ -1,0 +1,222 @@
+"""Changes while the process runs: `Connection.reload`, `resize`, `expire`, `add_endpoint`, `remove_endpoint`.
+
+Each makes a changed configuration out of the present one, which the pools then take over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from ..errors import ConfigError, UnconfiguredGroupError, UnknownEndpointError
+
+# What reads and checks a configuration is imported where it is needed, as for `init`.
+if TYPE_CHECKING:
+    from .._config.model import Config, GroupConfig
+    from .._lending.group import Group
+
+    class _Pools(Protocol):
+        config: Config
+        wanted: Config
+        changing: bool
+
+        def apply(self, config: Config) -> list[Group]: ...
+
+
+class Changes:
+    """The methods of `Connection` that change the configuration of the pools in use.
+
+    They wait for no server. Blocks that are open go on with what they have; a process that is forked later
+    has the changed configuration too. A change by a signal handler that interrupts another one takes effect
+    when that one has, and so after the handler.
+    """
+
+    if TYPE_CHECKING:
+        _lock: AbstractContextManager[Any]
+
+        @classmethod
+        def _current(cls) -> _Pools: ...
+
+        @classmethod
+        def group(cls, name: str) -> Group: ...
+
+    @classmethod
+    def reload(
+        cls, config: Mapping[str, Any] | str | os.PathLike[str] | IO[str] | IO[bytes] | None = None
+    ) -> None:
+        """Read a configuration as `init` does, and apply what has changed.
+
+        Connections of servers and groups that have not changed are kept, and so are they where a server's
+        `weight`, `connect_timeout`, `pass` or `pass_file` is another one. The others are replaced: idle ones
+        now, those in use as their blocks end.
+
+        :raises ConfigError: everything that is wrong with the configuration, or another `type`
+            or `runtime_dir`; nothing was changed.
+        :raises NotInitializedError: `init` was not called.
+        """
+        from .._config.load import load
+
+        loaded = load(config)
+        cls._change(loaded)
+
+    @classmethod
+    def resize(cls, group: str, connection_count: int | None = None, min_size: int | None = None) -> None:
+        """Change the size of a group: who waits gets more at once, what is too much ends with its block.
+
+        :param connection_count: the most connections, or None for as many as now.
+        :param min_size: the connections that are kept open; None leaves it, within `connection_count`, and
+            lets it follow where it was as many.
+        :raises ConfigError: the sizes do not fit together; nothing was changed.
+        :raises UnconfiguredGroupError: there is no such group.
+        """
+        from .._config.check_groups import check_sizes
+        from .._config.declarations import Refused, step
+        from .._config.model import GROUP_KEYS
+        from .._config.report import Report
+
+        with cls._lock:
+            config = cls._present()
+            old = _group(config, group)
+            report, path = Report(), f"groups{step(group)}"
+            sizes = {"connection_count": connection_count, "min_size": min_size}
+            fields: dict[str, Any] = {"reserved": old.reserved}
+            for name, value in sizes.items():
+                try:
+                    fields[name] = (
+                        getattr(old, name) if value is None else GROUP_KEYS[name].key.kind.read(value)
+                    )
+                except Refused as error:
+                    report.refused(f"{path}.{name}", error)
+            report.check("resize")
+            if min_size is None:
+                count = fields["connection_count"]
+                fields["min_size"] = (
+                    count if old.min_size == old.connection_count else min(old.min_size, count)
+                )
+            check_sizes(fields, path, report)
+            report.check("resize")
+            cls._change(_with_groups(config, {group: replace(old, **fields)}))
+
+    @classmethod
+    def expire(cls, group: str) -> None:
+        """Replace all connections that a group has now: idle ones at once, those in use as their blocks end.
+
+        :raises UnconfiguredGroupError: there is no such group.
+        """
+        cls.group(group).expire()
+
+    @classmethod
+    def add_endpoint(cls, server: Mapping[str, Any], groups: Iterable[str] | None = None) -> str:
+        """Add a server, and return its label; groups even out over it as connections come back.
+
+        :param server: its keys, as in an entry of `db`.
+        :param groups: the groups that use it; None for those that use all servers now.
+        :raises ConfigError: something is wrong with it; nothing was changed.
+        :raises UnconfiguredGroupError: there is no such group.
+        """
+        from .._config.check_endpoints import check_servers
+        from .._config.check_groups import check_pooler
+        from .._config.declarations import show, step
+        from .._config.model import EndpointConfig
+        from .._config.report import Report
+
+        with cls._lock:
+            config = cls._present()
+            report = Report()
+            fields = check_servers({"db": [server]}, report)[0]
+            labels = {endpoint.label for endpoint in config.endpoints}
+            label = fields.get("label")
+            if label in labels:
+                report.add("db[0].label", f"label {show(label)} is that of another server; give it its own")
+            report.check("add_endpoint")
+            if "connect_timeout" not in server:
+                fields["connect_timeout"] = EndpointConfig.__dataclass_fields__["connect_timeout"].default
+            names = [n for n, g in config.groups.items() if set(g.endpoints) == labels]
+            changed = {}
+            for name in names if groups is None else groups:
+                old = _group(config, name)
+                group: dict[str, Any] = {
+                    "endpoints": (*old.endpoints, label),
+                    "sqlprepare": old.sqlprepare,
+                }
+                # As where it is read with the rest: a pooler changes the default of prepare_threshold.
+                check_pooler(group, [fields], f"groups{step(name)}", report)
+                changed[name] = replace(old, **group)
+            report.check("add_endpoint")
+            endpoint = EndpointConfig(**fields)
+            cls._change(_with_groups(replace(config, endpoints=(*config.endpoints, endpoint)), changed))
+        return endpoint.label
+
+    @classmethod
+    def remove_endpoint(cls, label: str) -> None:
+        """Remove a server: its idle connections are closed at once, those in use as their blocks end.
+
+        :raises UnknownEndpointError: there is none of that label; names those that there are.
+        :raises ConfigError: a group would have no server left; nothing was changed.
+        """
+        from .._config.declarations import show
+
+        with cls._lock:
+            config = cls._present()
+            rest = tuple(endpoint for endpoint in config.endpoints if endpoint.label != label)
+            if len(rest) == len(config.endpoints):
+                known = ", ".join(repr(endpoint.label) for endpoint in rest)
+                raise UnknownEndpointError(
+                    f"no endpoint {show(label)} is configured; the endpoints are {known}"
+                )
+            changed = {}
+            for name, group in config.groups.items():
+                if left := tuple(other for other in group.endpoints if other != label):
+                    changed[name] = replace(group, endpoints=left)
+                else:
+                    raise ConfigError(
+                        f"{label!r} cannot be removed: it is the only server of group {name!r}; add another "
+                        "one first, or reload a configuration without that group"
+                    )
+            cls._change(_with_groups(replace(config, endpoints=rest), changed))
+
+    @classmethod
+    def _present(cls) -> Config:
+        """Return the configuration to change: the one that is coming where this interrupts a change."""
+        pools = cls._current()
+        return pools.wanted if pools.changing else pools.config
+
+    @classmethod
+    def _change(cls, config: Config) -> None:
+        with cls._lock:
+            pools = cls._current()
+            for key in ("type", "runtime_dir"):
+                was, is_now = getattr(pools.config, key), getattr(config, key)
+                if was != is_now:
+                    raise ConfigError(
+                        f"{key}: cannot change from {was} to {is_now} while the process runs; "
+                        "call Connection.init instead"
+                    )
+            removed: list[Group] = []
+            pools.wanted = config
+            # A signal handler that comes here while `changing` is set leaves its change to this loop; before
+            # and after that it makes it itself, and the loop finds nothing left to do, or does it again.
+            while not pools.changing and pools.wanted is not pools.config:
+                pools.changing = True
+                try:
+                    removed += pools.apply(pools.wanted)
+                finally:
+                    pools.changing = False
+        for group in removed:
+            group.close(1.0)
+
+
+def _group(config: Config, name: str) -> GroupConfig:
+    try:
+        return config.groups[name]
+    except (KeyError, TypeError):
+        known = ", ".join(map(repr, config.groups))
+        raise UnconfiguredGroupError(f"no group {name!r} is configured; the groups are {known}") from None
+
+
+def _with_groups(config: Config, changed: Mapping[str, GroupConfig]) -> Config:
+    return replace(config, groups=MappingProxyType({**config.groups, **changed}))

@@ -1,0 +1,114 @@
+"""What a signal does in a plain process: the blocks that run end, then the pools, then what it did before."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import Any, Protocol
+
+from ..errors import ThreadingModelError
+
+
+class Leaving(Protocol):
+    """The pools of a process, as far as a signal goes."""
+
+    def refuse(self, number: int) -> None:
+        """Let no new block begin since that signal came; called in its handler, so it waits for nothing."""
+
+    def finish(self, timeout: float, hurry: Callable[[], bool], main: int) -> None:
+        """Wait for the blocks that run, then close; what is left are connections of the thread `main`."""
+
+    def holds(self, thread: int) -> bool:
+        """Tell whether the thread has a block open."""
+
+    def end(self) -> None:
+        """Close what is left."""
+
+
+class SignalHandlers:
+    """Ends the pools at the first of the signals, and then does what the signal did before.
+
+    A signal handler runs in the main thread between any two instructions of it: it may be in a block, and
+    hold any lock. So it must not wait. A thread does, and sends the signal again when it is done.
+    """
+
+    def __init__(self, pools: Leaving, timeout: float) -> None:
+        self._pools = pools
+        self._timeout = timeout
+        self._earlier: dict[int, Any] = {}
+        self.forked()
+
+    def forked(self) -> None:
+        """Begin anew, in a child: the thread of its parent is none of its own."""
+        self._begun = self._hurry = self._done = self._over = False
+        self._main = _thread.get_ident()
+
+    def install(self, signals: Iterable[int]) -> None:
+        """Take the signals over.
+
+        :raises ThreadingModelError: this is not the main thread, or something else than Python handles one.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise ThreadingModelError(
+                "install_signal_handlers works in the main thread only, as signal.signal does: call it there"
+            )
+        numbers = [signal.Signals(number) for number in signals]
+        for number in numbers:
+            if signal.getsignal(number) is None:
+                raise ThreadingModelError(
+                    f"{number.name} is handled by the program that runs Python in it: "
+                    "call Connection.close() from what it offers for its end"
+                )
+        for number in numbers:
+            self._earlier[number] = signal.signal(number, self._on_signal)
+
+    def uninstall(self) -> None:
+        """Put the earlier handlers back, where nobody has replaced ours; in the main thread."""
+        for number, earlier in self._earlier.items():
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, earlier)
+
+    def wait(self) -> None:
+        """Before the main thread is refused a block, let the earlier handler speak: it may end the program.
+
+        Otherwise one that asks for its next block at this moment would end with the refusal.
+        """
+        me = _thread.get_ident()
+        if not self._begun or me != self._main or self._pools.holds(me):
+            return
+        deadline = monotonic() + self._timeout + 2.0
+        while not self._over and monotonic() < deadline:
+            time.sleep(0.005)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._done:
+            self._hand_over(number, frame)
+        elif self._begun:
+            self._hurry = True  # asked twice
+        else:
+            self._begun, self._main = True, _thread.get_ident()
+            self._pools.refuse(number)
+            # Not threading.Thread, whose start() waits: under gevent this may be its hub.
+            _thread.start_new_thread(self._finish, (number,))
+
+    def _finish(self, number: int) -> None:
+        try:
+            self._pools.finish(self._timeout, lambda: self._hurry, self._main)
+        finally:
+            self._done = True
+            os.kill(os.getpid(), number)
+
+    def _hand_over(self, number: int, frame: Any) -> None:
+        self.uninstall()
+        self._over = True
+        earlier = self._earlier[number]
+        if callable(earlier):
+            earlier(number, frame)
+        elif earlier == signal.SIG_DFL:
+            self._pools.end()  # the main thread's own block, which dies here
+            os.kill(os.getpid(), number)

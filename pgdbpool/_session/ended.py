@@ -1,0 +1,98 @@
+"""What is left of a connection in the hands of a block that has ended.
+
+The session goes on to the next block in another object: `succeed` makes that one, and leaves the old object
+without the session. So a reference that a block has kept, also through a cursor, a transaction, a pipeline or
+a COPY, reaches no later block. It is done at the block's end, for connections that were handed out: no other
+block pays for it. What is kept of libpq itself (`connection.pgconn`) is not guarded.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from threading import Lock, RLock
+from typing import Any, NoReturn
+from weakref import ref
+
+import psycopg
+from psycopg import pq
+
+from .. import errors
+from .connection import OUTSIDE, PooledConnection
+
+_NOBODYS = pq.PGconn.connect_start(b"=")  # refused by libpq's parser: it never had a socket
+_NOBODYS.finish()
+
+
+class Ended:
+    """The methods of a connection that has gone on to another block: all that had an effect refuse."""
+
+    __slots__ = ()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise errors.BlockClosedError(OUTSIDE)
+
+    # psycopg's objects come through `wait`, those of the pool through `exchange` and `receive`.
+    wait = exchange = receive = hand_out = _refuse
+    cursor = execute = pipeline = transaction = notifies = __enter__ = _refuse
+    commit = rollback = close = cancel = cancel_safe = _try_cancel = _refuse
+    _set_autocommit = _set_isolation_level = _set_read_only = _set_deferrable = _refuse
+    set_autocommit = set_isolation_level = set_read_only = set_deferrable = _refuse
+    tpc_begin = tpc_prepare = tpc_commit = tpc_rollback = tpc_recover = _refuse
+    add_notice_handler = remove_notice_handler = add_notify_handler = remove_notify_handler = _refuse
+
+    def retire(self) -> None:
+        """Do nothing: the socket and the slot are another object's."""
+
+
+class _Kind:
+    """What has to be known of a class of connections."""
+
+    def __init__(self, cls: type[PooledConnection]) -> None:
+        names = [name for kind in cls.__mro__ for name in getattr(kind, "__slots__", ())]
+        self.slots = tuple(name for name in names if name not in ("__weakref__", "__dict__"))
+        """The attributes that are not in the instance's dictionary."""
+        body = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        self.ended: type[PooledConnection] = type(cls.__name__, (Ended, cls), body)
+        """The class that an object has after its end: still an instance of its own."""
+
+
+_kinds: dict[type[PooledConnection], _Kind] = {}
+
+
+def _kind(cls: type[PooledConnection]) -> _Kind:
+    return _kinds.get(cls) or _kinds.setdefault(cls, _Kind(cls))
+
+
+def end(conn: PooledConnection) -> None:
+    """Take everything out of a connection, whose session is another object's or closed."""
+    conn.__class__ = _kind(type(conn)).ended
+    psycopg.Connection.__init__(conn, _NOBODYS)
+    conn.block = conn.slot = None
+    conn.lent, conn._closed = False, True
+
+
+def succeed(conn: PooledConnection) -> PooledConnection | None:
+    """Return the connection that has the session from now on; to be called when no block has it.
+
+    :returns: None if another thread is just using the old one: it is as it was.
+    """
+    cls = type(conn)
+    heir = cls.__new__(cls)
+    lock = conn.turn
+    if not lock.acquire(blocking=False):
+        return None
+    try:
+        heir.__dict__ = {**conn.__dict__}  # not `update`: see `settle`
+        for name in _kind(cls).slots:
+            if hasattr(conn, name):
+                setattr(heir, name, getattr(conn, name))
+        heir.turn, heir.step, heir.replacing, heir.handed_out = Lock(), None, RLock(), False
+        for listener in ("notice_handler", "notify_handler"):
+            handler = getattr(heir.pgconn, listener)
+            setattr(heir.pgconn, listener, partial(handler.func, ref(heir)))
+        if heir.slot is not None:
+            heir.slot.conn = ref(heir)
+        end(conn)
+    finally:
+        lock.release()  # a thread that waits for it finds the connection ended
+    return heir

@@ -1,0 +1,69 @@
+"""Connections of groups with `slow_query`: they time what they send, which costs the others nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .block import IDLE, NOTHING, Command
+from .connection import PooledConnection, own_names
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
+
+class TimedConnection(PooledConnection):
+    """A connection that tells its group of each statement, COMMIT and ROLLBACK that takes long."""
+
+    slow_after: float = float("inf")
+    """Seconds."""
+    on_slow: Callable[[PooledConnection, Any, float], None]
+    """Is called with the connection, the statement and its seconds."""
+
+    def receive(self) -> list[PGresult]:
+        """Wait, as any connection, for the answer to a statement that was sent alone."""
+        with self._timed(getattr(self.block, "statement", None)):
+            return super().receive()
+
+    def exchange(
+        self,
+        commands: Sequence[Command],
+        send: Callable[[], None] | None = None,
+        after: Sequence[Command] = NOTHING,
+        many: int = 1,
+    ) -> list[list[PGresult]]:
+        """Send and wait; a statement is timed with the preamble that it rides with."""
+        if send is None:
+            return super().exchange(commands, send, after, many)
+        with self._timed(getattr(self.block, "statement", None)):
+            return super().exchange(commands, send, after, many)
+
+    def commit(self) -> None:
+        """Commit the open transaction, if any."""
+        if self.pgconn.transaction_status == IDLE:
+            super().commit()
+            return
+        with self._timed("COMMIT"):
+            super().commit()
+
+    def rollback(self) -> None:
+        """Roll the open transaction back, if any."""
+        if self.pgconn.transaction_status == IDLE:
+            super().rollback()
+            return
+        with self._timed("ROLLBACK"):
+            super().rollback()
+
+    @contextmanager
+    def _timed(self, statement: Any) -> Iterator[None]:
+        began = monotonic()
+        try:
+            yield
+        finally:
+            if (seconds := monotonic() - began) >= self.slow_after:
+                self.on_slow(self, statement, seconds)
+
+
+own_names.update(TimedConnection.__annotations__)

@@ -1,0 +1,312 @@
+"""What can be told from a statement's text: how many it holds, what it may do to the session.
+
+It reads a text as PostgreSQL's lexer does, so the number of statements is exact: with
+`standard_conforming_strings` on, and by `shape_with_escapes` where that is off. It does not parse them: in
+doubt it says "alone" or "touches", which costs a round trip or a cleaning and is never wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import psycopg
+from psycopg.sql import Composable
+
+from ..errors import as_query_error
+
+# As PostgreSQL's lexer reads them. A constant that goes on in a later line is one; a constant with a doubled
+# quote reads as two here, which covers the same text. What has no end takes the rest, so that no text is read
+# twice: PostgreSQL refuses it.
+# https://www.postgresql.org/docs/current/sql-syntax-lexical.html
+_OPAQUE = re.compile(
+    r"""  (?<![\w$\x80-\U0010ffff])[eE]           # a string with backslash escapes, in all of its lines
+          '[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)
+          (?: [ \t\f\v]* (?:--[^\n\r]*)? [\n\r] [ \t\n\r\f\v]* (?:--[^\n\r]*[\n\r][ \t\n\r\f\v]*)*
+              '[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)
+            | '[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z) )*
+        | '[^']*(?:'|\Z)                      # a string, or a part of one
+        | "[^"]*(?:"|\Z)                      # a quoted name, or a part of one
+        | (?<![\w$\x80-\U0010ffff])\$((?:[A-Za-z_\x80-\U0010ffff][\w\x80-\U0010ffff]*)?)\$
+          (?:.*?\$\1\$|.*)                      # a dollar-quoted string
+        | --[^\n\r]*                            # a comment
+        | (?P<comment>/\*)                      # the beginning of one that may hold others
+    """,
+    re.VERBOSE | re.DOTALL | re.ASCII,
+)
+# With standard_conforming_strings off, a plain string has backslash escapes too.
+_OPAQUE_ESCAPING = re.compile(
+    _OPAQUE.pattern.replace("(?<![\\w$\\x80-\\U0010ffff])[eE] ", "", 1), re.VERBOSE | re.DOTALL | re.ASCII
+)
+_COMMENT_MARK = re.compile(r"/\*|\*/")
+
+# First words, in upper case.
+_ALONE = {"COPY", "CALL", "DO"}
+_UTILITY = {
+    "VACUUM",
+    "CREATE",
+    "DROP",
+    "ALTER",
+    "REINDEX",
+    "CLUSTER",
+    "CALL",
+    "DO",
+    "DISCARD",
+    "ANALYZE",
+    "COPY",
+}
+_ENDS = {"COMMIT", "END", "ROLLBACK", "ABORT"}
+_BEGINS = {"BEGIN", "START"}
+# The body of a function in SQL holds statements, with END after the last one; see `statements_of`.
+_ATOMIC = re.compile(
+    r"\s*CREATE\s+(?:OR\s+REPLACE\s+)?(?:FUNCTION|PROCEDURE)\b.*?\bBEGIN\s+ATOMIC\b(?!\s+END\b)",
+    re.I | re.DOTALL,
+)
+_END = re.compile(r"\s*END\b", re.I)
+_PARENTHESIS = re.compile(r"[()]")
+_TOUCHES = {
+    "SET",
+    "RESET",
+    "DISCARD",
+    "LISTEN",
+    "PREPARE",
+    "DEALLOCATE",
+    "DECLARE",
+    "DO",
+    "CALL",
+    "EXECUTE",
+    "LOAD",
+}
+_READS = {"SELECT", "SHOW", "TABLE", "VALUES", "FETCH"}
+_MAY_READ = {"WITH", "EXPLAIN"}
+_WRITES = re.compile(r"\b(?:insert|update|delete|merge|analyze)\b", re.I)
+_LOCAL = {"LOCAL", "TRANSACTION", "CONSTRAINTS"}
+# Anywhere in the text, so that it is also found in a quoted name, a CTE or an EXPLAIN ANALYZE.
+# set_limit: pg_trgm. The last ones leave what no statement removes: see _TAINTS.
+_REACHES = re.compile(
+    r"set_config|pg_settings|advisory|\btemp\b|\btemporary\b|pg_temp|\bset_limit\b|\bwith\s+hold\b"
+    r"|dblink_connect|\bsetseed\b|replication_origin_(?:session|xact)_setup"
+    r"|(?:create|copy)_(?:logical|physical)_replication_slot|\bisn_weak\b|\bsepgsql_setcon\b",
+    re.I,
+)
+# One of these is in each of them; to look for these takes a twentieth of the time.
+_HINTS = (
+    "set_config", "pg_settings", "advisory", "temp", "set_limit", "hold", "dblink_connect", "setseed",
+    "replication", "isn_weak", "sepgsql_setcon",
+)  # fmt: skip
+_PIECE, _OVERLAP = 65_536, 1_000
+# A library, connections elsewhere, the state of random() (which RESET ALL leaves), the origin of what is
+# replicated, a temporary slot, a mode of contrib/isn, a label.
+_TAINTS = re.compile(
+    r"\bload\b|dblink_connect|\bsetseed\b|\bseed\b|replication_origin_(?:session|xact)_setup"
+    r"|_replication_slot|\bisn_weak\b|\bsepgsql_setcon\b",
+    re.I,
+)
+_PREPARES = re.compile(r"\bprepare\b", re.I)
+_TIMEOUT = re.compile(r"statement_timeout", re.I)
+# In whose text a setting's name may be a string or quoted.
+_NAMES = {"SET", "RESET", "DO", "CALL", "EXECUTE"}
+_QUOTES = re.compile(r"set_config|pg_settings", re.I)
+
+
+@dataclass(frozen=True, slots=True)  # slots are read faster than a tuple's names
+class Shape:
+    """What a statement's text says about it."""
+
+    number: int
+    """Statements in the text: the extended protocol, and so a pipeline, takes one."""
+    alone: bool
+    """It cannot share a pipeline (COPY), or must not (CALL and DO may commit inside)."""
+    utility: bool
+    """It may be one that PostgreSQL refuses inside a transaction."""
+    ends: bool
+    """It ends a transaction."""
+    commits: bool
+    """It asks for a commit."""
+    controls: bool
+    """It begins or ends a transaction."""
+    touches: bool
+    """It may leave something behind in the session."""
+    prepares: bool
+    """It may leave a prepared statement behind."""
+    taints: bool
+    """It may leave something behind that no statement removes."""
+    timeout: bool
+    """It may change how long a statement may take."""
+    allows: str
+    """How long, in PostgreSQL's words, where the text says so."""
+    changes: bool
+    """It may take effect: it is not one that only reads, as far as its words tell."""
+    sets: bool
+    """It is a SET: that takes no time, and SET TRANSACTION comes before any query of its transaction."""
+    escapes: bool
+    """It may be read otherwise where `standard_conforming_strings` is off."""
+    special: bool
+    """The session has to know of it before it is sent: what touches, sets a timeout, or may have escapes."""
+
+
+@lru_cache(maxsize=2048)
+def _known(text: str) -> Shape:
+    return _analyse(text)
+
+
+def _analyse(text: str, escaping: bool = False) -> Shape:
+    if "\0" in text:  # psycopg would send what stands before it
+        raise as_query_error(
+            psycopg.ProgrammingError("the statement's text contains a NUL: nothing was sent")
+        )
+    code = code_of(text, escaping)
+    heads = [head for part in statements_of(code) if (head := _first_words(part))]
+    words = [head[0].upper() for head in heads]
+    touches = _reaches(text) or any(
+        word in _TOUCHES and not (word == "SET" and len(head) > 1 and head[1].upper() in _LOCAL)
+        for word, head in zip(words, heads, strict=True)
+    )
+    timeout = False
+    if touches or "SET" in words:
+        quoted = not _NAMES.isdisjoint(words) or _QUOTES.search(text) is not None
+        timeout = _TIMEOUT.search(text if quoted else code) is not None
+    escapes = not escaping and "\\" in text and "'" in text
+    return Shape(
+        number=max(1, len(words)),
+        alone=any(word in _ALONE for word in words),
+        utility=any(word in _UTILITY for word in words),
+        ends=any(word in _ENDS for word in words),
+        commits=any(word in ("COMMIT", "END") for word in words),
+        controls=any(word in _ENDS or word in _BEGINS for word in words),
+        touches=touches,
+        prepares=touches and _PREPARES.search(text) is not None,
+        taints=touches and _TAINTS.search(text) is not None,
+        timeout=timeout,  # SET LOCAL too, which leaves nothing behind
+        allows=_allows(text) if timeout and words == ["SET"] else "",
+        changes=_changes(words, code),
+        sets=words == ["SET"],
+        escapes=escapes,
+        special=touches or timeout or escapes,
+    )
+
+
+def _changes(words: list[str], code: str) -> bool:
+    """Return whether one of the statements is more than a reading one."""
+    others = {word for word in words if word not in _READS}
+    return bool(others) and (not others <= _MAY_READ or _WRITES.search(code) is not None)
+
+
+def code_of(text: str, escaping: bool = False, name: str = " ") -> str:
+    """Return the text with a blank in place of each comment and string, and `name` for each quoted name."""
+    opaque = _OPAQUE_ESCAPING if escaping else _OPAQUE
+    if "/*" not in text and name == " ":
+        return opaque.sub(" ", text)
+    parts: list[str] = []
+    at = 0
+    while found := opaque.search(text, at):
+        parts += text[at : found.start()], name if found[0][0] == '"' else " "
+        at = found.end() if found["comment"] is None else _end_of_comment(text, found.end())
+    return "".join((*parts, text[at:]))
+
+
+def _end_of_comment(text: str, at: int) -> int:
+    """Return where a comment ends that began before `at`, with those inside of it."""
+    depth = 1
+    for mark in _COMMENT_MARK.finditer(text, at):
+        depth += 1 if mark[0] == "/*" else -1
+        if not depth:
+            return mark.end()
+    return len(text)
+
+
+def statements_of(code: str) -> list[str]:
+    """Split code at the semicolons between statements.
+
+    Not at those in parentheses (the actions of a rule), nor in the body of a function, where an END that
+    follows a semicolon is the body's.
+    """
+    if ";" not in code:
+        return [code]
+    statements: list[str] = []
+    pending, opened, depth = [], 0, 0
+    for part in code.split(";"):
+        pending.append(part)
+        opened += part.count("(") - part.count(")")
+        if opened > 0:
+            continue
+        statement = pending[0] if len(pending) == 1 else ";".join(pending)
+        pending, opened = [], 0
+        if not depth:
+            statements.append(statement)
+        if depth and _END.match(statement):
+            depth -= 1
+        elif "ATOMIC" in statement.upper() and _ATOMIC.match(_outside_parentheses(statement)):
+            depth += 1
+    return [*statements, ";".join(pending)] if pending else statements
+
+
+def _first_words(code: str) -> list[str]:
+    """Return the first word of a statement and what comes next; nothing if it is empty."""
+    return code.lstrip(" \t\r\n\f\v(")[:200].replace("(", " ").split(None, 2)[:2]
+
+
+def _outside_parentheses(code: str) -> str:
+    parts, at, depth = [], 0, 0
+    for mark in _PARENTHESIS.finditer(code):
+        if not depth:
+            parts.append(code[at : mark.start()])
+        depth += 1 if mark[0] == "(" else -1
+        at = mark.end()
+    return " ".join((*parts, code[at:]))
+
+
+def _reaches(text: str) -> bool:
+    """Tell whether the text has a word that may leave something in the session: also if that is in its data.
+
+    A long text is looked through in pieces, since no other thread goes on during a search.
+    """
+    small = text.lower()
+    if not any(hint in small for hint in _HINTS):
+        return False
+    starts = range(0, len(text), _PIECE)
+    return any(_REACHES.search(text, start, start + _PIECE + _OVERLAP) for start in starts)
+
+
+def _allows(text: str) -> str:
+    """Return the value in a SET of statement_timeout; empty where it is none."""
+    parts = [part for part in text.replace("=", " = ").split() if part.upper() not in ("LOCAL", "SESSION")]
+    if len(parts) > 3 and parts[1].lower() == "statement_timeout" and parts[2].upper() in ("=", "TO"):
+        return "".join(parts[3:]).strip("';")
+    return ""
+
+
+UNKNOWN = Shape(
+    number=1, alone=False, utility=False, ends=False, commits=False, controls=False,
+    touches=True, prepares=False, taints=False, timeout=False, allows="", changes=True, sets=False,
+    escapes=False, special=True,
+)  # fmt: skip
+"""Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
+
+
+def shape(query: Any, conn: psycopg.Connection[Any]) -> Shape:
+    """Return what the text of a statement says; remembered, since programs repeat themselves."""
+    if not isinstance(query, str):  # first, since that is what it mostly is
+        text = text_of(query, conn)
+        if text is None:
+            return UNKNOWN
+        query = text
+    # A long text holds its data, so it is not likely to come again, nor worth its memory.
+    return _known(query) if len(query) <= 4096 else _analyse(query)
+
+
+def shape_with_escapes(query: Any, conn: psycopg.Connection[Any]) -> Shape:
+    """Return what the text of a statement says where `standard_conforming_strings` is off."""
+    text = text_of(query, conn)
+    return UNKNOWN if text is None else _analyse(text, escaping=True)
+
+
+def text_of(query: Any, conn: psycopg.Connection[Any]) -> str | None:
+    """Return the text of a statement; None of a template string."""
+    if isinstance(query, Composable):
+        return query.as_string(conn)
+    if isinstance(query, bytes):
+        return query.decode("utf-8", "replace")
+    return query if isinstance(query, str) else None

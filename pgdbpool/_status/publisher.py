@@ -1,0 +1,295 @@
+"""What a process tells of its pools, about once a second, and what it is told: see `runtime.py`.
+
+In threaded mode the one background thread steps it. In lock-free mode a checkout looks for commands and a
+checkin publishes, each at most once a second.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .._request.correlation import without_values
+from .._util import log_events as events
+from ..errors import RuntimeDirError
+from ..stats import Status
+from .runtime_dir import PublishedFile, RuntimeDir
+
+if TYPE_CHECKING:
+    from .._lending.group import Group
+    from .._servers.endpoint import Endpoint
+    from .._session.connection import PooledConnection
+
+EVERY = 1.0
+"""Seconds between two snapshots."""
+
+SOON = 0.1
+"""Seconds to the next snapshot after an endpoint went down or came up."""
+
+RETRY_AFTER = 10.0
+"""Seconds after which a directory that could not be used is tried again."""
+
+STEP, STEPS = 5, 60
+"""Of the history: seconds that a step of it takes, and how many are kept."""
+
+EVENTS = 50
+"""Events that are kept."""
+
+COUNTERS = (
+    "checkouts", "timeouts", "opened", "discarded", "waits", "retries", "failovers", "rate_limited", "leaks",
+    "overdue", "slow_blocks", "slow_statements", "not_replicated", "wait", "use", "connect",
+)  # fmt: skip
+"""What of a group's status only grows: processes that are gone still count there."""
+
+
+class Told(Protocol):
+    """The pools of a process, whose groups and endpoints may be others after a while."""
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """Those that there are now."""
+
+    @property
+    def endpoints(self) -> Mapping[str, Endpoint]:
+        """Those that there are now."""
+
+    @property
+    def parent(self) -> int | None:
+        """The process that this one was forked from, with the package loaded."""
+
+    def status(self) -> Status:
+        """Return a snapshot."""
+
+
+class Publisher:
+    """Publishes the status of the pools, and applies commands to their endpoints.
+
+    `_lock` keeps the last snapshot, which the end of the process writes, from another thread's; in
+    lock-free mode it does nothing.
+    """
+
+    def __init__(self, path: str, pools: Told, *, threaded: bool) -> None:
+        self._path = path
+        self._pools = pools
+        self._threaded = threaded
+        self._lock: AbstractContextManager[Any] = threading.RLock() if threaded else nullcontext()
+        self._room: RuntimeDir | None = None
+        self._file: PublishedFile | None = None
+        self._started = time.time()
+        self._due = 0.0
+        self._urgent = False
+        self._warned = False
+        self._mark: object = None
+        self._applied = 0
+        self._seen: dict[str, tuple[str, str | None, bool]] = {}
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self._history = History()
+        self.needed = False
+        """Whether the process publishes."""
+        self._closed = False
+
+    def begin(self) -> None:
+        """Publish from now on."""
+        self.needed = not self._closed
+        self._due = 0.0
+
+    def step(self) -> float:
+        """Do what is due now; return the seconds until there may be more to do."""
+        if not self.needed:
+            return EVERY
+        now = monotonic()
+        if self._room is not None:
+            self._obey(self._room)
+        if now >= self._due and (self._threaded or self._urgent):
+            self._publish()
+        return max(self._due - now, 0.01) if self._threaded else EVERY
+
+    def after(self, group: Group) -> Callable[[PooledConnection], None]:
+        """Return a group's checkin that publishes afterwards, where it is time: for lock-free mode."""
+
+        def publishing(conn: PooledConnection) -> None:
+            type(group).checkin(group, conn)
+            if monotonic() >= self._due:
+                self.begin()
+                self._publish()
+
+        return publishing
+
+    def hurry(self) -> None:
+        """An endpoint has changed: tell it soon."""
+        self._urgent = True
+        self._due = min(self._due, monotonic() + SOON)
+
+    def close(self) -> None:
+        """Publish for the last time, and leave the file to whoever sweeps it."""
+        with self._lock:
+            if self._file is not None:
+                self._publish()
+            self._lose()
+            self.needed, self._closed = False, True
+
+    def abandon(self) -> None:
+        """Forget the parent's file in a forked child: it is locked for as long as anybody has it open."""
+        self.needed, self._closed = False, True
+        self._lose()
+
+    # Telling.
+
+    def _publish(self) -> None:
+        self._due = monotonic() + EVERY
+        self._urgent = False
+        try:
+            with self._lock:
+                if not self.needed:
+                    return
+                snapshot = self._snapshot()
+                if self._room is None:
+                    self._room = RuntimeDir(self._path, create=True)
+                    self._room.snapshots()  # sweeps
+                    self._obey(self._room)
+                if self._file is None:
+                    self._file = self._room.publish(os.getpid(), snapshot)
+                elif not self._file.write(snapshot):
+                    self._lose()  # somebody has removed it: the next goes to another
+        except (OSError, RuntimeDirError) as error:
+            self._lose()
+            self._due = monotonic() + RETRY_AFTER
+            if not self._warned:
+                self._warned = True
+                events.PROCESS_UNPUBLISHED(
+                    "the status of this process is not published: %s", error, reason=str(error)
+                )
+
+    def _lose(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._room is not None:
+            self._room.close()
+        self._file = self._room = None
+
+    def _snapshot(self) -> dict[str, Any]:
+        now = time.time()
+        status = self._pools.status()
+        self._note_events(status, now)
+        self._history.add(status, now)
+        told, counts = split(status.to_dict())
+        for name, group in self._pools.groups.items():
+            if name in told["groups"]:
+                holders = group.long_holders()
+                told["groups"][name]["holders"] = [without_values(text) for text in holders]
+        return {
+            "time": now,
+            "started": self._started,
+            "parent": self._pools.parent,
+            "status": told,
+            "counts": counts,
+            "events": list(self._events),
+            "history": self._history.told(now),
+        }
+
+    def _note_events(self, status: Status, now: float) -> None:
+        """Compare the endpoints with what was last seen of them."""
+        for label, endpoint in status.endpoints.items():
+            state = "down" if endpoint.state == "probing" else endpoint.state
+            seen = self._seen.get(label)
+            self._seen[label] = (state, endpoint.role, endpoint.outdated)
+            before, role, outdated = seen or ("up", endpoint.role, endpoint.outdated)
+            if state != before:
+                kind = {"draining": "drain", "down": "down"}.get(state, "up")
+                text = {
+                    "drain": "is drained: no new blocks go there",
+                    "down": f"is down: {endpoint.last_error or 'no answer'}",
+                }.get(kind, "is in use again" if before == "draining" else "is up again")
+                self._note(now, kind, label, text)
+            if endpoint.role is not None and role is not None and endpoint.role != role:
+                self._note(now, "failover", label, f"was {role} and is now {endpoint.role}")
+            if endpoint.outdated and not outdated:
+                self._note(now, "failover", label, "was left behind by a promotion: no writes go there")
+
+    def _note(self, now: float, kind: str, label: str, text: str) -> None:
+        self._events.append({"time": now, "kind": kind, "endpoint": label, "text": text})
+
+    # Being told.
+
+    def _obey(self, room: RuntimeDir) -> None:
+        """Apply the commands that are new; a process that starts applies what still holds."""
+        try:
+            mark = room.commands_mark()
+            if mark == self._mark:
+                return
+            self._mark = mark
+            commands = room.commands()
+        except OSError:
+            return  # the next snapshot tells
+        applied = self._applied
+        for label, command in commands.items():
+            endpoint = self._pools.endpoints.get(label)
+            if endpoint is None or command["n"] <= applied:
+                continue
+            if command["drain"]:
+                endpoint.drain()
+            else:
+                endpoint.undrain()
+            self._applied = max(self._applied, command["n"])
+
+
+def split(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take what only grows out of a status; return the rest of it, and that by group."""
+    for endpoint in told["endpoints"].values():
+        del endpoint["use"], endpoint["connect"]  # sums of the groups'
+    groups: dict[str, dict[str, Any]] = told["groups"]
+    return told, {name: {key: group.pop(key) for key in COUNTERS} for name, group in groups.items()}
+
+
+class History:
+    """The last minutes in steps of some seconds, which begin at the same time in all processes."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, deque[list[int]]] = {}
+        self._counted: dict[str, tuple[int, int]] = {}
+        self._endpoints: dict[str, deque[list[int]]] = {}
+
+    def add(self, status: Status, now: float) -> None:
+        """Count what was done since the last time; of what is now, the most within the step stays."""
+        step = int(now // STEP)
+        for name, group in status.groups.items():
+            row = _row(self._groups, name, step, 5)
+            checkouts, timeouts = self._counted.get(name, (0, 0))
+            self._counted[name] = group.checkouts, group.timeouts
+            row[1] += group.checkouts - checkouts
+            row[2] = max(row[2], group.in_use)
+            row[3] = max(row[3], group.waiting)
+            row[4] += group.timeouts - timeouts
+        for label, endpoint in status.endpoints.items():
+            row = _row(self._endpoints, label, step, 2)
+            row[1] = max(row[1], endpoint.connections)
+
+    def told(self, now: float) -> dict[str, Any]:
+        """Return the first step, and rows that begin with theirs.
+
+        A group's row goes on with blocks, in use, waiting and time-outs, an endpoint's with connections.
+        """
+        oldest = int(now // STEP) - STEPS
+        steps = [rows[0][0] for rows in self._groups.values()]
+        return {
+            "first": max(min(steps, default=0), oldest + 1),
+            "groups": {name: _since(rows, oldest) for name, rows in self._groups.items()},
+            "endpoints": {label: _since(rows, oldest) for label, rows in self._endpoints.items()},
+        }
+
+
+def _row(table: dict[str, deque[list[int]]], name: str, step: int, width: int) -> list[int]:
+    rows = table.setdefault(name, deque(maxlen=STEPS))
+    if not rows or rows[-1][0] != step:
+        rows.append([step] + [0] * (width - 1))
+    return rows[-1]
+
+
+def _since(rows: Sequence[list[int]], oldest: int) -> list[list[int]]:
+    return [row for row in rows if row[0] > oldest]

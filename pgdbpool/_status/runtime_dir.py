@@ -1,0 +1,271 @@
+"""The directory in which the processes of one application tell each other how their pools are.
+
+A process has a file of its own there, and holds a lock on it for as long as it lives: a file that can be
+locked is one of a process that is gone, in whatever container that was. What it counted is added to the
+file of those who are gone before it is removed, so that sums never shrink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import stat
+import time
+import zlib
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+from ..errors import RuntimeDirError
+
+_NAME = re.compile(r"[0-9]+-[0-9a-f]{8}\.status")
+_HEADER = b"pgdbpool-1 %010d %08x\n"
+_HEADER_SIZE = len(_HEADER % (0, 0))
+_LIMIT = 16 << 20
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_TRIES = 20
+"""How often a file is read that is just being written."""
+
+
+class LockedError(RuntimeDirError):
+    """Another process keeps the lock of the `runtime_dir` for longer than what it is for can take."""
+
+
+class RuntimeDir:
+    """An open runtime directory, that of this user and of nobody else.
+
+    :param path: its absolute path.
+    :param create: make it where it is missing, readable for this user alone; what it is in must be there.
+    :raises RuntimeDirError: it is missing, is no directory, belongs to another user, or others may enter it.
+    """
+
+    def __init__(self, path: str, *, create: bool = False) -> None:
+        self.path = path
+        try:
+            if create:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _FLAGS)
+        except OSError as error:
+            raise RuntimeDirError(
+                f"runtime_dir {path!r} cannot be opened: {error.strerror}. It must be a directory, or one "
+                "that can be made, of the user that the application runs as"
+            ) from error
+        found = os.fstat(self._fd)
+        me = os.geteuid()
+        wrong = ""
+        if found.st_uid != me and me != 0:
+            wrong = f"it belongs to user {found.st_uid}, and this process runs as {me}: chown {me} {path}"
+        elif stat.S_IMODE(found.st_mode) & 0o077:
+            wrong = f"others may enter it (mode {stat.S_IMODE(found.st_mode):o}): chmod 700 {path}"
+        if wrong:
+            self.close()
+            raise RuntimeDirError(f"runtime_dir {path!r} is not used: {wrong}")
+        self._guest = found.st_uid != me  # root looks, and leaves everything as it is
+
+    def __enter__(self) -> RuntimeDir:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # What processes tell.
+
+    def publish(self, pid: int, snapshot: dict[str, Any]) -> PublishedFile:
+        """Begin this process's file with its first snapshot."""
+        name = f"{pid}-{secrets.token_hex(4)}.status"
+        file = PublishedFile(self._open(f".{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.write(snapshot)
+        # Only now may others see it: one that is neither locked nor whole would be that of a dead process.
+        os.rename(f".{name}", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+        return file
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """Return the last snapshot of each process that lives; sweep the files of those that do not."""
+        living, dead = [], []
+        for name in sorted(filter(_NAME.fullmatch, os.listdir(self._fd))):
+            with self._opened(name) as fd:
+                if fd is None:
+                    continue
+                if _abandoned(fd):
+                    dead.append(name)
+                elif (snapshot := _read(fd)) is not None:
+                    living.append(snapshot)
+        if dead and not self._guest:
+            with contextlib.suppress(LockedError):  # the next one will
+                self._sweep(dead)
+        return living
+
+    def gone(self) -> dict[str, Any]:
+        """Return what processes that are gone have counted: numbers in the shape of a snapshot's status."""
+        return self._json("gone.json")
+
+    def _sweep(self, names: list[str]) -> None:
+        with self._locked():
+            total = self.gone()
+            for name in names:
+                with self._opened(name) as fd:  # None where another process was faster
+                    if fd is not None and (snapshot := _read(fd)) is not None:
+                        add_counts(total, snapshot.get("counts", {}))
+            self._replace("gone.json", total)
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self._fd)
+
+    # What they are told.
+
+    def commands(self) -> dict[str, Any]:
+        """Return the commands by endpoint label: each has `drain`, true or false, and a number `n`."""
+        found: dict[str, Any] = self._json("commands.json")
+        return found
+
+    def commands_mark(self) -> object:
+        """Return what changes whenever there is a new command; it costs one system call."""
+        try:
+            found = os.stat("commands.json", dir_fd=self._fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def command(self, label: str, *, drain: bool) -> None:
+        """Tell all processes, also those that start later, to drain an endpoint, or to use it again.
+
+        :raises RuntimeDirError: the directory is another user's.
+        """
+        if self._guest:
+            raise RuntimeDirError(f"runtime_dir {self.path!r} belongs to another user: act as that user")
+        with self._locked():
+            commands = self.commands()
+            number = 1 + max((command["n"] for command in commands.values()), default=0)
+            commands[label] = {"drain": drain, "n": number, "time": time.time()}
+            self._replace("commands.json", commands)
+
+    def secret(self) -> bytes:
+        """Return a secret that the application's processes share, made at the first call."""
+        with self._locked():
+            found = self._json("secret.json")
+            if not found:
+                found = {"secret": secrets.token_hex(32)}
+                self._replace("secret.json", found)
+        return bytes.fromhex(found["secret"])
+
+    # Files.
+
+    def _open(self, name: str, flags: int) -> int:
+        return os.open(name, flags | _FLAGS, 0o600, dir_fd=self._fd)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int | None]:
+        """Open a file to read it; None where there is none, or something else of that name."""
+        try:
+            fd = self._open(name, os.O_RDONLY)
+        except OSError:
+            yield None
+            return
+        try:
+            yield fd if stat.S_ISREG(os.fstat(fd).st_mode) else None
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Be the only process that changes what they share; held for one small file's time."""
+        fd = self._open("lock", os.O_RDWR | os.O_CREAT)
+        try:
+            for _ in range(_TRIES):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:  # who has it stands still, if it is for longer than a moment
+                    time.sleep(0.01)
+            else:
+                raise LockedError(
+                    f"runtime_dir {self.path!r}: a process keeps its lock: is one of them stopped?"
+                )
+            yield
+        finally:
+            os.close(fd)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        with self._opened(name) as fd:
+            if fd is None:
+                return {}
+            try:
+                found = json.loads(os.pread(fd, _LIMIT, 0))
+            except ValueError:
+                return {}
+        return found if isinstance(found, dict) else {}
+
+    def _replace(self, name: str, value: object) -> None:
+        fd = self._open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        with open(fd, "w", encoding="utf-8") as file:
+            json.dump(value, file)
+        os.rename(f".{name}", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+
+class PublishedFile:
+    """The file of this process; its lock ends with the process, or with `close`."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def write(self, snapshot: dict[str, Any]) -> bool:
+        """Put a snapshot in the place of the last one; return whether others can see it.
+
+        In place, and with a checksum for whoever reads meanwhile: a new file for each would be work for
+        the file system, once a second in each process.
+        """
+        body = json.dumps(snapshot, separators=(",", ":")).encode()
+        data = _HEADER % (len(body), zlib.crc32(body)) + body
+        os.pwrite(self.fd, data, 0)
+        os.ftruncate(self.fd, len(data))
+        return os.fstat(self.fd).st_nlink > 0
+
+    def close(self) -> None:
+        """Let go of the file, which is then one to sweep; in a forked child it stays the parent's."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def add_counts(total: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add numbers, and lists and mappings of them, to those of the same name."""
+    for name, value in more.items():
+        if isinstance(value, dict):
+            add_counts(total.setdefault(name, {}), value)
+        elif isinstance(value, (list, tuple)):
+            known = total.get(name) or [0] * len(value)
+            total[name] = [a + b for a, b in zip_longest(known, value, fillvalue=0)]
+        else:
+            total[name] = total.get(name, 0) + value
+
+
+def _abandoned(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read(fd: int) -> dict[str, Any] | None:
+    """Return the snapshot in a file; None where there is no whole one."""
+    for _ in range(_TRIES):
+        data = os.pread(fd, _LIMIT, 0)
+        body = data[_HEADER_SIZE:]
+        if data[:_HEADER_SIZE] == _HEADER % (len(body), zlib.crc32(body)):
+            found: dict[str, Any] = json.loads(body)
+            return found
+        time.sleep(0.001)
+    return None

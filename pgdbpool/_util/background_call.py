@@ -1,0 +1,130 @@
+"""Questions that may take long: each is asked in a thread of its own, and waited for within a bound."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+import psycopg
+
+from ..errors import Error
+
+BORN_WITHIN = 5.0
+"""Seconds after which a thread that does not run is taken for one that never will."""
+
+AGAIN_AFTER = 60.0
+"""Seconds after which a question without an answer is asked once more, in another thread."""
+
+AT_MOST = 5
+"""Threads that may be left hanging so."""
+
+_Answer = TypeVar("_Answer")
+
+
+class Gate:
+    """Shut until it is opened, and open from then on; an Event could be left locked by an interruption."""
+
+    __slots__ = ("_lock", "opened")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.opened = False
+
+    def open(self) -> None:
+        """Let all pass, now and later."""
+        self.opened = True
+        try:  # noqa: SIM105  suppress() would be calls in which an interruption could come in
+            self._lock.release()
+        except RuntimeError:
+            pass  # open already
+
+    def wait(self, timeout: float) -> None:
+        """Wait until it is open, at most for the timeout (seconds)."""
+        try:
+            self._lock.acquire(timeout=max(timeout, 0.0))
+        finally:  # for the next, also where this one is interrupted with the lock in its hand
+            if self.opened:
+                try:  # noqa: SIM105
+                    self._lock.release()
+                except RuntimeError:
+                    pass  # by another
+
+
+class Asking(Generic[_Answer]):
+    """A question that is asked in a thread of its own: who wants to know goes on meanwhile, or waits.
+
+    :param failure: what `answer` raises where there is none.
+    """
+
+    def __init__(self, ask: Callable[[], _Answer], what: str, failure: type[Exception]) -> None:
+        self.began = monotonic()
+        self._ask = ask
+        self._answer: _Answer | None = None
+        self._failure, self._reason = failure, f"{what}: no answer"
+        self._begun = False
+        self._over = Gate()
+        try:
+            # Not Thread.start(), which waits for the thread without a bound: an asynchronous exception for
+            # the thread that starts another may end that one before it runs.
+            _thread.start_new_thread(self._run, ())
+        except RuntimeError:  # there are no more threads, or the interpreter is about to end
+            self._run()
+
+    @property
+    def answered(self) -> bool:
+        """Whether it was answered, or has failed."""
+        return self._over.opened
+
+    @property
+    def over(self) -> bool:
+        """Whether there is no answer to come: it was answered, or the thread was never born."""
+        return self.answered or (not self._begun and monotonic() > self.began + BORN_WITHIN)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is nothing to go by yet."""
+        return not self.over
+
+    def wait(self, deadline: float) -> None:
+        """Wait as long as it is under way, at most until the deadline (`monotonic`)."""
+        while self.under_way and (left := deadline - monotonic()) > 0:
+            self._over.wait(min(left, 0.1))  # asynchronous exceptions come in between
+
+    def answer(self) -> _Answer:
+        """Return what came of it, or raise what failed."""
+        if self._answer is None:
+            raise self._failure(self._reason)
+        return self._answer
+
+    def _run(self) -> None:
+        self._begun = True
+        try:
+            self._answer = self._ask()
+        except (psycopg.Error, Error) as error:
+            self._failure, self._reason = type(error), str(error)
+        finally:
+            self._over.open()
+
+
+_Kind = TypeVar("_Kind", bound=Asking[Any])
+
+
+class OneAtATime(Generic[_Kind]):
+    """Has a question asked once, whoever wants to know: who comes while it is gets the same answer."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may come back to it
+        self._asked: list[_Kind] = []
+
+    def asking(self, begin: Callable[[], _Kind]) -> _Kind:
+        """Return the question that is being asked, or begin it."""
+        with self._lock:
+            hanging = [asking for asking in self._asked if not asking.over]
+            if hanging and (monotonic() < hanging[-1].began + AGAIN_AFTER or len(hanging) >= AT_MOST):
+                return hanging[-1]
+            self._asked = [*hanging, begin()]
+            return self._asked[-1]

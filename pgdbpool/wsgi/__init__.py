@@ -1,0 +1,284 @@
+"""For WSGI: a request's tenant and deadline, bound for all that runs on its behalf, and answers to probes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import Context, copy_context
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from .._api.connection import Connection
+from .._request import deadline as deadlines
+from .._request.tenant import set_current
+from ..errors import NotInitializedError
+from ._status_page import StatusApp
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = [
+    "DeadlineMiddleware",
+    "HealthApp",
+    "StatusApp",
+    "TenantMiddleware",
+    "TenantRefused",
+    "from_header",
+    "from_host",
+    "from_path",
+    "mount",
+]
+
+Extractor = Callable[["WSGIEnvironment"], Any]
+
+
+class TenantRefused(Exception):
+    """Raised by an extractor: the request names a tenant that it may not have.
+
+    :param status: the answer's status line, in place of the middleware's `refused`.
+    """
+
+    def __init__(self, message: str = "tenant refused", status: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class TenantMiddleware:
+    """Makes the tenant that the extractor finds the current one, for the request and its response body.
+
+    The application runs in a copy of the context, and so do each step of a streamed body and its
+    `close()`: nothing is left in the thread, or greenlet, for the next request.
+
+    :param app: the WSGI application.
+    :param extractor: takes the environ and returns the tenant, or None where the request has none;
+        it raises `TenantRefused` for one that is not allowed.
+    :param missing: the status line of the answer to a request without a tenant; None lets it pass, and
+        a group that requires a tenant then refuses its blocks.
+    :param refused: the status line of the answer where the extractor raises `TenantRefused`.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        extractor: Extractor,
+        *,
+        missing: str | None = "400 Bad Request",
+        refused: str = "403 Forbidden",
+    ) -> None:
+        for name, status in (("missing", missing), ("refused", refused)):
+            if status is not None and not re.fullmatch(r"4[0-9]{2} .+", status):
+                raise ValueError(f"{name}={status!r} is no 4xx status line, such as '403 Forbidden'")
+        self._app = app
+        self._extractor = extractor
+        self._missing = missing
+        self._refused = refused
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            tenant = self._extractor(environ)
+        except TenantRefused as refusal:
+            return _answer(start_response, refusal.status or self._refused, str(refusal))
+        if tenant is None and self._missing is not None:
+            return _answer(start_response, self._missing, "this request needs a tenant")
+        context = copy_context()
+        context.run(set_current, tenant)
+        return in_context(context, self._app, environ, start_response)
+
+
+class DeadlineMiddleware:
+    """Gives each request, its response body included, so many seconds; see `pgdbpool.deadline`.
+
+    :param app: the WSGI application. `DeadlineExceeded` is its own to answer, as any error of the database.
+    :param seconds: the time of a request, or a function of the environ that returns it, None for no
+        deadline.
+    """
+
+    def __init__(
+        self, app: WSGIApplication, seconds: float | Callable[[WSGIEnvironment], float | None]
+    ) -> None:
+        if not callable(seconds) and not seconds > 0:
+            raise ValueError(f"seconds={seconds!r} is no time for a request")
+        self._app = app
+        self._seconds = seconds
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        seconds = self._seconds(environ) if callable(self._seconds) else self._seconds
+        if seconds is None:
+            return self._app(environ, start_response)
+        context = copy_context()
+        context.run(deadlines.set_current, seconds)
+        return in_context(context, self._app, environ, start_response)
+
+
+def mount(app: WSGIApplication, path: str, mounted: WSGIApplication) -> WSGIApplication:
+    """Return an application that answers below the path with the mounted one, and else with the other.
+
+    :param path: such as ``/-/pools``; it begins with a slash and does not end with one.
+    :raises ValueError: it does not.
+    """
+    if not re.fullmatch(r"(/[^/]+)+", path):
+        raise ValueError(f"path={path!r} is no place to mount at: write it as '/-/pools'")
+
+    def both(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        asked = environ.get("PATH_INFO", "")
+        if asked != path and not asked.startswith(f"{path}/"):
+            return app(environ, start_response)
+        script = environ.get("SCRIPT_NAME", "") + path
+        return mounted({**environ, "SCRIPT_NAME": script, "PATH_INFO": asked[len(path) :]}, start_response)
+
+    return both
+
+
+class HealthApp:
+    """Answers probes of an orchestrator or a load balancer with 200 or 503 and JSON, see :doc:`guide/health`.
+
+    A path that ends in `/live` asks whether the process is worth keeping: no server is asked. Any other asks
+    whether it can serve requests: servers are, at most once in `max_age` seconds however many ask.
+
+    :param timeout: seconds that all servers together have for their answers.
+    :param groups: those that must be served for a 200; all if it is None.
+    :param max_age: seconds for which an answer is given again.
+    :param details: whether the answer has what `Connection.health` found: labels of servers, and errors.
+        Leave it out where anybody can ask.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float = 2.0,
+        groups: Iterable[str] | None = None,
+        max_age: float = 1.0,
+        details: bool = False,
+    ) -> None:
+        if isinstance(groups, str):
+            raise ValueError(f"groups={groups!r} is one name: give a list of them")
+        if not timeout > 0 or max_age < 0:
+            raise ValueError(f"timeout={timeout!r} must be above 0, max_age={max_age!r} not below")
+        self._timeout = timeout
+        self._groups = None if groups is None else tuple(groups)
+        self._max_age = max_age
+        self._details = details
+        self._asking = threading.Lock()
+        self._last: tuple[int, float, bool, dict[str, Any]] | None = None
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _answer(
+                start_response, "405 Method Not Allowed", "only GET and HEAD", ("Allow", "GET, HEAD")
+            )
+        live = environ.get("PATH_INFO", "").rstrip("/").endswith("/live")
+        good, report = self._live() if live else self._ready()
+        body = json.dumps(report).encode()
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+        ]
+        start_response("200 OK" if good else "503 Service Unavailable", headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    @staticmethod
+    def _live() -> tuple[bool, dict[str, Any]]:
+        ended = Connection.is_closing()
+        return not ended, {"status": "ended" if ended else "alive", "pid": os.getpid()}
+
+    def _ready(self) -> tuple[bool, dict[str, Any]]:
+        last = self._fresh()
+        if last is None:
+            with self._asking:  # one asks, and the others take what it found
+                last = self._fresh()
+                if last is None:
+                    good, report = self._ask()
+                    self._last = last = (os.getpid(), monotonic(), good, report)
+        return last[2], last[3]
+
+    def _fresh(self) -> tuple[int, float, bool, dict[str, Any]] | None:
+        last = self._last
+        if last is None or last[0] != os.getpid() or monotonic() - last[1] > self._max_age:
+            return None
+        return None if Connection.is_closing() else last
+
+    def _ask(self) -> tuple[bool, dict[str, Any]]:
+        try:
+            report = Connection.health(self._timeout)
+        except NotInitializedError as error:
+            return False, {"status": "unhealthy", "pid": os.getpid(), "error": str(error)}
+        parts = report["groups"]
+        wanted = parts if self._groups is None else self._groups
+        good = all(name in parts and parts[name]["status"] != "unhealthy" for name in wanted)
+        if self._details:
+            return good, report
+        states = {name: part["status"] for name, part in parts.items()}
+        return good, {"status": report["status"], "pid": report["pid"], "groups": states}
+
+
+def in_context(
+    context: Context, app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse
+) -> Iterable[bytes]:
+    """Run the application in the context, and so each step of its streamed body and its `close()`."""
+    return _Body(context, context.run(app, environ, start_response))
+
+
+class _Body:
+    """A response body, each step of which runs in the request's context."""
+
+    def __init__(self, context: Context, body: Iterable[bytes]) -> None:
+        self._context = context
+        self._body = body
+        self._steps: Iterator[bytes] | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._steps is None:
+            self._steps = self._context.run(iter, self._body)
+        return self._context.run(next, self._steps)
+
+    def close(self) -> None:
+        if close := getattr(self._body, "close", None):
+            self._context.run(close)
+
+
+def _answer(start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> list[bytes]:
+    body = text.encode()
+    start_response(
+        status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body))), *headers]
+    )
+    return [body]
+
+
+def from_header(name: str) -> Extractor:
+    """Return an extractor that takes the tenant from a request header.
+
+    Only behind a proxy that sets the header itself: a client can send any.
+    """
+    key = "HTTP_" + name.upper().replace("-", "_")
+    return lambda environ: environ.get(key) or None
+
+
+def from_host(pattern: str) -> Extractor:
+    """Return an extractor that takes the pattern's first group, matched against the whole host name."""
+    return _from(
+        pattern, lambda environ: re.sub(r":[0-9]+$", "", environ.get("HTTP_HOST", "").lower()), whole=True
+    )
+
+
+def from_path(pattern: str) -> Extractor:
+    """Return an extractor that takes the first group of the pattern, matched at the start of the path."""
+    return _from(pattern, lambda environ: environ.get("PATH_INFO", ""), whole=False)
+
+
+def _from(pattern: str, text: Callable[[WSGIEnvironment], str], *, whole: bool) -> Extractor:
+    compiled = re.compile(pattern)
+    if compiled.groups < 1:
+        raise ValueError(f"the pattern {pattern!r} has no group to take the tenant from")
+
+    def extract(environ: WSGIEnvironment) -> str | None:
+        match = compiled.fullmatch(text(environ)) if whole else compiled.match(text(environ))
+        return match[1] or None if match else None
+
+    return extract
