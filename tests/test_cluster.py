@@ -427,7 +427,7 @@ time.sleep(60)
 
 def test_a_process_killed_while_it_starts_leaves_nothing() -> None:
     code = """
-from pgdbpool import cluster, _cluster_node
+from pgdbpool import cluster
 make_data = cluster.Home.make_data
 def tell(home, path):
     make_data(home, path)
