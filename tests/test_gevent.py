@@ -255,7 +255,7 @@ def test_without_gevent_nothing_of_it_is_imported(known_cluster: Any) -> None:
     program = """
         import sys
         sys.modules["gevent"] = None   # an import of it would fail
-        from pgdbpool import greenlets
+        from pgdbpool._util import greenlets
         greenlets.check()
         look, wait = greenlets.polls(0)
         assert look == wait
