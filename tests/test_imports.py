@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from rooms import FILES, PACKAGE, module_of, room_of
 
 import pgdbpool
-
-PACKAGE = Path(pgdbpool.__file__).parent
 
 # What each room may import, type-only imports included. A room is a module or a package below `pgdbpool`.
 ROOMS = {
@@ -75,13 +74,6 @@ STILL = {
     ("_session.foreign_cursors", "_session.connection"),
     ("_session.prepared", "_session.connection"),
 }
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if "demo_app" not in path.parts)
-
-
-def module_of(path: Path) -> str:
-    """Return a file's module without the package's name; the package itself is the empty string."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 MODULES = {module_of(path) for path in FILES}
@@ -122,10 +114,6 @@ def own_imports() -> Iterator[Import]:
             root, _, imported = name.partition(".")
             if root == "pgdbpool" and (module_of(path), imported) not in STILL:
                 yield Import(module_of(path), line, imported)
-
-
-def room_of(module: str) -> str:
-    return module.partition(".")[0]
 
 
 def test_every_file_is_in_a_room_of_the_table() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.proxy import Proxy
+from tests.lib.proxy import Proxy
 
 from .bench import Bench, server
 from .crew import Crew, pin

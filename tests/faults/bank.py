@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "lib"))
 
 from bank_checker import Verdict, check
 from bank_client import Desk

@@ -26,7 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "lib"))
 
 from nemesis import QUICK, Nemesis
 from proxy import Proxy

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import GTHREAD, PRELOAD, ROOT, SYNC, UWSGI, needs_uwsgi
 from support import closed_port, config, server, wait_for
-from test_process_models import GTHREAD, PRELOAD, ROOT, SYNC, UWSGI, needs_uwsgi
 
 import pgdbpool
 from pgdbpool import Connection, Handler

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,21 +21,10 @@ from typing import Any, NamedTuple
 
 import psycopg
 import pytest
+from models import GEVENT, GTHREAD, PRELOAD, ROOT, SYNC, UWSGI, UWSGI_TWO, needs_gevent, needs_uwsgi
 from support import wait_for
 
-import pgdbpool
-
 HERE = Path(__file__).parent
-ROOT = Path(pgdbpool.__file__).parents[1]
-UWSGI = shutil.which("pyuwsgi", path=str(Path(sys.executable).parent)) or shutil.which("uwsgi")
-SYNC = ("--worker-class", "sync", "--workers", "3")
-GTHREAD = ("--worker-class", "gthread", "--workers", "2", "--threads", "4")
-GEVENT = ("--worker-class", "gevent", "--workers", "2")
-PRELOAD = ("--preload",)
-UWSGI_TWO = ("uwsgi", "--master", "--processes", "2")
-
-needs_gevent = pytest.mark.skipif(importlib.util.find_spec("gevent") is None, reason="no gevent")
-needs_uwsgi = pytest.mark.skipif(UWSGI is None, reason="no uWSGI")
 
 
 class Answer(NamedTuple):

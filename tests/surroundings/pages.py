@@ -12,8 +12,8 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+from samples import ROOT, Sample, samples
 from support import wait_for
-from test_docs import ROOT, Sample, samples
 
 from pgdbpool.cluster import Cluster, config_yaml
 

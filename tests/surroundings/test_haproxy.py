@@ -11,10 +11,9 @@ from time import monotonic
 from typing import Any
 
 import psycopg
-from patroni_cluster import Member, Patroni, free_ports
+from patroni_cluster import FirstWrite, Member, Patroni, cluster, free_ports
 from programs import program
 from support import wait_for
-from test_patroni import FirstWrite, cluster
 
 from pgdbpool import Connection, Handler
 

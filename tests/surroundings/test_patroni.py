@@ -6,14 +6,13 @@ import itertools
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from time import monotonic, sleep
+from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
-from patroni_cluster import TTL, Member, Patroni
+from patroni_cluster import TTL, FirstWrite, Member, Patroni, cluster
 from support import wait_for
 
 from pgdbpool import Connection, Handler
@@ -98,52 +97,6 @@ class Load:
         with leader.connect() as conn:
             there = {number for (number,) in conn.execute("SELECT n FROM done")}
         return {number for _, number in self.commits} - there
-
-
-class FirstWrite:
-    """A thread that finds out when a fresh connection can write to another member than the old leader."""
-
-    def __init__(self, cluster: Patroni, old: Member) -> None:
-        self.at = 0.0
-        self.leader: Member | None = None
-        self._members = [member for member in cluster.members if member is not old]
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-
-    def _look(self) -> None:
-        for member in itertools.cycle(self._members):
-            try:
-                with member.connect() as conn:
-                    conn.execute("SET statement_timeout = '2s'")
-                    conn.execute("INSERT INTO first VALUES (1)")
-            except psycopg.Error:
-                sleep(0.01)
-                continue
-            self.at, self.leader = monotonic(), member
-            return
-
-    def wait(self, timeout: float) -> Member:
-        """Wait for it, and return the new leader."""
-        self._thread.join(timeout)
-        assert self.leader is not None, f"no new leader within {timeout} s"
-        return self.leader
-
-
-@contextmanager
-def cluster(**dcs: Any) -> Iterator[Patroni]:
-    with Patroni(**dcs) as started:
-        with started.leader.connect() as conn:
-            conn.execute("CREATE TABLE done (n int)")
-            conn.execute("CREATE TABLE first (n int)")
-        tables = "SELECT count(*) FROM pg_class WHERE relname IN ('done', 'first')"
-
-        def known(member: Member) -> bool:
-            with member.connect() as conn:
-                (found,) = conn.execute(tables).fetchone() or (0,)
-            return bool(found == 2)
-
-        wait_for(lambda: all(map(known, started.members)), 20, "the tables are on all members")
-        yield started
 
 
 def found_in_time(load: Load, first: FirstWrite) -> None:

@@ -128,7 +128,7 @@ def test_without_the_library_the_error_names_the_extra() -> None:
 
 
 def test_the_dashboard_has_every_metric_and_no_other(known_cluster: Any) -> None:
-    text = (Path(__file__).parents[1] / "doc" / "grafana-dashboard.json").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "doc" / "grafana-dashboard.json").read_text(encoding="utf-8")
     asked = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
     names = set(re.findall(r"\bpgdbpool_\w+", " ".join(asked)))
     try:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import config, server
-from test_endpoints import nobody
-from test_imports import FILES, module_of, room_of
+from rooms import FILES, module_of, room_of
+from support import config, nobody, server
 
 from pgdbpool import Connection, Handler
 from pgdbpool._util import log_events as events
 from pgdbpool._util.log_events import EVENTS, FIELDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ASIDE = (
     "_cli",
     "_demo",

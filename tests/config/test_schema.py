@@ -13,14 +13,14 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from test_docs import ALL, name
+from samples import ALL, name
 
 from pgdbpool import ConfigError
 from pgdbpool._cli.main import main
 from pgdbpool._config.json_schema import PUBLISHED, reference, schema
 from pgdbpool._config.load import load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VALIDATOR = jsonschema.Draft7Validator(schema())
 
 GROUPS: list[tuple[dict[str, Any], bool]] = [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support import server
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 Done = subprocess.CompletedProcess[str]

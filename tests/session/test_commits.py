@@ -23,7 +23,7 @@ from pgdbpool import Connection, ConnectionLostError, Handler, NotReplicatedErro
 from pgdbpool._session.outcome import may_commit
 from pgdbpool.cluster import Cluster, Node
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 INSERT = "INSERT INTO t VALUES (1)"
 
 

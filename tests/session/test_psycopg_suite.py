@@ -7,7 +7,7 @@ from pathlib import Path
 
 from psycopg_suite.differences import DIFFERENCES, MOST
 
-PAGE = Path(__file__).parent.parent / "doc/psycopg-suite.rst"
+PAGE = Path(__file__).parents[2] / "doc/psycopg-suite.rst"
 
 
 def test_the_documentation_shows_each_difference_with_its_reason() -> None:

@@ -39,7 +39,7 @@ from pgdbpool.cluster import Cluster
 from pgdbpool.errors import ConfigError, Error
 
 SECRET = "pl4nted-s3cret"
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

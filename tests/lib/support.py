@@ -152,3 +152,8 @@ def pools_backends(admin: psycopg.Connection[Any]) -> int:
 def pid_of(db: pgdbpool.Handler) -> int:
     """Return the backend that the block is on."""
     return db.connection.info.backend_pid
+
+
+def nobody() -> dict[str, Any]:
+    """A `db` entry at whose port nobody listens."""
+    return {"host": "127.0.0.1", "port": closed_port(), "name": "postgres", "user": "postgres"}

@@ -8,11 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from test_fault_table import functions_in
+from written import functions_in
 
 import pgdbpool
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "doc" / "parity.rst"
 
 

@@ -1,6 +1,6 @@
 """Many random blocks of many tenants at once, with killed backends and exceptions at any moment.
 
-    python tests/isolation.py --blocks 100000 --threads 8 --tenants 20 --seed 1 --mode both
+    python tests/lib/isolation.py --blocks 100000 --threads 8 --tenants 20 --seed 1 --mode both
 
 The oracle: every answer says under which tenant the server gave it, and a superuser reads afterwards what was
 written, by whom and under which tenant. Besides, a transaction is there as a whole or not at all, and the

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+from written import functions_in
+
+TESTS = Path(__file__).parents[1]
 TABLE = TESTS.parent / "doc" / "faults.rst"
-
-
-def functions_in(*paths: Path) -> Counter[str]:
-    """Return how often a test function of each name is in the files."""
-    return Counter(
-        node.name
-        for path in paths
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    )
 
 
 def named() -> list[str]:

@@ -23,7 +23,7 @@ import pgdbpool
 from pgdbpool import Connection, Handler
 from pgdbpool.contrib import gunicorn as hooks
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUNNING = (
     "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgdbpool' AND state = 'active' "
     "AND query LIKE '%pg_sleep%'"

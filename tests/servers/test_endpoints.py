@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import closed_port, config, server, wait_for
+from support import config, nobody, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -40,11 +40,6 @@ def use(n: int = 12) -> Counter[str]:
             db.query("SELECT 1")
             used[db.endpoint] += 1
     return used
-
-
-def nobody() -> dict[str, Any]:
-    """A `db` entry at whose port nobody listens."""
-    return {"host": "127.0.0.1", "port": closed_port(), "name": "postgres", "user": "postgres"}
 
 
 # Spreading.

@@ -23,7 +23,7 @@ from pgdbpool.cluster import Cluster
 needs_chromium = pytest.mark.skipif(
     PROGRAM is None, reason="no Chromium here: install Debian's package `chromium`, or put one in PATH"
 )
-PICTURES = Path(__file__).parents[1] / "doc" / "pictures"
+PICTURES = Path(__file__).parents[2] / "doc" / "pictures"
 WORKERS = ("--workers", "4", "--worker-class", "gthread", "--threads", "6")
 
 
