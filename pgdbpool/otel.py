@@ -23,12 +23,15 @@ except ImportError as error:  # the module's own name would only puzzle
 
 from . import __version__
 from ._api.connection import Connection
+from ._lending import group as opening
 from ._lending.group import Group
-from ._request.correlation import text_of, without_values
 from ._servers.endpoint import Endpoint
-from ._session.block import IDLE, Block
+from ._session.block import Block
+from ._session.commands import IDLE
 from ._session.connection import PooledConnection
 from ._session.cursors import BlockCursor, BlockServerCursor
+from ._session.statement_text import text_of, without_values
+from ._session.transactions import TransactingConnection
 from .errors import NotInitializedError
 from .stats import GroupStatus
 
@@ -86,7 +89,7 @@ def uninstrument() -> None:
         setattr(owner, name, function)
 
 
-def _replace(owner: type[Any], name: str, make: Callable[[Any], Any]) -> None:
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     function = owner.__dict__[name]
     _replaced.append((owner, name, function))
     setattr(owner, name, make(function))
@@ -178,7 +181,7 @@ def _measure(meter: metrics.Meter, tracer: Tracer | None) -> None:
     _replace(Group, "checkout", checkout)
     _replace(Group, "checkin", back)
     _replace(Group, "discard", back)
-    _replace(Endpoint, "dial", dial)
+    _replace(opening, "dial", dial)
 
 
 # Operations: statements and COMMITs.
@@ -251,7 +254,7 @@ def _follow(meter: metrics.Meter, tracer: Tracer | None, statements: bool) -> No
     _replace(BlockCursor, "execute", sending)
     _replace(BlockCursor, "executemany", sending_many)
     _replace(BlockServerCursor, "execute", sending)
-    _replace(PooledConnection, "commit", committing)
+    _replace(TransactingConnection, "commit", committing)
 
 
 def _server(conn: PooledConnection) -> dict[str, Any]:

@@ -21,13 +21,13 @@ ROOMS = {
     "_util": "errors",
     "_config": "errors _util",
     "_request": "errors _util _config",
-    "_session": "errors _util _request",
+    "_servers": "errors _util _config",
+    "_session": "errors _util _request _servers",
     "rls": "errors",
     "stats": "_util",
     "sizing": "_config _session",
-    "_servers": "errors _util _config _session",
     "_lending": "errors _util _config _request _session _servers stats rls",
-    "_status": "errors _util _request _session _servers _lending stats",
+    "_status": "errors _util _session _servers _lending stats",
     "_process": "errors _util _config _session _servers _lending _status",
     "_api": "errors _error_categories _util _config _request _session _servers _lending _status _process"
     " rls sizing stats",
@@ -36,8 +36,8 @@ ROOMS = {
     "overview": "_api _status",
     "wsgi": "errors _request _status _api overview",
     "metrics": "errors wsgi overview",
-    "otel": " errors stats _request _session _servers _lending _api",
-    "_diagnosis": "errors _config _request _session _servers _process rls sizing",
+    "otel": " errors stats _session _servers _lending _api",
+    "_diagnosis": "errors _config _request _session _servers _lending _process rls sizing",
     "cluster": "",
     "_demo": "cluster",
     "_cli": "errors _config _api _diagnosis _demo cluster overview rls sizing",
@@ -62,17 +62,6 @@ LATE = {
 }  # fmt: skip
 NEEDED_EARLY = {
     f"_config{name}" for name in ("", ".declarations", ".password_file", ".service_file", ".value_types")
-}
-# Imports for types that still point the wrong way.
-STILL = {
-    ("_request.correlation", "_session.block"),
-    ("_servers.endpoint", "_lending.group"),
-    ("_servers.observer", "_lending.group"),
-    ("_session.connection", "_servers.endpoint"),
-    ("_session.block", "_session.connection"),
-    ("_session.decoding", "_session.connection"),
-    ("_session.foreign_cursors", "_session.connection"),
-    ("_session.prepared", "_session.connection"),
 }
 
 
@@ -112,7 +101,7 @@ def own_imports() -> Iterator[Import]:
     for path in FILES:
         for line, name in imports(path):
             root, _, imported = name.partition(".")
-            if root == "pgdbpool" and (module_of(path), imported) not in STILL:
+            if root == "pgdbpool":
                 yield Import(module_of(path), line, imported)
 
 

@@ -15,15 +15,15 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import psycopg
 
-from .._lending.group import Group
+from .._lending.group import Group, users_of
 from .._lending.hold_limits import Holds
 from .._process.background import Monitor
 from .._process.left_session_watch import Vigil
+from .._process.observer import LOOK_TIMEOUT, Observer
 from .._process.reload import Changes
-from .._request import correlation as tracing
 from .._request.deadline import deadline
 from .._servers.endpoint import Endpoint, Role, State
-from .._servers.observer import LOOK_TIMEOUT, Observer
+from .._session import block as blocks
 from .._session import rows
 from .._util import greenlets
 from .._util import log_events as events
@@ -214,12 +214,12 @@ class _Pools:
     def _went_down(self, endpoint: Endpoint) -> None:
         if self.publisher is not None:
             self.publisher.hurry()
-        for group in endpoint.groups:
+        for group in users_of(endpoint):
             group.drop_idle(endpoint, f"endpoint {endpoint.state.value}")
         if endpoint.state is State.DRAINING:
             self._forget(endpoint)
         else:
-            for group in endpoint.groups:
+            for group in users_of(endpoint):
                 group.let_all_go(endpoint)
             self.monitor.prober.watch(endpoint)
             self.monitor.wake()
@@ -231,19 +231,19 @@ class _Pools:
                 del self._newest[system]
 
     def _fell_silent(self, endpoint: Endpoint) -> None:
-        for group in endpoint.groups:
+        for group in users_of(endpoint):
             group.drop_idle(endpoint, "ping")
         self.monitor.prober.watch(endpoint)
         self.monitor.wake()
 
     def _changed_role(self, endpoint: Endpoint) -> None:
-        for group in endpoint.groups:
+        for group in users_of(endpoint):
             group.part_with(endpoint)
 
     def _came_up(self, endpoint: Endpoint) -> None:
         if self.publisher is not None:
             self.publisher.hurry()
-        for group in endpoint.groups:
+        for group in users_of(endpoint):
             group.welcome()
         self.monitor.wake()
 
@@ -266,7 +266,7 @@ class _Pools:
             other.outdated = outdated
         for group in self.groups.values():
             group.note_timelines()
-        for group in endpoint.groups:
+        for group in users_of(endpoint):
             group.note_writer(endpoint)
 
     def open(self, *, needed: bool) -> None:
@@ -274,7 +274,7 @@ class _Pools:
             group.open(needed=needed)
         for endpoint in self.endpoints.values():
             # Not needed for `min_size`, so nobody has asked yet whether it is there.
-            if endpoint.groups and endpoint.opened == 0 and endpoint.last_error is None:
+            if users_of(endpoint) and endpoint.opened == 0 and endpoint.last_error is None:
                 probe = endpoint.probe()
                 probe.run(endpoint.config.connect_timeout)
                 if not probe.accepting:
@@ -293,7 +293,7 @@ class _Pools:
             endpoint = self.endpoints[label]
             if label != need.labels[0]:
                 continue  # the same server
-            lent = ((group, group.borrow(endpoint)) for group in endpoint.groups)
+            lent = ((group, group.borrow(endpoint)) for group in users_of(endpoint))
             group, conn = next(((group, conn) for group, conn in lent if conn), (None, None))
             if group is None or conn is None:
                 continue
@@ -643,7 +643,7 @@ class Connection(OneShots, Changes):
         # The parent's connections, locks and threads are not ours: nothing of them may be closed,
         # written to or waited for. The same configuration starts anew, opened on first use.
         cls._lock = threading.RLock()
-        tracing.forked()
+        blocks.forked()
         if cls._handlers is not None:
             cls._handlers.forked()
         for old in list(cls._all):  # also those replaced or closed, which blocks may still use
@@ -722,8 +722,8 @@ def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
         seconds_since_error=None if at is None else monotonic() - at,
         round_trip=endpoint.round_trip,
         failovers=endpoint.failovers,
-        use=Histogram.of(group.uses.get(endpoint, Tally()) for group in endpoint.groups),
-        connect=Histogram.of(group.connects.get(endpoint, Tally()) for group in endpoint.groups),
+        use=Histogram.of(group.uses.get(endpoint, Tally()) for group in users_of(endpoint)),
+        connect=Histogram.of(group.connects.get(endpoint, Tally()) for group in users_of(endpoint)),
     )
 
 

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypedDict
 
 from psycopg import ClientCursor, Copy, sql
 
-from .._request.correlation import Filled
+from .._session.statement_text import Filled
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

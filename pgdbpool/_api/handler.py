@@ -13,7 +13,9 @@ import psycopg
 from psycopg import rows
 
 from .._request import correlation as tracing
-from .._session.block import IDLE, INTRANS, Block, is_high
+from .._session import describe
+from .._session.block import Block, is_high
+from .._session.commands import IDLE, INTRANS
 from .._session.connection import PooledConnection
 from .._session.cursors import BlockClientCursor, BlockCursor
 from .._session.statement_shape import shape
@@ -107,7 +109,7 @@ class Handler(Queries):
         block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
         block.high = self._high
         if tracing.in_use:
-            tracing.begin(block, self._correlation_id, caller if group.config.leak_stack else None)
+            describe.begin(block, self._correlation_id, caller if group.config.leak_stack else None)
         if group.limiter is not None:
             group.admit(block)
         # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler
@@ -128,9 +130,9 @@ class Handler(Queries):
             if block.lost or (conn is not None and conn.pgconn.transaction_status != IDLE):
                 self._end(block, conn, failed=exc is not None)
             if exc is not None:
-                tracing.mark(exc, block)
+                describe.mark(exc, block)
         except Error as error:
-            tracing.mark(error, block)
+            describe.mark(error, block)
             raise
         finally:
             if block.conn is not None:
@@ -263,7 +265,7 @@ class Handler(Queries):
     @property
     def correlation_id(self) -> str:
         """What the block's log records and errors have; made now, where none was given."""
-        return tracing.id_of(self._block if self._block is not None else self._opened())
+        return (self._block if self._block is not None else self._opened()).correlation_id
 
     def _handed_out(self) -> PooledConnection:
         try:
@@ -326,7 +328,7 @@ class Handler(Queries):
                 # The exception of the block is the one to see; the server rolls back by itself.
                 events.BLOCK_ROLLBACK_FAILED(
                     "group %s: rollback failed: %s", self._group.name, error, group=self._group.name,
-                    endpoint=conn.endpoint.label, correlation_id=tracing.id_of(block), reason=one_line(error),
+                    endpoint=conn.endpoint.label, correlation_id=block.correlation_id, reason=one_line(error),
                     sqlstate=error.sqlstate,
                 )  # fmt: skip
                 conn.close()

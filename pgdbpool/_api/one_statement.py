@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from weakref import ref
 
 from .._request import correlation as tracing
-from .._session import outcome
-from .._session.block import IDLE, Block, is_high
+from .._session import describe, outcome
+from .._session.block import Block, is_high
+from .._session.commands import IDLE
 from .._session.cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
 from .._session.statement_shape import shape
 from ..errors import DBQueryError, Error, QueryDeadlineError, ResultError, one_line
@@ -140,7 +141,7 @@ class _OneShot:
         self.block.high = priority != "normal" and is_high(priority)
         if correlation_id is not None or tracing.in_use:
             given = None if correlation_id is None else tracing.clean(correlation_id)
-            tracing.begin(self.block, given, caller if group.config.leak_stack else None)
+            describe.begin(self.block, given, caller if group.config.leak_stack else None)
         if group.limiter is not None:
             group.admit(self.block)
         self.block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler
@@ -219,9 +220,9 @@ class _OneShot:
             elif self.answered and isinstance(exc, Exception):
                 self._explain(exc)
             if exc is not None:
-                tracing.mark(exc, block)
+                describe.mark(exc, block)
         except Error as error:
-            tracing.mark(error, block)
+            describe.mark(error, block)
             raise
         finally:
             if block.conn is not None:

@@ -86,7 +86,7 @@ def run(
             block = db._block
             events.RUN_RETRIED(
                 "group %s: attempt %d failed, again in %.3f s: %s", group, attempt, delay, error,
-                group=group, correlation_id=None if block is None else tracing.id_of(block), attempt=attempt,
+                group=group, correlation_id=None if block is None else block.correlation_id, attempt=attempt,
                 seconds=delay, reason=one_line(error), sqlstate=getattr(error, "sqlstate", None),
             )  # fmt: skip
         time.sleep(delay)

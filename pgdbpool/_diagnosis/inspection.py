@@ -15,6 +15,7 @@ import psycopg
 from psycopg.rows import tuple_row
 
 from .. import sizing
+from .._lending.dialling import dial
 from .._process import patroni
 from .._request.tenant import bind_settings
 from .._servers.balance import suits
@@ -22,7 +23,7 @@ from .._servers.driver import Driver, driver
 from .._servers.endpoint import DialError, Endpoint, Role
 from .._servers.replication import QUERY, Lag, Sight, behind
 from .._servers.replication import parse as parse_sight
-from .._session.block import BEGIN, set_local
+from .._session.commands import BEGIN, set_local
 from ..errors import UnsafeRoleError, one_line
 from ..rls import Finding, role_findings
 
@@ -172,7 +173,7 @@ def _visit(
     timeout = group.connect_timeout or endpoint.config.connect_timeout
     began = monotonic()
     try:
-        conn = endpoint.dial(group, timeout, True, tuple_row)
+        conn = dial(endpoint, group, timeout, True, tuple_row)
     except DialError as error:
         if not facts.reachable:
             facts.error, facts.down = str(error), error.down

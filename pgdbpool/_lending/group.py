@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 import psycopg
@@ -21,10 +21,14 @@ from .._request import deadline as deadlines
 from .._request.tenant import Bound, bind_settings, bind_tenant, current_tenant, is_uuid, milliseconds
 from .._servers.balance import Candidate, order, suits, worth_moving
 from .._servers.endpoint import DialError, Endpoint, Look, Role, State
-from .._session.block import BEGIN, GRACE, HURRY, IDLE, KEEP, UNBOUND, Binding, Block, set_local
-from .._session.connection import PooledConnection, Slot
+from .._session import describe
+from .._session.block import UNBOUND, Binding, Block
+from .._session.commands import BEGIN, GRACE, HURRY, IDLE, KEEP, set_local
+from .._session.connection import PooledConnection
 from .._session.ended import end, succeed
+from .._session.slot import Slot
 from .._session.slow_statements import TimedConnection
+from .._session.statement_text import text_of
 from .._util import greenlets
 from .._util import log_events as events
 from .._util.durations import BATCH, Tally
@@ -45,6 +49,7 @@ from ..errors import (
     UnsafeRoleError,
     one_line,
 )
+from .dialling import connect, dial
 from .hooks import Hooks
 from .left_sessions import LeftSession
 from .pools import LockFreePool, NoConnection, Pool, ThreadedPool
@@ -103,6 +108,11 @@ def _patience(settings: Bound) -> float | None:
         if name.lower() == "statement_timeout" and (timeout := milliseconds(value)) is not None:
             return timeout / 1000 + GRACE if timeout else None
     return KEEP
+
+
+def users_of(endpoint: Endpoint) -> Sequence[Group]:
+    """Return the groups that use the server."""
+    return cast("Sequence[Group]", endpoint.groups)
 
 
 class Group:
@@ -284,7 +294,7 @@ class Group:
             if isinstance(error, RateLimitExceeded):
                 with self._lock:
                     self._rate_limited += 1  # not the limiter's: a reload may replace that
-            tracing.mark(error, block)
+            describe.mark(error, block)
             raise
 
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
@@ -330,14 +340,14 @@ class Group:
                 discarded = True
                 now = monotonic()
             block.since = now
-            block.lend(conn)
+            conn.lend_to(block)
             self._lent[conn] = block
             if self._on_checkout is not None:
                 self._on_checkout(conn)
         except SettingError as error:
             if conn is not None:
                 self._pool.give(conn)  # nothing was sent
-            tracing.mark(error, block)
+            describe.mark(error, block)
             raise
         except HookError as error:
             assert conn is not None
@@ -345,13 +355,13 @@ class Group:
             self._lent.pop(conn, None)
             self._drop(conn, "on_checkout failed")
             self._pool.refill()
-            tracing.mark(error, block)
+            describe.mark(error, block)
             raise
         except BaseException as error:
             if conn is not None:
                 self._lent.pop(conn, None)
                 self._drop(conn, "interrupted")
-            tracing.mark(error, block)
+            describe.mark(error, block)
             raise
         if discarded or self._pool.missing:
             self._pool.refill()
@@ -469,7 +479,7 @@ class Group:
                 if self.ending:
                     return  # there is nothing to mend
                 warnings.warn(
-                    f"a Handler of group {self.name!r}, entered at {tracing.where(block)}, was dropped "
+                    f"a Handler of group {self.name!r}, entered at {describe.where(block)}, was dropped "
                     "without leaving its block: its connection was closed and replaced",
                     ResourceWarning,
                     stacklevel=2,
@@ -640,7 +650,7 @@ class Group:
         if self.config.not_replicated != "warn":
             return False
         if (block := conn.block) is not None:
-            text, fields = tracing.told(self.name, conn.endpoint.label, block, monotonic() - block.since)
+            text, fields = describe.told(self.name, conn.endpoint.label, block, monotonic() - block.since)
             del fields["seconds"]
             events.COMMIT_NOT_REPLICATED(
                 "group %s: a commit did not wait for its synchronous standby: %s", self.name, text, **fields
@@ -736,8 +746,8 @@ class Group:
                         return None  # that is what the other has found
                     timeout, conclusive = max(deadline - monotonic(), HURRY), False
             began = monotonic()
-            conn = endpoint.dial(
-                self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
+            conn = dial(
+                endpoint, self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
             )
             took = monotonic() - began
             self.connects.get(endpoint, Tally()).add(took)
@@ -857,7 +867,7 @@ class Group:
         failures: dict[Endpoint, DialError | None] = {}
         for endpoint in best:
             try:
-                return endpoint.connect(self.config)
+                return connect(endpoint, self.config)
             except (psycopg.OperationalError, CredentialError) as error:
                 if len(best) == 1:
                     raise
@@ -1184,21 +1194,21 @@ class Group:
         self.retries += 1
         events.STATEMENT_RETRIED(
             "group %s: statement sent again: %s", self.name, error, group=self.name,
-            correlation_id=None if block is None else tracing.id_of(block),
+            correlation_id=None if block is None else block.correlation_id,
             reason=one_line(error), sqlstate=getattr(error, "sqlstate", None),
         )  # fmt: skip
 
     def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> Warn:
         """Count a block that has its connection for longer than `leak_after`; return what warns of it."""
         self.leaks += 1
-        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
+        text, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
         return lambda: events.BLOCK_LEAKED(
             "group %s: a connection is not given back: %s", self.name, text, **fields
         )
 
     def _note_slow_block(self, conn: PooledConnection, block: Block, seconds: float) -> None:
         self.slow_blocks += 1
-        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
+        text, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
         events.BLOCK_SLOW("group %s: slow block: %s", self.name, text, **fields)
 
     def note_slow_statement(self, conn: PooledConnection, statement: Any, seconds: float) -> None:
@@ -1207,10 +1217,10 @@ class Group:
         if block is None:
             return  # not a block's, but the set-up of a connection
         self.slow_statements += 1
-        _, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
-        fields["statement"] = text = tracing.text_of(statement)
+        _, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
+        fields["statement"] = text = text_of(statement)
         events.STATEMENT_SLOW(
-            "group %s: slow statement: %.3f s, from %s: %s", self.name, seconds, tracing.where(block), text,
+            "group %s: slow statement: %.3f s, from %s: %s", self.name, seconds, describe.where(block), text,
             **fields,
         )  # fmt: skip
 
@@ -1234,7 +1244,7 @@ class Group:
         self.overdue += 1
         self._discarded["max_hold"] += 1
         conn.uses.add(seconds)
-        text, fields = tracing.told(self.name, conn.endpoint.label, block, seconds)
+        text, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
         conn.sever(deadline)
         if conn.block is None:
             conn.close()
@@ -1260,9 +1270,9 @@ class Group:
         return self._holders(self.config.leak_after or LONG)
 
     def _holders(self, least: float = 0.0) -> tuple[str, ...]:
-        now, names = monotonic(), tracing.thread_names()
+        now, names = monotonic(), describe.thread_names()
         return tuple(
-            tracing.describe(block, now - block.since, names)
+            describe.describe(block, now - block.since, names)
             for block in self._blocks()
             if now - block.since >= least
         )

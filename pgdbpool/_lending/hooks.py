@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .._session.block import IDLE
+from .._session.commands import IDLE
 from .._util import log_events as events
 from ..errors import HookError, one_line
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .._servers.endpoint import Endpoint
-    from .._session.connection import Slot
+    from .._session.slot import Slot
 
 
 class LeftSession:

@@ -31,7 +31,8 @@ from typing import Any, Protocol, cast
 import psycopg_pool
 from psycopg_pool.pool import MaintenanceTask, Schedule, ShrinkPool
 
-from .._session.connection import PooledConnection, Slot
+from .._session.connection import PooledConnection
+from .._session.slot import Slot
 from ..errors import Error, ServerFullError, ThreadingModelError
 
 Dial = Callable[[Slot], PooledConnection]

@@ -15,14 +15,15 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
+from .._lending.group import users_of
 from .._lending.hold_limits import Holds
 from .._servers.endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
-from .._servers.observer import Look, Observer
 from .._servers.startup_probe import RESOLVING_AGAIN
 from .._servers.suspects import Doubts
 from .._util import log_events as events
 from ..errors import one_line
 from .left_session_watch import Vigil
+from .observer import Look, Observer
 
 if TYPE_CHECKING:
     from .._status.publisher import Publisher
@@ -70,7 +71,7 @@ class _Flight:
         if part.step():
             if part is not self._now:
                 self.accepting = True  # an error is an answer too
-            elif self._now.accepting and self.endpoint.config.pooler and self.endpoint.groups:
+            elif self._now.accepting and self.endpoint.config.pooler and users_of(self.endpoint):
                 self._then = self._question()
                 self.until = now + self.endpoint.config.connect_timeout
                 return self.step(now)
@@ -83,7 +84,7 @@ class _Flight:
 
     def _question(self) -> Look:
         endpoint = self.endpoint
-        return Look(partial(endpoint.conninfo, endpoint.groups[0].config), endpoint.arrive)
+        return Look(partial(endpoint.conninfo, users_of(endpoint)[0].config), endpoint.arrive)
 
     def register(self, poller: select.poll) -> bool:
         """Have the poller wait for what this waits for; return whether that is all."""

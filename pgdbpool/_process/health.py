@@ -13,11 +13,11 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from .._lending.group import CONCLUSIVE, Group
+from .._lending.group import CONCLUSIVE, Group, users_of
 from .._servers.endpoint import Endpoint, Role, State
-from .._servers.observer import Look
 from .._servers.replication import Lag, Sight, behind
 from .._session.connection import PooledConnection
+from .observer import Look
 
 ASK_AGAIN = 0.005
 """Seconds after which a function for user or password is asked again whether it has returned."""
@@ -38,11 +38,11 @@ class _Visit:
         self._lent = self._borrow()
         self.pooled = self._lent is not None
         pgconn = self._lent[1].pgconn if self._lent else None
-        group = endpoint.groups[0]
+        group = users_of(endpoint)[0]
         self.look = Look(partial(endpoint.conninfo, group.config), endpoint.arrive, pgconn)
 
     def _borrow(self) -> tuple[Group, PooledConnection] | None:
-        for group in self.endpoint.groups:
+        for group in users_of(self.endpoint):
             while conn := group.borrow(self.endpoint):
                 if not conn.poll(0) or conn.alive():
                     return group, conn
@@ -134,7 +134,7 @@ def examine(groups: Mapping[str, Group], endpoints: Mapping[str, Endpoint], time
     visits: dict[str, _Visit] = {}
     try:
         for label, endpoint in endpoints.items():
-            if endpoint.groups:
+            if users_of(endpoint):
                 visits[label] = _Visit(endpoint)
         _wait(list(visits.values()), began, began + timeout)
     finally:
@@ -174,7 +174,7 @@ def _wait(visits: list[_Visit], began: float, deadline: float) -> None:
 
 def _unwanted(visit: _Visit) -> str | None:
     """Return why a group does without a server that answers, for another reason than its role."""
-    refusals = (group.refusal(visit.endpoint, None) for group in visit.endpoint.groups)
+    refusals = (group.refusal(visit.endpoint, None) for group in users_of(visit.endpoint))
     return next((reason for reason in refusals if reason is not None), None)
 
 

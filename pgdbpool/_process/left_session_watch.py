@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from .._servers.observer import LOOK_TIMEOUT, Look
+from .observer import LOOK_TIMEOUT, Look
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult

@@ -10,39 +10,31 @@ from __future__ import annotations
 
 import enum
 import itertools
-import math
 import random
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import ref
 
 import psycopg
-from psycopg import generators, pq, rows, waiting
 from psycopg.conninfo import make_conninfo
-from psycopg.errors import ConnectionTimeout, _WaitTimeout
 
 from .._config.service_file import service_of
-from .._session.block import FORBID_WRITES, GRACE, HURRY
-from .._session.connection import PooledConnection, pooled
-from .._session.cursors import BlockCursor, BlockServerCursor
 from .._util import log_events as events
 from .._util.background_call import Gate
-from ..errors import CredentialError, Error, HookError, QueryDeadlineError, one_line
+from ..errors import one_line
 from .connect_parameters import Arrival
-from .credentials import Login, refused
-from .host_names import Name, UnresolvedError, destination, places
+from .credentials import Login
+from .host_names import Name
 from .replication import QUERY, Lag, Sight, read
 from .startup_probe import StartupProbe
 from .tcp_round_trip import round_trip
 
 if TYPE_CHECKING:
-    from psycopg.abc import PQGenConn
+    from psycopg.pq.abc import PGresult
 
     from .._config.model import EndpointConfig, GroupConfig
-    from .._lending.group import Group
 
 _Opened = TypeVar("_Opened")
 
@@ -54,11 +46,6 @@ PROBE_TIMEOUT = 2.0
 
 FULL_PAUSE = (0.02, 1.0)
 """Seconds until a full server is dialled again: at first, and at most; twice as long each time."""
-
-_FULL = re.compile(
-    r"too many (clients|connections)|connection slots are reserved|no more connections allowed", re.IGNORECASE
-)
-"""What PostgreSQL and PgBouncer say: libpq does not tell the SQLSTATE of a connect (53300)."""
 
 CHANGING = ("weight", "connect_timeout", "password", "pass_file", "patroni")
 """Keys of a server that may change while its connections stay."""
@@ -116,6 +103,39 @@ def nobody() -> None:
     """Nobody looks."""
 
 
+class ServerSession(Protocol):
+    """What an endpoint needs of a connection that tells of its server."""
+
+    pgconn: Any
+    asked_role: str | None
+    reads: bool
+    used_at: float
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed or lost."""
+
+    @property
+    def read_only_by_choice(self) -> bool:
+        """Whether a block may have made its transactions read only."""
+
+    def ask(self, query: bytes) -> PGresult:
+        """Ask the server something for the pool itself, not for a block."""
+
+
+class User(Protocol):
+    """A group, as the servers that it uses need to know it."""
+
+    def connections_to(self, endpoint: Endpoint) -> int:
+        """Return how many connections the group has to the server."""
+
+    def sockets_to(self, endpoint: Endpoint) -> Iterable[int]:
+        """Return the file numbers of some of their sockets."""
+
+    def answered(self, endpoint: Endpoint, since: float) -> bool:
+        """Return whether a connection to the server was known to work after that moment."""
+
+
 class Endpoint:
     """One PostgreSQL server, shared by the groups that use it.
 
@@ -152,7 +172,7 @@ class Endpoint:
         """Whether a connection was lost since it last answered or failed to."""
         self.silent = False
         """Whether a ping was not answered since then: a probe looks whether the server is there."""
-        self._refuses = False
+        self.refuses = False
         """Whether it refused the last login, for another reason than that it is full."""
         self.full_pause = 0.0
         """Seconds between two connects while it admits no more of them; 0 where it does."""
@@ -160,7 +180,8 @@ class Endpoint:
         """When the next one is due."""
         self.look: Callable[[], Look | None] = nobody
         """Who dials it while it is doubtful, if anybody."""
-        self.groups: Sequence[Group] = ()
+        self.groups: Sequence[User] = ()
+        """The groups that use it; see `users_of`."""
         self.last_error: str | None = None
         self.last_error_at: float | None = None
         self.down_since: float | None = None
@@ -172,8 +193,8 @@ class Endpoint:
         self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_seen: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_role: Callable[[Endpoint], None] = lambda endpoint: None
-        self._ids = itertools.count(1)
-        self._way: dict[str, str] = {}
+        self.ids = itertools.count(1)
+        self.way: dict[str, str] = {}
         """The parameters of the address that was last found to work, if there are several."""
 
     def __repr__(self) -> str:
@@ -290,7 +311,7 @@ class Endpoint:
         self.last_error = reason
         self.last_error_at = monotonic()
 
-    def heard(self, conn: PooledConnection) -> Role | None:
+    def heard(self, conn: ServerSession) -> Role | None:
         """Return the role that the connection was last told, if it agrees with what is known of the server.
 
         None if it has other news, or none: whether that is news depends on its age, see `note_role`.
@@ -308,7 +329,7 @@ class Endpoint:
         read_only = status(b"default_transaction_read_only") == b"on"
         return role if role is self.role and (conn.reads or read_only == self.read_only) else None
 
-    def note_role(self, conn: PooledConnection, since: float) -> Role:
+    def note_role(self, conn: ServerSession, since: float) -> Role:
         """Learn the server's role from what it reported on the connection, at no round trip.
 
         :param since: when the connection's last message was asked for, at the earliest.
@@ -329,9 +350,8 @@ class Endpoint:
             role = Role(conn.asked_role)
         else:
             since = monotonic()
-            with conn.unbound(), psycopg.Cursor(conn, row_factory=rows.tuple_row) as cursor:
-                (in_recovery,) = cursor.execute("SELECT pg_is_in_recovery()").fetchone() or (False,)
-            role = Role.STANDBY if in_recovery else Role.PRIMARY
+            in_recovery = conn.ask(b"SELECT pg_is_in_recovery()").get_value(0, 0)
+            role = Role.STANDBY if in_recovery == b"t" else Role.PRIMARY
             conn.asked_role = role.value
         if not conn.reads and since >= self.role_changed_at:  # such a connection is read only by itself
             self.read_only = status(b"default_transaction_read_only") == b"on"
@@ -368,13 +388,11 @@ class Endpoint:
         self.timeline, self.system = sight.timeline, sight.system
         self.on_seen(self)
 
-    def ask_timeline(self, conn: PooledConnection) -> None:
+    def ask_timeline(self, conn: ServerSession) -> None:
         """Ask the server for its timeline, on a connection that is not in use yet."""
         since = monotonic()
         try:
-            with psycopg.Cursor(conn) as cursor:
-                cursor.execute(QUERY)
-                result = cursor.pgresult
+            result = conn.ask(QUERY)
         except psycopg.errors.DatabaseError as error:
             if conn.closed:
                 raise
@@ -385,10 +403,9 @@ class Endpoint:
                 endpoint=self.label, reason=reason,
             )  # fmt: skip
             return
-        assert result is not None
         self.note_sight(read(result, monotonic()), since)
 
-    def refuses_writes(self, conn: PooledConnection) -> bool:
+    def refuses_writes(self, conn: ServerSession) -> bool:
         """Tell whether a statement was refused (SQLSTATE 25006) since the server takes no writes.
 
         Then its idle connections are asked before they are lent again. It may as well be the
@@ -408,115 +425,6 @@ class Endpoint:
             return False
         self.suspected_at = monotonic()
         return True
-
-    # Opening connections.
-
-    def dial(
-        self,
-        group: GroupConfig,
-        timeout: float,
-        conclusive: bool,
-        row_factory: Any,
-        set_up: Callable[[PooledConnection], None] | None = None,
-        kind: type[PooledConnection] = PooledConnection,
-    ) -> PooledConnection:
-        """Open a connection as the group wants it, within the timeout (seconds).
-
-        :param conclusive: whether no answer within the timeout means that the server is down.
-        :param set_up: what the group does with each new connection.
-        :raises DialError: with the server's or the network's own words.
-        """
-        began = monotonic()
-        deadline = began + timeout
-        milliseconds = self.statement_timeout(group)
-        conn: PooledConnection | None = None
-
-        def arrived() -> None:
-            nonlocal began
-            began = monotonic()
-
-        def opening(conninfo: str, timeout: float) -> pq.abc.PGconn:
-            steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
-            return waiting.wait_conn(steps, interval=0.1, timeout=timeout)
-
-        def telling() -> bool:
-            """Tell whether silence is evidence: a function for the password may have left hardly any time."""
-            return conclusive and deadline - began >= 0.9 * min(timeout, 1.0)
-
-        try:
-            pgconn = self._log_in(group, opening, deadline, arrived)
-            conn = pooled(group.connection_class, kind)(pgconn)
-            conn.until = max(deadline, monotonic() + HURRY)
-            conn.endpoint = self
-            conn.watch()
-            conn._autocommit, conn.by_itself = True, group.autocommit
-            # psycopg forgets what it prepared by DEALLOCATE ALL, and sqlprepare's would go with it.
-            conn.prepare_threshold = None if group.sqlprepare else group.prepare_threshold
-            if self.config.pooler:  # each transaction may be on another session
-                conn.local = (("statement_timeout", str(milliseconds)),)
-            self.note_role(conn, began)
-            if group.target in ("standby", "read-only"):
-                self._forbid_writes(conn)
-            if group.writes and len(group.endpoints) > 1:
-                self.ask_timeline(conn)
-            if set_up is not None:
-                set_up(conn)
-        except _WaitTimeout:
-            error: Exception = ConnectionTimeout(f"no answer within {max(deadline - began, 0):.1f} s")
-            raise self._failed(error, telling()) from error
-        except UnresolvedError as error:
-            stands_for_nothing = self.name is not None and not self.name.known
-            raise self._failed(error, stands_for_nothing and telling()) from error
-        except (psycopg.Error, Error) as error:
-            if conn is not None:
-                conn.close()
-            told = error.__cause__ if isinstance(error, HookError) else error
-            by_server = isinstance(told, psycopg.Error)
-            if self.config.pooler and isinstance(error, QueryDeadlineError) and telling():
-                # The pooler let it in, and no server answers (PAUSE): down, unless others got an answer.
-                down = not any(group.answered(self, began) for group in self.groups)
-                self._refuses = False
-            else:
-                down = isinstance(told, psycopg.Error) and self._is_down(told, deadline, telling())
-            failure = self._failed(error, down)
-            failure.refused = self._refuses if by_server else not isinstance(error, CredentialError)
-            raise failure from error
-        conn.until = None
-        conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
-        conn.row_factory = row_factory
-        conn.cursor_factory = BlockCursor
-        conn.server_cursor_factory = BlockServerCursor
-        conn.settle()
-        if group.max_lifetime:
-            # Jitter, so that connections opened together are not all replaced together.
-            conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
-        self.opened = next(self._ids)
-        self.full_pause = self.full_until = 0.0
-        self.mark_up()
-        self.on_seen(self)
-        return conn
-
-    def _forbid_writes(self, conn: PooledConnection) -> None:
-        """Have the session refuse writes by itself: its server may be promoted before anything tells so."""
-        conn.reads = True
-        if self.config.pooler:
-            conn.local += (("transaction_read_only", "on"),)
-        else:
-            psycopg.Cursor(conn).execute(FORBID_WRITES)
-            conn.cleaning = conn.plain_cleaning
-
-    def connect(self, group: GroupConfig) -> psycopg.Connection[Any]:
-        """Open a connection of the group's login that belongs to no pool; the caller closes it.
-
-        :raises psycopg.Error: it could not be opened.
-        :raises CredentialError: the user and password could not be had.
-        """
-        deadline = monotonic() + (group.connect_timeout or self.config.connect_timeout)
-
-        def opening(conninfo: str, timeout: float) -> psycopg.Connection[Any]:
-            return psycopg.connect(conninfo, autocommit=True, connect_timeout=max(1, math.ceil(timeout)))
-
-        return self._log_in(group, opening, deadline)
 
     def arrive(self) -> Arrival:
         """Begin to ask for what a connection needs; see `Arrival`."""
@@ -544,108 +452,3 @@ class Endpoint:
         timeout = self.statement_timeout(group)
         params["options"] = self.config.server_options(timeout, service.get("options"))
         return make_conninfo("", **params)
-
-    def _log_in(
-        self,
-        group: GroupConfig,
-        opening: Callable[[str, float], _Opened],
-        deadline: float,
-        arrived: Callable[[], None] = lambda: None,
-    ) -> _Opened:
-        """Open a connection; where its password is refused and there is another one by now, with that.
-
-        :param arrived: called once it is known where to connect to, and as whom.
-        """
-        given = self.arrive().within(deadline)
-        arrived()
-        try:
-            return self._reach(group, opening, deadline, given)
-        except psycopg.OperationalError as error:
-            if not refused(error):
-                raise
-            try:
-                other = {**given, **self.login.again(deadline)}
-            except CredentialError as failure:
-                raise error from failure
-            if other == given:
-                raise
-        return self._reach(group, opening, deadline, other)
-
-    def _reach(
-        self,
-        group: GroupConfig,
-        opening: Callable[[str, float], _Opened],
-        deadline: float,
-        given: Mapping[str, str],
-    ) -> _Opened:
-        """Open a connection to the first address that answers; those that are left share the time.
-
-        One that has answered with a refusal of the login is the last, as with libpq.
-        """
-        ways = self._ways(given)
-        failures: list[str] = []
-        silent = 0
-        for number, way in enumerate(ways):
-            timeout = (deadline - monotonic()) / (len(ways) - number)
-            try:
-                opened = opening(self.conninfo(group, {**given, **way}), timeout)
-            except (_WaitTimeout, psycopg.OperationalError) as error:
-                timed_out = isinstance(error, _WaitTimeout)
-                silent += timed_out
-                if len(ways) == 1 or silent == len(ways) or (not timed_out and refused(error)):
-                    raise
-                text = f"no answer within {max(timeout, 0):.1f} s" if timed_out else one_line(error)
-                failures.append(f"{way.get('hostaddr') or way['host']}: {text}")
-            else:
-                self._way = way
-                if self.name is not None:
-                    self.name.prefer(way["hostaddr"])
-                return opened
-        raise psycopg.OperationalError("; ".join(failures))
-
-    def _ways(self, given: Mapping[str, str]) -> list[dict[str, str]]:
-        """Return the parameters of each address at which the server may be, the one that worked first."""
-        if "hostaddr" in given:  # the addresses of a name
-            found = [
-                {"host": given["host"].split(",")[0], "hostaddr": a} for a in given["hostaddr"].split(",")
-            ]
-        elif self.config.host:
-            return [{}]
-        else:  # a service file, or PGHOST, may list several
-            found = [place._asdict() for place in places(destination(self.config))]
-            if len(found) == 1:
-                return [{}]
-        found.sort(key=lambda way: way != self._way)
-        return found
-
-    def _failed(self, error: Exception, down: bool) -> DialError:
-        message = one_line(error)
-        if down:
-            self.mark_down(message)
-        else:
-            if message != self.last_error:
-                events.ENDPOINT_REFUSED(
-                    "endpoint %s: no connection: %s", self.label, message, endpoint=self.label, reason=message
-                )
-            self.note_error(message)
-            if self.config.pooler:
-                self.role = None  # the pooler is up; its server may be gone, and another promoted
-        return DialError(self, message, down)
-
-    def _is_down(self, error: psycopg.Error, deadline: float, conclusive: bool) -> bool:
-        """Ask the server itself why it refused: libpq gives no SQLSTATE and its text is translated.
-
-        :param conclusive: whether no answer says that it is down, and not that there was no time for one.
-        """
-        self._refuses = False
-        if _FULL.search(str(error)):  # one more would be one too many
-            self.note_full()
-            return False
-        probe = self.probe()
-        probe.run(min(max(deadline - monotonic(), HURRY), PROBE_TIMEOUT))
-        if probe.sqlstate == "53300":
-            self.note_full()
-        else:
-            self._refuses = probe.accepting
-            self.full_pause = self.full_until = 0.0
-        return not probe.accepting and (conclusive or not probe.out_of_time)

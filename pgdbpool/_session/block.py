@@ -1,100 +1,17 @@
-"""What a block needs before a statement: its preamble, made of plain commands.
-
-That is a cleaning where the last borrower may have left something in the session, `BEGIN` in a
-manual-commit group, and the tenant and local settings, always with `set_config(name, value,
-is_local => true)`. It travels in one pipeline with the statement, with no Sync between. So it costs no
-round trip, and when any part of it fails PostgreSQL skips the rest up to the Sync: the statement did
-not run. And since a local setting ends with its transaction, no tenant is ever left in a session for
-the next block to find.
-"""
+"""One `with` block, as the connection that is lent to it needs to know it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from threading import get_ident
+import os
+from threading import RLock, get_ident
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
-
-from psycopg import pq, sql
 
 from .._request.tenant import Bound
 from .._util.client_settings import REPORT, is_reported
 from .._util.transaction_modes import modes_of
-from ..errors import ConnectionLostError, SettingError
-
-if TYPE_CHECKING:
-    from .connection import PooledConnection
-
-IDLE = int(pq.TransactionStatus.IDLE)
-INTRANS = int(pq.TransactionStatus.INTRANS)
-UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
-
-Command = tuple[bytes, Sequence[bytes | None] | None]
-"""A statement of the preamble with its parameters in text format."""
-
-NOTHING: tuple[Command, ...] = ()
-BEGIN: tuple[Command, ...] = ((b"BEGIN", None),)
-COMMIT: tuple[Command, ...] = ((b"COMMIT", None),)
-
-# DISCARD ALL without what may stay (plans, psycopg's prepared statements): it is refused in a pipeline.
-# In a transaction of its own, so that nothing of it is undone with the borrower's, and so that the
-# borrower's BEGIN takes no default_transaction_* of the last one's.
-CLEANING: tuple[Command, ...] = (
-    (b"BEGIN", None),
-    (b"SET SESSION AUTHORIZATION DEFAULT", None),
-    (b"RESET ROLE", None),
-    (b"RESET ALL", None),
-    (b"CLOSE ALL", None),
-    (b"UNLISTEN *", None),
-    (b"SELECT pg_catalog.pg_advisory_unlock_all()", None),
-    (b"DISCARD TEMP", None),
-    (b"DISCARD SEQUENCES", None),
-    (b"COMMIT", None),
-)
-
-FORBID_WRITES = b"SET default_transaction_read_only = on"
-"""What sessions of groups that only read begin with, since a standby may be promoted under them."""
-
-CLEANING_TO_READ: tuple[Command, ...] = (*CLEANING[:-1], (FORBID_WRITES, None), CLEANING[-1])
-"""The cleaning of such a session: RESET ALL would let it write."""
-
-GRACE = 1.0
-"""Seconds that the client waits beyond the server's own statement_timeout."""
-
-HURRY = 0.05
-"""Seconds that a connect, ping or probe may take in any case, also where a request has no time to wait."""
-
-
-KEEP = -1.0
-"""The patience of a block that does not set a statement_timeout: the connection's own."""
-
-
-def set_local(settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
-    """Return the command that binds the settings to the transaction; all are parameters."""
-    if not settings:
-        return NOTHING
-    calls = ",".join(f"pg_catalog.set_config(${2 * i + 1},${2 * i + 2},true)" for i in range(len(settings)))
-    try:
-        values = [part.encode(encoding) for pair in settings for part in pair]
-    except UnicodeEncodeError:
-        raise _unencodable(settings, encoding) from None
-    return ((f"SELECT {calls}".encode(), values),)
-
-
-def _unencodable(settings: Bound, encoding: str) -> SettingError:
-    """Return the error for settings of which the session's encoding has no form."""
-    for name, value in settings:
-        try:
-            f"{name}{value}".encode(encoding)
-        except UnicodeEncodeError:
-            break
-    shown = repr(value) if len(value) <= 60 else repr(value[:57]) + "..."
-    return SettingError(
-        f"setting {name!r}: {shown} cannot be written in the session's encoding ({encoding}): use a value of "
-        "its characters, or sessions in UTF8 (client_encoding in the server's options)"
-    )
-
+from .commands import BEGIN, KEEP, NOTHING, Command, set_local
 
 _REPORT: tuple[Command, ...] = ((REPORT, ()),)
 
@@ -120,16 +37,25 @@ class Binding:
 
 UNBOUND = Binding(())
 
+_making_ids = RLock()  # a signal handler may come back to it
+
+
+def forked() -> None:
+    """In a child, forget a lock that a thread of its parent may have held."""
+    global _making_ids
+    _making_ids = RLock()
+
 
 class Block:
     """One `with` block: what its statements need first, and who opened it where."""
 
     __slots__ = (
-        "_all", "_set", "binding", "chosen", "committed", "conn", "failure", "high", "in_effect", "lost",
-        "manual", "open", "own_id", "place", "settings", "since", "stack", "statement", "thread", "watch",
+        "at_begin", "binding", "chosen", "committed", "conn", "failure", "high", "in_effect",
+        "in_transaction", "lost", "manual", "open", "own_id", "place", "settings", "since", "stack",
+        "statement", "thread", "watch",
     )  # fmt: skip
 
-    # Not set before there is one, so that a block without costs nothing; see `tracing`.
+    # Not set before there is one, so that a block without costs nothing; see `describe`.
     own_id: str
     stack: list[tuple[CodeType, int]]
     statement: Any
@@ -143,8 +69,8 @@ class Block:
         self.open = True
         self.watch: ref[Any] | None = None
         """Tells when its Handler is dropped."""
-        self.conn: PooledConnection | None = None
-        """The connection that is lent to it."""
+        self.conn: Any = None
+        """The connection that is lent to it, a `PooledConnection`; None while it has none."""
         self.lost = False
         """Whether an open transaction was lost with its connection, and not yet given up."""
         self.committed = False
@@ -156,8 +82,8 @@ class Block:
         self.binding = binding
         self.settings = binding.settings
         """What is bound: the connection's own settings, where it has any, and the block's."""
-        self._set = binding.set
-        self._all = binding.begin_and_set if manual else binding.set
+        self.in_transaction = binding.set
+        self.at_begin = binding.begin_and_set if manual else binding.set
         self.failure: Exception | None = None
         """The last error of a statement: the cause, where the transaction cannot be committed."""
         self.since = 0.0
@@ -165,38 +91,16 @@ class Block:
         self.place = place
         """The code and the instruction that entered it; its line is worked out when it is told."""
 
-    def preamble(self, conn: PooledConnection) -> tuple[Command, ...]:
-        """Return what must be sent before the next statement on the connection; mostly nothing.
-
-        :raises ConnectionLostError: it was lost before.
-        """
-        status = conn.pgconn.transaction_status
-        if status == IDLE:
-            conn.bound = False
-            if conn.stale and conn.misleads():
-                with conn.owning():
-                    conn.clean_what_shows()
-            if (self.manual and conn.altered) or (self.settings and conn.touched):
-                commands = self._encode(conn)  # its isolation_level, its encoding may be others by now
-            else:
-                commands = self._all
-            return conn.cleaning + commands if conn.stale else commands
-        if status == INTRANS:
-            if conn.bound or not self.settings:
-                return NOTHING
-            # A transaction that the block did not begin itself, or one chained to the last.
-            return self._local(conn) if conn.touched else self._set
-        if status == UNKNOWN:
-            self.lost = self.lost or self.manual  # an autocommit block has no open transaction in it
-            raise ConnectionLostError(
-                "the connection was lost before: nothing was sent; the block gets another"
-            )
-        return NOTHING
-
-    def explicit(self, conn: PooledConnection) -> tuple[Command, ...]:
-        """Return BEGIN and the settings, after a cleaning if one is due, to wrap a statement in."""
-        cleaning = conn.cleaning if conn.stale else NOTHING
-        return cleaning + conn.begin(self) + self._local(conn)
+    @property
+    def correlation_id(self) -> str:
+        """The block's correlation id; a block that has none is given one now."""
+        found: str | None = getattr(self, "own_id", None)
+        if found is None:
+            with _making_ids:  # the monitor may ask at the same time
+                found = getattr(self, "own_id", None)
+                if found is None:
+                    found = self.own_id = os.urandom(8).hex()
+        return found
 
     @property
     def nests(self) -> bool:
@@ -208,42 +112,16 @@ class Block:
         if not autocommit and not self.manual and hasattr(self, "statement"):
             self.committed = True  # as far as it has come, which is not to be repeated
         self.chosen, self.manual = True, not autocommit
-        if self.conn is not None:
-            self._all = self._encode(self.conn)
 
     def spans(self) -> bool:
         """Return whether its transaction goes on after the statement that is under way."""
         owner = self.watch() if self.watch is not None else None
         return self.manual and not getattr(owner, "commits_at_once", False)
 
-    def lend(self, conn: PooledConnection) -> None:
-        """Take over a connection: what it must bind by itself goes before the block's settings."""
-        binding = self.binding
-        if not conn.plain or binding.modes is not None:
-            self.settings = conn.local + binding.settings
-            self._set, self._all = self._local(conn), self._encode(conn)
-        if binding.special:
-            conn.altered = True
-            if binding.patience != KEEP:
-                conn.patience = binding.patience
-            if binding.report:
-                conn.follow_settings()
-        conn.lent, conn.wrapped = True, False
-        conn.block = self
-        self.conn = conn
-
     def part(self) -> None:
         """Forget the connection, which was lost, with what its attributes say of a BEGIN."""
-        self.conn, self.settings, self._set = None, self.binding.settings, self.binding.set
-        self._all = self.binding.begin_and_set if self.manual else self._set
-
-    def _local(self, conn: PooledConnection) -> tuple[Command, ...]:
-        """Return what binds the settings, in the encoding that the session has now."""
-        return set_local(self.settings, conn.pgconn._encoding) + self.binding.report
-
-    def _encode(self, conn: PooledConnection) -> tuple[Command, ...]:
-        """Return BEGIN, or the modes of an implicit transaction, and what binds the settings."""
-        return (conn.begin(self) if self.manual else conn.modes_of_implicit(self)) + self._local(conn)
+        self.conn, self.settings, self.in_transaction = None, self.binding.settings, self.binding.set
+        self.at_begin = self.binding.begin_and_set if self.manual else self.in_transaction
 
 
 def is_high(priority: str) -> bool:
@@ -254,17 +132,3 @@ def is_high(priority: str) -> bool:
     if priority not in ("normal", "high"):
         raise ValueError(f"priority={priority!r} is neither 'high' nor 'normal'")
     return priority == "high"
-
-
-def deallocate(keep: Sequence[str]) -> bytes:
-    """Return the statement that removes what PREPARE made; psycopg's are made by the protocol."""
-    kept = "".join(f" AND name <> {_literal(name)}" for name in keep)
-    body = (
-        "DECLARE n text; BEGIN FOR n IN SELECT name FROM pg_catalog.pg_prepared_statements "
-        f"WHERE from_sql{kept} LOOP EXECUTE pg_catalog.format('DEALLOCATE %I', n); END LOOP; END"
-    )
-    return f"DO {_literal(body)}".encode()
-
-
-def _literal(text: str) -> str:
-    return sql.Literal(text).as_string()

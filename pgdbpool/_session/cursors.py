@@ -24,14 +24,16 @@ from psycopg._queries import PostgresClientQuery
 from psycopg.adapt import AdaptersMap, Transformer
 
 from .. import errors
-from .._request import correlation as tracing
 from .._request import deadline as deadlines
-from .block import COMMIT, IDLE, NOTHING, Block, Command
-from .connection import ACTIVE, OUTSIDE, PooledConnection
-from .foreign_cursors import ENDS_INSIDE, FAILED, NAMED
+from .block import Block
+from .commands import ACTIVE, COMMIT, IDLE, NOTHING, Command
+from .connection import PooledConnection
+from .foreign_cursors import NAMED
 from .pooler_safety import CURSOR, refusal
-from .prepared import before_resending
+from .state import OUTSIDE
 from .statement_shape import Shape, shape
+from .statement_text import comment_on
+from .transactions import ENDS_INSIDE, FAILED
 
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
@@ -159,7 +161,7 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
             if conn.wrapped:
                 conn.end_wrapped()
             autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
-            first = preamble = NOTHING if conn._pipeline else block.preamble(conn)
+            first = preamble = NOTHING if conn._pipeline else conn.preamble(block)
             if deadlines.in_use or conn.annotates:
                 preamble = self._extended(preamble, what, autocommit)
             rode = False
@@ -240,7 +242,7 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
         """Return what cannot ride, with the correlation id in a comment: no plan of it is kept."""
         if not self._conn.annotates:
             return query
-        return tracing.comment_on(query, f"correlation_id={tracing.id_of(self.block)}")
+        return comment_on(query, f"correlation_id={self.block.correlation_id}")
 
     def _note_loss(
         self,
@@ -301,7 +303,7 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
                 super().executemany(query, sets, returning=returning)
             self._took_effect(what.changes and autocommit)
             return
-        first = preamble = block.preamble(conn) if sets else NOTHING
+        first = preamble = conn.preamble(block) if sets else NOTHING
         if deadlines.in_use:
             deadlines.check()
             preamble = conn.limit(preamble) if sets else NOTHING
@@ -439,7 +441,7 @@ class BlockCursor(_Declared, psycopg.Cursor[Any]):
                 self._exchange_many(preamble, query, *many)
         except psycopg.Error as error:
             if not again and self._may_resend(query):
-                first = before_resending(conn, error, preamble)
+                first = conn.before_resending(error, preamble)
             if first is None:
                 raise conn.own_error(error)  # noqa: B904  it is the same object
         if first is not None:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 from psycopg.adapt import AdaptersMap, Loader, PyFormat
 from psycopg.types import datetime as own
 
-from .block import IDLE
-
-if TYPE_CHECKING:
-    from .connection import PooledConnection
+from .commands import IDLE
 
 _LOADERS: tuple[tuple[str, type[Loader]], ...] = (
     ("date", own.DateLoader),
@@ -52,7 +49,7 @@ class _TimedeltaDumper(own.TimedeltaDumper):
         return self._dump_sql(self, obj)
 
 
-def adapters_for(conn: PooledConnection) -> AdaptersMap:
+def adapters_for(conn: psycopg.Connection[Any]) -> AdaptersMap:
     """Return the connection's adapters with loaders that follow the block's settings.
 
     What `configure` has registered in place of psycopg's stays.

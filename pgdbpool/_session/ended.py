@@ -17,7 +17,8 @@ import psycopg
 from psycopg import pq
 
 from .. import errors
-from .connection import OUTSIDE, PooledConnection
+from .connection import PooledConnection
+from .state import OUTSIDE
 
 _NOBODYS = pq.PGconn.connect_start(b"=")  # refused by libpq's parser: it never had a socket
 _NOBODYS.finish()

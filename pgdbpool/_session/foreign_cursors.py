@@ -8,8 +8,8 @@ statement, and what was opened for it ends with the lock.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
-from threading import Lock, get_ident
+from contextlib import ExitStack
+from threading import get_ident
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,21 +17,15 @@ import psycopg
 
 from .. import errors
 from .statement_shape import Shape, shape
+from .transactions import ENDS_INSIDE, FAILED, TransactingConnection
 
 if TYPE_CHECKING:
     from .block import Block
-    from .connection import PooledConnection
 
-ENDS_INSIDE = (
-    "the block has a tenant or settings, which end with the transaction: what follows a COMMIT or ROLLBACK "
-    "in the same string or pipeline would run without them; send it by itself"
-)
 NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
     "open one with db.transaction()"
 )
-_ONCE = (True,)
-FAILED = "a statement of this transaction failed: it was rolled back, nothing was committed"
 
 
 class Asked(NamedTuple):
@@ -50,88 +44,10 @@ def asked_in(frame: FrameType) -> Asked:
     return Asked(frame.f_locals.get("self"), statement)
 
 
-class Turn:
-    """The turn of one thread for several steps, which `alone` gives; it can be given up from outside.
-
-    It is an object, not a generator: the traceback of an exception that came while a generator was entered or
-    left would keep the turn for as long as the application keeps the exception.
-    """
-
-    __slots__ = ("_conn", "_lock", "thread")
-
-    def __init__(self, conn: PooledConnection) -> None:
-        self._conn = conn
-        self._lock: Lock
-        self.thread: int
-
-    def __enter__(self) -> None:
-        conn, self.thread = self._conn, get_ident()
-        conn.take_back()
-        self._lock = lock = conn.turn
-        taken: list[bool] = []
-        try:
-            # An exception of a signal, or of another thread, comes after a call and not inside it. So the
-            # lock is never taken without a note of it.
-            taken.extend(map(lock.acquire, _ONCE))
-            self._begin(conn)
-        except BaseException:
-            if conn.step is self:
-                self.give_up()
-            elif taken:
-                lock.release()
-            raise
-
-    def _begin(self, conn: PooledConnection) -> None:
-        """Note the turn as the thread's own."""
-        conn.step, conn.owner = self, self.thread
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.give_up()
-
-    def give_up(self) -> None:
-        """End the turn, unless it was ended already: with the connection, or by `take_back`."""
-        conn = self._conn
-        if conn.step is self:
-            conn.step, conn.owner = None, 0
-            self._lock.release()
-
-
-class PsycopgsLock(Turn):
-    """What psycopg takes for the lock of a connection: the connection's turn, and the end of a visit."""
-
-    __slots__ = ()
-
-    def locked(self) -> bool:
-        """Return whether a thread has the turn."""
-        return self._conn.turn.locked()
-
-    def _begin(self, conn: PooledConnection) -> None:
-        conn.step = self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if (visit := self._conn.visit) is not None:
-                visit.end(kind, error, traceback)
-        finally:
-            self.give_up()
-
-
-class HeldLock(nullcontext[None]):
-    """What psycopg takes for the lock in the thread that has the connection's turn already."""
-
-    def locked(self) -> bool:
-        """Return True."""
-        return True
-
-
 class Visit:
     """One operation of a cursor that the block did not make; the cursor's thread has the turn."""
 
-    def __init__(self, conn: PooledConnection, block: Block) -> None:
+    def __init__(self, conn: TransactingConnection, block: Block) -> None:
         self._conn = conn
         self._block = block
         self._cursor: Any = None

@@ -7,20 +7,14 @@ it, and that was rolled back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import psycopg
-from psycopg import pq
 
-from .block import BEGIN, COMMIT, IDLE, NOTHING, Command
-
-if TYPE_CHECKING:
-    from .connection import PooledConnection
+from .commands import BEGIN, COMMIT, Command
 
 ROLLBACK: tuple[Command, ...] = ((b"ROLLBACK", None),)
 
-_INERROR = int(pq.TransactionStatus.INERROR)
 # The texts are translated, the names of the server's functions are not.
 # https://www.postgresql.org/docs/current/protocol-error-fields.html
 _RAISED_BY = {
@@ -34,26 +28,6 @@ def is_stale(error: psycopg.Error) -> bool:
     """Return whether the session's prepared statements are not what the client takes them for."""
     function = _RAISED_BY.get(error.sqlstate or "")
     return function is not None and error.diag.source_function == function
-
-
-def before_resending(
-    conn: PooledConnection, error: psycopg.Error, preamble: Sequence[Command]
-) -> tuple[Command, ...] | None:
-    """Forget the session's prepared statements after such an error and return what is sent first then.
-
-    It is None if the statement must not be sent again: in a transaction that was open before, and after any
-    other error.
-    """
-    if not is_stale(error):
-        return None
-    conn.forget_statements()
-    status, undo = conn.pgconn.transaction_status, NOTHING
-    if status == _INERROR and any(text.startswith(b"BEGIN") for text, _ in preamble):
-        undo = ROLLBACK  # the transaction began with this statement, so nothing else is lost with it
-    elif status != IDLE:
-        return None
-    dropping, conn.dropping = conn.dropping, NOTHING
-    return (*undo, *dropping, *preamble)
 
 
 def dropping(names: Iterable[bytes]) -> tuple[Command, ...]:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from .block import IDLE, NOTHING, Command
-from .connection import PooledConnection, own_names
+from .commands import IDLE, NOTHING, Command
+from .connection import PooledConnection
+from .state import own_names
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._request.correlation import without_values
+from .._session.statement_text import without_values
 from .._util import log_events as events
 from ..errors import RuntimeDirError
 from ..stats import Status

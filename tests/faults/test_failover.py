@@ -16,7 +16,7 @@ from support import config, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
-from pgdbpool._servers import observer
+from pgdbpool._process import observer
 from pgdbpool.cluster import Cluster, Node
 
 MODES = ["threaded", "non-threaded"]

@@ -24,7 +24,6 @@ from pgdbpool import (
     correlation,
     current_correlation,
 )
-from pgdbpool._request import correlation as tracing
 from pgdbpool._util.durations import BATCH, BUCKETS, Tally
 from pgdbpool.stats import Histogram
 
@@ -173,7 +172,7 @@ def test_two_threads_that_ask_first_are_given_the_same_id(start: Any) -> None:
 
         def ask() -> None:
             gate.wait(10)
-            found.append(tracing.id_of(block))
+            found.append(block.correlation_id)
 
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:

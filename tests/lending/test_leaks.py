@@ -25,7 +25,7 @@ from pgdbpool import (
     retrying,
     run,
 )
-from pgdbpool._request import correlation as tracing
+from pgdbpool._session.statement_text import text_of
 
 
 @pytest.fixture
@@ -224,10 +224,10 @@ def test_literals_of_a_composed_statement_are_no_part_of_its_text() -> None:
     statement = psycopg.sql.SQL("SELECT {} FROM {} WHERE i = {}").format(
         psycopg.sql.Literal("a secret"), psycopg.sql.Identifier("t"), psycopg.sql.Placeholder()
     )
-    assert tracing.text_of(statement) == 'SELECT ... FROM "t" WHERE i = %s'
-    assert tracing.text_of(b"SELECT\n  1") == "SELECT 1"
-    assert len(tracing.text_of("x" * 100_000) or "") < 1100
-    assert tracing.text_of(None) is None
+    assert text_of(statement) == 'SELECT ... FROM "t" WHERE i = %s'
+    assert text_of(b"SELECT\n  1") == "SELECT 1"
+    assert len(text_of("x" * 100_000) or "") < 1100
+    assert text_of(None) is None
 
 
 def test_a_forked_child_watches_its_own_blocks(start: Any, mode: str, records: Any) -> None:

@@ -17,7 +17,7 @@ from support import config, pid_of, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
-from pgdbpool._servers.observer import Observer
+from pgdbpool._process.observer import Observer
 from pgdbpool.cluster import Cluster
 
 

@@ -27,7 +27,7 @@ from pgdbpool import (
 )
 from pgdbpool._config.model import RateLimit
 from pgdbpool._lending.rate_limit import RateLimiter
-from pgdbpool._request import correlation as tracing
+from pgdbpool._session import block as blocks
 from pgdbpool.cluster import Cluster
 
 
@@ -491,7 +491,7 @@ def test_a_child_waits_for_no_lock_that_the_parent_held_for_an_id(known_cluster:
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with tracing._making:
+        with blocks._making_ids:
             held.set()
             release.wait(20)
 

@@ -19,17 +19,17 @@ from psycopg import generators, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.waiting import Wait
 
+from .._servers.endpoint import Endpoint, Role, State
+from .._servers.replication import QUERY, Course, Sight, read
 from .._util import greenlets
 from .._util import log_events as events
 from ..errors import CredentialError, one_line
-from .endpoint import Endpoint, Role, State
-from .replication import QUERY, Course, Sight, read
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
     from .._lending.group import Group
-    from .connect_parameters import Arrival
+    from .._servers.connect_parameters import Arrival
 
 QUICKLY = (0.2, 0.3)
 """Seconds between two looks at a server while a group has no writer, drawn at random."""

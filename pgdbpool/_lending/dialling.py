@@ -1,0 +1,257 @@
+"""Opening a connection to a server, and what it says of the server when that fails."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Mapping
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+from psycopg import generators, pq, waiting
+from psycopg.errors import ConnectionTimeout, _WaitTimeout
+
+from .._servers.credentials import refused
+from .._servers.endpoint import PROBE_TIMEOUT, DialError, Endpoint
+from .._servers.host_names import UnresolvedError, destination, places
+from .._session.commands import FORBID_WRITES, GRACE, HURRY
+from .._session.connection import PooledConnection, pooled
+from .._session.cursors import BlockCursor, BlockServerCursor
+from .._util import log_events as events
+from ..errors import CredentialError, Error, HookError, QueryDeadlineError, one_line
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGenConn
+
+    from .._config.model import GroupConfig
+
+_Opened = TypeVar("_Opened")
+
+_FULL = re.compile(
+    r"too many (clients|connections)|connection slots are reserved|no more connections allowed", re.IGNORECASE
+)
+"""What PostgreSQL and PgBouncer say: libpq does not tell the SQLSTATE of a connect (53300)."""
+
+
+def dial(
+    endpoint: Endpoint,
+    group: GroupConfig,
+    timeout: float,
+    conclusive: bool,
+    row_factory: Any,
+    set_up: Callable[[PooledConnection], None] | None = None,
+    kind: type[PooledConnection] = PooledConnection,
+) -> PooledConnection:
+    """Open a connection as the group wants it, within the timeout (seconds).
+
+    :param conclusive: whether no answer within the timeout means that the server is down.
+    :param set_up: what the group does with each new connection.
+    :raises DialError: with the server's or the network's own words.
+    """
+    began = monotonic()
+    deadline = began + timeout
+    milliseconds = endpoint.statement_timeout(group)
+    conn: PooledConnection | None = None
+
+    def arrived() -> None:
+        nonlocal began
+        began = monotonic()
+
+    def opening(conninfo: str, timeout: float) -> pq.abc.PGconn:
+        steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
+        return waiting.wait_conn(steps, interval=0.1, timeout=timeout)
+
+    def telling() -> bool:
+        """Tell whether silence is evidence: a function for the password may have left hardly any time."""
+        return conclusive and deadline - began >= 0.9 * min(timeout, 1.0)
+
+    try:
+        pgconn = _log_in(endpoint, group, opening, deadline, arrived)
+        conn = pooled(group.connection_class, kind)(pgconn)
+        conn.until = max(deadline, monotonic() + HURRY)
+        conn.endpoint = endpoint
+        conn.watch()
+        conn._autocommit, conn.by_itself = True, group.autocommit
+        # psycopg forgets what it prepared by DEALLOCATE ALL, and sqlprepare's would go with it.
+        conn.prepare_threshold = None if group.sqlprepare else group.prepare_threshold
+        if endpoint.config.pooler:  # each transaction may be on another session
+            conn.local = (("statement_timeout", str(milliseconds)),)
+        endpoint.note_role(conn, began)
+        if group.target in ("standby", "read-only"):
+            _forbid_writes(endpoint, conn)
+        if group.writes and len(group.endpoints) > 1:
+            endpoint.ask_timeline(conn)
+        if set_up is not None:
+            set_up(conn)
+    except _WaitTimeout:
+        error: Exception = ConnectionTimeout(f"no answer within {max(deadline - began, 0):.1f} s")
+        raise _failure(endpoint, error, telling()) from error
+    except UnresolvedError as error:
+        stands_for_nothing = endpoint.name is not None and not endpoint.name.known
+        raise _failure(endpoint, error, stands_for_nothing and telling()) from error
+    except (psycopg.Error, Error) as error:
+        if conn is not None:
+            conn.close()
+        told = error.__cause__ if isinstance(error, HookError) else error
+        by_server = isinstance(told, psycopg.Error)
+        if endpoint.config.pooler and isinstance(error, QueryDeadlineError) and telling():
+            # The pooler let it in, and no server answers (PAUSE): down, unless others got an answer.
+            down = not any(group.answered(endpoint, began) for group in endpoint.groups)
+            endpoint.refuses = False
+        else:
+            down = isinstance(told, psycopg.Error) and _is_down(endpoint, told, deadline, telling())
+        failure = _failure(endpoint, error, down)
+        failure.refused = endpoint.refuses if by_server else not isinstance(error, CredentialError)
+        raise failure from error
+    conn.until = None
+    conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
+    conn.row_factory = row_factory
+    conn.cursor_factory = BlockCursor
+    conn.server_cursor_factory = BlockServerCursor
+    conn.settle()
+    if group.max_lifetime:
+        # Jitter, so that connections opened together are not all replaced together.
+        conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
+    endpoint.opened = next(endpoint.ids)
+    endpoint.full_pause = endpoint.full_until = 0.0
+    endpoint.mark_up()
+    endpoint.on_seen(endpoint)
+    return conn
+
+
+def _forbid_writes(endpoint: Endpoint, conn: PooledConnection) -> None:
+    """Have the session refuse writes by itself: its server may be promoted before anything tells so."""
+    conn.reads = True
+    if endpoint.config.pooler:
+        conn.local += (("transaction_read_only", "on"),)
+    else:
+        psycopg.Cursor(conn).execute(FORBID_WRITES)
+        conn.cleaning = conn.plain_cleaning
+
+
+def connect(endpoint: Endpoint, group: GroupConfig) -> psycopg.Connection[Any]:
+    """Open a connection of the group's login that belongs to no pool; the caller closes it.
+
+    :raises psycopg.Error: it could not be opened.
+    :raises CredentialError: the user and password could not be had.
+    """
+    deadline = monotonic() + (group.connect_timeout or endpoint.config.connect_timeout)
+
+    def opening(conninfo: str, timeout: float) -> psycopg.Connection[Any]:
+        return psycopg.connect(conninfo, autocommit=True, connect_timeout=max(1, math.ceil(timeout)))
+
+    return _log_in(endpoint, group, opening, deadline)
+
+
+def _log_in(
+    endpoint: Endpoint,
+    group: GroupConfig,
+    opening: Callable[[str, float], _Opened],
+    deadline: float,
+    arrived: Callable[[], None] = lambda: None,
+) -> _Opened:
+    """Open a connection; where its password is refused and there is another one by now, with that.
+
+    :param arrived: called once it is known where to connect to, and as whom.
+    """
+    given = endpoint.arrive().within(deadline)
+    arrived()
+    try:
+        return _reach(endpoint, group, opening, deadline, given)
+    except psycopg.OperationalError as error:
+        if not refused(error):
+            raise
+        try:
+            other = {**given, **endpoint.login.again(deadline)}
+        except CredentialError as failure:
+            raise error from failure
+        if other == given:
+            raise
+    return _reach(endpoint, group, opening, deadline, other)
+
+
+def _reach(
+    endpoint: Endpoint,
+    group: GroupConfig,
+    opening: Callable[[str, float], _Opened],
+    deadline: float,
+    given: Mapping[str, str],
+) -> _Opened:
+    """Open a connection to the first address that answers; those that are left share the time.
+
+    One that has answered with a refusal of the login is the last, as with libpq.
+    """
+    ways = _ways(endpoint, given)
+    failures: list[str] = []
+    silent = 0
+    for number, way in enumerate(ways):
+        timeout = (deadline - monotonic()) / (len(ways) - number)
+        try:
+            opened = opening(endpoint.conninfo(group, {**given, **way}), timeout)
+        except (_WaitTimeout, psycopg.OperationalError) as error:
+            timed_out = isinstance(error, _WaitTimeout)
+            silent += timed_out
+            if len(ways) == 1 or silent == len(ways) or (not timed_out and refused(error)):
+                raise
+            text = f"no answer within {max(timeout, 0):.1f} s" if timed_out else one_line(error)
+            failures.append(f"{way.get('hostaddr') or way['host']}: {text}")
+        else:
+            endpoint.way = way
+            if endpoint.name is not None:
+                endpoint.name.prefer(way["hostaddr"])
+            return opened
+    raise psycopg.OperationalError("; ".join(failures))
+
+
+def _ways(endpoint: Endpoint, given: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the parameters of each address at which the server may be, the one that worked first."""
+    if "hostaddr" in given:  # the addresses of a name
+        found = [{"host": given["host"].split(",")[0], "hostaddr": a} for a in given["hostaddr"].split(",")]
+    elif endpoint.config.host:
+        return [{}]
+    else:  # a service file, or PGHOST, may list several
+        found = [place._asdict() for place in places(destination(endpoint.config))]
+        if len(found) == 1:
+            return [{}]
+    found.sort(key=lambda way: way != endpoint.way)
+    return found
+
+
+def _failure(endpoint: Endpoint, error: Exception, down: bool) -> DialError:
+    message = one_line(error)
+    if down:
+        endpoint.mark_down(message)
+    else:
+        if message != endpoint.last_error:
+            events.ENDPOINT_REFUSED(
+                "endpoint %s: no connection: %s",
+                endpoint.label,
+                message,
+                endpoint=endpoint.label,
+                reason=message,
+            )
+        endpoint.note_error(message)
+        if endpoint.config.pooler:
+            endpoint.role = None  # the pooler is up; its server may be gone, and another promoted
+    return DialError(endpoint, message, down)
+
+
+def _is_down(endpoint: Endpoint, error: psycopg.Error, deadline: float, conclusive: bool) -> bool:
+    """Ask the server itself why it refused: libpq gives no SQLSTATE and its text is translated.
+
+    :param conclusive: whether no answer says that it is down, and not that there was no time for one.
+    """
+    endpoint.refuses = False
+    if _FULL.search(str(error)):  # one more would be one too many
+        endpoint.note_full()
+        return False
+    probe = endpoint.probe()
+    probe.run(min(max(deadline - monotonic(), HURRY), PROBE_TIMEOUT))
+    if probe.sqlstate == "53300":
+        endpoint.note_full()
+    else:
+        endpoint.refuses = probe.accepting
+        endpoint.full_pause = endpoint.full_until = 0.0
+    return not probe.accepting and (conclusive or not probe.out_of_time)

@@ -1,0 +1,211 @@
+"""What a block may leave behind in a session, and what takes it away before the next block."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg.adapt import AdaptersMap
+
+from .. import errors
+from .._request.tenant import milliseconds
+from .commands import CLEANING, CLEANING_TO_READ, GRACE, IDLE, INERROR, NOTHING, Command, deallocate
+from .pooler_safety import left_in_session
+from .prepared import ROLLBACK, dropping, is_stale
+from .state import ConnectionState, own_names
+from .statement_shape import Shape, shape_with_escapes, text_of
+
+_WRITTEN_BY = (b"IntervalStyle", b"standard_conforming_strings")
+"""Settings that the client writes intervals and literals by."""
+_SHOWN = (
+    *_WRITTEN_BY, b"TimeZone", b"DateStyle", b"search_path", b"application_name", b"session_authorization",
+    b"is_superuser", b"default_transaction_read_only",
+)  # fmt: skip
+"""Settings that the server reports. If `client_encoding` has changed, the connection is closed anyway."""
+_ATTRIBUTES = (
+    "patience", "row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max",
+    "own_timeout", "_adapters", "_isolation_level", "_read_only", "_deferrable", "_begin_statement",
+)  # fmt: skip
+
+
+class CleanedConnection(ConnectionState):
+    """A connection that finds out what a block has changed, and has it undone."""
+
+    @property
+    def plain_cleaning(self) -> tuple[Command, ...]:
+        """What cleans the session where nothing that was prepared in it has to go."""
+        return CLEANING_TO_READ if self.reads else CLEANING
+
+    def keep_touched(self) -> None:
+        """Leave the session as a block left it (`reset: never`): only what it may have removed is noted."""
+        if self.touched:
+            self._known.clear()
+        self.touched = self.prepares = self.tainted = False
+        self.dropping = NOTHING
+
+    def touch(self, what: Shape, query: Any) -> Shape:
+        """Note what a statement may leave behind, or in its transaction; return what it is in this session.
+
+        :raises NotSupportedError: it would leave something in a session that a pooler gives to others.
+        """
+        if what.escapes and not self._strings_conform():
+            what = shape_with_escapes(query, self)
+        if self.local and what.touches and (text := text_of(query, self)) and (kept := left_in_session(text)):
+            raise errors.as_query_error(psycopg.NotSupportedError(kept))
+        self.touched = self.touched or what.touches
+        self.prepares = self.prepares or what.prepares
+        if what.prepares:
+            self.explicit = False  # it may be PREPARE TRANSACTION
+        self.tainted = self.tainted or what.taints
+        if what.timeout:
+            # How long a statement may take is the server's to say from here on: no less than that, and where
+            # it is not known there is no bound.
+            self.own_timeout = self.altered = True
+            allowed = milliseconds(what.allows) or 0.0
+            if allowed < 1 or self.patience is None:  # less than a millisecond rounds to 0: no limit
+                self.patience = None
+            else:
+                self.patience = max(self.patience, allowed / 1000 + GRACE)
+        return what
+
+    def _strings_conform(self) -> bool:
+        """Return whether a backslash in a plain string is one, when the next statement is read."""
+        if self.stale:
+            return self.conforms  # after the cleaning it is as at the beginning
+        return self.pgconn.parameter_status(b"standard_conforming_strings") == b"on"
+
+    def misleads(self) -> bool:
+        """Return whether a parameter would be written by what a cleaning that rides before it undoes."""
+        return tuple(map(self.pgconn.parameter_status, _WRITTEN_BY)) != self.shown[: len(_WRITTEN_BY)]
+
+    def _shown(self) -> tuple[bytes | None, ...]:
+        """Return what the server has reported of the session's settings."""
+        return tuple(map(self.pgconn.parameter_status, _SHOWN))
+
+    def tidy(self) -> bool:
+        """After a block: put the connection's own attributes back, and ask for a cleaning.
+
+        :returns: False where something may be left that cannot be cleaned.
+        """
+        # What is sent with a cleaning is in the encoding of before it, so that must be the same after it.
+        if self.pgconn.parameter_status(b"client_encoding") != self.client_encoding:
+            return False
+        # A generator left open (`notifies`, `stream`) still holds the lock.
+        if self.turn.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
+            return False
+        if self.altered:
+            for name in [name for name in vars(self) if name not in own_names]:
+                delattr(self, name)  # of the block, or of `configure`, whose value comes back
+            for name, value in (self.settled or {}).items():
+                setattr(self, name, value)
+            self._own_adapters()
+            self._notice_handlers, self._notify_handlers = map(list, self.own_handlers)
+            self._notifies_backlog = deque()
+            self.unsure = False
+        self.follows, self.in_force = False, None
+        if self.touched and not self.local:
+            self._known.clear()
+        if (self.touched or self.dropping) and not self.local:
+            self.ask_for_cleaning()
+        self.touched = self.altered = self.prepares = False
+        return True
+
+    def follow_settings(self) -> None:
+        """Read values by what the block binds; see `decoding`."""
+        from .decoding import adapters_for
+
+        if self._following is None:
+            self._following = adapters_for(self)
+        self._adapters, self.follows, self.in_force = AdaptersMap(self._following), True, None
+
+    def ask_for_cleaning(self) -> None:
+        """Have the session cleaned before its next statement."""
+        plain = self.plain_cleaning
+        if self.stale and plain[1] in self.cleaning and not (self.prepares or self.dropping):
+            return  # that is due already
+        own = ((deallocate(self.own_statements), None),) if self.prepares else NOTHING
+        self.cleaning = (*self.dropping, *plain[:-1], *own, plain[-1])
+        self.stale, self.dropping = True, NOTHING
+
+    def forget_statements(self, since: int = 0) -> None:
+        """Forget what is prepared in the session, and have it dropped before the next block.
+
+        :param since: psycopg's number of the first statement to forget; 0 is all, also the preamble's own.
+        """
+        prepared = self._prepared
+        stale = {key: name for key, name in prepared._names.items() if int(name[5:]) >= since}
+        names = list(stale.values())
+        for key in stale:
+            del prepared._names[key]
+        if not since:
+            prepared._counts.clear()
+            names += self._known.values()
+            self._known.clear()
+        if not names or self.local:
+            return  # a pooler's names are its own
+        # Not as a part of the cleaning: that ends a transaction, and this one may go on after a savepoint.
+        self.dropping += dropping(names)
+        self.altered = True
+
+    def before_resending(
+        self, error: psycopg.Error, preamble: Sequence[Command]
+    ) -> tuple[Command, ...] | None:
+        """Forget stale prepared statements after such an error, and return what to send before a retry.
+
+        :returns: None if the statement must not be sent again: in a transaction that was open before, and
+            after any other error.
+        """
+        if not is_stale(error):
+            return None
+        self.forget_statements()
+        status, undo = self.pgconn.transaction_status, NOTHING
+        if status == INERROR and any(text.startswith(b"BEGIN") for text, _ in preamble):
+            undo = ROLLBACK  # the transaction began with this statement, so nothing else is lost with it
+        elif status != IDLE:
+            return None
+        dropping, self.dropping = self.dropping, NOTHING
+        return (*undo, *dropping, *preamble)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around a pipeline of psycopg, which takes for prepared what the server skips after a failure."""
+        since, outer, self.spoilt = self._prepared._prepared_idx, self.spoilt, False
+        try:
+            yield
+        except BaseException:
+            self.spoilt = True
+            raise
+        finally:
+            if self.spoilt:
+                self.forget_statements(since)
+            self.spoilt = self.spoilt or outer
+
+    def settle(self) -> None:
+        """Remember the connection's attributes as those that every block finds; once, when it is opened."""
+        self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
+        self.speaks_utf8 = self.client_encoding == b"UTF8"
+        self.conforms = self._strings_conform()
+        self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
+        self.settled |= {name: value for name, value in vars(self).items() if name not in own_names}
+        self.shown = self._shown()
+        self.own_handlers = tuple(self._notice_handlers), tuple(self._notify_handlers)
+        # An isolation_level, read_only or deferrable that `configure` has set is part of each BEGIN.
+        self.plain = not self.local and self.speaks_utf8 and self._get_tx_start_command() == b"BEGIN"
+        self._own_adapters()
+        # `vars` has made of the values a dictionary that shares its keys with others, in which every look at
+        # an attribute is a search. A dictionary with keys of its own is read by their place.
+        self.__dict__ = {**vars(self)}
+
+    def _own_adapters(self) -> None:
+        """Give the next block a copy of what `configure` registered, so that what it adds ends with it."""
+        self.adapters_shared = None
+        if self._adapters is not None:
+            self._adapters = AdaptersMap(self._adapters)
+
+    def share_adapters(self) -> AdaptersMap:
+        """Return the adapters for cursors that have none of their own, made for the first of these."""
+        self.adapters_shared = shared = AdaptersMap(self.adapters)
+        return shared

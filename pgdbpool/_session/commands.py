@@ -1,0 +1,106 @@
+"""The commands that go before a statement, as text and parameters, and the states that decide which.
+
+That is a cleaning where the last borrower may have left something in the session, `BEGIN` in a
+manual-commit group, and the tenant and local settings, always with `set_config(name, value,
+is_local => true)`. It travels in one pipeline with the statement, with no Sync between. So it costs no
+round trip, and when any part of it fails PostgreSQL skips the rest up to the Sync: the statement did
+not run. And since a local setting ends with its transaction, no tenant is ever left in a session for
+the next block to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from psycopg import pq, sql
+
+from .._request.tenant import Bound
+from ..errors import SettingError
+
+# libpq's states as plain numbers, which is what it gives: an enumeration is slower to compare with.
+IDLE = int(pq.TransactionStatus.IDLE)
+INTRANS = int(pq.TransactionStatus.INTRANS)
+UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
+ACTIVE = int(pq.TransactionStatus.ACTIVE)
+INERROR = int(pq.TransactionStatus.INERROR)
+OPEN = (INTRANS, INERROR)
+OVER = (IDLE, UNKNOWN)
+BAD = int(pq.ConnStatus.BAD)
+
+Command = tuple[bytes, Sequence[bytes | None] | None]
+"""A statement of the preamble with its parameters in text format."""
+
+NOTHING: tuple[Command, ...] = ()
+BEGIN: tuple[Command, ...] = ((b"BEGIN", None),)
+COMMIT: tuple[Command, ...] = ((b"COMMIT", None),)
+
+# DISCARD ALL without what may stay (plans, psycopg's prepared statements): it is refused in a pipeline.
+# In a transaction of its own, so that nothing of it is undone with the borrower's, and so that the
+# borrower's BEGIN takes no default_transaction_* of the last one's.
+CLEANING: tuple[Command, ...] = (
+    (b"BEGIN", None),
+    (b"SET SESSION AUTHORIZATION DEFAULT", None),
+    (b"RESET ROLE", None),
+    (b"RESET ALL", None),
+    (b"CLOSE ALL", None),
+    (b"UNLISTEN *", None),
+    (b"SELECT pg_catalog.pg_advisory_unlock_all()", None),
+    (b"DISCARD TEMP", None),
+    (b"DISCARD SEQUENCES", None),
+    (b"COMMIT", None),
+)
+
+FORBID_WRITES = b"SET default_transaction_read_only = on"
+"""What sessions of groups that only read begin with, since a standby may be promoted under them."""
+
+CLEANING_TO_READ: tuple[Command, ...] = (*CLEANING[:-1], (FORBID_WRITES, None), CLEANING[-1])
+"""The cleaning of such a session: RESET ALL would let it write."""
+
+GRACE = 1.0
+"""Seconds that the client waits beyond the server's own statement_timeout."""
+
+HURRY = 0.05
+"""Seconds that a connect, ping or probe may take in any case, also where a request has no time to wait."""
+
+KEEP = -1.0
+"""The patience of a block that does not set a statement_timeout: the connection's own."""
+
+
+def set_local(settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
+    """Return the command that binds the settings to the transaction; all are parameters."""
+    if not settings:
+        return NOTHING
+    calls = ",".join(f"pg_catalog.set_config(${2 * i + 1},${2 * i + 2},true)" for i in range(len(settings)))
+    try:
+        values = [part.encode(encoding) for pair in settings for part in pair]
+    except UnicodeEncodeError:
+        raise _unencodable(settings, encoding) from None
+    return ((f"SELECT {calls}".encode(), values),)
+
+
+def _unencodable(settings: Bound, encoding: str) -> SettingError:
+    """Return the error for settings of which the session's encoding has no form."""
+    for name, value in settings:
+        try:
+            f"{name}{value}".encode(encoding)
+        except UnicodeEncodeError:
+            break
+    shown = repr(value) if len(value) <= 60 else repr(value[:57]) + "..."
+    return SettingError(
+        f"setting {name!r}: {shown} cannot be written in the session's encoding ({encoding}): use a value of "
+        "its characters, or sessions in UTF8 (client_encoding in the server's options)"
+    )
+
+
+def deallocate(keep: Sequence[str]) -> bytes:
+    """Return the statement that removes what PREPARE made; psycopg's are made by the protocol."""
+    kept = "".join(f" AND name <> {_literal(name)}" for name in keep)
+    body = (
+        "DECLARE n text; BEGIN FOR n IN SELECT name FROM pg_catalog.pg_prepared_statements "
+        f"WHERE from_sql{kept} LOOP EXECUTE pg_catalog.format('DEALLOCATE %I', n); END LOOP; END"
+    )
+    return f"DO {_literal(body)}".encode()
+
+
+def _literal(text: str) -> str:
+    return sql.Literal(text).as_string()

@@ -1,0 +1,342 @@
+"""Commands and a statement in one pipeline, and the wait for their answers."""
+
+from __future__ import annotations
+
+import itertools
+import select
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+from psycopg import pq
+from psycopg.generators import execute
+
+from .. import errors
+from .._request import correlation as tracing
+from .._request import deadline as deadlines
+from .._util.client_settings import InForce
+from .commands import BAD, GRACE, IDLE, INTRANS, NOTHING, Command, set_local
+from .liveness import LiveConnection
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGresult
+
+_FATAL = int(pq.ExecStatus.FATAL_ERROR)
+_SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
+_COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
+MARGIN = 0.1
+"""Seconds that the server's statement_timeout comes before the deadline of the request, at most."""
+MOST_NAMES = 20
+"""How often a session prepares a preamble: anew after a block that touched it; nothing removes the old."""
+MOST_LEFT = 100
+"""Answers that are taken at most from a connection that was lost."""
+_EMPTY: Command = (b"", None)
+_names = itertools.count(1)
+
+
+Own = TypeVar("Own", bound="ExchangingConnection")
+
+
+class ExchangingConnection(LiveConnection):
+    """A connection that sends what is due together with a statement."""
+
+    def run(self, commands: Sequence[Command]) -> None:
+        """Send commands in one round trip of their own; the first that fails is raised.
+
+        :raises NotCleanError: a cleaning failed, and so the connection was closed.
+        """
+        again: tuple[Command, ...] | None = None
+        with self.lock:
+            try:
+                self.exchange(commands)
+            except psycopg.Error as error:
+                if (again := self.before_resending(error, commands)) is None:
+                    raise self.own_error(error)  # noqa: B904  it is the same object
+            if again is not None:
+                try:
+                    self.exchange(again)
+                except psycopg.Error as error:
+                    raise self.own_error(error)  # noqa: B904  it is the same object
+
+    def receive(self) -> list[PGresult]:
+        """Wait for the answer to a statement that was sent alone; psycopg does it in C, with its own wait."""
+        return self.wait(execute(self.pgconn))  # type: ignore[no-any-return]
+
+    def exchange(
+        self,
+        commands: Sequence[Command],
+        send: Callable[[], None] | None = None,
+        after: Sequence[Command] = NOTHING,
+        many: int = 1,
+    ) -> list[list[PGresult]]:
+        """Send commands, and a statement after them, and wait; return the statement's answers.
+
+        They travel in a pipeline. This is what psycopg's generators do, in one loop: half of what a
+        statement costs at the client is theirs. The caller must hold `lock` and make errors its own.
+
+        :param send: sends the statement.
+        :param after: commands without parameters that follow the statement; their answers follow its own.
+        :param many: how many statements the server may keep the answers of: each has its time.
+        :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
+        """
+        pgconn = self.pgconn
+        if self.unusable:
+            self._refuse_use()
+        began_in = pgconn.transaction_status
+        patience = self.patience
+        if self.streamed:
+            self.streamed = False
+            if not commands or commands[0][1] is not None:
+                commands = (_EMPTY, *commands)  # it has no rows
+        if many > 1:
+            deadline = self._deadline(many)
+        else:
+            if deadlines.in_use or self.until is not None:
+                patience = self._within_deadline(patience)
+            deadline = None if patience is None else monotonic() + patience
+        before, late = len(commands), 0.0
+        cleaning = len(self.cleaning) if self.stale else 0
+        outcomes: list[list[PGresult]] = []
+        current: list[PGresult] = []
+        try:
+            pgconn.enter_pipeline_mode()
+            for sql, values in commands:
+                if values is None:
+                    pgconn.send_query_params(sql, None)
+                else:
+                    before += self._send_bound(sql, values)
+            if send is not None:
+                send()
+            for sql, _ in after:
+                pgconn.send_query_params(sql, None)
+            pgconn.pipeline_sync()
+            if pgconn.flush():
+                deadline = self._flush(deadline, many)
+            while True:
+                while pgconn.is_busy():
+                    if self._await(self.wait_readable, deadline):
+                        late = late or monotonic()
+                        if monotonic() > late + GRACE:  # it does not stop sending
+                            raise self._unanswered()
+                    pgconn.consume_input()
+                result = pgconn.get_result()
+                if result is not None:
+                    status = result.status
+                    if status == _SYNC:
+                        break
+                    current.append(result)
+                    if status in _COPYING:  # the caller refuses it; there is no end to wait for
+                        return [current]
+                    continue
+                if not current and pgconn.status == BAD:
+                    raise psycopg.OperationalError("the connection is lost")
+                outcomes.append(current)
+                if cleaning and len(outcomes) == cleaning:
+                    self._forget_notifications()
+                current = []
+                if many > 1:
+                    deadline = self._deadline(many)
+            pgconn.exit_pipeline_mode()
+        except BaseException as error:
+            # Where the session stands is not known. As psycopg does, do not leave a statement running.
+            if not isinstance(error, psycopg.Error):
+                self._cancel_and_close()
+            if (answer := self._last_words(error, (*outcomes, current))) is not None:
+                raise self._ended_by(answer, began_in) from None
+            pgconn.finish()
+            self._note_loss(error, began_in)
+            raise
+        while notify := pgconn.notifies():
+            if pgconn.notify_handler:
+                pgconn.notify_handler(notify)
+        if self.not_replicated:
+            self._check_replicated()
+        if commands:
+            self._check(outcomes[:before])
+        return outcomes[before:]
+
+    def _last_words(self, error: BaseException, outcomes: Iterable[list[PGresult]]) -> PGresult | None:
+        """Return the answer with which the server ended the session; None if it sent none.
+
+        libpq finds the end of the stream while answers that arrived ahead of it are not taken yet.
+        """
+        if type(error) is not psycopg.OperationalError:  # not libpq's word for a lost connection
+            return None
+        answers = [answer for answers in outcomes for answer in answers]
+        with suppress(psycopg.OperationalError):
+            for _ in range(MOST_LEFT):
+                if self.pgconn.is_busy():
+                    break
+                if (answer := self.pgconn.get_result()) is not None:
+                    answers.append(answer)
+        return next((answer for answer in reversed(answers) if _ends_session(answer)), None)
+
+    def _ended_by(self, answer: PGresult, status: int) -> psycopg.Error:
+        """Close the connection, and return the error that the server ended it with."""
+        error = psycopg.errors.error_from_result(answer, encoding=self.pgconn._encoding)
+        self.pgconn.finish()
+        self._note_loss(error, status)
+        return error
+
+    def _forget_notifications(self) -> None:
+        """Drop what came for the LISTEN of an earlier block, now that this has ended.
+
+        libpq has read no further than to the answer that was taken last.
+        """
+        while self.pgconn.notifies():
+            pass
+        self._notifies_backlog = deque()
+
+    def _send_bound(self, sql: bytes, values: Sequence[bytes | None]) -> int:
+        """Queue a command that has parameters, prepared where the session keeps what is; count extra answers.
+
+        It is the same for every block, and parsing it would be half of what it costs the server.
+        """
+        if self.touched or self.local or self.prepare_threshold is None:
+            self.pgconn.send_query_params(sql, values)
+            return 0
+        if name := self._known.get(sql):
+            self.pgconn.send_query_prepared(name, values)
+            return 0
+        if self.named >= MOST_NAMES:
+            self.pgconn.send_query_params(sql, values)
+            return 0
+        self._known[sql] = name = b"_pgdbpool_%d" % next(_names)
+        self.named += 1
+        self.pgconn.send_prepare(name, sql)
+        self.pgconn.send_query_prepared(name, values)
+        return 1
+
+    def _deallocate(self, name: bytes | None) -> PQGen[None]:
+        if name is None:  # psycopg forgets all that is prepared, after a ROLLBACK or DROP
+            self._known.clear()
+            self._prepared._names.clear()  # in a pipeline, what it has prepared since goes too
+        return super()._deallocate(name)
+
+    def _check(self, outcomes: list[list[PGresult]]) -> None:
+        """Raise the first failure of a preamble."""
+        for number, results in enumerate(outcomes):
+            for result in results:
+                if result.status == _FATAL:
+                    raise self._refused(result, number)
+        self.stale = False
+        if self.follows:
+            found = [InForce.of(result) for results in outcomes for result in results]
+            self.in_force = next(filter(None, found), self.in_force)
+
+    def _refused(self, result: PGresult, number: int) -> Exception:
+        """Return the error for the part of a preamble that failed."""
+        self._known.clear()
+        error = psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
+        if self.stale and number < len(self.cleaning):
+            # Not clean, and nobody's fault but the last borrower's: another will do.
+            self.pgconn.finish()
+            return errors.as_query_error(error, errors.NotCleanError)
+        self.stale = False  # the cleaning has a transaction of its own
+        return error
+
+    def _await(self, poll: Callable[[float | None], Any], deadline: float | None) -> bool:
+        """Wait until the server has sent something, at most to the deadline; tell whether that had passed."""
+        if deadline is None:
+            poll(None)
+            return False
+        left = deadline - monotonic()
+        if not poll(max(0.0, left) * 1000):
+            raise self._unanswered()
+        return left <= 0  # this process may have stood still while the answer came
+
+    def _deadline(self, many: int) -> float | None:
+        """Return until when to wait for the next of so many answers."""
+        patience = self._within_deadline(None if self.patience is None else self.patience * many)
+        return None if patience is None else monotonic() + patience
+
+    def _flush(self, deadline: float | None, many: int) -> float | None:
+        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile.
+
+        :returns: the deadline of what is waited for next.
+        """
+        poller = select.poll()
+        poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
+        while self.pgconn.flush():
+            self._await(poller.poll, deadline)
+            self.pgconn.consume_input()
+            if many > 1:
+                deadline = self._deadline(many)
+        return deadline
+
+    @contextmanager
+    def waiting_for(self, statements: int) -> Iterator[None]:
+        """Wait for so many statements: the server's statement_timeout holds for each one."""
+        patience = self.patience
+        if patience is not None:
+            self.patience = patience * max(1, statements)
+        try:
+            yield
+        finally:
+            self.patience = patience
+
+    def limit(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
+        """Add the statement_timeout that the current deadline leaves to what goes before a statement.
+
+        A little less than what is left, so that the server's answer is there before the client gives up.
+        """
+        status = self.pgconn.transaction_status
+        if status == IDLE:
+            self.limited = False
+        left = deadlines.time_left()
+        if self.own_timeout or status not in (IDLE, INTRANS):
+            return preamble
+        usual = None if self.patience is None else self.patience - GRACE
+        allowed = usual
+        if left is not None and (usual is None or left < usual):
+            self.limited, allowed = True, left - min(MARGIN, left / 2)
+        elif not self.limited:
+            return preamble
+        # 0 is no bound. In a transaction what an earlier statement has bound is put back.
+        milliseconds = 0 if allowed is None else max(1, round(allowed * 1000))
+        return preamble + set_local((("statement_timeout", str(milliseconds)),))
+
+    def annotate(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
+        """Add the block's correlation id, as a part of application_name, once in each transaction.
+
+        Not to the statement's text, since that is what plans are known by: with a comment of its own, each
+        block's would be parsed and planned anew, at the server and in psycopg.
+        """
+        block, status = self.block, self.pgconn.transaction_status
+        if status == IDLE:
+            self.annotated = False
+        if block is None or self.annotated or status not in (IDLE, INTRANS):
+            return preamble
+        self.annotated = True
+        name = tracing.application_name(self.own_name, block.correlation_id)
+        return preamble + set_local((("application_name", name),))
+
+    def hand_out(self: Own) -> Own:
+        """Give the connection itself to the block, which may then do anything with it.
+
+        :raises ConnectionLostError: the session was to be cleaned first, and the connection is closed now.
+        """
+        if self.stale:
+            self.clean_what_shows()
+        self.touched = self.altered = self.prepares = self.handed_out = True
+        return self
+
+    def clean_what_shows(self) -> None:
+        """Clean the session now, not with the first statement, if the client shows what is to be cleaned.
+
+        Code decides by it: whether to send SET TIME ZONE, how to write a date. It takes a round trip, after a
+        block that has changed such a setting.
+        """
+        with self.alone():
+            if self.stale and self._shown() != self.shown:
+                self.run(self.cleaning)
+                self.shown = self._shown()  # the server's defaults may be others by now
+
+
+def _ends_session(answer: PGresult) -> bool:
+    """Return whether an answer is the server's word that it ends the session, not libpq's own."""
+    return answer.status == _FATAL and errors.ends_session(psycopg.errors.error_from_result(answer))

@@ -1,0 +1,376 @@
+"""Whether the server still answers: waiting for it within bounds, and what a lost connection means."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from math import inf
+from threading import Lock, get_ident
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.errors import _WaitTimeout
+
+from .. import errors
+from .._request import deadline as deadlines
+from .._util import greenlets
+from . import outcome
+from .cleaning import CleanedConnection
+from .commands import ACTIVE, BAD, GRACE, HURRY, IDLE, OPEN, OVER
+from .prepared import is_stale
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGresult
+
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
+"""What psycopg takes for a reason to cancel, and to wait for five seconds."""
+_PARENTS = "this connection belongs to the parent process: open a Handler in this one"
+_SEVERED = "the connection was cut under the block"
+_NOT_REPLICATED = (
+    "the transaction is committed on {}, and perhaps nowhere else: its wait for the synchronous standby was "
+    "cancelled; do not repeat it"
+)
+
+# psycopg's own, by name: `super()` would look through each of the layers for it.
+_wait = psycopg.Connection.wait
+_check_ok = psycopg.Connection._check_connection_ok
+
+
+class LiveConnection(CleanedConnection):
+    """A connection whose waits are bounded, and which notes in its block what is lost with it."""
+
+    def alive(self) -> bool:
+        """Tell, without a round trip, whether the server still holds the other end.
+
+        A server that closed, restarted or was killed has sent FIN or RST. Readable is not dead:
+        a notice, a parameter status (after a promotion) or a TLS ticket is consumed first.
+        """
+        pgconn = self.pgconn
+        try:
+            for _ in range(100):  # a flood of notifications is alive
+                if not self.poll(0):
+                    break
+                pgconn.consume_input()
+                pgconn.is_busy()  # parses what was read
+        except psycopg.OperationalError:
+            return False
+        return pgconn.status != BAD
+
+    def ping(self, timeout: float) -> bool:
+        """Tell whether the server answers an empty query within the timeout (seconds)."""
+        pgconn = self.pgconn
+        deadline = monotonic() + timeout
+        try:
+            pgconn.send_query(b"")
+            pgconn.flush()
+            while True:
+                # Before each result: get_result waits in C, with the interpreter's lock and without a bound.
+                while pgconn.is_busy():
+                    left = deadline - monotonic()
+                    if left <= 0 or not self.wait_readable(left * 1000):
+                        return False
+                    pgconn.consume_input()
+                if pgconn.get_result() is None:
+                    break
+        except psycopg.OperationalError:
+            return False
+        self.used_at = monotonic()
+        return True
+
+    def ask(self, query: bytes) -> PGresult:
+        """Ask the server something for the pool itself, not for a block, and return the answer."""
+        with self.unbound(), psycopg.Cursor(self) as cursor:
+            result = cursor.execute(query).pgresult
+        assert result is not None
+        return result
+
+    def wait(self, gen: PQGen[Any], interval: float = 0.1, timeout: float | None = None) -> Any:
+        """Run psycopg's generator within the deadline; errors are raised as `DBQueryError`."""
+        if self.unusable:
+            self._refuse_use()
+        patience = timeout
+        if timeout is None:
+            patience = self.patience
+            if deadlines.in_use or self.until is not None:
+                patience = self._within_deadline(patience)
+        status = self.pgconn.transaction_status
+        if patience is not None and patience <= 0 and timeout is None:
+            if self.until is not None and self.closed:  # psycopg asks all the same; what was lost is noted
+                raise psycopg.OperationalError(
+                    "the connection was lost where a stream or COPY was left early"
+                )
+            # psycopg would still take what has arrived, and a stream that flows would never end.
+            raise self._unanswered(status)
+        try:
+            result = _wait(self, gen, interval, patience)
+        except _WaitTimeout:
+            if timeout is not None:
+                raise  # the caller's own deadline, not the statement's
+            raise self._unanswered(status) from None
+        except psycopg.Error as error:
+            raise self.own_error(error, status)  # noqa: B904  it is the same object
+        except BaseException as interruption:
+            if self.pgconn.transaction_status == ACTIVE:
+                # What was under way was not ended: where it stands is not known, and it is not to run on.
+                self._cancel_and_close()
+            self._note_loss(interruption, status)
+            raise
+        if self.not_replicated or self.pgconn.status == BAD:
+            self._look_back(status)
+        return result
+
+    def _look_back(self, status: int) -> None:
+        """Find out what an answer leaves behind that is not in it."""
+        if self.closed:
+            # psycopg keeps to itself what goes wrong while it rolls back to a savepoint.
+            self._note_loss(psycopg.OperationalError("the connection was lost in a rollback"), status)
+        if self.not_replicated:
+            self._check_replicated()
+
+    def _check_replicated(self) -> None:
+        """Raise for a commit that did not wait for its standby, unless its group wants a log record.
+
+        :raises NotReplicatedError: it is committed all the same.
+        """
+        self.not_replicated = False
+        block = self.block
+        if block is not None:
+            block.committed = True
+        # After a cancel of the pool's own the record would not do: that is no success.
+        if self.keeper is not None and self.keeper.tolerates(self) and not self.severed:
+            return
+        error = errors.NotReplicatedError(_NOT_REPLICATED.format(self.endpoint.label))
+        error.maybe_executed = block is None or not block.manual
+        if block is not None:
+            error.correlation_id = block.correlation_id
+        raise error
+
+    def _refuse_use(self) -> None:
+        if self.abandoned:
+            raise errors.BlockClosedError(_PARENTS)
+        status = self.pgconn.transaction_status
+        self.close()
+        raise self.own_error(psycopg.OperationalError(_SEVERED), status)
+
+    def may_commit(self) -> bool:
+        """Return whether what is under way may be committing, so that it must not be cancelled.
+
+        A read of which nothing is to be committed may be cancelled, and a statement inside of a transaction.
+        """
+        block = self.block
+        if self.ending or self.unsure or self._tpc is not None:
+            return True
+        if block is None:
+            return False  # it is the pool's own, such as a ping
+        statement = getattr(block, "statement", None)
+        inside = self.explicit or self.wrapped or self._num_transactions > 0 or block.spans()
+        if statement is self.undeclared or (self._pipeline is not None and not inside):
+            return True
+        return outcome.may_commit(statement, inside)
+
+    def _within_deadline(self, patience: float | None) -> float | None:
+        """Return how long a wait may take that would have this long without a deadline."""
+        if self.until is not None:
+            left = self.until - monotonic()
+            patience = left if patience is None else min(patience, left)
+        rest = deadlines.time_left()
+        if rest is None or self.block is None:  # opening a connection has a bound that knows of it
+            return patience
+        rest = max(rest, GRACE if self.ending else 0.0)
+        return rest if patience is None else min(patience, rest)
+
+    def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
+        self.close()
+        self.endpoint.suspected_at = monotonic()
+        left = deadlines.time_left() if deadlines.in_use and self.block is not None else None
+        cut = left is not None and left <= 0
+        if cut:
+            within = "before the deadline"
+        elif self.until is not None or self.patience is None:
+            within = "in time"
+        else:
+            within = f"within {self.patience:g} s"
+        error = errors.QueryDeadlineError(f"{self.endpoint.label} gave no answer {within}: connection closed")
+        if self.block is not None:
+            error.correlation_id = self.block.correlation_id
+        self._note_loss(error, status)
+        return error
+
+    def own_error(self, error: psycopg.Error, status: int = IDLE) -> errors.DBQueryError:
+        """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
+        if errors.ends_session(error) or self.taken_away:
+            self.close()
+        if is_stale(error):
+            self.forget_statements()
+        if self._pipeline:
+            self.spoilt = True
+        self._note_loss(error, status)
+        kind: type[errors.DBQueryError] = errors.end_of_session(error) if self.closed else errors.DBQueryError
+        if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
+            kind = errors.ReadOnlyServerError
+        if self.taken_away:
+            kind = errors.HoldExceededError
+        if self.cut_by and not isinstance(error, errors.DBQueryError):  # it may come by twice
+            error.args = (f"the pools were closed by {self.cut_by}, with this block open: {error}",)
+        own = errors.as_query_error(error, kind)
+        if (block := self.block) is not None:
+            if own.correlation_id is None:
+                own.correlation_id = block.correlation_id
+            if error.sqlstate:
+                statement = getattr(block, "statement", None)
+                if isinstance(statement, str):  # another object, since the next execution may be well
+                    block.statement = statement = statement[:1] + statement[1:]
+                self.failed = statement, f"{error.diag.severity}:  {error}\n"  # as libpq says it
+        return own
+
+    @property
+    def read_only_by_choice(self) -> bool:
+        """Whether it may be the block that has made its transactions read only, and not the server."""
+        modes = None if self.block is None else self.block.binding.modes
+        return self.touched or (modes is not None and bool(modes.read_only))
+
+    def _note_loss(self, error: BaseException, status: int) -> None:
+        """Where the connection was lost, note in the block what was lost with it."""
+        block = self.block
+        if block is None or not self.closed or status in OVER:  # unknown: it was lost before
+            return
+        # In COPY or a pipeline the status tells only that something is under way.
+        if status != ACTIVE or block.manual or self.bound or self._num_transactions:
+            block.lost = True
+            block.failure = errors.without_frames(error) if isinstance(error, Exception) else None
+
+    def _cancel_and_close(self) -> None:
+        """Close the connection in the middle of a statement, which is cancelled if it cannot be a commit."""
+        if not self.unusable and not self.may_commit():
+            with suppress(psycopg.Error):
+                self.cancel_safe(timeout=1.0)
+        self.close()
+
+    def _try_cancel(self, *, timeout: float = 5.0) -> None:
+        """Cancel what is left early: a stream, COPY. psycopg then takes what is on its way, for a second.
+
+        What may be a commit is not cancelled: a stream or COPY may end in that second, else it is closed.
+        """
+        left = self._within_deadline(self.patience)
+        try:
+            if not self.may_commit():
+                self.cancel_safe(timeout=max(HURRY, min(timeout, GRACE, GRACE if left is None else left)))
+            elif not self.holder or issubclass(sys.exc_info()[0] or Exception, INTERRUPTIONS):
+                self.close()
+        except (psycopg.Error, OSError) as error:
+            status, self.until = self.pgconn.transaction_status, 0.0
+            self.close()
+            self._note_loss(error, status)
+        else:
+            if self.holder:  # which puts it back
+                self.until = min(monotonic() + GRACE, self.until or inf)
+
+    def _check_connection_ok(self) -> None:
+        """Raise if nothing can be sent; psycopg asks before it makes a cursor or sends a command of its own.
+
+        :raises ConnectionLostError: the connection is lost, or was closed by its block; nothing was sent.
+        """
+        if self.pgconn.status == BAD and self.block is not None:
+            raise self.own_error(psycopg.OperationalError("the connection is lost: nothing was sent"))
+        _check_ok(self)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Note who has the connection's lock for longer than a statement."""
+        self.holder, until = get_ident(), self.until
+        try:
+            yield
+        finally:
+            self.holder, self.until = 0, until
+            if self.pgconn.transaction_status == ACTIVE and not self._pipeline:
+                # Interrupted again, while psycopg was ending what was under way.
+                self.close()
+                self._note_loss(psycopg.OperationalError("interrupted in a stream or COPY"), ACTIVE)
+
+    def close(self) -> None:
+        """Close the connection, and with it a transaction of its block; one of the parent's is left alone."""
+        if self.abandoned:
+            return
+        status = self.pgconn.transaction_status
+        if self.block is not None and status in OPEN:
+            self.block.lost = True  # by the block itself: it must not commit what it does from now on alone
+        elif status == ACTIVE and not self.left and self.may_commit():
+            self.left = self.pgconn.backend_pid
+        super().close()
+
+    def retire(self) -> None:
+        """Close the connection and give its slot back."""
+        if self._is_anothers():
+            self.cut()
+        else:
+            self.close()
+        self.slot = None
+
+    def cut(self) -> None:
+        """End the connection, whatever loop is open over it and holds psycopg's lock for good.
+
+        Another thread that is in a statement finds the connection lost, and closes it: psycopg reads what
+        is freed where it is closed under a wait.
+        """
+        if self._is_anothers():
+            self.sever(monotonic())
+            self.expires_at = -inf
+            return
+        self.close()
+        if (step := self.step) is not None:
+            self.holder = 0
+            step.give_up()  # threads that wait for it find the connection closed, or the block ended
+        elif self.turn.locked():
+            self.turn, self.holder, self.owner = Lock(), 0, 0
+
+    def begin_sever(self) -> bool:
+        """Let the block begin nothing more on the connection; return whether it may be committing.
+
+        Before anything is cancelled: what is sent after this is refused before its outcome is told.
+        """
+        self.severed = self.unusable = True
+        return not self.abandoned and self.pgconn.transaction_status == ACTIVE and self.may_commit()
+
+    def sever(self, deadline: float) -> None:
+        """Cut the connection under its block, from any thread, within the deadline; the block finds it lost.
+
+        What runs is cancelled. What may be committing is waited for instead, and then left to the server. To
+        close the connection would take its socket's number from under a wait for it.
+        """
+        committing = self.begin_sever()
+        if self.abandoned:
+            return
+        with suppress(psycopg.Error, OSError):
+            number = self.pgconn.socket
+            with socket.socket(fileno=os.dup(number)) as own:
+                if committing:
+                    self._await_commit(own, deadline)
+                elif self.pgconn.transaction_status == ACTIVE and (left := deadline - monotonic()) > 0:
+                    with suppress(psycopg.Error):
+                        self.cancel_safe(timeout=left)
+                if self.pgconn.socket == number:  # raises where it was closed: the number may be another's
+                    own.shutdown(socket.SHUT_RDWR)
+
+    def _await_commit(self, own: socket.socket, deadline: float) -> None:
+        """Wait until what may be committing is over; at the deadline note what it leaves at the server."""
+        block = self.block
+        # A signal handler may have come between its thread and the answer, which then stays in the socket.
+        here = block is not None and block.thread == get_ident()
+        poller = select.poll()
+        poller.register(own, select.POLLIN)
+        while self.pgconn.transaction_status == ACTIVE and not (here and poller.poll(0)):
+            if monotonic() >= deadline or greenlets.in_hub():
+                self.left = self.left or self.pgconn.backend_pid
+                return
+            sleep(0.005)
+
+    def abandon(self) -> None:
+        """In a forked child: never touch the socket or the lock again, which are the parent's."""
+        self.abandoned = self.unusable = True
+        self.block, self.step, self.turn = None, None, Lock()

@@ -1,0 +1,69 @@
+"""The text of a statement for people: in logs, errors, traces, and as a comment for the server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from psycopg import sql
+
+LONGEST_STATEMENT = 1000
+"""Characters of a statement that are told."""
+_SPACE = re.compile(r"\s+")
+_VALUE = re.compile(r"'[^']*(?:'|$)|\$(\w*)\$.*?(?:\$\1\$|$)")
+
+
+def text_of(statement: Any) -> str | None:
+    """Return a statement in one line for people, without values: literals of `psycopg.sql` are left out."""
+    if statement is None:
+        return None
+    if isinstance(statement, sql.Composable):
+        text = "".join(_parts(statement))
+    elif isinstance(statement, bytes):
+        text = statement.decode("utf-8", "replace")
+    elif isinstance(statement, str):
+        text = statement
+    elif strings := getattr(statement, "strings", None):  # a template string
+        text = "{}".join(strings)
+    else:
+        return type(statement).__name__
+    text = _SPACE.sub(" ", text[: 4 * LONGEST_STATEMENT]).strip()
+    return text if len(text) <= LONGEST_STATEMENT else text[:LONGEST_STATEMENT] + " ..."
+
+
+class Filled(sql.SQL):
+    """A statement with its parameters written into it, of which only the statement is told."""
+
+    def __init__(self, text: Any, statement: Any) -> None:
+        super().__init__(text)
+        self.statement = statement
+
+
+def _parts(composable: sql.Composable) -> Iterator[str]:
+    if isinstance(composable, sql.Composed):
+        for part in composable:
+            yield from _parts(part)
+    elif isinstance(composable, sql.Literal):
+        yield "..."
+    elif isinstance(composable, Filled):
+        yield text_of(composable.statement) or ""
+    else:
+        yield composable.as_string()
+
+
+def comment_on(statement: Any, text: str) -> Any:
+    """Return the statement with a comment before it, where it is of a kind that can have one."""
+    comment = f"/* {text} */ "
+    if isinstance(statement, str):
+        return comment + statement
+    if isinstance(statement, bytes):
+        return comment.encode() + statement
+    if isinstance(statement, sql.Composable):
+        return sql.SQL(comment) + statement
+    return statement
+
+
+def without_values(text: str) -> str:
+    """Return a text without the strings in quotes: one that was written into a statement may be a secret."""
+    return _VALUE.sub("'...'", text)

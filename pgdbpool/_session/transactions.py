@@ -1,0 +1,433 @@
+"""The transactions of a block: to psycopg the connection is in autocommit mode, and the block sends BEGIN."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from types import NoneType
+from typing import TYPE_CHECKING
+
+import psycopg
+from psycopg.transaction import OutOfOrderTransactionNesting
+
+from .. import errors
+from .._request import deadline as deadlines
+from .._util.transaction_modes import Modes
+from .block import Block
+from .commands import ACTIVE, IDLE, INERROR, INTRANS, KEEP, NOTHING, OVER, UNKNOWN, Command, set_local
+from .exchange import ExchangingConnection
+from .state import BUSY, OUTSIDE
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+ENDS_INSIDE = (
+    "the block has a tenant or settings, which end with the transaction: what follows a COMMIT or ROLLBACK "
+    "in the same string or pipeline would run without them; send it by itself"
+)
+FAILED = "a statement of this transaction failed: it was rolled back, nothing was committed"
+_CROSSED = (
+    "contexts of this transaction were left in the wrong order: it was rolled back, nothing was committed"
+)
+
+
+class TransactingConnection(ExchangingConnection):
+    """A connection whose transactions are its block's."""
+
+    @property
+    def autocommit(self) -> bool:
+        """Whether each statement is a transaction of its own: as the group says, until the block sets it."""
+        return self.by_itself if self.block is None else not self.block.manual
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self.set_autocommit(value)
+
+    @property
+    def commits_each(self) -> bool:
+        """Whether the next statement is a transaction of its own."""
+        return self.autocommit and self.pgconn.transaction_status == IDLE
+
+    def set_autocommit(self, value: bool) -> None:
+        """Go on in autocommit mode, or with transactions, to the end of the block; nothing is sent for it.
+
+        :raises psycopg.ProgrammingError: a transaction is open.
+        """
+        with self.alone():
+            self._change(self._check_intrans_gen("autocommit"))
+            if self.block is None:  # while `configure` has it
+                self._autocommit = self.by_itself = bool(value)
+            elif self.block.manual is bool(value) or self.block.nests:
+                self.block.choose(bool(value))
+                self.block.at_begin = self._encode(self.block)
+
+    def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
+        """Set the isolation level of the transactions to come, to the end of the block."""
+        with self.alone():
+            self._change(self._set_isolation_level_gen(value))
+
+    def set_read_only(self, value: bool | None) -> None:
+        """Set whether the transactions to come are read only, to the end of the block."""
+        with self.alone():
+            self._change(self._set_read_only_gen(value))
+
+    def set_deferrable(self, value: bool | None) -> None:
+        """Set whether the transactions to come are deferrable, to the end of the block."""
+        with self.alone():
+            self._change(self._set_deferrable_gen(value))
+
+    def _change(self, steps: PQGen[None]) -> None:
+        """Run psycopg's steps to change an attribute, which is refused inside a transaction."""
+        if self.block is None and self.settled is not None:
+            raise errors.BlockClosedError(OUTSIDE)
+        self.end_wrapped()
+        try:
+            if self._pipeline:
+                self.wait(steps)
+            else:  # nothing is sent, so it is never too late for it
+                deque(steps, 0)
+        except psycopg.Error as error:
+            raise self.own_error(error)  # noqa: B904  it is the same object
+
+    def begin(self, block: Block) -> tuple[Command, ...]:
+        """Return the BEGIN of a transaction of the block."""
+        return ((self._begin_with(block.binding.modes), None),)
+
+    def modes_of_implicit(self, block: Block) -> tuple[Command, ...]:
+        """Return what gives an implicit transaction of the block the modes that its settings ask for."""
+        modes = block.binding.modes
+        return NOTHING if modes is None else tuple((sql, None) for sql in self._allowed(modes).of_implicit())
+
+    def _get_tx_start_command(self) -> bytes:
+        """Return BEGIN for psycopg, which sends it in `transaction()` outside of a transaction."""
+        return self._begin_with(None if self.block is None else self.block.binding.modes)
+
+    def _begin_with(self, modes: Modes | None) -> bytes:
+        """Return BEGIN as the connection's attributes say, and where these say nothing as the settings do."""
+        if modes is None:
+            return super()._get_tx_start_command()
+        level, modes = self._isolation_level, self._allowed(modes)
+        return Modes(
+            isolation=modes.isolation if level is None else level.name.replace("_", " "),
+            read_only=modes.read_only if self._read_only is None else self._read_only,
+            deferrable=modes.deferrable if self._deferrable is None else self._deferrable,
+        ).begin()
+
+    def _allowed(self, modes: Modes) -> Modes:
+        """Leave READ WRITE out on a standby: a default has no effect there, while a BEGIN is refused."""
+        role = self.endpoint.role
+        if modes.read_only is False and role is not None and role.value == "standby":
+            return modes._replace(read_only=None)
+        return modes
+
+    def _begin_in_pipeline(self) -> PQGen[None]:
+        """Begin a transaction if the last one was ended in a pipeline, or autocommit switched off in it."""
+        yield from self._exec_command(self._get_tx_start_command())
+        if self._pipeline:
+            yield from self._pipeline._sync_gen()
+
+    def lend_to(self, block: Block) -> None:
+        """Take over a connection: what it must bind by itself goes before the block's settings."""
+        binding = block.binding
+        if not self.plain or binding.modes is not None:
+            block.settings = self.local + binding.settings
+            block.in_transaction, block.at_begin = self._local(block), self._encode(block)
+        if binding.special:
+            self.altered = True
+            if binding.patience != KEEP:
+                self.patience = binding.patience
+            if binding.report:
+                self.follow_settings()
+        self.lent, self.wrapped = True, False
+        self.block = block
+        block.conn = self
+
+    def preamble(self, block: Block) -> tuple[Command, ...]:
+        """Return what must be sent before the next statement on the connection; mostly nothing.
+
+        :raises ConnectionLostError: it was lost before.
+        """
+        status = self.pgconn.transaction_status
+        if status == IDLE:
+            self.bound = False
+            if self.stale and self.misleads():
+                with self.owning():
+                    self.clean_what_shows()
+            if (block.manual and self.altered) or (block.settings and self.touched):
+                commands = self._encode(block)  # its isolation_level, its encoding may be others by now
+            else:
+                commands = block.at_begin
+            return self.cleaning + commands if self.stale else commands
+        if status == INTRANS:
+            if self.bound or not block.settings:
+                return NOTHING
+            # A transaction that the block did not begin itself, or one chained to the last.
+            return self._local(block) if self.touched else block.in_transaction
+        if status == UNKNOWN:
+            block.lost = block.lost or block.manual  # an autocommit block has no open transaction in it
+            raise errors.ConnectionLostError(
+                "the connection was lost before: nothing was sent; the block gets another"
+            )
+        return NOTHING
+
+    def begin_and_bind(self, block: Block) -> tuple[Command, ...]:
+        """Return BEGIN and the settings, after a cleaning if one is due, to wrap a statement in."""
+        cleaning = self.cleaning if self.stale else NOTHING
+        return cleaning + self.begin(block) + self._local(block)
+
+    def _local(self, block: Block) -> tuple[Command, ...]:
+        """Return what binds the settings, in the encoding that the session has now."""
+        return set_local(block.settings, self.pgconn._encoding) + block.binding.report
+
+    def _encode(self, block: Block) -> tuple[Command, ...]:
+        """Return BEGIN, or the modes of an implicit transaction, and what binds the settings."""
+        return (self.begin(block) if block.manual else self.modes_of_implicit(block)) + self._local(block)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Send what the block needs first in a round trip of its own, for what cannot ride.
+
+        In an autocommit block with settings a transaction is opened for it, and committed after it. Other
+        threads wait until it is over.
+        """
+        with self.alone():
+            block, autocommit, wrap = self.send_due()
+            with self.over(block, autocommit, wrap):
+                yield
+
+    def send_due(self) -> tuple[Block, bool, bool]:
+        """Send what the block needs first; the caller has the turn.
+
+        :returns: the block, whether it is in no transaction of its own, and whether one was opened for it.
+        """
+        block = self.block
+        if block is None:
+            raise errors.BlockClosedError(OUTSIDE)
+        if deadlines.in_use:
+            deadlines.check()
+        if self._pipeline:
+            return block, False, False
+        autocommit = not block.manual and self.pgconn.transaction_status == IDLE
+        wrap = bool(block.settings) and autocommit
+        commands = self.begin_and_bind(block) if wrap else self.preamble(block)
+        if commands and deadlines.in_use:
+            commands = self.limit(commands)
+        if commands and self.annotates:
+            commands = self.annotate(commands)
+        if commands:
+            self.wrapped = wrap
+            self.run(commands)
+            self.bound = self.pgconn.transaction_status != IDLE
+        return block, autocommit, wrap
+
+    @contextmanager
+    def over(self, block: Block, autocommit: bool, wrap: bool) -> Iterator[None]:
+        """End the transaction that was opened for the body, and note in the block what went wrong."""
+        if not wrap:
+            try:
+                yield
+            except Exception as error:
+                if autocommit and self.closed and isinstance(error, errors.ConnectionLostError):
+                    error.maybe_executed = not errors.undone(error)
+                if self.block is block:
+                    block.failure = errors.without_frames(
+                        error
+                    )  # the cause, where it is swallowed and the block then ends
+                raise
+            return
+        try:
+            yield
+        except BaseException:
+            # A generator that was left open ends here later, when the connection may be another block's.
+            if self.block is block:
+                self.undo()
+            raise
+        if self.block is block:
+            self.commit()
+
+    def undo(self) -> None:
+        """Roll back after an error, which is the one to see; where that fails, close."""
+        try:
+            if self.pgconn.transaction_status == ACTIVE or self.holder or self._is_anothers():
+                self.cut()
+            elif not self.closed:
+                self.rollback()
+        except psycopg.Error:
+            self.close()
+
+    def end_wrapped(self) -> None:
+        """End a transaction around one statement whose end was interrupted; the caller has the turn.
+
+        What follows would run in it, with what was done to its settings.
+
+        :raises ConnectionLostError: it could not be ended; nothing was sent.
+        """
+        if not self.wrapped or self.pipelines:
+            return
+        if self.pgconn.transaction_status != IDLE:
+            with self.owning():
+                self.undo()
+        self.wrapped = False
+        if self.closed:
+            error = errors.ConnectionLostError("a transaction whose end was interrupted cannot be ended")
+            error.repeatable = True
+            raise error
+
+    def commit(self) -> None:
+        """Commit the open transaction, if any; a failed one is rolled back and raises.
+
+        :raises TransactionAbortedError: a statement of the transaction had failed.
+        :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
+        """
+        me = get_ident()
+        if self.owner == me and not self.holder:
+            self._commit()
+            return
+        if self.step is not None:
+            self.take_back()
+        with self.turn:
+            self.owner = me
+            try:
+                self._commit()
+            finally:
+                self.owner = 0
+
+    def _commit(self) -> None:
+        if self._pipeline and self.block is not None and self.block.settings:
+            raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+        self.bound = self.explicit = False
+        block, status = self.block, self.pgconn.transaction_status
+        if self.taken_away and status != IDLE:
+            raise self.own_error(psycopg.OperationalError("the connection was taken away"), status)
+        if status == INERROR or self.crossed:
+            why = _CROSSED if self.crossed else FAILED
+            self.rollback()
+            raise errors.TransactionAbortedError(why)
+        if deadlines.in_use and status != IDLE:
+            self._check_deadline()
+        self.ending = True
+        try:
+            self.wait(self._commit_gen())  # psycopg's commit(), but for the lock
+        except errors.ConnectionLostError as error:
+            if status == UNKNOWN:
+                raise  # it was lost before, and nothing is committed now
+            self._note_unknown(error)
+            raise
+        finally:
+            self.ending = False
+        if block is not None and status != IDLE:
+            block.committed = True
+
+    def _note_unknown(self, error: errors.ConnectionLostError) -> None:
+        """Note in the error, and in the block, that a COMMIT was under way when the connection was lost."""
+        error.maybe_committed = not errors.undone(error)
+        if (block := self.block) is not None:
+            block.lost = False  # or committed: nobody knows, and this error says so
+            block.committed = block.committed or error.maybe_committed
+
+    def rollback(self) -> None:
+        """Roll the open transaction back, if any."""
+        self.check_free()
+        with self.alone():
+            if self._pipeline and self.block is not None and self.block.settings:
+                raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
+            self.bound = self.crossed = self.explicit = False
+            self.ending = True
+            try:
+                super().rollback()
+            finally:
+                self.ending = False
+
+    def _check_deadline(self) -> None:
+        """Roll back instead of a COMMIT that would begin after the deadline."""
+        try:
+            deadlines.check()
+        except errors.DeadlineExceeded:
+            self.rollback()
+            raise
+
+    def give_up(self) -> None:
+        """Roll back what is open, after an exception; what was prepared is the server's, and stays."""
+        if self._tpc is None:
+            self.rollback()
+        elif self._tpc[1]:
+            self.close()
+        else:
+            self.tpc_rollback()
+
+    @contextmanager
+    def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> Iterator[psycopg.Transaction]:
+        """Open a transaction, or a savepoint where the block has one open already."""
+        block = self.block
+        if block is None:
+            if self.settled is not None:
+                raise errors.BlockClosedError(OUTSIDE)
+            with super().transaction(savepoint_name, force_rollback) as transaction:
+                yield transaction  # of `configure`
+            return
+        if deadlines.in_use:
+            deadlines.check()
+        self.check_free()
+        self.altered = self.handed_out = True  # psycopg's Transaction has the connection as an attribute
+        with self.alone():
+            self.end_wrapped()
+            self.implicit = False
+            commands = self.preamble(block)
+            if self.pgconn.transaction_status == IDLE and not block.nests:
+                # psycopg sends BEGIN; the settings go with the first statement after it.
+                commands = self.cleaning if self.stale else NOTHING
+            if commands and not self._pipeline:
+                # Before the savepoint, so that rolling back to it does not undo the settings.
+                self.run(commands)
+                self.bound = self.pgconn.transaction_status != IDLE
+            outermost = self.pgconn.transaction_status == IDLE
+        body_ended = False
+        try:
+            with super().transaction(savepoint_name, force_rollback) as transaction:
+                outermost = transaction._outer_transaction  # another thread may have ended one meanwhile
+                try:
+                    yield transaction
+                finally:
+                    self.ending = True
+                    if self.holder == get_ident():
+                        # An exception has left a loop, and keeps its generator alive.
+                        self.cut()
+                        self._note_loss(psycopg.OperationalError(BUSY), ACTIVE)
+                if deadlines.in_use:
+                    deadlines.check()  # it is rolled back then
+                if self.closed or (outermost and self.pgconn.transaction_status == INERROR):
+                    # psycopg would end it in silence: COMMIT of a failed transaction is a ROLLBACK.
+                    raise errors.TransactionAbortedError(FAILED) from block.failure
+                body_ended = True
+            block.committed = block.committed or outermost
+        except errors.ConnectionLostError as error:
+            unknown = body_ended and outermost and not errors.undone(error)
+            error.maybe_committed = error.maybe_committed or unknown
+            raise
+        except OutOfOrderTransactionNesting as error:
+            # psycopg leaves the transaction open with what was done in it, which must not be committed just
+            # because the block ends. If one was interrupted on its way in, the block goes on with another.
+            self.crossed = self.block is block
+            cause = error.__context__
+            if self.crossed and not outermost and not isinstance(cause, (Exception, NoneType)):
+                self.close()
+                self._note_loss(error, ACTIVE)
+            raise
+        finally:
+            self.ending = False
+            left_open = self.pgconn.transaction_status not in OVER
+            if left_open and outermost and not block.nests and not self.crossed:
+                self._undo_left_open(block)
+
+    def _undo_left_open(self, block: Block) -> None:
+        """Roll back a transaction that psycopg was interrupted in while it ended it."""
+        with self.alone():
+            # It may be another thread's by now.
+            ended = self.pgconn.transaction_status in OVER or self._num_transactions
+            if not ended and self.block is block:
+                self.wrapped = True
+                self.undo()

@@ -1,0 +1,81 @@
+"""Two-phase commit: psycopg begins, prepares and ends these transactions.
+
+The tenant comes with the first statement in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .. import errors
+from .block import Block
+from .commands import IDLE
+from .state import OUTSIDE
+from .transactions import TransactingConnection
+
+if TYPE_CHECKING:
+    from psycopg import Xid
+
+
+class TwoPhaseConnection(TransactingConnection):
+    """A connection with two-phase transactions."""
+
+    def tpc_begin(self, xid: Xid | str) -> None:
+        """Begin a two-phase transaction, as psycopg does it for a connection that is not in autocommit mode.
+
+        :raises psycopg.ProgrammingError: the block is in autocommit mode, or a transaction is open.
+        """
+        with self._two_phase():
+            if self.stale and self.pgconn.transaction_status == IDLE:
+                self.run(self.cleaning)
+            self._autocommit = self.autocommit
+            try:
+                super().tpc_begin(xid)
+            finally:
+                self._autocommit = True
+
+    def tpc_prepare(self) -> None:
+        """Prepare the two-phase transaction, which is the server's from then on.
+
+        :raises ConnectionLostError: with `maybe_committed`: it may be prepared, or be rolled back.
+        """
+        with self._two_phase():
+            try:
+                super().tpc_prepare()
+            except errors.ConnectionLostError as error:
+                self._note_unknown(error)
+                raise
+
+    def tpc_commit(self, xid: Xid | str | None = None) -> None:
+        """Commit a two-phase transaction, the open one or one that was prepared.
+
+        :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
+        """
+        with self._two_phase() as block:
+            try:
+                super().tpc_commit(xid)
+            except errors.ConnectionLostError as error:
+                self._note_unknown(error)
+                raise
+            block.committed = True
+
+    def tpc_rollback(self, xid: Xid | str | None = None) -> None:
+        """Roll back a two-phase transaction, the open one or one that was prepared."""
+        with self._two_phase():
+            super().tpc_rollback(xid)
+
+    @contextmanager
+    def _two_phase(self) -> Iterator[Block]:
+        """Have the turn for a step of a two-phase transaction, whose outcome is worth a wait."""
+        self.check_free()
+        with self.alone():
+            if (block := self.block) is None:
+                raise errors.BlockClosedError(OUTSIDE)
+            self.end_wrapped()
+            self.bound, self.ending = False, True
+            try:
+                yield block
+            finally:
+                self.ending = False
