@@ -28,9 +28,8 @@ ROOMS = {
     "sizing": "_config _session",
     "_lending": "errors _util _config _request _session _servers stats rls",
     "_status": "errors _util _session _servers _lending stats",
-    "_process": "errors _util _config _session _servers _lending _status",
-    "_api": "errors _error_categories _util _config _request _session _servers _lending _status _process"
-    " rls sizing stats",
+    "_process": "errors _util _config _session _servers _lending _status sizing stats",
+    "_api": "errors _error_categories _util _config _request _session _servers _lending _process rls stats",
     "": "errors _error_categories _request _session _api",
     "pool": "errors _api",
     "overview": "_api _status",

@@ -9,25 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ThreadingModelError
 
-
-class Leaving(Protocol):
-    """The pools of a process, as far as a signal goes."""
-
-    def refuse(self, number: int) -> None:
-        """Let no new block begin since that signal came; called in its handler, so it waits for nothing."""
-
-    def finish(self, timeout: float, hurry: Callable[[], bool], main: int) -> None:
-        """Wait for the blocks that run, then close; what is left are connections of the thread `main`."""
-
-    def holds(self, thread: int) -> bool:
-        """Tell whether the thread has a block open."""
-
-    def end(self) -> None:
-        """Close what is left."""
+if TYPE_CHECKING:
+    from .pools import Pools
 
 
 class SignalHandlers:
@@ -37,14 +24,18 @@ class SignalHandlers:
     hold any lock. So it must not wait. A thread does, and sends the signal again when it is done.
     """
 
-    def __init__(self, pools: Leaving, timeout: float) -> None:
-        self._pools = pools
+    def __init__(
+        self, refuse: Callable[[str], Pools | None], terminate: Callable[[str], None], timeout: float
+    ) -> None:
+        self._refuse, self._terminate = refuse, terminate
         self._timeout = timeout
         self._earlier: dict[int, Any] = {}
+        self._pools: Pools | None = None
+        self._by = "a signal"
         self.forked()
 
     def forked(self) -> None:
-        """Begin anew, in a child: the thread of its parent is none of its own."""
+        """Reset in a forked child: the parent's thread does not exist there."""
         self._begun = self._hurry = self._done = self._over = False
         self._main = _thread.get_ident()
 
@@ -79,11 +70,14 @@ class SignalHandlers:
         Otherwise one that asks for its next block at this moment would end with the refusal.
         """
         me = _thread.get_ident()
-        if not self._begun or me != self._main or self._pools.holds(me):
+        if not self._begun or me != self._main or self._has_block(me):
             return
         deadline = monotonic() + self._timeout + 2.0
         while not self._over and monotonic() < deadline:
             time.sleep(0.005)
+
+    def _has_block(self, thread: int) -> bool:
+        return self._pools is not None and any(group.held_by(thread) for group in self._pools.all_groups)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._done:
@@ -92,13 +86,16 @@ class SignalHandlers:
             self._hurry = True  # asked twice
         else:
             self._begun, self._main = True, _thread.get_ident()
-            self._pools.refuse(number)
+            self._by = f"the signal {signal.Signals(number).name}"
+            self._pools = self._refuse(self._by)  # does not wait
             # Not threading.Thread, whose start() waits: under gevent this may be its hub.
             _thread.start_new_thread(self._finish, (number,))
 
     def _finish(self, number: int) -> None:
         try:
-            self._pools.finish(self._timeout, lambda: self._hurry, self._main)
+            if self._pools is not None:
+                self._pools.drain(self._timeout, hurry=lambda: self._hurry)
+                self._pools.terminate(self._by, self._main)  # all but the main thread's connections
         finally:
             self._done = True
             os.kill(os.getpid(), number)
@@ -110,5 +107,5 @@ class SignalHandlers:
         if callable(earlier):
             earlier(number, frame)
         elif earlier == signal.SIG_DFL:
-            self._pools.end()  # the main thread's own block, which dies here
+            self._terminate(self._by)  # the main thread's own block, which dies here
             os.kill(os.getpid(), number)

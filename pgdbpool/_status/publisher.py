@@ -10,11 +10,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .._lending.group import Group
 from .._session.statement_text import without_values
 from .._util import log_events as events
 from ..errors import RuntimeDirError
@@ -22,7 +23,6 @@ from ..stats import Status
 from .runtime_dir import PublishedFile, RuntimeDir
 
 if TYPE_CHECKING:
-    from .._lending.group import Group
     from .._servers.endpoint import Endpoint
     from .._session.connection import PooledConnection
 
@@ -110,16 +110,15 @@ class Publisher:
             self._publish()
         return max(self._due - now, 0.01) if self._threaded else EVERY
 
-    def after(self, group: Group) -> Callable[[PooledConnection], None]:
-        """Return a group's checkin that publishes afterwards, where it is time: for lock-free mode."""
+    def publishing_group(self, *args: Any, **options: Any) -> Group:
+        """Return a group of lock-free mode, whose checkins publish when it is time."""
+        return _PublishingGroup(self, *args, **options)
 
-        def publishing(conn: PooledConnection) -> None:
-            type(group).checkin(group, conn)
-            if monotonic() >= self._due:
-                self.begin()
-                self._publish()
-
-        return publishing
+    def after_checkin(self) -> None:
+        """Publish if it is time."""
+        if monotonic() >= self._due:
+            self.begin()
+            self._publish()
 
     def hurry(self) -> None:
         """An endpoint has changed: tell it soon."""
@@ -237,6 +236,18 @@ class Publisher:
             else:
                 endpoint.undrain()
             self._applied = max(self._applied, command["n"])
+
+
+class _PublishingGroup(Group):
+    """A group without a background thread that could publish: its checkins do it in passing."""
+
+    def __init__(self, publisher: Publisher, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._publisher = publisher
+
+    def checkin(self, conn: PooledConnection) -> None:
+        super().checkin(conn)
+        self._publisher.after_checkin()
 
 
 def split(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

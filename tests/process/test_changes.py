@@ -465,6 +465,7 @@ def test_max_lag_comes_and_goes(pools: Any) -> None:
 INTERRUPTED = {
     "_process/reload.py",
     "_api/connection.py",
+    "_process/pools.py",
     "_lending/group.py",
     "_servers/endpoint.py",
     "_lending/pools.py",

@@ -1,0 +1,403 @@
+"""The pools of a process: groups, endpoints and the background of one configuration."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from .._lending.group import Group, users_of
+from .._lending.hold_limits import Holds
+from .._servers.endpoint import Endpoint, Role, State
+from .._session import rows
+from .._util import log_events as events
+from .._util.durations import Tally
+from ..errors import one_line
+from . import fork
+from .background import Monitor
+from .left_session_watch import Vigil
+from .observer import LOOK_TIMEOUT, Observer
+
+if TYPE_CHECKING:
+    from .._config.model import Config, EndpointConfig, GroupConfig
+    from .._status.publisher import Publisher
+    from ..stats import EndpointStatus, Status
+
+CUT_WITHIN = 0.5
+"""Seconds that cancelling, and waiting for commits, may take if connections are closed under their blocks."""
+
+ASK_WITHIN = 0.1
+"""Seconds that a status may wait in lock-free mode for a server that has closed idle connections."""
+
+_ROW_FACTORIES: dict[Any, Any] = {
+    "row": rows.row,
+    "tuple": psycopg.rows.tuple_row,
+    "dict": psycopg.rows.dict_row,
+    "namedtuple": psycopg.rows.namedtuple_row,
+}
+
+
+class Pools:
+    """Everything that belongs to one configuration in one process."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = self.wanted = config
+        self.changing = False
+        """Whether the configuration is being changed to the one that is `wanted`."""
+        self.publisher: Publisher | None = None
+        if config.runtime_dir is not None:
+            from .._status.publisher import Publisher  # nothing but this needs it
+
+            self.publisher = Publisher(config.runtime_dir, self, threaded=config.type == "threaded")
+        self.endpoints = {e.label: self._endpoint(e) for e in config.endpoints}
+        self.groups = {
+            name: self._group(group, [self.endpoints[label] for label in group.endpoints])
+            for name, group in config.groups.items()
+        }
+        self._newest: dict[str, tuple[int, Endpoint]] = {}
+        """The highest timeline that was seen of each system, and where."""
+        self.removed: list[Group] = []
+        """Groups that are not in the configuration any more, and may have open blocks."""
+        self.monitor = Monitor(
+            Observer(self.groups.values()),
+            Holds(self.groups.values(), threaded=config.type == "threaded"),
+            Vigil(self.groups.values()),
+            threaded=config.type == "threaded",
+            publisher=self.publisher,
+        )
+        for endpoint in self.endpoints.values():
+            endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
+
+    @property
+    def all_groups(self) -> list[Group]:
+        """The groups that blocks may have a connection of."""
+        return [*self.groups.values(), *self.removed]
+
+    def _endpoint(self, config: EndpointConfig) -> Endpoint:
+        endpoint = Endpoint(config)
+        endpoint.on_down = self._went_down
+        endpoint.on_up = self._came_up
+        endpoint.on_seen = self._seen
+        endpoint.on_role = self._changed_role
+        endpoint.on_silent = self._fell_silent
+        return endpoint
+
+    def _group(self, config: GroupConfig, endpoints: list[Endpoint]) -> Group:
+        lock_free = self.config.type == "non-threaded"
+        kind: Callable[..., Group] = Group
+        if lock_free and self.publisher is not None:
+            kind = self.publisher.publishing_group
+        group = kind(
+            config,
+            endpoints,
+            lock_free=lock_free,
+            row_factory=_row_factory(config),
+            probe=self._step if lock_free else None,
+            revive=self._revive if lock_free else None,
+        )
+        group.on_first_use = self._first_use
+        group.await_writer = self._await_writer
+        group.on_left = self._wake
+        return group
+
+    def _await_writer(self, group: Group, deadline: float) -> bool:
+        patronis = self.monitor.patronis
+        if patronis is None:
+            return False
+        step = self.monitor.step if self.config.type == "non-threaded" else self.monitor.wake
+        return patronis.await_writer(group, deadline, step)
+
+    def _first_use(self) -> None:
+        """A group is about to be used in this process."""
+        self._watch_holds()
+        self._begin_publishing()
+
+    def _watch_holds(self) -> None:
+        """See to it that the groups' blocks are watched, where there is a limit."""
+        if self.monitor.holds.needed:
+            self.monitor.wake()
+
+    def apply(self, config: Config) -> list[Group]:
+        """Take over a changed configuration; return the groups that are to be closed.
+
+        What is new is complete before the first connection can be made to it.
+        """
+        old, endpoints = self.endpoints, {}
+        for entry in config.endpoints:
+            known = old.get(entry.label)
+            if known is not None and known.fits(entry):
+                known.apply(entry)
+            else:
+                known = self._endpoint(entry)
+            endpoints[entry.label] = known
+        members = {name: [endpoints[label] for label in g.endpoints] for name, g in config.groups.items()}
+        groups = {
+            name: self.groups.get(name) or self._group(group, members[name])
+            for name, group in config.groups.items()
+        }
+        for endpoint in endpoints.values():
+            endpoint.groups = [group for name, group in groups.items() if endpoint in members[name]]
+        gone = [group for name, group in self.groups.items() if name not in groups]
+        # Before the dict without them: whoever looks for open blocks finds them in one of the two.
+        self.removed = [*filter(Group.busy, self.removed), *gone]
+        self.config, self.endpoints, self.groups = config, endpoints, groups
+        for endpoint in old.values():
+            if endpoints.get(endpoint.label) is not endpoint:
+                endpoint.remove()
+                self._forget(endpoint)
+        for name, group in groups.items():
+            group.apply(config.groups[name], members[name], _row_factory(config.groups[name]))
+        self.monitor.observe(Observer(groups.values()))
+        self.monitor.holds.watch(self.all_groups)
+        self.monitor.vigil.watch(self.all_groups)
+        self._watch_holds()
+        return gone
+
+    def _step(self) -> None:
+        self.monitor.step()
+
+    def _revive(self, endpoints: Collection[Endpoint], deadline: float) -> bool:
+        return self.monitor.prober.hasten(endpoints, deadline)
+
+    def _wake(self) -> None:
+        self.monitor.wake()
+
+    def _begin_publishing(self) -> None:
+        if self.publisher is not None and not self.publisher.needed:
+            self.publisher.begin()
+            self.monitor.wake()
+
+    def status(self) -> Status:
+        """Return a snapshot."""
+        from ..stats import Status  # no block needs it
+
+        self._look_at_idle()
+        return Status(
+            pid=os.getpid(),
+            type=self.config.type,
+            groups={name: group.status() for name, group in self.groups.items()},
+            endpoints={label: _endpoint_status(e) for label, e in self.endpoints.items()},
+        )
+
+    @property
+    def parent(self) -> int | None:
+        """The process that this one was forked from, with the package loaded."""
+        return fork.parent()
+
+    def _look_at_idle(self) -> None:
+        """Have the servers asked that have closed idle connections: without requests nobody else would."""
+        doubtful: set[Endpoint] = set().union(*(group.lost_servers() for group in self.groups.values()))
+        for endpoint in doubtful:
+            self.monitor.doubts.note(endpoint)
+        if self.config.type == "non-threaded":  # no thread goes on with it
+            self.monitor.doubts.finish(ASK_WITHIN)
+        elif doubtful:
+            self.monitor.wake()
+
+    def _went_down(self, endpoint: Endpoint) -> None:
+        if self.publisher is not None:
+            self.publisher.hurry()
+        for group in users_of(endpoint):
+            group.drop_idle(endpoint, f"endpoint {endpoint.state.value}")
+        if endpoint.state is State.DRAINING:
+            self._forget(endpoint)
+        else:
+            for group in users_of(endpoint):
+                group.let_all_go(endpoint)
+            self.monitor.prober.watch(endpoint)
+            self.monitor.wake()
+
+    def _forget(self, gone: Endpoint) -> None:
+        """Let a server that was taken out of use on purpose bar no other one any more."""
+        for system, (_, endpoint) in list(self._newest.items()):
+            if endpoint is gone:
+                del self._newest[system]
+
+    def _fell_silent(self, endpoint: Endpoint) -> None:
+        for group in users_of(endpoint):
+            group.drop_idle(endpoint, "ping")
+        self.monitor.prober.watch(endpoint)
+        self.monitor.wake()
+
+    def _changed_role(self, endpoint: Endpoint) -> None:
+        for group in users_of(endpoint):
+            group.part_with(endpoint)
+
+    def _came_up(self, endpoint: Endpoint) -> None:
+        if self.publisher is not None:
+            self.publisher.hurry()
+        for group in users_of(endpoint):
+            group.welcome()
+        self.monitor.wake()
+
+    def _seen(self, endpoint: Endpoint) -> None:
+        """Hold the timelines of the servers that write against each other."""
+        if self.monitor.observer.needed:
+            self.monitor.wake()
+        system, timeline = endpoint.system, endpoint.timeline
+        if system is not None and timeline is not None and timeline > self._newest.get(system, (0, None))[0]:
+            self._newest[system] = timeline, endpoint
+        newest = 0 if system is None else self._newest.get(system, (0, None))[0]
+        for other in [e for e in self.endpoints.values() if e.timeline is not None and e.system == system]:
+            outdated = other.timeline is not None and other.timeline < newest
+            if outdated and not other.outdated:
+                events.ENDPOINT_OUTDATED(
+                    "endpoint %s is on timeline %s and another was promoted to %s: no writes go there",
+                    other.label, other.timeline, newest,
+                    endpoint=other.label, timeline=other.timeline, newest=newest,
+                )  # fmt: skip
+            other.outdated = outdated
+        for group in self.groups.values():
+            group.note_timelines()
+        for group in users_of(endpoint):
+            group.note_writer(endpoint)
+
+    def open(self, *, needed: bool) -> None:
+        for group in self.groups.values():
+            group.open(needed=needed)
+        for endpoint in self.endpoints.values():
+            # Not needed for `min_size`, so nobody has asked yet whether it is there.
+            if users_of(endpoint) and endpoint.opened == 0 and endpoint.last_error is None:
+                probe = endpoint.probe()
+                probe.run(endpoint.config.connect_timeout)
+                if not probe.accepting:
+                    endpoint.mark_down(probe.reason)
+        self._await_lag()
+        self._begin_publishing()
+        if self.config.processes is not None:
+            self._warn_of_sizes(self.config.processes)
+
+    def _warn_of_sizes(self, processes: int) -> None:
+        """Warn of servers that do not admit what all processes together can open."""
+        from ..sizing import ask, demand  # nothing else of a block or of init needs it
+
+        roles = {e.label: e.role.value for e in self.endpoints.values() if e.role}
+        for label, need in demand(self.config, processes, roles).items():
+            endpoint = self.endpoints[label]
+            if label != need.labels[0]:
+                continue  # the same server
+            lent = ((group, group.borrow(endpoint)) for group in users_of(endpoint))
+            group, conn = next(((group, conn) for group, conn in lent if conn), (None, None))
+            if group is None or conn is None:
+                continue
+            try:
+                verdict = need.verdict(ask(conn), processes)
+            except psycopg.Error as error:
+                reason = one_line(error)
+                events.ENDPOINT_SILENT(
+                    "endpoint %s does not tell its limits: %s", label, reason, endpoint=label, reason=reason
+                )
+                verdict = ""
+            finally:
+                group.give_back(conn)
+            if verdict:
+                events.ENDPOINT_TOO_SMALL(
+                    "endpoint %s: %s; `pgdbpool size` recommends sizes", label, verdict,
+                    endpoint=label, reason=verdict,
+                )  # fmt: skip
+
+    def _await_lag(self) -> None:
+        """Wait until the lag of the standbys is known that a group limits."""
+        limited = [e for g in self.groups.values() if g.config.max_lag for e in g.endpoints]
+        deadline = monotonic() + LOOK_TIMEOUT
+        while monotonic() < deadline and any(
+            e.state is State.UP and e.role is not Role.PRIMARY and e.lag is None for e in limited
+        ):
+            if self.config.type == "non-threaded":
+                self.monitor.step()
+            time.sleep(0.005)
+
+    def close(self, timeout: float) -> None:
+        """Close the idle connections, and those in use as their blocks end."""
+        self.monitor.close()
+        deadline = monotonic() + timeout
+        for group in self.groups.values():
+            group.close(max(deadline - monotonic(), 0.05))
+
+    def drain(self, timeout: float, but: int = 0, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Wait until no block is open but those of that thread."""
+        deadline = monotonic() + timeout
+        while any(group.busy(but) for group in self.all_groups):
+            if monotonic() >= deadline or hurry():
+                return
+            time.sleep(0.01)  # for checkin to tell would be work in every block
+
+    def blame(self, by: str, but: int) -> None:
+        """Note who closes the pools, for what their blocks raise from here on, but those of that thread."""
+        for group in self.all_groups:
+            group.closed_by = by
+            for conn, block in group.held():
+                if block.thread != but:
+                    conn.cut_by = by
+
+    def abandon(self) -> None:
+        """In a forked child, let go of the parent's pools without touching sockets, locks or threads."""
+        for group in self.all_groups:
+            group.abandon()
+        if self.publisher is not None:
+            self.publisher.abandon()
+
+    def renewed(self) -> Pools:
+        """Return pools of the same configuration for a forked child; host names keep their last addresses."""
+        pools = Pools(self.config)
+        for label, endpoint in pools.endpoints.items():
+            name = self.endpoints[label].name if label in self.endpoints else None
+            endpoint.name = name.again() if name else None
+        return pools
+
+    def end_with_process(self) -> None:
+        """Prepare for the exit of the process, which closes every connection.
+
+        Closing them here would only disturb daemon threads that are still running.
+        """
+        for group in self.all_groups:
+            group.ending = True
+        if self.publisher is not None:
+            self.publisher.close()
+
+    def terminate(self, by: str, but: int = 0) -> None:
+        """Close all connections now, also those in use but by that thread.
+
+        What may be committing has until the end of the time; what runs else is cancelled before.
+        """
+        self.blame(by, but)
+        self.close(CUT_WITHIN)  # first, so that no block goes on with another connection
+        deadline = monotonic() + CUT_WITHIN
+        lent = [conn for group in self.all_groups for conn in group.lent(but)]
+        committing = [conn for conn in lent if conn.begin_sever()]
+        for conn in lent:
+            if conn not in committing:
+                conn.sever(deadline)
+        for conn in committing:
+            conn.sever(deadline)
+
+
+def _row_factory(config: GroupConfig) -> Any:
+    return _ROW_FACTORIES.get(config.row_factory, config.row_factory)
+
+
+def _endpoint_status(endpoint: Endpoint) -> EndpointStatus:
+    from ..stats import EndpointStatus, Histogram
+
+    at = endpoint.last_error_at
+    return EndpointStatus(
+        label=endpoint.label,
+        state=endpoint.state.value,
+        role=endpoint.role.value if endpoint.role else None,
+        weight=endpoint.weight,
+        timeline=endpoint.timeline,
+        outdated=endpoint.outdated,
+        lag_bytes=endpoint.lag.bytes if endpoint.lag else None,
+        lag_seconds=endpoint.lag.seconds if endpoint.lag else None,
+        connections=endpoint.connections,
+        last_error=endpoint.last_error,
+        seconds_since_error=None if at is None else monotonic() - at,
+        round_trip=endpoint.round_trip,
+        failovers=endpoint.failovers,
+        use=Histogram.of(group.uses.get(endpoint, Tally()) for group in users_of(endpoint)),
+        connect=Histogram.of(group.connects.get(endpoint, Tally()) for group in users_of(endpoint)),
+    )
