@@ -18,6 +18,7 @@ from .._session import block as blocks
 from .._util import greenlets
 from .._util import log_events as events
 from ..errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError
+from .borrowing import Borrowing
 from .one_statement import OneShots
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ REFUSE_WITHIN = 1.0
 """Seconds that `close` waits for a configuration change to finish before it refuses new blocks anyway."""
 
 
-class Connection(OneShots, Changes):
+class Connection(OneShots, Borrowing, Changes):
     """The pools of the process; all methods are class methods."""
 
     _pools: Pools | None = None

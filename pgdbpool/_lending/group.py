@@ -447,6 +447,10 @@ class Group:
             self._drop(conn, reason)
             self._pool.refill()
 
+    def take_over(self, conn: PooledConnection, heir: PooledConnection) -> None:
+        """Note that a connection in use goes on in another object."""
+        self._lent[heir] = self._lent.pop(conn)
+
     def _maintain(self, now: float, deadline: float) -> None:
         """Do at a checkout what a thread does in threaded mode: probe, and open what is missing."""
         probe = self._probe

@@ -18,8 +18,12 @@ from psycopg import pq
 
 from .. import errors
 from .connection import PooledConnection
-from .state import OUTSIDE
+from .state import OUTSIDE, own_names
 
+_CHOSEN = (
+    "row_factory", "cursor_factory", "server_cursor_factory", "_adapters", "_isolation_level", "_read_only",
+    "_deferrable", "_begin_statement", "_notice_handlers", "_notify_handlers",
+)  # fmt: skip
 _NOBODYS = pq.PGconn.connect_start(b"=")  # refused by libpq's parser: it never had a socket
 _NOBODYS.finish()
 
@@ -83,17 +87,40 @@ def succeed(conn: PooledConnection) -> PooledConnection | None:
     if not lock.acquire(blocking=False):
         return None
     try:
-        heir.__dict__ = {**conn.__dict__}  # not `update`: see `settle`
-        for name in _kind(cls).slots:
-            if hasattr(conn, name):
-                setattr(heir, name, getattr(conn, name))
-        heir.turn, heir.step, heir.replacing, heir.handed_out = Lock(), None, RLock(), False
-        for listener in ("notice_handler", "notify_handler"):
-            handler = getattr(heir.pgconn, listener)
-            setattr(heir.pgconn, listener, partial(handler.func, ref(heir)))
-        if heir.slot is not None:
-            heir.slot.conn = ref(heir)
+        _hand_over(conn, heir)
+        heir.replacing = RLock()
         end(conn)
     finally:
         lock.release()  # a thread that waits for it finds the connection ended
     return heir
+
+
+def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
+    """Give all that a connection has, its session too, to another object of its class."""
+    replacing = getattr(heir, "replacing", None)
+    heir.__dict__ = {**conn.__dict__}  # not `update`: see `settle`
+    for name in _kind(type(conn)).slots:
+        if hasattr(conn, name):
+            setattr(heir, name, getattr(conn, name))
+    heir.turn, heir.step, heir.handed_out = Lock(), None, False
+    if replacing is not None:
+        heir.replacing = replacing
+    for listener in ("notice_handler", "notify_handler"):
+        handler = getattr(heir.pgconn, listener)
+        setattr(heir.pgconn, listener, partial(handler.func, ref(heir)))
+    if heir.slot is not None:
+        heir.slot.conn = ref(heir)
+
+
+def adopt(conn: PooledConnection, other: PooledConnection) -> None:
+    """Go on in a connection that was lost with the session of another, which is ended.
+
+    What the application has set in the object stays: adapters, handlers, factories, the modes of
+    transactions, attributes of its own.
+    """
+    kept = {name: value for name, value in vars(conn).items() if name in _CHOSEN or name not in own_names}
+    threshold = conn.prepare_threshold
+    _hand_over(other, conn)
+    vars(conn).update(kept)
+    conn.prepare_threshold = threshold
+    end(other)

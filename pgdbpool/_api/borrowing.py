@@ -1,0 +1,93 @@
+"""Connections without a `with` block: `Connection.getconn` and `Connection.putconn`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from .._request import correlation as tracing
+from .._session import describe
+from .._session.block import is_high
+from .._session.stay import GIVEN_BACK, KeptConnection, Returned, Stay, give_back, keep
+from ..errors import BlockClosedError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from typing_extensions import Unpack
+
+    from .._lending.group import Group
+    from .one_statement import BlockOptions
+
+
+class Borrowing:
+    """The methods of `Connection` that take a connection out of its pool and give it back."""
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def group(cls, name: str) -> Group: ...
+
+    @classmethod
+    def getconn(
+        cls, group: str, *, skip: Collection[str] = (), **block: Unpack[BlockOptions]
+    ) -> KeptConnection:
+        """Take a connection out of the group's pool, until it is given back with `putconn` or its `close`.
+
+        It is a psycopg connection. In a manual-commit group its first statement begins a transaction, and
+        `commit` and `rollback` end it; each transaction, or each statement in autocommit mode, takes the
+        tenant that is current when it begins. A `with` block of it commits or rolls back, and gives it back.
+        A `Handler` is safer wherever a `with` block will do: its connection comes back by itself.
+
+        :param skip: top-level packages that the call may come through: their lines are not the caller's.
+        :param block: `tenant`, `tenant_override`, `settings`, `timeout`, `priority` and `correlation_id`, as
+            for a `Handler`; a `tenant` holds for all transactions.
+        :raises PoolTimeout: no connection became free in time; and what entering a `Handler` raises.
+        """
+        found = cls.group(group)
+        frame = _caller(sys._getframe(1), ("pgdbpool", "contextlib", *skip))
+        timeout = block.get("timeout")
+        stay = Stay(
+            found,
+            found.manual,
+            (frame.f_code, frame.f_lasti),
+            block.get("tenant"),
+            block.get("tenant_override", False),
+            block.get("settings"),
+            timeout,
+        )
+        stay.high = is_high(block.get("priority", "normal"))
+        given: Any = block.get("correlation_id")
+        if given is not None:
+            given = tracing.clean(given)
+        if tracing.in_use:
+            describe.begin(stay, given, frame if found.config.leak_stack else None)
+        if found.limiter is not None:
+            found.admit(stay)
+        return keep(found.checkout(stay, timeout))
+
+    @classmethod
+    def putconn(cls, conn: Any) -> None:
+        """Give a connection back that `getconn` returned; what is open in it is rolled back.
+
+        :raises BlockClosedError: it was given back before.
+        :raises ValueError: it is not one that `getconn` returned.
+        """
+        if isinstance(conn, Returned):
+            raise BlockClosedError(GIVEN_BACK)
+        if not isinstance(conn, KeptConnection):
+            raise ValueError(
+                f"{conn!r} was not taken with Connection.getconn(group): close it where it came from"
+            )
+        give_back(conn)
+
+
+def _caller(frame: FrameType, skip: Collection[str]) -> FrameType:
+    """Return the nearest frame that is of none of the packages; the first if there is no such one."""
+    at: FrameType | None = frame
+    while at is not None:
+        if str(at.f_globals.get("__name__")).partition(".")[0] not in skip:
+            return at
+        at = at.f_back
+    return frame

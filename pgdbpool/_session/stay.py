@@ -1,0 +1,376 @@
+"""A connection that is out of its pool without a `with` block: its units of work follow one another.
+
+Each transaction, or each statement in autocommit mode, takes the tenant that is current when it begins.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from types import CodeType, TracebackType
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import psycopg
+
+from .. import errors
+from .._request.tenant import current_tenant
+from .block import UNBOUND, Binding, Block
+from .commands import ACTIVE, IDLE, INTRANS, OPEN
+from .connection import PooledConnection
+from .cursors import BlockCursor, BlockServerCursor
+from .ended import Ended, adopt
+from .stay_cursors import StayCursor, StayServerCursor
+
+GIVEN_BACK = "this connection is already given back to its pool: take another with Connection.getconn(group)"
+_LOST = (
+    "the connection was lost with an open transaction: nothing of it was committed; call rollback() to begin "
+    "another"
+)
+_TOUCHED = (
+    "the connection was lost, and with it what was set up in its session: nothing was sent; give it back and "
+    "take another"
+)
+_OTHER_TENANT = (
+    "group {!r}: the open transaction has another tenant than the current one, and keeps it; commit() or "
+    "rollback() before the tenant changes"
+)
+
+Answer = TypeVar("Answer")
+
+
+class Lender(Protocol):
+    """What a connection that is out needs of its group."""
+
+    name: str
+
+    def bind(self, tenant: Any, override: bool, settings: Mapping[str, Any] | None) -> Binding:
+        """Return what a unit of work binds."""
+
+    def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
+        """Lend a working connection."""
+
+    def discard(self, conn: PooledConnection, reason: str) -> None:
+        """Take a connection back that is not to be used again."""
+
+    def checkin(self, conn: PooledConnection) -> None:
+        """Take a connection back."""
+
+    def take_over(self, conn: PooledConnection, heir: PooledConnection) -> None:
+        """Note that a connection in use goes on in another object."""
+
+    def note_retry(self, block: Block | None, error: errors.Error) -> None:
+        """Count a statement that is sent again."""
+
+
+class Stay(Block):
+    """The time that a connection is out of its pool, from `getconn` to `putconn`."""
+
+    __slots__ = ("group", "override", "own_settings", "tenant", "timeout")
+
+    def __init__(
+        self,
+        group: Lender,
+        manual: bool,
+        place: tuple[CodeType, int],
+        tenant: Any,
+        override: bool,
+        settings: Mapping[str, Any] | None,
+        timeout: float | None,
+    ) -> None:
+        self.group, self.tenant, self.override = group, tenant, override
+        self.own_settings, self.timeout = settings, timeout
+        try:
+            binding = self.bind()
+        except errors.TenantRequiredError:
+            binding = UNBOUND  # the first unit of work has to have one
+        super().__init__(manual, binding, place)
+
+    def bind(self) -> Binding:
+        """Return what a unit of work binds that begins now."""
+        return self.group.bind(self.tenant, self.override, self.own_settings)
+
+    def check_tenant(self) -> None:
+        """Refuse to go on in a transaction whose tenant is not the current one.
+
+        :raises TenantConflictError: another tenant became the current one since the transaction began.
+        """
+        if self.tenant is not None or current_tenant() is None:
+            return
+        if self.bind().settings != self.binding.settings:
+            raise errors.TenantConflictError(_OTHER_TENANT.format(self.group.name))
+
+
+class KeptConnection(PooledConnection):
+    """The methods of a connection that is out of its pool; its class while it is."""
+
+    __slots__ = ()
+
+    @property
+    def stay(self) -> Stay:
+        """The time that the connection is out.
+
+        :raises BlockClosedError: it was given back.
+        """
+        if not isinstance(stay := self.block, Stay):
+            raise errors.BlockClosedError(GIVEN_BACK)
+        return stay
+
+    @property
+    def tenant(self) -> Any:
+        """The tenant of the units of work to come; None for the current one of each."""
+        return self.stay.tenant
+
+    @tenant.setter
+    def tenant(self, value: Any) -> None:
+        """Set it.
+
+        :raises psycopg.ProgrammingError: a transaction is open, which keeps the tenant that it began with.
+        """
+        if value != self.stay.tenant and self.pgconn.transaction_status in OPEN:
+            raise psycopg.ProgrammingError("the tenant can't be changed now: a transaction is open")
+        self.stay.tenant = value
+
+    # Units of work.
+
+    def renew(self) -> None:
+        """Before a statement: begin a unit of work with the tenant of now, unless one is open.
+
+        A connection that the server has closed meanwhile is replaced, if there was nothing in its session.
+
+        :raises ConnectionLostError: it was lost, and something was set up in its session.
+        :raises TransactionAbortedError: a transaction was lost with it, and `rollback()` was not called.
+        :raises TenantConflictError: the open transaction has another tenant than the current one.
+        :raises TenantRequiredError: the group requires a tenant and there is none.
+        """
+        stay, status = self.stay, self.pgconn.transaction_status
+        if self._pipeline or self.riding:
+            return
+        if status == INTRANS:
+            stay.check_tenant()
+        if status in (INTRANS, ACTIVE) or self.turn.locked():
+            return
+        if self.closed or (status == IDLE and not self.alive()):
+            self._get_another(stay)
+        if self.pgconn.transaction_status == IDLE and (binding := stay.bind()) is not stay.binding:
+            self._rebind(stay, binding)
+
+    def _rebind(self, stay: Stay, binding: Binding) -> None:
+        """Let the next unit of work bind something else."""
+        late = binding.special and not stay.binding.special
+        stay.binding = binding
+        if late:
+            self.lend_to(stay)  # the settings could not be bound before there was a tenant
+        stay.settings = self.local + binding.settings
+        stay.in_transaction, stay.at_begin = self._local(stay), self._encode(stay)
+
+    def _get_another(self, stay: Stay) -> None:
+        """Replace a lost connection, if nothing is lost with it."""
+        if stay.lost:
+            raise errors.TransactionAbortedError(_LOST) from stay.failure
+        if self.touched:
+            PooledConnection.close(self)
+            raise errors.ConnectionLostError(_TOUCHED)
+        self.replace(stay)
+
+    def replace(self, stay: Stay) -> None:
+        """Go on with another session of the group in this object."""
+        with self.replacing:
+            if self.pgconn.transaction_status == IDLE:
+                PooledConnection.close(self)
+            if not self.closed:
+                return  # another thread was here
+            cls, stay.lost = type(self), False
+            stay.group.discard(self, "lost")
+            stay.part()
+            other = stay.group.checkout(stay, stay.timeout)
+            # From here on nothing waits: the session changes hands.
+            adopt(self, other)
+            stay.group.take_over(other, self)
+            stay.conn, self.block, self.lent, self.__class__ = self, stay, True, cls
+            self.altered = self.prepares = self.handed_out = True
+            stay.in_transaction, stay.at_begin = self._local(stay), self._encode(stay)
+
+    def again(self, follow: Callable[[], None], attempt: Callable[[], Answer]) -> Answer:
+        """Do what a cursor is asked for; once more, if it was lost and can have had no effect.
+
+        :param follow: lets the cursor go on with the session that the connection has now.
+        """
+        self.renew()
+        follow()
+        try:
+            return attempt()
+        except errors.DBQueryError as error:
+            stay = self.stay
+            if not error.repeatable or isinstance(error, errors.QueryDeadlineError):
+                raise
+            if self.closed and self.touched:
+                raise
+            stay.group.note_retry(stay, error)
+        stay.lost = False
+        if self.closed:
+            self.replace(stay)
+        else:
+            self.rollback()
+        follow()
+        return attempt()
+
+    def commit(self) -> None:
+        """Commit the open transaction, if any; the next statement begins another, with its tenant.
+
+        :raises TransactionAbortedError: a statement had failed, or the transaction was lost.
+        :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
+        """
+        stay = self.stay
+        if stay.lost:
+            raise errors.TransactionAbortedError(_LOST) from stay.failure
+        if self.closed:
+            return
+        try:
+            super().commit()
+        except errors.TransactionAbortedError as error:
+            raise error from stay.failure
+
+    def rollback(self) -> None:
+        """Roll the open transaction back, if any; one that was lost is given up."""
+        self.stay.lost = False
+        if not self.closed:
+            super().rollback()
+
+    # As the connection's, with the tenant of now.
+
+    def send_due(self) -> tuple[Block, bool, bool]:
+        """Send what the unit of work needs first."""
+        self._renew_within()
+        return super().send_due()
+
+    def preamble(self, block: Block) -> Any:
+        """Return what must be sent before the next statement."""
+        self._renew_within()
+        return super().preamble(block)
+
+    def _renew_within(self) -> None:
+        """Take the tenant of now also where the turn is taken already: no other session comes then."""
+        stay = self.stay
+        if self._pipeline or self.riding or self.pgconn.transaction_status != IDLE:
+            return
+        if (binding := stay.bind()) is not stay.binding:
+            self._rebind(stay, binding)
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a cursor; of another session where the last one was lost and nothing with it."""
+        if self.closed:
+            self.renew()
+        return super().cursor(*args, **kwargs)
+
+    def transaction(self, savepoint_name: str | None = None, force_rollback: bool = False) -> Any:
+        """Open a transaction, or a savepoint where one is open."""
+        self.renew()
+        return super().transaction(savepoint_name, force_rollback)
+
+    def pipeline(self) -> Any:
+        """Switch to pipeline mode."""
+        self.renew()
+        return super().pipeline()
+
+    # Giving it back.
+
+    def close(self) -> None:
+        """Give the connection back to its pool, as `Connection.putconn` does."""
+        # The pool and psycopg close it for good, where they find it lost.
+        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        if caller.startswith(("pgdbpool._", "psycopg.")):
+            super().close()
+        else:
+            give_back(self)
+
+    def __enter__(self) -> KeptConnection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Commit at a clean end, roll back after an exception, and give the connection back."""
+        if isinstance(self, Returned):
+            return  # the block has closed it
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            give_back(self)
+
+
+class Returned(Ended):
+    """The methods of a connection that was given back: `close` does nothing, all else refuses."""
+
+    __slots__ = ()
+
+    def _refuse_returned(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise errors.BlockClosedError(GIVEN_BACK)
+
+    again = renew = _refuse_returned
+
+    def __exit__(self, *raised: object) -> None:
+        """Do nothing: it is given back."""
+
+
+for _name in [name for name, value in vars(Ended).items() if value is Ended._refuse]:
+    setattr(Returned, _name, Returned._refuse_returned)
+Returned.close = Returned.__exit__  # type: ignore[assignment]
+
+
+_kept: dict[type[PooledConnection], type[PooledConnection]] = {}
+_returned: dict[type[PooledConnection], type[PooledConnection]] = {}
+
+
+def _class(
+    known: dict[type[PooledConnection], type[PooledConnection]],
+    methods: type[Any],
+    cls: type[PooledConnection],
+) -> type[PooledConnection]:
+    """Return the class that an object of the pool's class has for a time."""
+    found = known.get(cls)
+    if found is None:
+        bases = (methods, cls) if methods is Returned else _bases(cls)
+        found = known.setdefault(
+            cls, type(cls.__name__, bases, {"__slots__": (), "__module__": cls.__module__})
+        )
+    return found
+
+
+def _bases(cls: type[PooledConnection]) -> tuple[type[Any], ...]:
+    return (KeptConnection,) if cls is PooledConnection else (KeptConnection, cls)
+
+
+def keep(conn: PooledConnection) -> KeptConnection:
+    """Let a connection that was just lent go out of its pool."""
+    conn.altered = conn.prepares = conn.handed_out = True
+    if conn.cursor_factory is BlockCursor:
+        conn.cursor_factory = StayCursor
+    if conn.server_cursor_factory is BlockServerCursor:
+        conn.server_cursor_factory = StayServerCursor
+    conn.__class__ = _class(_kept, KeptConnection, type(conn))
+    assert isinstance(conn, KeptConnection)
+    return conn
+
+
+def give_back(conn: PooledConnection) -> None:
+    """Give a connection back to its pool, which rolls back what is open.
+
+    :raises BlockClosedError: it was given back before.
+    """
+    if not isinstance(stay := conn.block, Stay):
+        raise errors.BlockClosedError(GIVEN_BACK)
+    cls = next(plain for plain, kept in _kept.items() if kept is type(conn))
+    try:
+        if not conn.closed and conn.pgconn.transaction_status in OPEN and not conn.turn.locked():
+            conn.give_up()
+    except psycopg.Error:
+        PooledConnection.close(conn)  # the server rolls back by itself
+    finally:
+        conn.touched = True  # what was done over libpq is not known
+        conn.__class__ = cls
+        stay.group.checkin(conn)
+        stay.open = False
+        stay.failure = None
+        if conn.block is None:
+            conn.__class__ = _class(_returned, Returned, cls)

@@ -1,0 +1,300 @@
+"""A connection that is out of its pool without a `with` block: `Connection.getconn` and `putconn`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import tuple_row
+from support import config, kill_backends, server, wait_for
+
+import pgdbpool
+from pgdbpool import Connection, Handler
+from pgdbpool.cluster import Cluster
+
+SHOWN = "SELECT current_setting('app.tenant', true)"
+GROUPS = ["auto", "manual"]
+
+
+@pytest.fixture
+def start(known_cluster: Cluster, mode: str, proxy_to: Any) -> Iterator[Callable[..., Any]]:
+    """Initialise groups of one connection behind a proxy, and return that."""
+    proxy = proxy_to(known_cluster.primary)
+
+    def init(**changes: Any) -> Any:
+        auto = {"connection_count": 1, "timeout": 3, "row_factory": "tuple", **changes}
+        tenant = {**auto, "tenant": {"setting": "app.tenant", "verify": "off", "required": False}}
+        groups = {
+            "auto": auto,
+            "manual": {**auto, "autocommit": False},
+            "auto_t": tenant,
+            "manual_t": {**tenant, "autocommit": False},
+        }
+        entry = server(known_cluster.primary, port=proxy.port)
+        Connection.init(config([entry], mode, **groups))
+        proxy.reset_counts()
+        return proxy
+
+    yield init
+    Connection.reset()
+
+
+def in_use(group: str) -> int:
+    return Connection.status().groups[group].in_use
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("end", ["putconn", "close", "with"])
+def test_a_connection_goes_back_and_is_lent_again(start: Any, group: str, end: str) -> None:
+    start()
+    pids = []
+    for _ in range(2):
+        conn = Connection.getconn(group)
+        assert isinstance(conn, psycopg.Connection)
+        assert in_use(group) == 1
+        if end == "with":
+            with conn:
+                pids.append(conn.execute("SELECT pg_backend_pid()").fetchone())
+        else:
+            pids.append(conn.execute("SELECT pg_backend_pid()").fetchone())
+            Connection.putconn(conn) if end == "putconn" else conn.close()
+        assert in_use(group) == 0
+    assert pids[0] == pids[1]
+
+
+def test_what_was_given_back_refuses_and_says_so(start: Any) -> None:
+    start()
+    conn = Connection.getconn("manual")
+    cursor = conn.cursor()
+    conn.close()
+    assert conn.closed
+    conn.close()
+    for use in (conn.cursor, conn.commit, conn.rollback, lambda: conn.execute("SELECT 1")):
+        with pytest.raises(pgdbpool.BlockClosedError, match="already given back"):
+            use()
+    with pytest.raises(psycopg.Error):
+        cursor.execute("SELECT 1")
+    with pytest.raises(pgdbpool.BlockClosedError, match="already given back"):
+        Connection.putconn(conn)
+    with Handler("manual") as db:
+        assert db.query("SELECT 1").fetchone()[0] == 1
+
+
+def test_only_what_getconn_returned_can_be_put_back(start: Any) -> None:
+    start()
+    with Handler("auto") as db, pytest.raises(ValueError, match="not taken with Connection"):
+        Connection.putconn(db.connection)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("group", ["manual", "manual_t"])
+def test_a_transaction_of_n_statements_takes_n_and_one_round_trips(start: Any, group: str, n: int) -> None:
+    proxy = start(prepare_threshold=None)
+    with pgdbpool.tenant("a" if group == "manual_t" else None), Connection.getconn(group) as conn:
+        for _ in range(2):
+            proxy.reset_counts()
+            for _ in range(n):
+                conn.execute("SELECT 1")
+            conn.commit()
+            assert proxy.syncs == n + 1
+        proxy.reset_counts()
+    assert proxy.syncs == 0
+
+
+def test_a_with_block_commits_at_a_clean_end_and_rolls_back_otherwise(start: Any) -> None:
+    start()
+    with Connection.getconn("manual") as conn:
+        conn.execute("CREATE TABLE t (i int)")
+    with pytest.raises(RuntimeError), Connection.getconn("manual") as conn:
+        conn.execute("INSERT INTO t VALUES (1)")
+        raise RuntimeError
+    assert Connection.fetchval("auto", "SELECT count(*) FROM t") == 0
+    conn = Connection.getconn("manual")
+    conn.execute("INSERT INTO t VALUES (1)")
+    conn.close()
+    assert Connection.fetchval("auto", "SELECT count(*) FROM t") == 0
+    assert in_use("manual") == 0
+
+
+@pytest.mark.parametrize("group", ["auto_t", "manual_t"])
+@pytest.mark.parametrize("way", ["execute", "many", "stream", "named", "foreign", "pipeline", "transaction"])
+def test_each_unit_of_work_takes_the_tenant_of_now(start: Any, group: str, way: str) -> None:
+    start()
+    conn = Connection.getconn(group)
+    for tenant in ("a", "b", None, "c"):
+        with pgdbpool.tenant(tenant):
+            assert shown(conn, way) == (tenant or "",)
+            conn.commit()
+    conn.close()
+    with Handler(group) as db:
+        assert db.query(SHOWN).fetchone()[0] == ""
+
+
+def shown(conn: Any, way: str) -> Any:
+    if way == "many":
+        cursor = conn.cursor()
+        cursor.executemany(SHOWN + " WHERE %s", [(True,)], returning=True)
+        return cursor.fetchone()
+    if way == "stream":
+        return next(iter(list(conn.cursor().stream(SHOWN))))
+    if way == "named":
+        with conn.transaction(), conn.cursor("c") as cursor:
+            cursor.execute(SHOWN)
+            return cursor.fetchone()
+    if way == "foreign":
+        return psycopg.ClientCursor(conn).execute(SHOWN).fetchone()
+    if way == "pipeline":
+        with conn.pipeline():
+            return conn.execute(SHOWN).fetchone()
+    if way == "transaction":
+        with conn.transaction():
+            return conn.execute(SHOWN).fetchone()
+    return conn.execute(SHOWN).fetchone()
+
+
+def test_a_transaction_keeps_the_tenant_that_it_began_with(start: Any) -> None:
+    start()
+    with Connection.getconn("manual_t") as conn:
+        with pgdbpool.tenant("a"):
+            conn.execute("SELECT 1")
+        assert conn.execute(SHOWN).fetchone() == ("a",)
+        with pgdbpool.tenant("b"), pytest.raises(pgdbpool.TenantConflictError, match="keeps it"):
+            conn.execute("SELECT 1")
+        with pytest.raises(psycopg.ProgrammingError):
+            conn.tenant = "b"
+        conn.rollback()
+        conn.tenant = "b"
+        assert conn.execute(SHOWN).fetchone() == ("b",)
+
+
+def test_a_required_tenant_is_asked_for_by_the_first_statement(start: Any) -> None:
+    start(tenant={"setting": "app.tenant", "verify": "off", "required": True})
+    with Connection.getconn("manual") as conn:
+        with pytest.raises(pgdbpool.TenantRequiredError):
+            conn.execute("SELECT 1")
+        with pgdbpool.tenant("a"):
+            assert conn.execute(SHOWN).fetchone() == ("a",)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_connection_that_was_lost_idle_is_replaced(start: Any, known_cluster: Cluster, group: str) -> None:
+    start()
+    with known_cluster.primary.connect() as admin, Connection.getconn(group) as conn:
+        conn.row_factory = tuple_row
+        conn.mine = "kept"  # type: ignore[attr-defined]
+        pid = conn.info.backend_pid
+        conn.commit()
+        kill_backends(admin, pid)
+        assert conn.execute("SELECT pg_backend_pid()").fetchone() != (pid,)
+        assert conn.mine == "kept"  # type: ignore[attr-defined]
+        assert in_use(group) == 1
+    with Handler(group) as db:
+        assert not hasattr(db.connection, "mine")
+
+
+def test_what_was_set_up_in_a_lost_session_is_not_forgotten_in_silence(
+    start: Any, known_cluster: Cluster
+) -> None:
+    start()
+    with known_cluster.primary.connect() as admin, Connection.getconn("auto") as conn:
+        conn.execute("SET search_path TO elsewhere")
+        kill_backends(admin, conn.info.backend_pid)
+        for _ in range(2):
+            with pytest.raises(pgdbpool.ConnectionLostError, match="set up in its session"):
+                conn.execute("SELECT 1")
+        assert conn.closed
+    assert in_use("auto") == 0
+
+
+def test_the_first_statement_of_a_manual_unit_of_work_is_sent_again(start: Any) -> None:
+    proxy = start()
+    with Connection.getconn("manual") as conn:
+        cursor = conn.cursor()
+        proxy.cut_before(b"fortytwo")
+        assert cursor.execute("SELECT 42 AS fortytwo").fetchone() == (42,)
+        assert proxy.cuts == 1
+    assert Connection.status().groups["manual"].retries == 1
+
+
+def test_a_later_statement_is_not_and_rollback_begins_another(start: Any) -> None:
+    proxy = start()
+    with Connection.getconn("manual") as conn:
+        conn.execute("SELECT 1")
+        proxy.cut_before(b"fortytwo")
+        with pytest.raises(pgdbpool.ConnectionLostError):
+            conn.execute("SELECT 42 AS fortytwo")
+        assert conn.closed
+        for use in (conn.commit, lambda: conn.execute("SELECT 1")):
+            with pytest.raises(pgdbpool.TransactionAbortedError, match="rollback"):
+                use()
+        conn.rollback()
+        assert conn.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_autocommit_can_be_switched_and_comes_back(start: Any) -> None:
+    start()
+    with Connection.getconn("manual") as conn:
+        assert not conn.autocommit
+        conn.autocommit = True
+        conn.execute("CREATE TABLE t (i int)")
+        conn.execute("CREATE INDEX CONCURRENTLY ON t (i)")
+        conn.autocommit = False
+        conn.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+        assert conn.execute("SHOW transaction_isolation").fetchone() == ("serializable",)
+    with Connection.getconn("manual") as conn:
+        assert not conn.autocommit
+        assert conn.isolation_level is None
+        assert conn.execute("SHOW transaction_isolation").fetchone() == ("read committed",)
+
+
+def test_what_is_left_in_a_session_is_cleaned_for_the_next(start: Any) -> None:
+    start()
+    with Connection.getconn("auto") as conn:
+        conn.pgconn.exec_(b"SET search_path TO elsewhere")
+    with Handler("auto") as db:
+        assert db.query("SHOW search_path").fetchone()[0] != "elsewhere"
+
+
+def test_a_leak_names_the_line_that_took_the_connection(start: Any, caplog: Any, mode: str) -> None:
+    start(leak_after=0.1)
+    caplog.set_level(logging.WARNING, "pgdbpool")
+    conn = Connection.getconn("auto")
+    line = sys._getframe().f_lineno - 1
+
+    def told() -> bool:
+        if mode == "non-threaded":
+            with Handler("manual"):
+                pass
+        return f"test_getconn.py:{line}" in caplog.text
+
+    wait_for(told)
+    conn.close()
+
+
+def test_frames_of_named_packages_are_not_the_callers(start: Any) -> None:
+    start()
+    source = "def take(Connection):\n    return Connection.getconn('auto', skip=('framework',))\n"
+    framework: dict[str, Any] = {"__name__": "framework.inside"}
+    exec(compile(source, "framework.py", "exec"), framework)
+    conn = framework["take"](Connection)
+    assert conn.stay.place[0].co_filename == __file__
+    conn.close()
+
+
+def test_an_exhausted_group_says_who_has_its_connections(start: Any) -> None:
+    start(timeout=0.05)
+    with Connection.getconn("auto"), pytest.raises(pgdbpool.PoolTimeout, match="test_getconn"):
+        Connection.getconn("auto")
+
+
+def test_two_phase_transactions_work(start: Any) -> None:
+    start()
+    with Connection.getconn("manual") as conn:
+        conn.tpc_begin(conn.xid(1, "x", "y"))
+        conn.execute("SELECT 1")
+        conn.tpc_rollback()
+        assert conn.execute("SELECT 1").fetchone() == (1,)
