@@ -1,4 +1,4 @@
-"""Opening a connection to a server, and what it says of the server when that fails."""
+"""Opens connections to a server, and judges from a failure whether the server is down."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Opened = TypeVar("_Opened")
 _FULL = re.compile(
     r"too many (clients|connections)|connection slots are reserved|no more connections allowed", re.IGNORECASE
 )
-"""What PostgreSQL and PgBouncer say: libpq does not tell the SQLSTATE of a connect (53300)."""
+"""The texts of PostgreSQL and PgBouncer: libpq has no SQLSTATE (53300) for a failed connect."""
 
 
 def dial(
@@ -47,73 +47,30 @@ def dial(
     """Open a connection as the group wants it, within the timeout (seconds).
 
     :param conclusive: whether no answer within the timeout means that the server is down.
-    :param set_up: what the group does with each new connection.
-    :raises DialError: with the server's or the network's own words.
+    :param set_up: prepares each new connection for the group.
+    :raises DialError: with the message of the server or the network.
     """
-    began = monotonic()
-    deadline = began + timeout
-    milliseconds = endpoint.statement_timeout(group)
+    attempt = _Attempt(endpoint, group, timeout, conclusive)
     conn: PooledConnection | None = None
-
-    def arrived() -> None:
-        nonlocal began
-        began = monotonic()
-
-    def opening(conninfo: str, timeout: float) -> pq.abc.PGconn:
-        steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
-        return waiting.wait_conn(steps, interval=0.1, timeout=timeout)
-
-    def telling() -> bool:
-        """Tell whether silence is evidence: a function for the password may have left hardly any time."""
-        return conclusive and deadline - began >= 0.9 * min(timeout, 1.0)
-
     try:
-        pgconn = _log_in(endpoint, group, opening, deadline, arrived)
+        pgconn = _log_in(endpoint, group, _open_session, attempt.deadline, attempt.arrived)
         conn = pooled(group.connection_class, kind)(pgconn)
-        conn.until = max(deadline, monotonic() + HURRY)
-        conn.endpoint = endpoint
-        conn.watch()
-        conn._autocommit, conn.by_itself = True, group.autocommit
-        # psycopg forgets what it prepared by DEALLOCATE ALL, and sqlprepare's would go with it.
-        conn.prepare_threshold = None if group.sqlprepare else group.prepare_threshold
-        if endpoint.config.pooler:  # each transaction may be on another session
-            conn.local = (("statement_timeout", str(milliseconds)),)
-        endpoint.note_role(conn, began)
-        if group.target in ("standby", "read-only"):
-            _forbid_writes(endpoint, conn)
-        if group.writes and len(group.endpoints) > 1:
-            endpoint.ask_timeline(conn)
+        attempt.prepare(conn)
         if set_up is not None:
             set_up(conn)
     except _WaitTimeout:
-        error: Exception = ConnectionTimeout(f"no answer within {max(deadline - began, 0):.1f} s")
-        raise _failure(endpoint, error, telling()) from error
+        error: Exception = ConnectionTimeout(
+            f"no answer within {max(attempt.deadline - attempt.began, 0):.1f} s"
+        )
+        raise _failure(endpoint, error, attempt.silence_counts) from error
     except UnresolvedError as error:
-        stands_for_nothing = endpoint.name is not None and not endpoint.name.known
-        raise _failure(endpoint, error, stands_for_nothing and telling()) from error
+        unknown = endpoint.name is not None and not endpoint.name.known
+        raise _failure(endpoint, error, unknown and attempt.silence_counts) from error
     except (psycopg.Error, Error) as error:
         if conn is not None:
             conn.close()
-        told = error.__cause__ if isinstance(error, HookError) else error
-        by_server = isinstance(told, psycopg.Error)
-        if endpoint.config.pooler and isinstance(error, QueryDeadlineError) and telling():
-            # The pooler let it in, and no server answers (PAUSE): down, unless others got an answer.
-            down = not any(group.answered(endpoint, began) for group in endpoint.groups)
-            endpoint.refuses = False
-        else:
-            down = isinstance(told, psycopg.Error) and _is_down(endpoint, told, deadline, telling())
-        failure = _failure(endpoint, error, down)
-        failure.refused = endpoint.refuses if by_server else not isinstance(error, CredentialError)
-        raise failure from error
-    conn.until = None
-    conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
-    conn.row_factory = row_factory
-    conn.cursor_factory = BlockCursor
-    conn.server_cursor_factory = BlockServerCursor
-    conn.settle()
-    if group.max_lifetime:
-        # Jitter, so that connections opened together are not all replaced together.
-        conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
+        raise attempt.refusal(error) from error
+    attempt.release(conn, row_factory)
     endpoint.opened = next(endpoint.ids)
     endpoint.full_pause = endpoint.full_until = 0.0
     endpoint.mark_up()
@@ -121,8 +78,85 @@ def dial(
     return conn
 
 
+def _open_session(conninfo: str, timeout: float) -> pq.abc.PGconn:
+    steps: PQGenConn[pq.abc.PGconn] = generators.connect(conninfo)
+    return waiting.wait_conn(steps, interval=0.1, timeout=timeout)
+
+
+class _Attempt:
+    """One dial: its time limit, the set-up of the session, and the verdict on a failure."""
+
+    def __init__(self, endpoint: Endpoint, group: GroupConfig, timeout: float, conclusive: bool) -> None:
+        self._endpoint, self._group = endpoint, group
+        self._timeout, self._conclusive = timeout, conclusive
+        self._statement_timeout = endpoint.statement_timeout(group)
+        self.began = monotonic()
+        """When the server itself was first asked for something, once address and login are known."""
+        self.deadline = self.began + timeout
+
+    def arrived(self) -> None:
+        """Start the server's own time."""
+        self.began = monotonic()
+
+    @property
+    def silence_counts(self) -> bool:
+        """Whether no answer means that the server is down.
+
+        Not if the callable that returns the password has used nearly all the time.
+        """
+        return self._conclusive and self.deadline - self.began >= 0.9 * min(self._timeout, 1.0)
+
+    def prepare(self, conn: PooledConnection) -> None:
+        """Make a new session the group's, before the application's `configure` sees it."""
+        endpoint, group = self._endpoint, self._group
+        conn.until = max(self.deadline, monotonic() + HURRY)
+        conn.endpoint = endpoint
+        conn.watch()
+        conn._autocommit, conn.by_itself = True, group.autocommit
+        # psycopg forgets prepared statements by DEALLOCATE ALL, which would drop those of sqlprepare too.
+        conn.prepare_threshold = None if group.sqlprepare else group.prepare_threshold
+        if endpoint.config.pooler:  # each transaction may be on another session
+            conn.local = (("statement_timeout", str(self._statement_timeout)),)
+        endpoint.note_role(conn, self.began)
+        if group.target in ("standby", "read-only"):
+            _forbid_writes(endpoint, conn)
+        if group.writes and len(group.endpoints) > 1:
+            endpoint.ask_timeline(conn)
+
+    def release(self, conn: PooledConnection, row_factory: Any) -> None:
+        """Lift the limits of the set-up, so that blocks can use the connection."""
+        group, milliseconds = self._group, self._statement_timeout
+        conn.until = None
+        conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
+        conn.row_factory = row_factory
+        conn.cursor_factory = BlockCursor
+        conn.server_cursor_factory = BlockServerCursor
+        conn.settle()
+        if group.max_lifetime:
+            # Jitter, so that connections opened together are not all replaced together.
+            conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
+
+    def refusal(self, error: psycopg.Error | Error) -> DialError:
+        """Return the error for a session that the server, or the application's `configure`, refused."""
+        endpoint = self._endpoint
+        told = error.__cause__ if isinstance(error, HookError) else error
+        by_server = isinstance(told, psycopg.Error)
+        if endpoint.config.pooler and isinstance(error, QueryDeadlineError) and self.silence_counts:
+            # The pooler let the client in, but no server answers (PAUSE). That is down, unless another
+            # connection got an answer since.
+            down = not any(group.answered(endpoint, self.began) for group in endpoint.groups)
+            endpoint.refuses = False
+        else:
+            down = isinstance(told, psycopg.Error) and _is_down(
+                endpoint, told, self.deadline, self.silence_counts
+            )
+        failure = _failure(endpoint, error, down)
+        failure.refused = endpoint.refuses if by_server else not isinstance(error, CredentialError)
+        return failure
+
+
 def _forbid_writes(endpoint: Endpoint, conn: PooledConnection) -> None:
-    """Have the session refuse writes by itself: its server may be promoted before anything tells so."""
+    """Make the session itself refuse writes: its server may be promoted before the pool learns of it."""
     conn.reads = True
     if endpoint.config.pooler:
         conn.local += (("transaction_read_only", "on"),)
@@ -135,7 +169,7 @@ def connect(endpoint: Endpoint, group: GroupConfig) -> psycopg.Connection[Any]:
     """Open a connection of the group's login that belongs to no pool; the caller closes it.
 
     :raises psycopg.Error: it could not be opened.
-    :raises CredentialError: the user and password could not be had.
+    :raises CredentialError: user and password could not be obtained.
     """
     deadline = monotonic() + (group.connect_timeout or endpoint.config.connect_timeout)
 
@@ -152,9 +186,9 @@ def _log_in(
     deadline: float,
     arrived: Callable[[], None] = lambda: None,
 ) -> _Opened:
-    """Open a connection; where its password is refused and there is another one by now, with that.
+    """Open a connection; if its password is refused and has changed meanwhile, try the new one.
 
-    :param arrived: called once it is known where to connect to, and as whom.
+    :param arrived: called once the address and the login are known.
     """
     given = endpoint.arrive().within(deadline)
     arrived()
@@ -179,9 +213,9 @@ def _reach(
     deadline: float,
     given: Mapping[str, str],
 ) -> _Opened:
-    """Open a connection to the first address that answers; those that are left share the time.
+    """Open a connection to the first address that answers; the remaining ones share the time.
 
-    One that has answered with a refusal of the login is the last, as with libpq.
+    An address that refuses the login ends the search, as in libpq.
     """
     ways = _ways(endpoint, given)
     failures: list[str] = []
@@ -206,7 +240,7 @@ def _reach(
 
 
 def _ways(endpoint: Endpoint, given: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the parameters of each address at which the server may be, the one that worked first."""
+    """Return the parameters of each possible address of the server, the last working one first."""
     if "hostaddr" in given:  # the addresses of a name
         found = [{"host": given["host"].split(",")[0], "hostaddr": a} for a in given["hostaddr"].split(",")]
     elif endpoint.config.host:
@@ -234,17 +268,17 @@ def _failure(endpoint: Endpoint, error: Exception, down: bool) -> DialError:
             )
         endpoint.note_error(message)
         if endpoint.config.pooler:
-            endpoint.role = None  # the pooler is up; its server may be gone, and another promoted
+            endpoint.role = None  # the pooler is up; its server may be gone and another one promoted
     return DialError(endpoint, message, down)
 
 
 def _is_down(endpoint: Endpoint, error: psycopg.Error, deadline: float, conclusive: bool) -> bool:
-    """Ask the server itself why it refused: libpq gives no SQLSTATE and its text is translated.
+    """Probe the server for why it refused: libpq gives no SQLSTATE, and its text is translated.
 
-    :param conclusive: whether no answer says that it is down, and not that there was no time for one.
+    :param conclusive: whether no answer means that the server is down, rather than that time was short.
     """
     endpoint.refuses = False
-    if _FULL.search(str(error)):  # one more would be one too many
+    if _FULL.search(str(error)):  # a probe would be one session more
         endpoint.note_full()
         return False
     probe = endpoint.probe()

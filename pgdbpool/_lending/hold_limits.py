@@ -1,4 +1,4 @@
-"""Looks at how long blocks hold their connections: `leak_after` and `max_hold`."""
+"""Limits how long blocks hold their connections: `leak_after` and `max_hold`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .._session.block import Block
+    from .._session.connection import PooledConnection
     from .group import Group, Warn
 
 CANCEL_WITHIN = 0.5
-"""Seconds that the cancelling of one statement may keep whoever looks."""
+"""Seconds that one cancel may take; the watching thread waits for it."""
 
 NOTHING_DUE = 3600.0
 SOON = 0.01
 
 MOST_UNTOLD = 1000
-"""Warnings that are kept while a handler of the log hangs: the latest ones."""
+"""Warnings kept while a log handler hangs: the latest ones."""
 
 UNTOLD_AFTER = 1.0
-"""Seconds after which those that are left are looked for again."""
+"""Seconds until the remaining warnings are tried again."""
 
 
-class _Teller:
-    """Logs warnings, in threaded mode in a thread of its own: while a handler hangs, nobody waits for it."""
+class _LogThread:
+    """Logs warnings; in threaded mode in a separate thread, which a log handler may block."""
 
     def __init__(self, threaded: bool) -> None:
         self._threaded = threaded
@@ -33,9 +35,9 @@ class _Teller:
         self._untold: deque[Warn] = deque(maxlen=MOST_UNTOLD)
 
     def tell(self, warnings: Iterable[Warn]) -> bool:
-        """Log these too; return whether to come back for what may be left.
+        """Log these warnings too; return whether some may be left, so that it must be called again.
 
-        What a handler raises ends the telling, and the rest is told when this is called again.
+        An exception of a log handler ends this call; the next one goes on with the rest.
         """
         self._untold.extend(warnings)
         if self._untold and not self._threaded:
@@ -51,64 +53,79 @@ class _Teller:
 
 
 class Holds:
-    """Looks at the blocks of the groups that have a limit, whenever the oldest may have reached it."""
+    """Checks the blocks of groups that have a limit, whenever the oldest block may have reached it."""
 
     def __init__(
         self, groups: Iterable[Group], clock: Callable[[], float] = monotonic, *, threaded: bool = False
     ) -> None:
         self._clock = clock
-        self._teller = _Teller(threaded)
+        self._log = _LogThread(threaded)
         self.watch(groups)
         self._told: set[tuple[int, float]] = set()
-        """The holds that were told of: which block, since when. Its number may come again, its time not."""
+        """The holds already reported: id and start of the block. The id may be reused, the start is not."""
 
     def watch(self, groups: Iterable[Group]) -> None:
-        """Look at these groups from now on, as far as they have a limit."""
+        """Watch these groups from now on, as far as they have a limit."""
         self._groups = [g for g in groups if g.config.leak_after or g.config.max_hold]
 
     @property
     def needed(self) -> bool:
-        """Whether there is anything to look at."""
+        """Whether any group has a limit."""
         return bool(self._groups)
 
     def step(self) -> float:
-        """Do what is due now; return the seconds until there may be more to do.
+        """Check all blocks; return the seconds until the next check is due.
 
-        It may wait for a server, for `CANCEL_WITHIN`, and cancels one statement at a time.
+        It cancels at most one statement, and may wait for its server, for `CANCEL_WITHIN`.
         """
         if not self._groups:
             return NOTHING_DUE
-        now = self._clock()
-        soonest = now + NOTHING_DUE
-        seen: set[tuple[int, float]] = set()
-        cancelled: Warn | None = None
+        self._now = now = self._clock()
+        self._due = now + NOTHING_DUE
+        self._seen: set[tuple[int, float]] = set()
+        self._cancelled = False
         warnings: list[Warn] = []
         for group in self._groups:
             leak_after, max_hold = group.config.leak_after, group.config.max_hold
             # No block that begins from now on is due before that.
-            soonest = min(soonest, now + min(leak_after or NOTHING_DUE, max_hold or NOTHING_DUE))
+            self._due = min(self._due, now + min(leak_after or NOTHING_DUE, max_hold or NOTHING_DUE))
             for conn, block in group.held():
-                since = block.since
-                key = (id(block), since)
-                if leak_after and now - since < leak_after:
-                    soonest = min(soonest, since + leak_after)
-                elif leak_after:
-                    seen.add(key)
-                    if key not in self._told:
-                        self._told.add(key)
-                        warnings.append(group.note_leak(conn, block, now - since))
-                if max_hold and now - since < max_hold:
-                    soonest = min(soonest, since + max_hold)
-                elif max_hold and (cancelled or conn.ending):
-                    soonest = min(soonest, now + SOON)
-                elif max_hold:
-                    cancelled = group.take_away(conn, block, self._clock() + CANCEL_WITHIN)
-                    warnings += [cancelled] if cancelled else []
-        self._told = seen
-        if self._teller.tell(warnings):
-            soonest = min(soonest, now + UNTOLD_AFTER)
-        return max(SOON, soonest - now)
+                warnings += filter(None, (self._leak(group, conn, block), self._overdue(group, conn, block)))
+        self._told = self._seen
+        if self._log.tell(warnings):
+            self._due = min(self._due, now + UNTOLD_AFTER)
+        return max(SOON, self._due - now)
+
+    def _leak(self, group: Group, conn: PooledConnection, block: Block) -> Warn | None:
+        """Return the warning of a block that has just reached `leak_after`."""
+        limit, since = group.config.leak_after, block.since
+        if not limit:
+            return None
+        if self._now - since < limit:
+            self._due = min(self._due, since + limit)
+            return None
+        key = (id(block), since)
+        self._seen.add(key)
+        if key in self._told:
+            return None
+        self._told.add(key)
+        return group.note_leak(conn, block, self._now - since)
+
+    def _overdue(self, group: Group, conn: PooledConnection, block: Block) -> Warn | None:
+        """Take the connection from a block that has reached `max_hold`; return the warning of it."""
+        limit, since = group.config.max_hold, block.since
+        if not limit:
+            return None
+        if self._now - since < limit:
+            self._due = min(self._due, since + limit)
+            return None
+        if self._cancelled or conn.ending:  # one cancel a step, since each may wait for its server
+            self._due = min(self._due, self._now + SOON)
+            return None
+        warning = group.take_away(conn, block, self._clock() + CANCEL_WITHIN)
+        self._cancelled = warning is not None
+        return warning
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop watching."""
         self._groups.clear()
