@@ -165,11 +165,23 @@ def _of_endpoints(endpoints: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
 
 
 def _of_groups(groups: Sequence[Mapping[str, Any]], bounds: Sequence[float]) -> Iterator[Metric]:
-    for key, (name, meaning) in GAUGES.items():
-        gauge = GaugeMetricFamily(f"pgdbpool_{name}", meaning, labels=("group",))
+    yield from _by_group(GaugeMetricFamily, GAUGES, groups)
+    yield from _connections(groups)
+    yield from _by_group(CounterMetricFamily, COUNTERS, groups)
+    yield from _histograms(groups, bounds)
+
+
+def _by_group(
+    family: Any, names: Mapping[str, tuple[str, str]], groups: Sequence[Mapping[str, Any]]
+) -> Iterator[Metric]:
+    for key, (name, meaning) in names.items():
+        metric = family(f"pgdbpool_{name}", meaning, labels=("group",))
         for group in groups:
-            gauge.add_metric((group["name"],), group[key])
-        yield gauge
+            metric.add_metric((group["name"],), group[key])
+        yield metric
+
+
+def _connections(groups: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
     placed = GaugeMetricFamily("pgdbpool_connections", "Connections.", labels=("group", "endpoint"))
     closed = CounterMetricFamily(
         "pgdbpool_connections_closed", "Connections that the pool closed.", labels=("group", "reason")
@@ -180,11 +192,9 @@ def _of_groups(groups: Sequence[Mapping[str, Any]], bounds: Sequence[float]) -> 
         for reason, number in group["discarded"].items():
             closed.add_metric((group["name"], reason), number)
     yield from (placed, closed)
-    for key, (name, meaning) in COUNTERS.items():
-        counter = CounterMetricFamily(f"pgdbpool_{name}", meaning, labels=("group",))
-        for group in groups:
-            counter.add_metric((group["name"],), group[key])
-        yield counter
+
+
+def _histograms(groups: Sequence[Mapping[str, Any]], bounds: Sequence[float]) -> Iterator[Metric]:
     for key, (name, meaning) in HISTOGRAMS.items():
         labels = ("group",) if key == "wait" else ("group", "endpoint")
         histogram = HistogramMetricFamily(f"pgdbpool_{name}", meaning, labels=labels)

@@ -30,7 +30,7 @@ from ..errors import (
     one_line,
 )
 from .connection import Connection
-from .queries import Queries
+from .queries import Queries, resends
 
 _ACTIVE = int(psycopg.pq.TransactionStatus.ACTIVE)
 _BAD = int(psycopg.pq.ConnStatus.BAD)
@@ -168,9 +168,8 @@ class Handler(Queries):
         try:
             return make(conn).execute(statement, params)
         except DBQueryError as error:
-            if not error.repeatable or isinstance(error, QueryDeadlineError):
+            if not resends(self._group, self._block, error):
                 raise
-            self._group.note_retry(self._block, error)
         self._undo()  # nothing of it can have been committed
         return make(self._live()).execute(statement, params)
 

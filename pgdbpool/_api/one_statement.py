@@ -14,8 +14,8 @@ from .._session.block import Block, is_high
 from .._session.commands import IDLE
 from .._session.cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
 from .._session.statement_shape import shape
-from ..errors import DBQueryError, Error, QueryDeadlineError, ResultError, one_line
-from .queries import all_rows, command_tag, first_row, plain_row, rows_of_all, value_in
+from ..errors import DBQueryError, Error, ResultError, one_line
+from .queries import all_rows, command_tag, first_row, plain_row, resends, rows_of_all, value_in
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -156,9 +156,8 @@ class _OneShot:
         try:
             cursor = self._cursor(statement, params).execute(statement, params)
         except DBQueryError as error:
-            if not error.repeatable or isinstance(error, QueryDeadlineError):
+            if not resends(self.group, self.block, error):
                 raise
-            self.group.note_retry(self.block, error)
             cursor = None
         if cursor is None:
             self._replace()
@@ -173,9 +172,8 @@ class _OneShot:
         try:
             cursor.executemany(statement, sets, returning=returning)
         except DBQueryError as error:
-            if not error.repeatable or isinstance(error, QueryDeadlineError):
+            if not resends(self.group, self.block, error):
                 raise
-            self.group.note_retry(self.block, error)
             lost = True
         if lost:
             self._replace()

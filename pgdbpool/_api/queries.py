@@ -78,9 +78,8 @@ class Queries(Copying):
             cursor.executemany(statement, sets, returning=returning)
             return cursor
         except DBQueryError as error:
-            if not error.repeatable or isinstance(error, QueryDeadlineError):
+            if not resends(self._group, self._block, error):
                 raise
-            self._group.note_retry(self._block, error)
         self._undo()  # as `query` does: nothing of it can have been committed
         cursor = BlockCursor(self._live())
         cursor.executemany(statement, sets, returning=returning)
@@ -146,6 +145,17 @@ class Queries(Copying):
         See https://www.psycopg.org/psycopg3/docs/advanced/pipeline.html
         """
         return self._live().pipeline()
+
+
+def resends(group: Group, block: Block | None, error: DBQueryError) -> bool:
+    """Return whether a failed statement, which had no effect, is to be sent again; note it if so.
+
+    The caller sends it outside of its `except`: a second error then does not drag the first one along.
+    """
+    if not error.repeatable or isinstance(error, QueryDeadlineError):
+        return False
+    group.note_retry(block, error)
+    return True
 
 
 def all_rows(cursor: psycopg.Cursor[Any]) -> list[Any]:

@@ -100,6 +100,11 @@ class _Flight:
             self._then.close()
 
 
+def _doubtful(endpoint: Endpoint) -> bool:
+    """Return whether an endpoint is UP but has not answered a ping."""
+    return endpoint.silent and endpoint.state is State.UP
+
+
 class Prober:
     """Asks each DOWN endpoint at most twice a second whether it accepts sessions again.
 
@@ -131,35 +136,37 @@ class Prober:
             return PROBE_TIMEOUT
         now = self._clock()
         for endpoint, due in list(self._due.items()):
-            silent = endpoint.silent and endpoint.state is State.UP
-            if endpoint.state not in (State.DOWN, State.PROBING) and not silent:
-                self._forget(endpoint)
-                continue
-            flight = self._flying.get(endpoint)
-            if flight is None:
-                if now < due:
-                    continue
-                if not silent:
-                    endpoint.state = State.PROBING
-                flight = self._flying[endpoint] = _Flight(endpoint, now)
-            if not flight.step(now):
-                continue
-            flight.close()
-            del self._flying[endpoint]
-            if flight.accepting:
-                self._forget(endpoint)
-                endpoint.mark_up()
-            elif silent:
-                self._due[endpoint] = self._next()
-                endpoint.mark_down(flight.reason)
-            else:
-                if endpoint.state is State.PROBING:  # and was not drained meanwhile
-                    endpoint.state = State.DOWN
-                endpoint.note_error(flight.reason)
-                self._due[endpoint] = self._next()
+            if endpoint.state not in (State.DOWN, State.PROBING) and not _doubtful(endpoint):
+                self._forget(endpoint)  # drained or removed, or it has answered meanwhile
+            elif now >= due or endpoint in self._flying:
+                self._probe(endpoint, now)
         if self._flying:
             return 0.01
         return max(0.01, min(self._due.values(), default=now) - now)
+
+    def _probe(self, endpoint: Endpoint, now: float) -> None:
+        """Begin a probe or go on with it, and act on its result."""
+        doubtful = _doubtful(endpoint)
+        flight = self._flying.get(endpoint)
+        if flight is None:
+            if not doubtful:
+                endpoint.state = State.PROBING
+            flight = self._flying[endpoint] = _Flight(endpoint, now)
+        if not flight.step(now):
+            return
+        flight.close()
+        del self._flying[endpoint]
+        if flight.accepting:
+            self._forget(endpoint)
+            endpoint.mark_up()
+            return
+        self._due[endpoint] = self._next()
+        if doubtful:
+            endpoint.mark_down(flight.reason)
+            return
+        if endpoint.state is State.PROBING:  # and was not drained meanwhile
+            endpoint.state = State.DOWN
+        endpoint.note_error(flight.reason)
 
     def hasten(self, endpoints: Collection[Endpoint], deadline: float) -> bool:
         """Go on with the probes of these endpoints for a request that has no other; return whether one is up.

@@ -79,14 +79,7 @@ class _Visit:
             self.failure = look.failure or "no answer"
         if self.failure or not self.pooled:
             look.close()
-        if self._lent is not None:
-            group, conn = self._lent
-            self._lent = None
-            if not self.failure:
-                conn.used_at = monotonic()
-            elif waited is not None and waited >= min(group.config.ping_timeout, CONCLUSIVE):
-                endpoint.suspected_at = monotonic()  # the next checkout asks before it lends, and decides
-            group.give_back(conn, "no answer" if self.failure else None)
+        self._give_back(waited)
         if self.failure:
             # Refused, while blocks have connections: by a server that has no more of them, perhaps.
             if waited is None and endpoint.state is State.UP and endpoint.connections:
@@ -97,6 +90,18 @@ class _Visit:
             if self.sight is not None:
                 endpoint.note_sight(self.sight, look.asked_at or self.began)
             endpoint.mark_up()
+
+    def _give_back(self, waited: float | None) -> None:
+        """Give back the connection that the question went over."""
+        if self._lent is None:
+            return
+        group, conn = self._lent
+        self._lent = None
+        if not self.failure:
+            conn.used_at = monotonic()
+        elif waited is not None and waited >= min(group.config.ping_timeout, CONCLUSIVE):
+            self.endpoint.suspected_at = monotonic()  # the next checkout pings before it lends
+        group.give_back(conn, "no answer" if self.failure else None)
 
     def abandon(self) -> None:
         """Give up where the examination was interrupted."""
