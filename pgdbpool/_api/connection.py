@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from .._process import fork
 from .._process.pools import Pools
-from .._process.reload import Changes
+from .._process.reload import ReloadMethods
 from .._request.deadline import deadline
 from .._session import block as blocks
 from .._util import greenlets
@@ -32,7 +32,7 @@ REFUSE_WITHIN = 1.0
 """Seconds that `close` waits for a configuration change to finish before it refuses new blocks anyway."""
 
 
-class Connection(OneShots, Borrowing, Changes):
+class Connection(OneShots, Borrowing, ReloadMethods):
     """The pools of the process; all methods are class methods."""
 
     _pools: Pools | None = None

@@ -22,8 +22,8 @@ from .._servers.startup_probe import RESOLVING_AGAIN
 from .._servers.suspects import Doubts
 from .._util import log_events as events
 from ..errors import one_line
-from .left_session_watch import Vigil
-from .observer import Look, Observer
+from .left_session_watch import LeftSessionWatch
+from .observer import Observer, StatusQuery
 
 if TYPE_CHECKING:
     from .._status.publisher import Publisher
@@ -54,7 +54,7 @@ class _Flight:
         """Seconds that requests may still wait for it."""
         self.accepting = False
         self._now = endpoint.probe()
-        self._then: Look | None = None
+        self._then: StatusQuery | None = None
 
     @property
     def reason(self) -> str:
@@ -82,9 +82,9 @@ class _Flight:
             self.until, self.patience = max(self.until, now + PROBE_TIMEOUT), WAIT
         return now >= self.until
 
-    def _question(self) -> Look:
+    def _question(self) -> StatusQuery:
         endpoint = self.endpoint
-        return Look(partial(endpoint.conninfo, users_of(endpoint)[0].config), endpoint.arrive)
+        return StatusQuery(partial(endpoint.conninfo, users_of(endpoint)[0].config), endpoint.arrive)
 
     def register(self, poller: select.poll) -> bool:
         """Have the poller wait for what this waits for; return whether that is all."""
@@ -209,7 +209,7 @@ class Monitor:
         self,
         observer: Observer,
         holds: Holds,
-        vigil: Vigil,
+        vigil: LeftSessionWatch,
         *,
         threaded: bool,
         publisher: Publisher | None = None,

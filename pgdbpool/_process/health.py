@@ -17,7 +17,7 @@ from .._lending.group import CONCLUSIVE, Group, users_of
 from .._servers.endpoint import Endpoint, Role, State
 from .._servers.replication import Lag, Sight, behind
 from .._session.connection import PooledConnection
-from .observer import Look
+from .observer import StatusQuery
 
 ASK_AGAIN = 0.005
 """Seconds after which a function for user or password is asked again whether it has returned."""
@@ -39,7 +39,7 @@ class _Visit:
         self.pooled = self._lent is not None
         pgconn = self._lent[1].pgconn if self._lent else None
         group = users_of(endpoint)[0]
-        self.look = Look(partial(endpoint.conninfo, group.config), endpoint.arrive, pgconn)
+        self.look = StatusQuery(partial(endpoint.conninfo, group.config), endpoint.arrive, pgconn)
 
     def _borrow(self) -> tuple[Group, PooledConnection] | None:
         for group in users_of(self.endpoint):

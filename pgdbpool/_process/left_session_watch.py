@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from .observer import LOOK_TIMEOUT, Look
+from .observer import LOOK_TIMEOUT, StatusQuery
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -30,7 +30,7 @@ UNKNOWN_FOR = 60.0
 NOTHING_LEFT = 3600.0
 
 
-class _Question(Look):
+class _Question(StatusQuery):
     """Asks a server which of these processes there are."""
 
     def __init__(
@@ -52,7 +52,7 @@ class _Question(Look):
         }
 
 
-class Vigil:
+class LeftSessionWatch:
     """Asks the servers for the sessions that were left there, over a connection of its own to each."""
 
     def __init__(self, groups: Iterable[Group], clock: Callable[[], float] = monotonic) -> None:

@@ -49,7 +49,7 @@ def _events(wait: int) -> int:
     return (select.POLLIN if wait & Wait.R else 0) | (select.POLLOUT if wait & Wait.W else 0)
 
 
-class Look:
+class StatusQuery:
     """One look at a server, step by step; its connection may serve for the next one.
 
     :param conninfo: returns the connection string, given what was asked for.
@@ -183,7 +183,7 @@ class Observer:
         self._clock = clock
         self._due = dict.fromkeys(self._login, (0.0, 0.0))
         """When to look next: at the latest, and at the earliest, which counts while there is no writer."""
-        self._looks: dict[Endpoint, tuple[Look, float]] = {}
+        self._looks: dict[Endpoint, tuple[StatusQuery, float]] = {}
         """Those under way, with the time until which the server has to say something more."""
         self._kept: dict[Endpoint, pq.abc.PGconn] = {}
         self._courses: dict[str, Course] = {}
@@ -231,7 +231,7 @@ class Observer:
                 self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
                 return
             kept = self._kept.pop(endpoint, None)
-            look = Look(partial(self._conninfo, endpoint), endpoint.arrive, kept)
+            look = StatusQuery(partial(self._conninfo, endpoint), endpoint.arrive, kept)
             self._looks[endpoint] = look, now + LOOK_TIMEOUT
         look, deadline = self._looks[endpoint]
         moves = look.moves

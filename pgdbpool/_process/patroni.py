@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from .._servers.endpoint import Endpoint, Role, State
-from .._util.background_call import Asking
+from .._util.background_call import BackgroundCall
 from ..errors import Error
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Patronis:
         self._look = look
         self._clock = clock
         self._until = 0.0
-        self._asked: dict[Endpoint, Asking[Word]] = {}
+        self._asked: dict[Endpoint, BackgroundCall[Word]] = {}
         self._words: dict[Endpoint, tuple[float, Word]] = {}
         """The last word of each member, and when it was asked for."""
         self._primaries: dict[Endpoint, float] = {}
@@ -135,14 +135,14 @@ class Patronis:
                 del self._asked[endpoint]
                 self._note(endpoint, asking)
             elif asking is None and now >= self._words.get(endpoint, (0.0, Word()))[0] + EVERY:
-                self._asked[endpoint] = Asking(partial(ask, url), url, Error)
+                self._asked[endpoint] = BackgroundCall(partial(ask, url), url, Error)
         return LOOK_EVERY
 
     def close(self) -> None:
         """Stop asking."""
         self._urls = {}
 
-    def _note(self, endpoint: Endpoint, asking: Asking[Word]) -> None:
+    def _note(self, endpoint: Endpoint, asking: BackgroundCall[Word]) -> None:
         word = asking.answer() if asking.answered else Word()
         self._words[endpoint] = asking.began, word
         if not word.primary:

@@ -19,7 +19,7 @@ from .._util.durations import Tally
 from ..errors import one_line
 from . import fork
 from .background import Monitor
-from .left_session_watch import Vigil
+from .left_session_watch import LeftSessionWatch
 from .observer import LOOK_TIMEOUT, Observer
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Pools:
         self.monitor = Monitor(
             Observer(self.groups.values()),
             Holds(self.groups.values(), threaded=config.type == "threaded"),
-            Vigil(self.groups.values()),
+            LeftSessionWatch(self.groups.values()),
             threaded=config.type == "threaded",
             publisher=self.publisher,
         )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         def apply(self, config: Config) -> list[Group]: ...
 
 
-class Changes:
+class ReloadMethods:
     """The methods of `Connection` that change the configuration of the pools in use.
 
     They wait for no server. Blocks that are open go on with what they have; a process that is forked later

@@ -16,7 +16,7 @@ from .._config.declarations import Refused
 from .._config.password_file import read_password
 from .._config.value_types import is_text
 from .._util import log_events as events
-from .._util.background_call import Asking, OneAtATime
+from .._util.background_call import BackgroundCall, SingleFlight
 from ..errors import CredentialError
 
 if TYPE_CHECKING:
@@ -36,15 +36,15 @@ class Login:
         self._read: tuple[object, str | None] = None, None
         """The state of `pass_file` when it was last read, and the password in it."""
         self._warned = ""
-        self._one: OneAtATime[Asking[dict[str, str]]] = OneAtATime()
-        self._other: OneAtATime[Asking[dict[str, str]]] = OneAtATime()
+        self._one: SingleFlight[BackgroundCall[dict[str, str]]] = SingleFlight()
+        self._other: SingleFlight[BackgroundCall[dict[str, str]]] = SingleFlight()
 
     @property
     def calls(self) -> bool:
         """Whether a function of the application is called for it, which may not return."""
         return callable(self._config.user) or callable(self._config.password)
 
-    def asking(self) -> Asking[dict[str, str]]:
+    def asking(self) -> BackgroundCall[dict[str, str]]:
         """Ask in a thread of its own; where one that was begun before has not returned, that is the one."""
         return self._one.asking(partial(self._begin, self.ask))
 
@@ -62,8 +62,8 @@ class Login:
         return asking.answer()
 
     @staticmethod
-    def _begin(ask: Callable[[], dict[str, str]]) -> Asking[dict[str, str]]:
-        return Asking(ask, "user and password", CredentialError)
+    def _begin(ask: Callable[[], dict[str, str]]) -> BackgroundCall[dict[str, str]]:
+        return BackgroundCall(ask, "user and password", CredentialError)
 
     def ask(self, *, anew: bool = False) -> dict[str, str]:
         """Return libpq's `user` and `password` for one connection, where they are not libpq's to find.

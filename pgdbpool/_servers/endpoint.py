@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 
 from .._config.service_file import service_of
 from .._util import log_events as events
-from .._util.background_call import Gate
+from .._util.background_call import Latch
 from ..errors import one_line
 from .connect_parameters import Arrival
 from .credentials import Login
@@ -90,7 +90,7 @@ class Look:
     __slots__ = ("__weakref__", "over")
 
     def __init__(self) -> None:
-        self.over = Gate()
+        self.over = Latch()
 
     def end(self) -> None:
         """Let those go on who wait."""

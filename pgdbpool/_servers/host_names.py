@@ -17,7 +17,7 @@ from psycopg.pq import Conninfo
 
 from .._config.service_file import decoded, with_service
 from .._util import log_events as events
-from .._util.background_call import Asking, OneAtATime
+from .._util.background_call import BackgroundCall, SingleFlight
 
 if TYPE_CHECKING:
     from .._config.model import EndpointConfig
@@ -117,7 +117,7 @@ class Name:
         self._label = label
         self._best = ""
         """The address that was last found to work."""
-        self._one: OneAtATime[Resolving] = OneAtATime()
+        self._one: SingleFlight[Resolving] = SingleFlight()
 
     @classmethod
     def of(cls, config: EndpointConfig, before: Name | None = None) -> Name | None:
@@ -184,7 +184,7 @@ class Name:
             events.ENDPOINT_NAME(text, self._label, self.host, reason, endpoint=self._label, reason=reason)
 
 
-class Resolving(Asking[tuple[str, ...]]):
+class Resolving(BackgroundCall[tuple[str, ...]]):
     """A name that is being resolved: with an earlier answer at hand, one waits for a moment only.
 
     Or not at all, where the resolver was late the last time.

@@ -24,7 +24,7 @@ AT_MOST = 5
 _Answer = TypeVar("_Answer")
 
 
-class Gate:
+class Latch:
     """Shut until it is opened, and open from then on; an Event could be left locked by an interruption."""
 
     __slots__ = ("_lock", "opened")
@@ -54,7 +54,7 @@ class Gate:
                     pass  # by another
 
 
-class Asking(Generic[_Answer]):
+class BackgroundCall(Generic[_Answer]):
     """A question that is asked in a thread of its own: who wants to know goes on meanwhile, or waits.
 
     :param failure: what `answer` raises where there is none.
@@ -66,7 +66,7 @@ class Asking(Generic[_Answer]):
         self._answer: _Answer | None = None
         self._failure, self._reason = failure, f"{what}: no answer"
         self._begun = False
-        self._over = Gate()
+        self._over = Latch()
         try:
             # Not Thread.start(), which waits for the thread without a bound: an asynchronous exception for
             # the thread that starts another may end that one before it runs.
@@ -110,10 +110,10 @@ class Asking(Generic[_Answer]):
             self._over.open()
 
 
-_Kind = TypeVar("_Kind", bound=Asking[Any])
+_Kind = TypeVar("_Kind", bound=BackgroundCall[Any])
 
 
-class OneAtATime(Generic[_Kind]):
+class SingleFlight(Generic[_Kind]):
     """Has a question asked once, whoever wants to know: who comes while it is gets the same answer."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from pgdbpool import CredentialError
 from pgdbpool._config.load import load
 from pgdbpool._servers.host_names import Name, UnresolvedError
 from pgdbpool._util import background_call as asking
-from pgdbpool._util.background_call import Asking, OneAtATime
+from pgdbpool._util.background_call import BackgroundCall, SingleFlight
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def released() -> Any:
     event.set()
 
 
-def question(ask: Callable[[], str]) -> Asking[str]:
-    return Asking(ask, "a word", CredentialError)
+def question(ask: Callable[[], str]) -> BackgroundCall[str]:
+    return BackgroundCall(ask, "a word", CredentialError)
 
 
 def endpoint(**entry: Any) -> Any:
@@ -60,9 +60,9 @@ def test_where_no_thread_can_be_had_it_is_asked_at_once(monkeypatch: pytest.Monk
 def test_one_that_hangs_is_asked_again_after_a_while_a_few_times(
     monkeypatch: pytest.MonkeyPatch, released: Any
 ) -> None:
-    one: OneAtATime[Asking[str]] = OneAtATime()
+    one: SingleFlight[BackgroundCall[str]] = SingleFlight()
 
-    def asked() -> Asking[str]:
+    def asked() -> BackgroundCall[str]:
         return one.asking(lambda: question(lambda: str(released.wait(20))))
 
     first = asked()
