@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GTHREAD, PRELOAD, ROOT, SYNC, UWSGI, needs_uwsgi
+from models import FORK_HOOKS, GTHREAD, PRELOAD, ROOT, SYNC, UWSGI, needs_uwsgi
 from support import closed_port, config, server, wait_for
 
 import pgdbpool
@@ -67,20 +67,6 @@ class Site:
             )
 
     def wait(self) -> None:
-        """Wait until it answers; begin once more if it does not.
-
-        A uWSGI server that forked its workers after it had loaded the application did not answer its first
-        requests once, for a reason that is not known. Its log is printed for the next time.
-        """
-        try:
-            self.wait_once()
-        except AssertionError as error:
-            print(f"begun again: {error}")
-            self.stop()
-            self.begin()
-            self.wait_once()
-
-    def wait_once(self) -> None:
         """Wait until it answers."""
         pattern = r"(?:Listening at: http://|bound to TCP address )127.0.0.1:(\d+)"
 
@@ -150,7 +136,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
         pytest.param(SYNC, "non-threaded", id="sync"),
         pytest.param(GTHREAD, "threaded", id="gthread"),
         pytest.param((*GTHREAD, *PRELOAD), "threaded", id="preload"),
-        pytest.param(UWSGI_THREADS, "threaded", id="uwsgi", marks=needs_uwsgi),
+        pytest.param((*UWSGI_THREADS, FORK_HOOKS), "threaded", id="uwsgi", marks=needs_uwsgi),
         pytest.param((*UWSGI_THREADS, "--lazy-apps"), "threaded", id="uwsgi-lazy", marks=needs_uwsgi),
     ],
 )

@@ -21,7 +21,18 @@ from typing import Any, NamedTuple
 
 import psycopg
 import pytest
-from models import GEVENT, GTHREAD, PRELOAD, ROOT, SYNC, UWSGI, UWSGI_TWO, needs_gevent, needs_uwsgi
+from models import (
+    FORK_HOOKS,
+    GEVENT,
+    GTHREAD,
+    PRELOAD,
+    ROOT,
+    SYNC,
+    UWSGI,
+    UWSGI_TWO,
+    needs_gevent,
+    needs_uwsgi,
+)
 from support import wait_for
 
 HERE = Path(__file__).parent
@@ -210,7 +221,7 @@ MODELS = [
     pytest.param((*GEVENT, *PRELOAD), {"GUNICORN_PATCH": "1"}, 100, id="gevent preload", marks=needs_gevent),
     # uWSGI loads the application before it forks, and Python's own hooks do not see that fork.
     pytest.param((*UWSGI_TWO, "--threads", "1"), LOCK_FREE, 100, id="uwsgi", marks=needs_uwsgi),
-    pytest.param((*UWSGI_TWO, "--threads", "4"), {}, 100, id="uwsgi threads", marks=needs_uwsgi),
+    pytest.param((*UWSGI_TWO, FORK_HOOKS, "--threads", "4"), {}, 100, id="uwsgi threads", marks=needs_uwsgi),
 ]
 
 
