@@ -1,15 +1,13 @@
-"""OpenTelemetry: metrics of the pools and, where wanted, spans of checkouts and statements (extra `otel`).
+"""OpenTelemetry: metrics of the pools and, on request, spans of checkouts and statements (extra `otel`).
 
 The names are those of OpenTelemetry's semantic conventions:
 https://opentelemetry.io/docs/specs/semconv/database/
-
-Nothing in the pool knows of it: `instrument` puts functions that measure in the place of those they call.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -23,15 +21,8 @@ except ImportError as error:  # the module's own name would only puzzle
 
 from . import __version__
 from ._api.connection import Connection
-from ._lending import group as opening
-from ._lending.group import Group
-from ._servers.endpoint import Endpoint
-from ._session.block import Block
-from ._session.commands import IDLE
-from ._session.connection import PooledConnection
-from ._session.cursors import BlockCursor, BlockServerCursor
+from ._process import tracer as tracing
 from ._session.statement_text import text_of, without_values
-from ._session.transactions import TransactingConnection
 from .errors import NotInitializedError
 from .stats import GroupStatus
 
@@ -40,6 +31,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import Tracer, TracerProvider
+
+    from ._session.connection import PooledConnection
 
 __all__ = ["instrument", "uninstrument"]
 
@@ -52,8 +45,6 @@ BOUNDS = (0.00001, 0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 """Where the buckets of the histograms end, in seconds, unless a view of the SDK says otherwise."""
 
 _WORD = re.compile(r"\s*([A-Za-z]+)")
-_replaced: list[tuple[type[Any], str, Any]] = []
-"""What `instrument` has put aside: class, name and the function itself."""
 
 
 def instrument(
@@ -63,39 +54,28 @@ def instrument(
     spans: bool = False,
     statements: bool = True,
 ) -> None:
-    """Measure the pools of this process from now on, in place of what an earlier call has set up.
+    """Measure the pools of this process from now on; a later call replaces the effect of an earlier one.
 
-    Call it once in each process, also where it was forked after that: OpenTelemetry's exporters do not
-    survive a fork.
+    Call it once in each process, and again in a forked child: exporters do not survive a fork.
 
     :param meter_provider: where the metrics go; the global one if left out.
     :param tracer_provider: where the spans go; the global one if left out.
     :param spans: make a span of each checkout, statement and COMMIT, within the current one.
-    :param statements: have the text of the statement in its span, without parameters and without strings
-        that are written into it.
+    :param statements: put the statement's text into its span, without parameters and string literals.
     """
     uninstrument()
     meter = metrics.get_meter("pgdbpool", __version__, meter_provider)
     _observe(meter)
     tracer = trace.get_tracer("pgdbpool", __version__, tracer_provider) if spans else None
-    _measure(meter, tracer)
-    _follow(meter, tracer, statements)
+    tracing.use(_PoolTracer(meter, tracer, statements))
 
 
 def uninstrument() -> None:
     """Stop measuring durations and making spans; gauges go with their meter provider."""
-    while _replaced:
-        owner, name, function = _replaced.pop()
-        setattr(owner, name, function)
+    tracing.use(None)
 
 
-def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    function = owner.__dict__[name]
-    _replaced.append((owner, name, function))
-    setattr(owner, name, make(function))
-
-
-# What is now.
+# Gauges.
 
 
 def _observe(meter: metrics.Meter) -> None:
@@ -134,73 +114,45 @@ def _groups() -> Iterable[GroupStatus]:
         return ()
 
 
-# How long it takes.
+# Durations and spans.
 
 
-def _measure(meter: metrics.Meter, tracer: Tracer | None) -> None:
-    def histogram(name: str, meaning: str) -> Callable[[float, dict[str, str]], None]:
-        made = meter.create_histogram(
-            f"db.client.connection.{name}", "s", meaning, explicit_bucket_boundaries_advisory=BOUNDS
-        )
-        return made.record
-
-    waited = histogram("wait_time", "How long a block waited for an open connection.")
-    used = histogram("use_time", "How long a block had a connection.")
-    created = histogram("create_time", "How long it took to open a connection.")
-
-    def checkout(function: Any) -> Any:
-        def measured(group: Group, block: Block, timeout: float | None = None) -> PooledConnection:
-            began = monotonic()
-            with _span(tracer, f"checkout {group.name}", {POOL: group.name}) as span:
-                conn: PooledConnection = function(group, block, timeout)
-                if span is not None:
-                    span.set_attributes(_server(conn))
-            waited(monotonic() - began, {POOL: group.name})
-            return conn
-
-        return measured
-
-    def back(function: Any) -> Any:
-        def measured(group: Group, conn: PooledConnection, *reason: str) -> None:
-            since = None if conn.block is None else conn.block.since
-            function(group, conn, *reason)
-            if since is not None:
-                used(monotonic() - since, {POOL: group.name})
-
-        return measured
-
-    def dial(function: Any) -> Any:
-        def measured(endpoint: Endpoint, group: Any, *arguments: Any) -> PooledConnection:
-            began = monotonic()
-            conn: PooledConnection = function(endpoint, group, *arguments)
-            created(monotonic() - began, {POOL: group.name})
-            return conn
-
-        return measured
-
-    _replace(Group, "checkout", checkout)
-    _replace(Group, "checkin", back)
-    _replace(Group, "discard", back)
-    _replace(opening, "dial", dial)
-
-
-# Operations: statements and COMMITs.
-
-
-class _Operations:
-    """Measures each operation, and makes a span of it where there is a tracer."""
+class _PoolTracer:
+    """Measures checkouts, connections and statements, and makes spans if there is a tracer for them."""
 
     def __init__(self, meter: metrics.Meter, tracer: Tracer | None, statements: bool) -> None:
-        self._record = meter.create_histogram(
-            "db.client.operation.duration", "s", "Duration of database client operations.",
-            explicit_bucket_boundaries_advisory=OPERATION_BOUNDS,
-        ).record  # fmt: skip
+        def histogram(name: str, meaning: str, bounds: tuple[float, ...] = BOUNDS) -> Any:
+            made = meter.create_histogram(
+                f"db.client.{name}", "s", meaning, explicit_bucket_boundaries_advisory=bounds
+            )
+            return made.record
+
+        self._waited = histogram("connection.wait_time", "How long a block waited for an open connection.")
+        self._used = histogram("connection.use_time", "How long a block had a connection.")
+        self._created = histogram("connection.create_time", "How long it took to open a connection.")
+        self._took = histogram(
+            "operation.duration", "Duration of database client operations.", OPERATION_BOUNDS
+        )
         self._tracer = tracer
         self._texts = statements and tracer is not None
 
+    def checkout(self, group: str, take: Callable[[], PooledConnection]) -> PooledConnection:
+        began = monotonic()
+        with _span(self._tracer, f"checkout {group}", {POOL: group}) as span:
+            conn = take()
+            if span is not None:
+                span.set_attributes(_server(conn))
+        self._waited(monotonic() - began, {POOL: group})
+        return conn
+
+    def checkin(self, group: str, seconds: float) -> None:
+        self._used(seconds, {POOL: group})
+
+    def connect(self, group: str, seconds: float) -> None:
+        self._created(seconds, {POOL: group})
+
     @contextmanager
-    def one(self, conn: PooledConnection, query: Any, sets: int = 1) -> Iterator[None]:
-        """Measure the operation that is the body: a statement, or a batch of so many sets of parameters."""
+    def statement(self, conn: PooledConnection, query: Any, sets: int) -> Iterator[None]:
         text = text_of(query) or ""
         attributes = _server(conn)
         words = ["BATCH"] if sets != 1 else []
@@ -220,41 +172,7 @@ class _Operations:
             attributes |= _failure(error)
             raise
         finally:
-            self._record(monotonic() - began, attributes)
-
-
-def _follow(meter: metrics.Meter, tracer: Tracer | None, statements: bool) -> None:
-    operations = _Operations(meter, tracer, statements)
-
-    def sending(function: Any) -> Any:
-        def followed(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
-            with operations.one(cursor._conn, query):
-                return function(cursor, query, *arguments, **options)
-
-        return followed
-
-    def sending_many(function: Any) -> Any:
-        def followed(cursor: Any, query: Any, params_seq: Iterable[Any], **options: Any) -> Any:
-            sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
-            with operations.one(cursor._conn, query, len(sets)):
-                return function(cursor, query, sets, **options)
-
-        return followed
-
-    def committing(function: Any) -> Any:
-        def followed(conn: PooledConnection) -> None:
-            if conn.pgconn.transaction_status == IDLE:
-                function(conn)
-                return
-            with operations.one(conn, "COMMIT"):
-                function(conn)
-
-        return followed
-
-    _replace(BlockCursor, "execute", sending)
-    _replace(BlockCursor, "executemany", sending_many)
-    _replace(BlockServerCursor, "execute", sending)
-    _replace(TransactingConnection, "commit", committing)
+            self._took(monotonic() - began, attributes)
 
 
 def _server(conn: PooledConnection) -> dict[str, Any]:

@@ -35,7 +35,7 @@ ROOMS = {
     "overview": "_api _status",
     "wsgi": "errors _request _status _api overview",
     "metrics": "errors wsgi overview",
-    "otel": " errors stats _session _servers _lending _api",
+    "otel": "errors stats _session _process _api",
     "_diagnosis": "errors _config _request _session _servers _lending _process rls sizing",
     "cluster": "",
     "_demo": "cluster",
@@ -57,7 +57,8 @@ CORE = (
     "_api",
 )
 LATE = {
-    "_process.health", "_process.patroni", "_process.signals", "_servers.driver", "_session.decoding",
+    "_process.health", "_process.patroni", "_process.signals", "_process.tracer",
+    "_servers.driver", "_session.decoding",
 }  # fmt: skip
 NEEDED_EARLY = {
     f"_config{name}" for name in ("", ".declarations", ".password_file", ".service_file", ".value_types")
