@@ -1,4 +1,4 @@
-"""Which endpoint the next connection goes to: a pure function of a snapshot."""
+"""Chooses the endpoint of the next connection: a pure function of a snapshot."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .endpoint import Endpoint, Role, State
 
 
 class Candidate(NamedTuple):
-    """An endpoint as the choice sees it."""
+    """An endpoint to choose from."""
 
     endpoint: Endpoint
     connections: int
-    """Connections that this group has to it."""
+    """The number of connections of this group to it."""
 
 
 def suits(target: str, role: Role, read_only: bool) -> bool:
-    """Tell whether a server of this role may serve the target, in libpq's words.
+    """Return whether a server of this role may serve the target, in libpq's terms.
 
     https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNECT-TARGET-SESSION-ATTRS
     """
@@ -35,7 +35,7 @@ def suits(target: str, role: Role, read_only: bool) -> bool:
 
 
 ROLE_LASTS = 0.25
-"""Seconds after which a role that rules an endpoint out is worth another look."""
+"""Seconds after which the role of an unsuitable endpoint is worth checking again."""
 
 
 def order(
@@ -47,10 +47,9 @@ def order(
 ) -> list[Endpoint]:
     """Return the endpoints worth a dial, the best first.
 
-    Only those that are UP. Those whose role is known not to suit come in only when no other is
-    left and what is known of them is older than `ROLE_LASTS`: roles move. `round-robin` evens out
-    the group's connections, `least-connections` those of the whole process, `random` draws; each
-    by weight.
+    Only endpoints that are UP. One of an unsuitable role comes in only if no other is left and its role
+    was seen longer than `ROLE_LASTS` ago, since roles move. `round-robin` evens out the connections of
+    the group, `least-connections` those of the whole process, `random` draws; each by weight.
     """
     up = [c for c in candidates if c.endpoint.state is State.UP]
     fitting = [
@@ -72,7 +71,7 @@ def order(
 
 
 def worth_moving(held: Candidate, candidates: Iterable[Candidate], target: str) -> bool:
-    """Tell whether a connection would be better placed on another endpoint, by weight."""
+    """Return whether a connection would be better placed on another endpoint, by weight."""
     share = (held.connections - 1) / held.endpoint.weight
     if target == "prefer-standby":  # a place on a standby is always better, one on the primary never
         target = "standby"

@@ -1,4 +1,4 @@
-"""What has to be asked for before a connection to a server can be opened."""
+"""The parameters that must be obtained before a connection to a server can be opened."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Arrival:
-    """The server's addresses, the user and the password, for one connection.
+    """The addresses of the server, the user and the password for one connection.
 
-    :param name: of the server, if it has one.
+    :param name: the host name of the server, if it has to be resolved.
     """
 
     def __init__(self, name: Name | None, login: Login) -> None:
@@ -26,16 +26,16 @@ class Arrival:
 
     @property
     def missing(self) -> str:
-        """What there is no answer to yet; empty where everything is known."""
+        """The parameters that are still missing; empty if everything is known."""
         if self._resolving is not None and self._resolving.under_way:
             return "address"
         return "user and password" if self._asking is not None and self._asking.under_way else ""
 
     def parameters(self) -> dict[str, str]:
-        """Return it all as parameters of libpq.
+        """Return everything as parameters of libpq.
 
-        :raises UnresolvedError: the server's name stands for nothing.
-        :raises CredentialError: user and password could not be had.
+        :raises UnresolvedError: the name of the server cannot be resolved.
+        :raises CredentialError: user and password could not be obtained.
         """
         given: dict[str, str] = {}
         if self._name is not None and self._resolving is not None:
@@ -46,10 +46,10 @@ class Arrival:
         return given
 
     def within(self, deadline: float) -> dict[str, str]:
-        """Wait for what is missing, at most until the deadline (`monotonic`), and return the parameters.
+        """Wait for all parameters, at most until the deadline (`monotonic`), and return them.
 
-        :raises UnresolvedError: as `parameters`, or time is up.
-        :raises CredentialError: as `parameters`, or time is up.
+        :raises UnresolvedError: as `parameters`, or the deadline has passed.
+        :raises CredentialError: as `parameters`, or the deadline has passed.
         """
         timeout = max(deadline - monotonic(), 0.0)
         if self._name is not None and self._resolving is not None:

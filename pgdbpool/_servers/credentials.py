@@ -1,6 +1,6 @@
-"""Who logs in at a server: what is not fixed is asked for with each new connection.
+"""The login at a server: user and password, obtained anew for each connection if they may change.
 
-No password is in a message here, nor is the text of what a function of the application raises.
+No message contains a password, nor the text of an exception that a callable of the application raised.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ if TYPE_CHECKING:
 class Login:
     """User and password of one server.
 
-    Several threads may ask at a time: each attribute is written in one assignment.
+    Several threads may use it at a time: each attribute is written in one assignment.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
         self._config = config
         self.user = config.user if isinstance(config.user, str) else None
-        """The user's name as it was last given, for who asks the server without logging in."""
+        """The last known user, for probes, which do not log in."""
         self._read: tuple[object, str | None] = None, None
-        """The state of `pass_file` when it was last read, and the password in it."""
+        """The state of `pass_file` at the last read, and the password in it."""
         self._warned = ""
         self._one: SingleFlight[BackgroundCall[dict[str, str]]] = SingleFlight()
         self._other: SingleFlight[BackgroundCall[dict[str, str]]] = SingleFlight()
 
     @property
     def calls(self) -> bool:
-        """Whether a function of the application is called for it, which may not return."""
+        """Whether a callable of the application is involved, which may hang."""
         return callable(self._config.user) or callable(self._config.password)
 
     def asking(self) -> BackgroundCall[dict[str, str]]:
-        """Ask in a thread of its own; where one that was begun before has not returned, that is the one."""
+        """Obtain them in a separate thread; an earlier call that has not returned yet is shared."""
         return self._one.asking(partial(self._begin, self.ask))
 
     def again(self, deadline: float) -> dict[str, str]:
-        """Return what `ask` gives now that a password was refused, within the deadline (`monotonic`).
+        """Return the result of `ask` after a refused password, within the deadline (`monotonic`).
 
-        :raises CredentialError: as `ask`, or time is up.
+        :raises CredentialError: as `ask`, or the deadline has passed.
         """
         ask = partial(self.ask, anew=True)
         if not self.calls:
             return ask()
-        # Not the one that was begun before: it may know no better.
+        # Not a call that began before the refusal: it may return the old password.
         asking = self._other.asking(partial(self._begin, ask))
         asking.wait(deadline)
         return asking.answer()
@@ -66,10 +66,10 @@ class Login:
         return BackgroundCall(ask, "user and password", CredentialError)
 
     def ask(self, *, anew: bool = False) -> dict[str, str]:
-        """Return libpq's `user` and `password` for one connection, where they are not libpq's to find.
+        """Return `user` and `password` for one connection, unless libpq is to find them itself.
 
-        :param anew: read `pass_file` again whether or not it has changed.
-        :raises CredentialError: a function failed, or returned something else than text.
+        :param anew: read `pass_file` even if it has not changed.
+        :raises CredentialError: a callable failed, or did not return text.
         """
         config, given = self._config, {}
         if config.user is not None:
@@ -89,7 +89,7 @@ class Login:
             value = source()
         except Exception as error:  # noqa: BLE001 - the application's function may raise anything
             failure = f"{name} raised {type(error).__name__}{_place(error)}"
-        # Not in the handler: the error would have the function's as its context, and that any text.
+        # Outside of the handler: the callable's exception, with any text, would be the context otherwise.
         if failure:
             raise CredentialError(failure)
         if not isinstance(value, str):
@@ -99,10 +99,10 @@ class Login:
         return value
 
     def _from_file(self, path: str, anew: bool) -> str:
-        """Return the password of the file; the last one where it cannot be read, as while it is replaced."""
+        """Return the password in the file, or the last one if the file cannot be read at the moment."""
         read, password = self._read
         try:
-            now = os.stat(path)  # of what a link points to, which is how Kubernetes replaces secrets
+            now = os.stat(path)  # follows links: Kubernetes replaces secrets by switching one
             state = (now.st_ino, now.st_mtime_ns, now.st_ctime_ns, now.st_size)
             if anew or state != read or password is None:
                 password = read_password(path)
@@ -115,21 +115,21 @@ class Login:
                 label, text = self._config.label, "endpoint %s: pass_file is not read: %s"
                 events.ENDPOINT_PASS_FILE(text, label, problem, endpoint=label, reason=self._warned)
             if password is None:
-                password = str(self._config.password)  # as it was when the configuration was read
+                password = str(self._config.password)  # as of the reading of the configuration
         return password
 
 
 def refused(error: psycopg.Error) -> bool:
-    """Tell whether a login failed after a password was sent, such as with SQLSTATE 28P01.
+    """Return whether a login failed after a password was sent, such as with SQLSTATE 28P01.
 
-    libpq does not tell the SQLSTATE of a connect, and the text is in the server's language.
+    libpq has no SQLSTATE for a failed connect, and the text is in the language of the server.
     """
     pgconn = error.pgconn
     return pgconn is not None and bool(pgconn.used_password)
 
 
 def _place(error: BaseException) -> str:
-    """Return where an error was raised."""
+    """Return the file and line that raised an error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

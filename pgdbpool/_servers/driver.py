@@ -1,4 +1,4 @@
-"""Which psycopg this process has: the one in C, or the slower one in Python with the system's libpq."""
+"""Which psycopg is loaded: the C version, or the slower Python version with the system's libpq."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psycopg import pq
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """psycopg as it was loaded, and the libpq that it uses."""
+    """The loaded psycopg and its libpq."""
 
     psycopg: str
     implementation: str
@@ -21,9 +21,9 @@ class Driver:
 
     @property
     def fell_back(self) -> bool:
-        """Whether it is the one in Python although another is installed, and nobody asked for it.
+        """Whether the Python version runs although the C version is installed and PSYCOPG_IMPL is not set so.
 
-        That is so in each further interpreter of a process: psycopg's C code is loaded in one alone.
+        This happens in subinterpreters: psycopg's C code can be loaded in one interpreter only.
         """
         installed = any(find_spec(name) is not None for name in ("psycopg_binary", "psycopg_c"))
         return self.implementation == "python" and installed and os.environ.get("PSYCOPG_IMPL") != "python"
@@ -33,9 +33,9 @@ class Driver:
 
 
 SLOW = "psycopg runs in Python: its C code cannot be loaded, or another interpreter of this process has it"
-"""What has happened where it `fell_back`."""
+"""The explanation if it `fell_back`."""
 
 
 def driver() -> Driver:
-    """Return what is loaded in this interpreter."""
+    """Return the driver of this interpreter."""
     return Driver(psycopg.__version__, pq.__impl__, pq.version_pretty(pq.version()))

@@ -1,9 +1,9 @@
-"""One server: its address, its state, and the opening of connections to it.
+"""One server: its address, its state and its role.
 
-State changes on evidence only. DOWN: a connect that is refused, reset or past its deadline, a
-server that says that it is starting up or shutting down (57P03). Not DOWN: a ping past its deadline,
-which is a reason to connect, a wrong password, a missing database, too many clients (53300), anything
-a statement raises.
+State changes on evidence only. DOWN: a connect that is refused, reset or past its deadline; a server
+that reports that it is starting up or shutting down (57P03). Not DOWN: a ping past its deadline (a
+reason to connect), a wrong password, a missing database, too many clients (53300), or any error of a
+statement.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ PROBE_AFTER = (0.5, 0.75)
 """Seconds between two probes of a DOWN endpoint, drawn at random: at most two a second."""
 
 PROBE_TIMEOUT = 2.0
-"""Seconds that a server has to answer a probe."""
+"""Seconds within which a server must answer a probe."""
 
 FULL_PAUSE = (0.02, 1.0)
-"""Seconds until a full server is dialled again: at first, and at most; twice as long each time."""
+"""Seconds until a full server is dialled again: the first pause and the longest; it doubles each time."""
 
 CHANGING = ("weight", "connect_timeout", "password", "pass_file", "patroni")
 """Keys of a server that may change while its connections stay."""
 
 
 class State(enum.Enum):
-    """What an endpoint is known to be."""
+    """The known state of an endpoint."""
 
     UP = "up"
     DOWN = "down"
@@ -61,7 +61,7 @@ class State(enum.Enum):
 
 
 class Role(enum.Enum):
-    """What a server says it is; see `in_hot_standby`."""
+    """The role that a server reports; see `in_hot_standby`."""
 
     PRIMARY = "primary"
     STANDBY = "standby"
@@ -70,7 +70,7 @@ class Role(enum.Enum):
 class DialError(Exception):
     """A connection could not be opened.
 
-    :param down: whether that is evidence of a server gone.
+    :param down: whether the failure is evidence that the server is down.
     """
 
     def __init__(self, endpoint: Endpoint, message: str, down: bool) -> None:
@@ -78,13 +78,14 @@ class DialError(Exception):
         self.endpoint = endpoint
         self.down = down
         self.refused = False
-        """Whether the server is up and refused what is configured, or the application did."""
+        """Whether the server is up, but it or the application refused the configured session."""
 
 
 class Look:
-    """Somebody dials an endpoint that is in doubt; it ends with `Endpoint.end_look`, or with the object.
+    """A dial in progress to a suspect endpoint; it ends with `Endpoint.end_look`, or with the object.
 
-    So those who wait for an end hold its gate alone: whoever is interrupted on the way ends it too.
+    Waiters hold only its latch, so they are released even if the dialling thread is interrupted and this
+    object is collected.
     """
 
     __slots__ = ("__weakref__", "over")
@@ -93,18 +94,18 @@ class Look:
         self.over = Latch()
 
     def end(self) -> None:
-        """Let those go on who wait."""
+        """Release the waiters."""
         self.over.open()
 
     __del__ = end
 
 
-def nobody() -> None:
-    """Nobody looks."""
+def no_dial() -> None:
+    """No dial is in progress."""
 
 
 class ServerSession(Protocol):
-    """What an endpoint needs of a connection that tells of its server."""
+    """A connection, as the endpoint that it reports on needs it."""
 
     pgconn: Any
     asked_role: str | None
@@ -120,11 +121,11 @@ class ServerSession(Protocol):
         """Whether a block may have made its transactions read only."""
 
     def ask(self, query: bytes) -> PGresult:
-        """Ask the server something for the pool itself, not for a block."""
+        """Send a query of the pool itself, not of a block."""
 
 
 class User(Protocol):
-    """A group, as the servers that it uses need to know it."""
+    """A group, as the endpoints that it uses need it."""
 
     def connections_to(self, endpoint: Endpoint) -> int:
         """Return how many connections the group has to the server."""
@@ -139,14 +140,14 @@ class User(Protocol):
 class Endpoint:
     """One PostgreSQL server, shared by the groups that use it.
 
-    The attributes are written by whoever has the evidence and read without a lock: each is one
-    assignment, and a reader that is late by one is corrected by its own evidence.
+    Any thread with new evidence writes the attributes, and all threads read them without a lock. Each
+    write is one assignment, and a reader that just missed one is corrected by its own evidence.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
         self.name: Name | None = None
-        """Its host name, where that has to be resolved, as it was when somebody last connected."""
+        """Its host name as of the last connect, if the name has to be resolved."""
         self.login = Login(config)
         self.label = config.label
         self.weight = config.weight
@@ -155,31 +156,31 @@ class Endpoint:
         self.read_only = False
         self.role_seen_at = 0.0
         self.role_changed_at = 0.0
-        """When its role was last found to be another one: a word from before that changes nothing."""
+        """When its role last changed: older evidence is ignored."""
         self.timeline: int | None = None
-        """Of a primary, as it was last seen."""
+        """The last known timeline of a primary."""
         self.system: str | None = None
         self.outdated = False
-        """Whether another server was promoted to a higher timeline: what is written here would be lost."""
+        """Whether another server was promoted to a higher timeline: writes here would be lost."""
         self.lag: Lag | None = None
-        """How far a standby is behind, where anybody asks."""
+        """How far a standby is behind, if a group limits that."""
         self.sight_at = 0.0
         self.condemned_at = 0.0
-        """When it went down: connections not known to work since then are not lent."""
+        """When it went down: connections that have not worked since then are not lent."""
         self.suspected_at = 0.0
         """When a statement ran into its deadline: connections idle since then are pinged first."""
         self.doubtful = False
-        """Whether a connection was lost since it last answered or failed to."""
+        """Whether a connection was lost since the last answer or failure of the server."""
         self.silent = False
-        """Whether a ping was not answered since then: a probe looks whether the server is there."""
+        """Whether a ping went unanswered since then: a probe checks whether the server is up."""
         self.refuses = False
-        """Whether it refused the last login, for another reason than that it is full."""
+        """Whether it refused the last login, for another reason than being full."""
         self.full_pause = 0.0
-        """Seconds between two connects while it admits no more of them; 0 where it does."""
+        """Seconds between two connects while the server is full; 0 if it is not."""
         self.full_until = 0.0
-        """When the next one is due."""
-        self.look: Callable[[], Look | None] = nobody
-        """Who dials it while it is doubtful, if anybody."""
+        """When the next connect to the full server is due."""
+        self.look: Callable[[], Look | None] = no_dial
+        """Returns the dial in progress while the endpoint is doubtful, if there is one."""
         self.groups: Sequence[User] = ()
         """The groups that use it; see `users_of`."""
         self.last_error: str | None = None
@@ -187,7 +188,7 @@ class Endpoint:
         self.down_since: float | None = None
         self.opened = 0
         self.failovers = 0
-        """How often it was seen to have been promoted."""
+        """How many promotions of it were seen."""
         self.on_down: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_silent: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
@@ -195,7 +196,7 @@ class Endpoint:
         self.on_role: Callable[[Endpoint], None] = lambda endpoint: None
         self.ids = itertools.count(1)
         self.way: dict[str, str] = {}
-        """The parameters of the address that was last found to work, if there are several."""
+        """The parameters of the last address that worked, if there are several."""
 
     def __repr__(self) -> str:
         role = self.role.value if self.role else "role unknown"
@@ -203,12 +204,12 @@ class Endpoint:
 
     @property
     def connections(self) -> int:
-        """Connections that this process has to the server."""
+        """The number of connections from this process to the server."""
         return sum(group.connections_to(self) for group in self.groups)
 
     @property
     def round_trip(self) -> float | None:
-        """Seconds of a round trip to the server, by some of the connections; None where unknown."""
+        """Seconds of a round trip to the server, measured on some connections; None if unknown."""
         found = [
             seconds
             for group in self.groups
@@ -248,9 +249,9 @@ class Endpoint:
             self.on_up(self)
 
     def condemn(self, reason: str) -> None:
-        """Drop the idle connections, since one gave no answer: the network may have forgotten them.
+        """Drop the idle connections after an unanswered ping: the network may have forgotten them.
 
-        Whether the server is there, the next connect tells, and a probe.
+        The next connect and a probe will show whether the server is up.
         """
         self.note_error(reason)
         self.condemned_at = monotonic()
@@ -258,7 +259,7 @@ class Endpoint:
         self.on_silent(self)
 
     def note_full(self) -> None:
-        """Remember that the server admits no further connection, and when it is asked again."""
+        """Note that the server admits no further connection, and when to try the next connect."""
         least, most = FULL_PAUSE
         self.full_pause = min(max(self.full_pause * 2, least), most)
         self.full_until = monotonic() + self.full_pause * random.uniform(0.75, 1.25)
@@ -269,22 +270,22 @@ class Endpoint:
             self.state = State.DRAINING
             events.ENDPOINT_DRAIN("endpoint %s is being drained", self.label, endpoint=self.label)
         self.condemned_at = monotonic()
-        self.timeline, self.outdated = None, False  # nor does it bar an older primary any more
+        self.timeline, self.outdated = None, False  # nor does it exclude an older primary any more
         self.on_down(self)
 
     def undrain(self) -> None:
-        """Put a drained endpoint back into use; whether it is up, the next to need it finds out."""
+        """Put a drained endpoint back into use; the next request shows whether it is up."""
         if self.state is State.DRAINING:
             self.state = State.UP
             events.ENDPOINT_UNDRAIN("endpoint %s is in use again", self.label, endpoint=self.label)
             self.on_up(self)
 
     def fits(self, config: EndpointConfig) -> bool:
-        """Tell whether connections made before a change to that configuration are as good as new ones."""
+        """Return whether connections opened before a change to that configuration remain valid."""
         return replace(config, **{key: getattr(self.config, key) for key in CHANGING}) == self.config
 
     def apply(self, config: EndpointConfig) -> None:
-        """Take over a changed configuration that `fits`: it counts for the next connection."""
+        """Apply a changed configuration that `fits`, from the next connection on."""
         if config != self.config:
             self.config, self.weight, self.login = config, config.weight, Login(config)
 
@@ -293,17 +294,17 @@ class Endpoint:
         events.ENDPOINT_REMOVED(
             "endpoint %s was removed, or is another server now", self.label, endpoint=self.label
         )
-        self.state = State.DRAINING  # so that no probe, and no connect under way, takes it for up
+        self.state = State.DRAINING  # so that no probe or connect in progress marks it as up
 
     def begin_look(self) -> Look:
-        """Make the caller the one who finds out what a doubtful endpoint is about."""
+        """Make the caller the one that dials a doubtful endpoint."""
         look = Look()
         self.look = ref(look)
         return look
 
     def end_look(self, look: Look) -> None:
-        """Let those go on who wait for what the look has found."""
-        self.look = nobody
+        """End a dial and release the threads that wait for its result."""
+        self.look = no_dial
         look.end()
 
     def note_error(self, reason: str) -> None:
@@ -312,9 +313,9 @@ class Endpoint:
         self.last_error_at = monotonic()
 
     def heard(self, conn: ServerSession) -> Role | None:
-        """Return the role that the connection was last told, if it agrees with what is known of the server.
+        """Return the role last reported on the connection, if it agrees with the known role.
 
-        None if it has other news, or none: whether that is news depends on its age, see `note_role`.
+        None if it differs or was not reported: its age decides which one is right, see `note_role`.
         """
         if self.config.pooler:
             return None
@@ -333,12 +334,12 @@ class Endpoint:
         """Learn the server's role from what it reported on the connection, at no round trip.
 
         :param since: when the connection's last message was asked for, at the earliest.
-        :returns: what is known now, which is not what the connection says if that is older.
+        :returns: the known role, which differs from the connection's if that report is older.
 
         `in_hot_standby` is reported by PostgreSQL 14 and later, at connect and when it changes:
         https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC
-        A pooler hands out what it was told when it first logged in, so that the server is asked: once for
-        each connection, and again after a statement that a primary would not have refused.
+        A pooler repeats the report from its own first login, so the server is asked: once for each
+        connection, and again after a refusal that only a standby gives.
         """
         status = conn.pgconn.parameter_status
         standby = None if self.config.pooler else status(b"in_hot_standby")
@@ -353,13 +354,13 @@ class Endpoint:
             in_recovery = conn.ask(b"SELECT pg_is_in_recovery()").get_value(0, 0)
             role = Role.STANDBY if in_recovery == b"t" else Role.PRIMARY
             conn.asked_role = role.value
-        if not conn.reads and since >= self.role_changed_at:  # such a connection is read only by itself
+        if not conn.reads and since >= self.role_changed_at:  # such a connection makes itself read only
             self.read_only = status(b"default_transaction_read_only") == b"on"
         self._note(role, since)
         return self.role or role
 
     def _note(self, role: Role, since: float) -> bool:
-        """Take over what was said of the role; return whether that is no older than the last change."""
+        """Apply a report of the role; return whether it is not older than the last change."""
         if role is not self.role:
             if since < self.role_changed_at:
                 return False
@@ -381,7 +382,7 @@ class Endpoint:
         return True
 
     def note_sight(self, sight: Sight, since: float) -> None:
-        """Learn what the server said of itself when it was asked, at the moment `since`."""
+        """Apply the answer to a status query that was sent at `since`."""
         if not self._note(Role.STANDBY if sight.standby else Role.PRIMARY, since):
             return
         self.sight_at = sight.at
@@ -389,14 +390,14 @@ class Endpoint:
         self.on_seen(self)
 
     def ask_timeline(self, conn: ServerSession) -> None:
-        """Ask the server for its timeline, on a connection that is not in use yet."""
+        """Query the timeline of the server, on a connection that is not in use yet."""
         since = monotonic()
         try:
             result = conn.ask(QUERY)
         except psycopg.errors.DatabaseError as error:
             if conn.closed:
                 raise
-            # Not every server that speaks the protocol has a write-ahead log to tell of.
+            # Not every server that speaks the protocol has a write-ahead log.
             reason = one_line(error)
             events.ENDPOINT_SILENT(
                 "endpoint %s does not tell its timeline: %s", self.label, reason,
@@ -406,10 +407,10 @@ class Endpoint:
         self.note_sight(read(result, monotonic()), since)
 
     def refuses_writes(self, conn: ServerSession) -> bool:
-        """Tell whether a statement was refused (SQLSTATE 25006) since the server takes no writes.
+        """Return whether a statement was refused (SQLSTATE 25006) because the server takes no writes.
 
-        Then its idle connections are asked before they are lent again. It may as well be the
-        transaction alone that is read only.
+        If so, its idle connections are pinged before they are lent again. If not, only the transaction
+        is read only.
         """
         status = conn.pgconn.parameter_status
         standby = None if self.config.pooler else status(b"in_hot_standby")
@@ -427,28 +428,28 @@ class Endpoint:
         return True
 
     def arrive(self) -> Arrival:
-        """Begin to ask for what a connection needs; see `Arrival`."""
+        """Begin to obtain the parameters of a connection; see `Arrival`."""
         self.name = Name.of(self.config, self.name)  # a service file may name another
         return Arrival(self.name, self.login)
 
     def probe(self) -> StartupProbe:
-        """Return a probe that asks whether the server accepts sessions."""
+        """Return a probe of whether the server accepts sessions."""
         probe = StartupProbe(self.config, self.login.user, self.name)
         self.name = probe.name
         return probe
 
     def statement_timeout(self, group: GroupConfig) -> int:
-        """Return the statement_timeout of the group's connections in milliseconds; 0 is none."""
+        """Return the statement_timeout of the group's connections in milliseconds; 0 for none."""
         return self.config.query_timeout if group.query_timeout is None else group.query_timeout
 
     def conninfo(self, group: GroupConfig, given: Mapping[str, str]) -> str:
-        """Return libpq's connection string for one of the group's connections, with what was asked for."""
+        """Return libpq's connection string for a connection of the group, with the given parameters."""
         params: dict[str, Any] = self.config.conninfo_params()
         service = service_of(params)
         if service:
             params = dict(self.config.conninfo_params(service))
         params.update(given)
-        # Also where it is empty: libpq would send PGOPTIONS otherwise.
+        # Even if it is empty: libpq would send PGOPTIONS otherwise.
         timeout = self.statement_timeout(group)
         params["options"] = self.config.server_options(timeout, service.get("options"))
         return make_conninfo("", **params)

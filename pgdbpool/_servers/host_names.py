@@ -1,7 +1,7 @@
-"""The host names of servers, and the addresses that they stand for.
+"""Resolves the host names of servers.
 
-A name is resolved here, with each new connection, and not by libpq: it does so while psycopg holds the
-interpreter's lock, and as long as a name server is silent no other thread would go on.
+Names are resolved here, for each new connection, and not by libpq, which would do it while psycopg holds
+the interpreter's lock: a silent name server would stop all threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .._config.model import EndpointConfig
 
 PATIENCE = 0.25
-"""Seconds that the system's resolver has where an earlier answer can take the place of its own."""
+"""Seconds to wait for the system's resolver if an earlier answer can be used instead."""
 
 _NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 _SOCKET_DIRECTORY = next((d for d in ("/var/run/postgresql", "/run/postgresql") if os.path.isdir(d)), "/tmp")
@@ -34,7 +34,7 @@ class UnresolvedError(psycopg.OperationalError):
 
 
 class Place(NamedTuple):
-    """One of the places where a server may be: a service file can list several."""
+    """One possible address of a server: a service file can list several."""
 
     host: str
     hostaddr: str
@@ -47,9 +47,9 @@ class Place(NamedTuple):
 
 
 def places(params: Mapping[str, str]) -> list[Place]:
-    """Return the places that a `destination` lists, in order, as libpq reads them.
+    """Return the places of a `destination` in order, as libpq reads them.
 
-    :raises UnresolvedError: there are not as many ports, or addresses, as hosts.
+    :raises UnresolvedError: the numbers of hosts, addresses and ports differ.
     """
     hosts, addresses, ports = (params.get(key, "").split(",") for key in ("host", "hostaddr", "port"))
     count = len(addresses) if params.get("hostaddr") else len(hosts)

@@ -1,4 +1,4 @@
-"""What a server says of itself: role, timeline and position in the write-ahead log."""
+"""The status report of a server: role, timeline and position in the write-ahead log."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
 HISTORY = 600
-"""Positions of the primary that are remembered, which is five minutes of them."""
+"""Positions of the primary that are kept: five minutes of them."""
 
-# pg_control_checkpoint() tells the timeline too, but only after the first checkpoint on it.
+# pg_control_checkpoint() returns the timeline too, but only after the first checkpoint on it.
 # https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-ADMIN-BACKUP
 QUERY = b"""
     SELECT standby,
@@ -28,29 +28,29 @@ QUERY = b"""
 
 
 class Sight(NamedTuple):
-    """What a server was at one moment."""
+    """The status of a server at one moment."""
 
     standby: bool
     timeline: int | None
     """Of a primary; each promotion begins a higher one."""
     system: str
-    """The cluster's own number, which is the same on all of its servers."""
+    """The identifier of the cluster, which is the same on all of its servers."""
     position: int | None
-    """Bytes of the write-ahead log: those that a primary wrote, or a standby replayed."""
+    """Bytes of the write-ahead log that a primary has written or a standby has replayed."""
     replayed_before: float | None
-    """Seconds since the last transaction that a standby replayed was committed, by its own clock."""
+    """Seconds since the commit of the last replayed transaction, by the clock of the standby."""
     at: float
-    """When the answer came, on the monotonic clock."""
+    """When the answer arrived, on the monotonic clock."""
 
 
 def read(result: PGresult, at: float) -> Sight:
-    """Return what a server answered to `QUERY`."""
+    """Parse the result of `QUERY`."""
     values = (result.get_value(0, column) for column in range(5))
     return parse([None if value is None else value.decode() for value in values], at)
 
 
 def parse(values: Sequence[str | None], at: float) -> Sight:
-    """Return what the columns of an answer to `QUERY` say."""
+    """Parse the columns of a row of `QUERY`."""
     standby, timeline, system, position, age = values
     return Sight(
         standby=standby == "t",
@@ -73,10 +73,10 @@ class Lag(NamedTuple):
 
 
 def behind(primary: Sight, standby: Sight) -> Lag | None:
-    """Return how far a standby is behind, from one look at each; None where it cannot be told.
+    """Return how far a standby is behind, from one report of each server; None if unknown.
 
-    Seconds are since the last transaction that it replayed, by its own clock: those since the primary was
-    ahead take more than one look, see `Course`.
+    Seconds are those since the last replayed transaction, by the clock of the standby. The time since the
+    primary was ahead takes more than one report, see `Course`.
     """
     if primary.position is None or standby.position is None or primary.system != standby.system:
         return None
@@ -85,7 +85,7 @@ def behind(primary: Sight, standby: Sight) -> Lag | None:
 
 
 class Course:
-    """Where the primary was when, which tells how long ago a standby's position was the primary's."""
+    """The past positions of the primary: they show how long ago it was at the position of a standby."""
 
     def __init__(self) -> None:
         self._known: deque[tuple[float, int]] = deque(maxlen=HISTORY)
@@ -93,15 +93,15 @@ class Course:
     def note(self, at: float, position: int) -> None:
         """Remember a position of the primary."""
         if self._known and position < self._known[-1][1]:
-            self._known.clear()  # another primary, which did not have all of the old one's
+            self._known.clear()  # a new primary, which lacks the end of the old log
         self._known.append((at, position))
 
     def lag(self, sight: Sight) -> Lag | None:
-        """Return how far a standby is behind; None where it cannot be told.
+        """Return how far a standby is behind; None if unknown.
 
-        Seconds are those since the primary was first seen beyond the standby's position, by the clock
-        of this process. So a primary that writes nothing is no lag, however long ago its last
-        transaction was, and the servers' clocks need not agree.
+        Seconds are those since the primary was first seen beyond the position of the standby, by the
+        clock of this process. So an idle primary means no lag, and the clocks of the servers need not
+        agree.
         """
         if not self._known or sight.position is None:
             return None
@@ -111,6 +111,6 @@ class Course:
         ahead = next(at for at, position in self._known if position > sight.position)
         seconds = sight.at - ahead
         if ahead == self._known[0][0] and sight.replayed_before is not None:
-            # Behind since before anybody looked: the standby's own word, until more is known.
+            # Behind since before the first report: use the standby's own clock until more is known.
             seconds = max(seconds, sight.replayed_before)
         return Lag(behind, max(seconds, 0.0))

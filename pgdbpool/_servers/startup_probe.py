@@ -1,4 +1,4 @@
-"""Whether a server accepts sessions, asked without logging in and without waiting."""
+"""Probes whether a server accepts sessions, without logging in and without waiting."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
 _ROOT_CERTIFICATE = "~/.postgresql/root.crt"
 
 RESOLVING_AGAIN = 0.005
-"""Seconds after which a name is looked at again whether it has been resolved."""
+"""Seconds between two checks of whether a name has been resolved."""
 
 Answer = tuple[bool, str]
-"""Whether the server accepts sessions, and its own words."""
+"""Whether the server accepts sessions, and its own message."""
 
 
 class _Terms:
-    """What a server is told, and how: in clear, over TLS if it wants, or over TLS alone.
+    """The start-up packet and its transport: plain, TLS if the server supports it, or TLS only.
 
     :param params: libpq's parameters.
     """
@@ -50,8 +50,8 @@ class _Terms:
         """The start-up packet of protocol 3.0."""
 
     def wrap(self, sock: socket.socket, host: str) -> ssl.SSLSocket:
-        """Return the socket for TLS, as libpq would have it; raises OSError or ValueError."""
-        import ssl  # most servers need none
+        """Return the socket wrapped in TLS, configured as by libpq; raises OSError or ValueError."""
+        import ssl  # most configurations do not need it
 
         root = self._params.get("sslrootcert") or os.path.expanduser(_ROOT_CERTIFICATE)
         verifies = self.mode.startswith("verify-") or (self.mode == "require" and os.path.exists(root))
@@ -71,9 +71,9 @@ class _Terms:
 
 
 class _Dialogue:
-    """What is said to one address until it has answered; it never waits.
+    """The exchange with one address until it has answered; it never waits.
 
-    :param host: its name, for its certificate.
+    :param host: the host name, for the certificate.
     """
 
     def __init__(self, address: str, place: Place, terms: _Terms) -> None:
@@ -89,7 +89,7 @@ class _Dialogue:
         self._steps = self._talk(terms.asks and self._family != socket.AF_UNIX)
         self.waits_for = select.POLLOUT
         self.moves = 0
-        """How often it went on."""
+        """The number of steps that made progress."""
         self.over = False
         self.accepting = False
         self.reason = "no answer"
@@ -97,7 +97,7 @@ class _Dialogue:
 
     @property
     def fileno(self) -> int:
-        """The socket's number, -1 where there is none."""
+        """The file descriptor of the socket, or -1."""
         return -1 if self._socket is None else self._socket.fileno()
 
     def step(self) -> bool:
@@ -123,7 +123,7 @@ class _Dialogue:
             self._socket = None
 
     def _talk(self, encrypted: bool) -> Generator[int, None, Answer]:
-        """Say what libpq says up to the authentication.
+        """Send what libpq sends up to the authentication.
 
         https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL
         """
@@ -168,9 +168,9 @@ class _Dialogue:
                 return
 
     def _encrypt(self) -> Generator[int, None, str]:
-        """Begin TLS; return why that is refused, by whichever side, and nothing where it is not.
+        """Begin TLS; return why either side refused it, or an empty string.
 
-        A server that refuses is there all the same, and the next connect finds out what it has against it.
+        A server that refuses TLS is up all the same; the next connect reports its reason.
         """
         import ssl
 
@@ -209,7 +209,7 @@ class _Dialogue:
                 return
 
     def _receive(self, count: int) -> Generator[int, None, bytes]:
-        """Return so many bytes; raises ConnectionError where the server closes before."""
+        """Return `count` bytes; raises ConnectionError if the server closes the connection first."""
         assert self._socket is not None
         data = b""
         while len(data) < count:
@@ -225,7 +225,7 @@ class _Dialogue:
         return data
 
     def _hear(self, kind: bytes) -> Generator[int, None, Answer]:
-        """Return what the server's first message says: all but an error asks for authentication."""
+        """Interpret the first message of the server: anything but an error asks for authentication."""
         if kind != b"E":
             return True, "accepting sessions"
         (length,) = struct.unpack("!i", (yield from self._receive(4)))
@@ -236,7 +236,7 @@ class _Dialogue:
 
 
 def _would_block(error: OSError) -> int:
-    """Return what to wait for before the same again, or raise the error where waiting is no use."""
+    """Return the poll event to wait for before retrying; raise any other error."""
     if isinstance(error, BlockingIOError):
         return 0
     name = type(error).__name__
@@ -246,19 +246,19 @@ def _would_block(error: OSError) -> int:
 
 
 class StartupProbe:
-    """Asks a server for a session without logging in, to learn whether it accepts sessions.
+    """Begins a session without logging in, to learn whether the server accepts sessions.
 
-    The postmaster answers a start-up packet with an authentication request, or with an error
-    whose SQLSTATE tells a server that starts or stops (57P03) from one that only refuses this
-    client. https://www.postgresql.org/docs/current/protocol-message-formats.html
-    It is asked as libpq would ask it: with TLS where `sslmode` and `sslnegotiation` say so, and all addresses
-    at the same time, so that a silent one costs nothing.
+    The postmaster answers a start-up packet with an authentication request, or with an error whose
+    SQLSTATE distinguishes a server that starts or stops (57P03) from one that only refuses this client.
+    https://www.postgresql.org/docs/current/protocol-message-formats.html
+    It uses TLS as libpq would, according to `sslmode` and `sslnegotiation`, and tries all addresses at the
+    same time, so that a silent one costs nothing.
 
-    It never blocks: `step()` does what can be done now, so that a lock-free pool probes a server
-    in passing. For the same reason a function that gives the user is not called here.
+    It never blocks: `step()` does only what is possible now, so that a lock-free pool can probe a server
+    during a checkout. For the same reason a callable for the user is not called here.
 
-    :param user: the user as it was last known; any will do, the server answers before it looks.
-    :param before: the server's name, where somebody has it.
+    :param user: the last known user; any user will do, since the server answers before it checks.
+    :param before: the known name of the server, if any.
     """
 
     def __init__(
@@ -274,9 +274,9 @@ class StartupProbe:
         self.accepting = False
         self.reason = "no answer"
         self.sqlstate = ""
-        """That of the error with which the server has refused."""
+        """SQLSTATE of the error that the server has answered."""
         self.out_of_time = False
-        """Whether `run` gave up before there was an answer."""
+        """Whether `run` gave up before an answer arrived."""
         self._found = 0
         self._dialogues: list[_Dialogue] = []
         self._resolving: list[tuple[Place, Resolving]] = []
@@ -284,7 +284,7 @@ class StartupProbe:
             for place in places(params):
                 self._begin(place, config.label)
         except (psycopg.Error, ValueError) as error:
-            self._finish(True, str(error))  # which no server has said: libpq says so too
+            self._finish(True, str(error))  # not an answer of a server: libpq reports the same
 
     def _begin(self, place: Place, label: str) -> None:
         if not place.named:
@@ -295,11 +295,11 @@ class StartupProbe:
 
     @property
     def moves(self) -> int:
-        """How often it went on: as long as that grows, the server is there."""
+        """The number of steps that made progress: while it grows, the server is up."""
         return self._found + sum(dialogue.moves for dialogue in self._dialogues)
 
     def _find(self) -> None:
-        """Begin to talk to the addresses of the names that were resolved since."""
+        """Contact the addresses of names that have been resolved meanwhile."""
         for place, resolving in list(self._resolving):
             if resolving.under_way:
                 self.reason = f"host {place.host!r} is not resolved yet"
@@ -343,14 +343,14 @@ class StartupProbe:
             self.wait(left)
 
     def register(self, poller: select.poll) -> bool:
-        """Have the poller wait for what this waits for; return whether that is all, and no name besides."""
+        """Register the sockets with the poller; return whether no name resolution is pending besides."""
         for dialogue in self._dialogues:
             if not dialogue.over and dialogue.fileno >= 0:
                 poller.register(dialogue.fileno, dialogue.waits_for)
         return not self._resolving
 
     def wait(self, timeout: float) -> None:
-        """Sleep until there is something to do, at most for the timeout (seconds)."""
+        """Sleep until the next step can make progress, at most for the timeout (seconds)."""
         if not self._dialogues and self._resolving:
             self._resolving[0][1].wait(monotonic() + timeout)
         else:

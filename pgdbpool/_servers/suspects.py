@@ -1,7 +1,7 @@
-"""Asks the servers whose idle connections were found closed whether they still accept sessions.
+"""Probes the servers whose idle connections were found closed.
 
-A connection that the server has closed is a reason to look, not evidence: an administrator may have ended
-that one alone.
+A connection that the server has closed is a reason to probe, not evidence: an administrator may have
+ended that session alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SOON = 0.01
 
 
 class Doubts:
-    """Probes each server that it was told of once, in steps that never wait."""
+    """Probes each noted server once, in steps that never wait."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
@@ -27,16 +27,16 @@ class Doubts:
 
     @property
     def needed(self) -> bool:
-        """Whether a server is being asked."""
+        """Whether a probe is in progress."""
         return bool(self._probes)
 
     def note(self, endpoint: Endpoint) -> None:
-        """Ask the server, unless it is being asked already or known not to be in use."""
+        """Probe the server, unless a probe is in progress or the server is not in use."""
         if endpoint.state is State.UP and endpoint not in self._probes:
             self._probes[endpoint] = endpoint.probe(), self._clock() + PROBE_TIMEOUT
 
     def step(self) -> float:
-        """Do what is due now; return the seconds until there may be more to do."""
+        """Go on with all probes; return the seconds until the next step."""
         for endpoint, (probe, deadline) in list(self._probes.items()):
             if not probe.step() and self._clock() < deadline:
                 continue
@@ -47,7 +47,7 @@ class Doubts:
         return SOON if self._probes else PROBE_TIMEOUT
 
     def finish(self, timeout: float) -> None:
-        """Wait for the answers, at most for the timeout (seconds); what has not come by then is not known."""
+        """Wait for the answers, at most for the timeout (seconds); later answers are dropped."""
         deadline = self._clock() + timeout
         for probe, _ in self._probes.values():
             while not probe.step() and (left := deadline - self._clock()) > 0:
@@ -56,7 +56,7 @@ class Doubts:
         self.step()
 
     def close(self) -> None:
-        """Stop asking."""
+        """Stop probing."""
         for probe, _ in self._probes.values():
             probe.close()
         self._probes.clear()

@@ -1,4 +1,4 @@
-"""How long a round trip to a server takes, as the kernel has measured it: nothing is sent for it."""
+"""The time of a round trip to a server, as the kernel has measured it: nothing is sent for it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import socket
 import struct
 
 _MINIMUM = struct.Struct("@148xI")
-"""`tcpi_min_rtt` of Linux's `struct tcp_info`, in microseconds: the least of the last five minutes.
+"""`tcpi_min_rtt` of Linux's `struct tcp_info`, in microseconds: the minimum of the last five minutes.
 
-Not `tcpi_rtt`: a statement that runs for longer than the server's kernel delays an acknowledgement makes
-that look like a slow network.
+Not `tcpi_rtt`: a statement that runs longer than the kernel of the server delays an acknowledgement
+would look like a slow network.
 """
 _UNKNOWN = 0xFFFFFFFF
 
 
 def round_trip(fileno: int) -> float | None:
-    """Return the seconds of a round trip on a socket; None where nobody has measured it."""
+    """Return the seconds of a round trip on a socket; None if it was not measured."""
     option = getattr(socket, "TCP_INFO", None)
     if option is None:
         return None

@@ -1,7 +1,7 @@
-"""What a process tells of its pools, about once a second, and what it is told: see `runtime.py`.
+"""Publishes the status of the pools about once a second, and applies commands; see `runtime_dir`.
 
-In threaded mode the one background thread steps it. In lock-free mode a checkout looks for commands and a
-checkin publishes, each at most once a second.
+In threaded mode the background thread steps it. In lock-free mode a checkout reads commands and a checkin
+publishes, each at most once a second.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ RETRY_AFTER = 10.0
 """Seconds after which a directory that could not be used is tried again."""
 
 STEP, STEPS = 5, 60
-"""Of the history: seconds that a step of it takes, and how many are kept."""
+"""Seconds of one step of the history, and the number of steps that are kept."""
 
 EVENTS = 50
-"""Events that are kept."""
+"""The number of events that are kept."""
 
 COUNTERS = (
     "checkouts", "timeouts", "opened", "discarded", "waits", "retries", "failovers", "rate_limited", "leaks",
     "overdue", "slow_blocks", "slow_statements", "not_replicated", "wait", "use", "connect",
 )  # fmt: skip
-"""What of a group's status only grows: processes that are gone still count there."""
+"""Monotonic counters of a group; they include processes that have exited."""
 
 
 class Told(Protocol):
-    """The pools of a process, whose groups and endpoints may be others after a while."""
+    """The pools of a process; a reload may replace their groups and endpoints."""
 
     @property
     def groups(self) -> Mapping[str, Group]:
-        """Those that there are now."""
+        """The current ones, by name."""
 
     @property
     def endpoints(self) -> Mapping[str, Endpoint]:
-        """Those that there are now."""
+        """The current ones, by name."""
 
     @property
     def parent(self) -> int | None:
-        """The process that this one was forked from, with the package loaded."""
+        """The process that this one was forked from after it had loaded the package."""
 
     def status(self) -> Status:
         """Return a snapshot."""
@@ -70,7 +70,7 @@ class Told(Protocol):
 class Publisher:
     """Publishes the status of the pools, and applies commands to their endpoints.
 
-    `_lock` keeps the last snapshot, which the end of the process writes, from another thread's; in
+    `_lock` keeps the final snapshot at the exit of the process apart from one of another thread. In
     lock-free mode it does nothing.
     """
 
@@ -95,17 +95,17 @@ class Publisher:
         self._closed = False
 
     def begin(self) -> None:
-        """Publish from now on."""
+        """Start publishing."""
         self.needed = not self._closed
         self._due = 0.0
 
     def step(self) -> float:
-        """Do what is due now; return the seconds until there may be more to do."""
+        """Apply new commands and publish if due; return the seconds until the next step."""
         if not self.needed:
             return EVERY
         now = monotonic()
         if self._room is not None:
-            self._obey(self._room)
+            self._apply_commands(self._room)
         if now >= self._due and (self._threaded or self._urgent):
             self._publish()
         return max(self._due - now, 0.01) if self._threaded else EVERY
@@ -121,24 +121,24 @@ class Publisher:
             self._publish()
 
     def hurry(self) -> None:
-        """An endpoint has changed: tell it soon."""
+        """Publish soon, since an endpoint has changed."""
         self._urgent = True
         self._due = min(self._due, monotonic() + SOON)
 
     def close(self) -> None:
-        """Publish for the last time, and leave the file to whoever sweeps it."""
+        """Publish for the last time, and leave the file to the process that sweeps it."""
         with self._lock:
             if self._file is not None:
                 self._publish()
-            self._lose()
+            self._close_file()
             self.needed, self._closed = False, True
 
     def abandon(self) -> None:
-        """Forget the parent's file in a forked child: it is locked for as long as anybody has it open."""
+        """Close the parent's file in a forked child: it is locked while any process has it open."""
         self.needed, self._closed = False, True
-        self._lose()
+        self._close_file()
 
-    # Telling.
+    # Publishing.
 
     def _publish(self) -> None:
         self._due = monotonic() + EVERY
@@ -151,13 +151,13 @@ class Publisher:
                 if self._room is None:
                     self._room = RuntimeDir(self._path, create=True)
                     self._room.snapshots()  # sweeps
-                    self._obey(self._room)
+                    self._apply_commands(self._room)
                 if self._file is None:
                     self._file = self._room.publish(os.getpid(), snapshot)
                 elif not self._file.write(snapshot):
-                    self._lose()  # somebody has removed it: the next goes to another
+                    self._close_file()  # the file was removed: the next snapshot begins another
         except (OSError, RuntimeDirError) as error:
-            self._lose()
+            self._close_file()
             self._due = monotonic() + RETRY_AFTER
             if not self._warned:
                 self._warned = True
@@ -165,7 +165,7 @@ class Publisher:
                     "the status of this process is not published: %s", error, reason=str(error)
                 )
 
-    def _lose(self) -> None:
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._room is not None:
@@ -193,7 +193,7 @@ class Publisher:
         }
 
     def _note_events(self, status: Status, now: float) -> None:
-        """Compare the endpoints with what was last seen of them."""
+        """Record the changes of the endpoints since the last snapshot."""
         for label, endpoint in status.endpoints.items():
             state = "down" if endpoint.state == "probing" else endpoint.state
             seen = self._seen.get(label)
@@ -214,10 +214,10 @@ class Publisher:
     def _note(self, now: float, kind: str, label: str, text: str) -> None:
         self._events.append({"time": now, "kind": kind, "endpoint": label, "text": text})
 
-    # Being told.
+    # Commands.
 
-    def _obey(self, room: RuntimeDir) -> None:
-        """Apply the commands that are new; a process that starts applies what still holds."""
+    def _apply_commands(self, room: RuntimeDir) -> None:
+        """Apply new commands; a process that has just started applies all that are in force."""
         try:
             mark = room.commands_mark()
             if mark == self._mark:
@@ -225,7 +225,7 @@ class Publisher:
             self._mark = mark
             commands = room.commands()
         except OSError:
-            return  # the next snapshot tells
+            return  # publishing the next snapshot reports it
         applied = self._applied
         for label, command in commands.items():
             endpoint = self._pools.endpoints.get(label)
@@ -251,15 +251,15 @@ class _PublishingGroup(Group):
 
 
 def split(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take what only grows out of a status; return the rest of it, and that by group."""
+    """Split the counters off a status; return the rest, and the counters by group."""
     for endpoint in told["endpoints"].values():
-        del endpoint["use"], endpoint["connect"]  # sums of the groups'
+        del endpoint["use"], endpoint["connect"]  # sums over the groups
     groups: dict[str, dict[str, Any]] = told["groups"]
     return told, {name: {key: group.pop(key) for key in COUNTERS} for name, group in groups.items()}
 
 
 class History:
-    """The last minutes in steps of some seconds, which begin at the same time in all processes."""
+    """The last minutes in steps of a few seconds, which begin at the same time in all processes."""
 
     def __init__(self) -> None:
         self._groups: dict[str, deque[list[int]]] = {}
@@ -267,7 +267,7 @@ class History:
         self._endpoints: dict[str, deque[list[int]]] = {}
 
     def add(self, status: Status, now: float) -> None:
-        """Count what was done since the last time; of what is now, the most within the step stays."""
+        """Add what happened since the last call; of current values keep the maximum of the step."""
         step = int(now // STEP)
         for name, group in status.groups.items():
             row = _row(self._groups, name, step, 5)
@@ -282,9 +282,9 @@ class History:
             row[1] = max(row[1], endpoint.connections)
 
     def told(self, now: float) -> dict[str, Any]:
-        """Return the first step, and rows that begin with theirs.
+        """Return the first step, and rows that each begin with the number of their step.
 
-        A group's row goes on with blocks, in use, waiting and time-outs, an endpoint's with connections.
+        A row of a group holds blocks, in use, waiting and time-outs; a row of an endpoint holds connections.
         """
         oldest = int(now // STEP) - STEPS
         steps = [rows[0][0] for rows in self._groups.values()]

@@ -1,8 +1,8 @@
-"""The directory in which the processes of one application tell each other how their pools are.
+"""The directory in which the processes of one application publish the status of their pools.
 
-A process has a file of its own there, and holds a lock on it for as long as it lives: a file that can be
-locked is one of a process that is gone, in whatever container that was. What it counted is added to the
-file of those who are gone before it is removed, so that sums never shrink.
+Each process has one file there and holds a lock on it for as long as it lives: a file that can be locked
+belongs to a process that has exited, in whatever container it ran. Its counters are added to `gone.json`
+before the file is removed, so that sums never shrink.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _HEADER_SIZE = len(_HEADER % (0, 0))
 _LIMIT = 16 << 20
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _TRIES = 20
-"""How often a file is read that is just being written."""
+"""How often to read a file that is just being written, or to try a lock."""
 
 
 class LockedError(RuntimeDirError):
-    """Another process keeps the lock of the `runtime_dir` for longer than what it is for can take."""
+    """Another process has held the lock of the `runtime_dir` for longer than any use of it takes."""
 
 
 class RuntimeDir:
-    """An open runtime directory, that of this user and of nobody else.
+    """An open runtime directory, private to this user.
 
     :param path: its absolute path.
-    :param create: make it where it is missing, readable for this user alone; what it is in must be there.
-    :raises RuntimeDirError: it is missing, is no directory, belongs to another user, or others may enter it.
+    :param create: create it if it is missing, for this user alone; its parent directory must exist.
+    :raises RuntimeDirError: it is missing, not a directory, belongs to another user, or others may enter it.
     """
 
     def __init__(self, path: str, *, create: bool = False) -> None:
@@ -65,7 +65,7 @@ class RuntimeDir:
         if wrong:
             self.close()
             raise RuntimeDirError(f"runtime_dir {path!r} is not used: {wrong}")
-        self._guest = found.st_uid != me  # root looks, and leaves everything as it is
+        self._guest = found.st_uid != me  # root reads, and changes nothing
 
     def __enter__(self) -> RuntimeDir:
         return self
@@ -79,20 +79,20 @@ class RuntimeDir:
             os.close(self._fd)
             self._fd = -1
 
-    # What processes tell.
+    # Snapshots.
 
     def publish(self, pid: int, snapshot: dict[str, Any]) -> PublishedFile:
-        """Begin this process's file with its first snapshot."""
+        """Create the file of this process with its first snapshot."""
         name = f"{pid}-{secrets.token_hex(4)}.status"
         file = PublishedFile(self._open(f".{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL))
         fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.write(snapshot)
-        # Only now may others see it: one that is neither locked nor whole would be that of a dead process.
+        # Only now may others see it: an unlocked or incomplete file would pass for that of a dead process.
         os.rename(f".{name}", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
         return file
 
     def snapshots(self) -> list[dict[str, Any]]:
-        """Return the last snapshot of each process that lives; sweep the files of those that do not."""
+        """Return the last snapshot of each living process; sweep the files of the others."""
         living, dead = [], []
         for name in sorted(filter(_NAME.fullmatch, os.listdir(self._fd))):
             with self._opened(name) as fd:
@@ -103,19 +103,19 @@ class RuntimeDir:
                 elif (snapshot := _read(fd)) is not None:
                     living.append(snapshot)
         if dead and not self._guest:
-            with contextlib.suppress(LockedError):  # the next one will
+            with contextlib.suppress(LockedError):  # the next reader will sweep them
                 self._sweep(dead)
         return living
 
     def gone(self) -> dict[str, Any]:
-        """Return what processes that are gone have counted: numbers in the shape of a snapshot's status."""
+        """Return the counters of processes that have exited, in the shape of a snapshot's status."""
         return self._json("gone.json")
 
     def _sweep(self, names: list[str]) -> None:
         with self._locked():
             total = self.gone()
             for name in names:
-                with self._opened(name) as fd:  # None where another process was faster
+                with self._opened(name) as fd:  # None if another process was faster
                     if fd is not None and (snapshot := _read(fd)) is not None:
                         add_counts(total, snapshot.get("counts", {}))
             self._replace("gone.json", total)
@@ -123,7 +123,7 @@ class RuntimeDir:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self._fd)
 
-    # What they are told.
+    # Commands.
 
     def commands(self) -> dict[str, Any]:
         """Return the commands by endpoint label: each has `drain`, true or false, and a number `n`."""
@@ -131,7 +131,7 @@ class RuntimeDir:
         return found
 
     def commands_mark(self) -> object:
-        """Return what changes whenever there is a new command; it costs one system call."""
+        """Return a value that changes with each new command; it costs one system call."""
         try:
             found = os.stat("commands.json", dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -139,9 +139,9 @@ class RuntimeDir:
         return found.st_ino, found.st_mtime_ns
 
     def command(self, label: str, *, drain: bool) -> None:
-        """Tell all processes, also those that start later, to drain an endpoint, or to use it again.
+        """Have all processes, including those that start later, drain an endpoint or use it again.
 
-        :raises RuntimeDirError: the directory is another user's.
+        :raises RuntimeDirError: the directory belongs to another user.
         """
         if self._guest:
             raise RuntimeDirError(f"runtime_dir {self.path!r} belongs to another user: act as that user")
@@ -152,7 +152,7 @@ class RuntimeDir:
             self._replace("commands.json", commands)
 
     def secret(self) -> bytes:
-        """Return a secret that the application's processes share, made at the first call."""
+        """Return a secret shared by the processes of the application, created at the first call."""
         with self._locked():
             found = self._json("secret.json")
             if not found:
@@ -167,7 +167,7 @@ class RuntimeDir:
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int | None]:
-        """Open a file to read it; None where there is none, or something else of that name."""
+        """Open a file for reading; None if it is missing or not a regular file."""
         try:
             fd = self._open(name, os.O_RDONLY)
         except OSError:
@@ -180,14 +180,14 @@ class RuntimeDir:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Be the only process that changes what they share; held for one small file's time."""
+        """Hold the lock on the shared files, for as long as writing one small file takes."""
         fd = self._open("lock", os.O_RDWR | os.O_CREAT)
         try:
             for _ in range(_TRIES):
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except BlockingIOError:  # who has it stands still, if it is for longer than a moment
+                except BlockingIOError:  # if this lasts, the process that holds it is stopped
                     time.sleep(0.01)
             else:
                 raise LockedError(
@@ -221,10 +221,10 @@ class PublishedFile:
         self.fd = fd
 
     def write(self, snapshot: dict[str, Any]) -> bool:
-        """Put a snapshot in the place of the last one; return whether others can see it.
+        """Overwrite the last snapshot; return whether others can see it.
 
-        In place, and with a checksum for whoever reads meanwhile: a new file for each would be work for
-        the file system, once a second in each process.
+        In place, with a checksum for concurrent readers: a new file each second in each process would be
+        work for the file system.
         """
         body = json.dumps(snapshot, separators=(",", ":")).encode()
         data = _HEADER % (len(body), zlib.crc32(body)) + body
@@ -233,14 +233,14 @@ class PublishedFile:
         return os.fstat(self.fd).st_nlink > 0
 
     def close(self) -> None:
-        """Let go of the file, which is then one to sweep; in a forked child it stays the parent's."""
+        """Close the file, which can then be swept; in a forked child it remains the parent's."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 def add_counts(total: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add numbers, and lists and mappings of them, to those of the same name."""
+    """Add numbers, and lists and mappings of numbers, to those of the same name."""
     for name, value in more.items():
         if isinstance(value, dict):
             add_counts(total.setdefault(name, {}), value)
@@ -260,7 +260,7 @@ def _abandoned(fd: int) -> bool:
 
 
 def _read(fd: int) -> dict[str, Any] | None:
-    """Return the snapshot in a file; None where there is no whole one."""
+    """Return the snapshot in a file; None if it is incomplete."""
     for _ in range(_TRIES):
         data = os.pread(fd, _LIMIT, 0)
         body = data[_HEADER_SIZE:]
