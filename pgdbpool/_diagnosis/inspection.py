@@ -21,7 +21,7 @@ from .._request.tenant import bind_settings
 from .._servers.balance import suits
 from .._servers.driver import Driver, driver
 from .._servers.endpoint import DialError, Endpoint, Role
-from .._servers.replication import QUERY, Lag, Sight, behind
+from .._servers.replication import QUERY, Lag, ServerReport, behind
 from .._servers.replication import parse as parse_sight
 from .._session.commands import BEGIN, set_local
 from ..errors import UnsafeRoleError, one_line
@@ -133,7 +133,7 @@ def inspect(
     endpoints = {each.label: Endpoint(each) for each in config.endpoints}
     servers = {label: ServerFacts(label) for label in endpoints}
     groups = {g.name: GroupFacts(g.name, g.target, g.connection_count) for g in config.groups.values()}
-    sights: dict[str, Sight] = {}
+    sights: dict[str, ServerReport] = {}
     for number, (label, endpoint) in enumerate(endpoints.items(), 1):
         users = [group for group in config.groups.values() if label in group.endpoints]
         for group in users or [next(iter(config.groups.values()))]:  # one that no group uses is asked too
@@ -167,7 +167,7 @@ def _visit(
     group: GroupConfig,
     facts: ServerFacts,
     findings: list[Finding],
-    sights: dict[str, Sight],
+    sights: dict[str, ServerReport],
 ) -> str | None:
     """Connect as the group does, and ask what is not known yet; return why that did not work."""
     timeout = group.connect_timeout or endpoint.config.connect_timeout
@@ -200,7 +200,7 @@ def _visit(
     return None
 
 
-def _ask(conn: PooledConnection, facts: ServerFacts, sights: dict[str, Sight]) -> None:
+def _ask(conn: PooledConnection, facts: ServerFacts, sights: dict[str, ServerReport]) -> None:
     """Ask a server for all that does not depend on the group; what it does not tell is left out."""
     times = []
     for _ in range(ROUND_TRIPS):
@@ -232,7 +232,7 @@ def _ask(conn: PooledConnection, facts: ServerFacts, sights: dict[str, Sight]) -
         facts.error = one_line(error)
 
 
-def _compare(servers: dict[str, ServerFacts], sights: dict[str, Sight]) -> None:
+def _compare(servers: dict[str, ServerFacts], sights: dict[str, ServerReport]) -> None:
     """Work out how far each standby is behind its primary."""
     primaries = [sight for sight in sights.values() if not sight.standby]
     for label, sight in sights.items():

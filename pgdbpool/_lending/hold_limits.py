@@ -52,7 +52,7 @@ class _LogThread:
             self._untold.popleft()()
 
 
-class Holds:
+class HoldWatcher:
     """Checks the blocks of groups that have a limit, whenever the oldest block may have reached it."""
 
     def __init__(

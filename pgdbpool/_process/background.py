@@ -16,10 +16,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from .._lending.group import users_of
-from .._lending.hold_limits import Holds
+from .._lending.hold_limits import HoldWatcher
 from .._servers.endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
 from .._servers.startup_probe import RESOLVING_AGAIN
-from .._servers.suspects import Doubts
+from .._servers.suspects import SuspectProbes
 from .._util import log_events as events
 from ..errors import one_line
 from .left_session_watch import LeftSessionWatch
@@ -208,14 +208,14 @@ class Monitor:
     def __init__(
         self,
         observer: Observer,
-        holds: Holds,
+        holds: HoldWatcher,
         vigil: LeftSessionWatch,
         *,
         threaded: bool,
         publisher: Publisher | None = None,
     ) -> None:
         self.prober = Prober()
-        self.doubts = Doubts()
+        self.doubts = SuspectProbes()
         self.observer = observer
         self.holds = holds
         self.patronis = self._patronis(observer)

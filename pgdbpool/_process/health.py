@@ -15,7 +15,7 @@ from typing import Any
 
 from .._lending.group import CONCLUSIVE, Group, users_of
 from .._servers.endpoint import Endpoint, Role, State
-from .._servers.replication import Lag, Sight, behind
+from .._servers.replication import Lag, ServerReport, behind
 from .._session.connection import PooledConnection
 from .observer import StatusQuery
 
@@ -50,7 +50,7 @@ class _Visit:
         return None
 
     @property
-    def sight(self) -> Sight | None:
+    def sight(self) -> ServerReport | None:
         """What the server said of itself, if it did."""
         return self.look.sight
 
@@ -88,7 +88,7 @@ class _Visit:
                 self.busy = probe.accepting
         elif endpoint.state is not State.DRAINING:
             if self.sight is not None:
-                endpoint.note_sight(self.sight, look.asked_at or self.began)
+                endpoint.note_report(self.sight, look.asked_at or self.began)
             endpoint.mark_up()
 
     def _give_back(self, waited: float | None) -> None:
@@ -110,7 +110,7 @@ class _Visit:
             if self._lent is not None:
                 self._lent[0].give_back(self._lent[1], "interrupted")
 
-    def report(self, unwanted: str | None, primaries: list[Sight]) -> dict[str, Any]:
+    def report(self, unwanted: str | None, primaries: list[ServerReport]) -> dict[str, Any]:
         """Return the endpoint's part of the report; `unwanted` says why a group does without it."""
         endpoint, sight, asked = self.endpoint, self.sight, self.look.asked_at
         lag: Lag | None = endpoint.lag

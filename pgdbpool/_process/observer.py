@@ -20,7 +20,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.waiting import Wait
 
 from .._servers.endpoint import Endpoint, Role, State
-from .._servers.replication import QUERY, Course, Sight, read
+from .._servers.replication import QUERY, PrimaryHistory, ServerReport, read
 from .._util import greenlets
 from .._util import log_events as events
 from ..errors import CredentialError, one_line
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
     from .._lending.group import Group
-    from .._servers.connect_parameters import Arrival
+    from .._servers.connect_parameters import ConnectParameters
 
 QUICKLY = (0.2, 0.3)
 """Seconds between two looks at a server while a group has no writer, drawn at random."""
@@ -62,15 +62,15 @@ class StatusQuery:
     def __init__(
         self,
         conninfo: Callable[[Mapping[str, str]], str],
-        arrive: Callable[[], Arrival],
+        arrive: Callable[[], ConnectParameters],
         pgconn: pq.abc.PGconn | None = None,
     ) -> None:
         self.pgconn = pgconn
         self._arrive = arrive
-        self._arrival: Arrival | None = None
+        self._arrival: ConnectParameters | None = None
         self.missing = ""
         """What it waits for that a poller knows nothing of: the server's address, user and password."""
-        self.sight: Sight | None = None
+        self.sight: ServerReport | None = None
         self.failure = ""
         self.asked_at: float | None = None
         """When it had a connection, and asked."""
@@ -186,8 +186,8 @@ class Observer:
         self._looks: dict[Endpoint, tuple[StatusQuery, float]] = {}
         """Those under way, with the time until which the server has to say something more."""
         self._kept: dict[Endpoint, pq.abc.PGconn] = {}
-        self._courses: dict[str, Course] = {}
-        self._standbys: dict[Endpoint, Sight] = {}
+        self._histories: dict[str, PrimaryHistory] = {}
+        self._standbys: dict[Endpoint, ServerReport] = {}
 
     @property
     def writing(self) -> list[Endpoint]:
@@ -255,7 +255,7 @@ class Observer:
                 "endpoint %s: no look: %s", endpoint.label, reason, endpoint=endpoint.label, reason=reason
             )
             return
-        endpoint.note_sight(sight, look.asked_at or sight.at)
+        endpoint.note_report(sight, look.asked_at or sight.at)
         if self._limited:
             self._measure(endpoint, sight)
 
@@ -269,18 +269,18 @@ class Observer:
         waits = any(not group.has_writer() for group in self._writing.get(endpoint, ()))
         return earliest if waits else latest
 
-    def _measure(self, endpoint: Endpoint, sight: Sight) -> None:
+    def _measure(self, endpoint: Endpoint, sight: ServerReport) -> None:
         """Work out who is how far behind, now that one of them is known anew."""
-        course = self._courses.setdefault(sight.system, Course())
+        history = self._histories.setdefault(sight.system, PrimaryHistory())
         if sight.standby:
             self._standbys[endpoint] = sight
         else:
             self._standbys.pop(endpoint, None)
             endpoint.lag = None
             if sight.position is not None and not endpoint.outdated:
-                course.note(sight.at, sight.position)
+                history.note(sight.at, sight.position)
         for standby, seen in self._standbys.items():
             if seen.system == sight.system and standby.role is Role.STANDBY:
-                standby.lag = course.lag(seen)
+                standby.lag = history.lag(seen)
                 for group in self._limiting.get(standby, ()):
                     group.note_lag(standby)

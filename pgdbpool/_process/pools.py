@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from .._lending.group import Group, users_of
-from .._lending.hold_limits import Holds
+from .._lending.hold_limits import HoldWatcher
 from .._servers.endpoint import Endpoint, Role, State
 from .._session import rows
 from .._util import log_events as events
@@ -64,7 +64,7 @@ class Pools:
         """Groups that are not in the configuration any more, and may have open blocks."""
         self.monitor = Monitor(
             Observer(self.groups.values()),
-            Holds(self.groups.values(), threaded=config.type == "threaded"),
+            HoldWatcher(self.groups.values(), threaded=config.type == "threaded"),
             LeftSessionWatch(self.groups.values()),
             threaded=config.type == "threaded",
             publisher=self.publisher,

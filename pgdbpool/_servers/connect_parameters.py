@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .host_names import Name
 
 
-class Arrival:
+class ConnectParameters:
     """The addresses of the server, the user and the password for one connection.
 
     :param name: the host name of the server, if it has to be resolved.

@@ -24,10 +24,10 @@ from .._config.service_file import service_of
 from .._util import log_events as events
 from .._util.background_call import Latch
 from ..errors import one_line
-from .connect_parameters import Arrival
+from .connect_parameters import ConnectParameters
 from .credentials import Login
 from .host_names import Name
-from .replication import QUERY, Lag, Sight, read
+from .replication import QUERY, Lag, ServerReport, read
 from .startup_probe import StartupProbe
 from .tcp_round_trip import round_trip
 
@@ -164,7 +164,7 @@ class Endpoint:
         """Whether another server was promoted to a higher timeline: writes here would be lost."""
         self.lag: Lag | None = None
         """How far a standby is behind, if a group limits that."""
-        self.sight_at = 0.0
+        self.reported_at = 0.0
         self.condemned_at = 0.0
         """When it went down: connections that have not worked since then are not lent."""
         self.suspected_at = 0.0
@@ -381,12 +381,12 @@ class Endpoint:
         self.role_seen_at = max(self.role_seen_at, since)
         return True
 
-    def note_sight(self, sight: Sight, since: float) -> None:
+    def note_report(self, report: ServerReport, since: float) -> None:
         """Apply the answer to a status query that was sent at `since`."""
-        if not self._note(Role.STANDBY if sight.standby else Role.PRIMARY, since):
+        if not self._note(Role.STANDBY if report.standby else Role.PRIMARY, since):
             return
-        self.sight_at = sight.at
-        self.timeline, self.system = sight.timeline, sight.system
+        self.reported_at = report.at
+        self.timeline, self.system = report.timeline, report.system
         self.on_seen(self)
 
     def ask_timeline(self, conn: ServerSession) -> None:
@@ -404,7 +404,7 @@ class Endpoint:
                 endpoint=self.label, reason=reason,
             )  # fmt: skip
             return
-        self.note_sight(read(result, monotonic()), since)
+        self.note_report(read(result, monotonic()), since)
 
     def refuses_writes(self, conn: ServerSession) -> bool:
         """Return whether a statement was refused (SQLSTATE 25006) because the server takes no writes.
@@ -427,10 +427,10 @@ class Endpoint:
         self.suspected_at = monotonic()
         return True
 
-    def arrive(self) -> Arrival:
-        """Begin to obtain the parameters of a connection; see `Arrival`."""
+    def arrive(self) -> ConnectParameters:
+        """Begin to obtain the parameters of a connection; see `ConnectParameters`."""
         self.name = Name.of(self.config, self.name)  # a service file may name another
-        return Arrival(self.name, self.login)
+        return ConnectParameters(self.name, self.login)
 
     def probe(self) -> StartupProbe:
         """Return a probe of whether the server accepts sessions."""

@@ -27,7 +27,7 @@ QUERY = b"""
     FROM pg_catalog.pg_is_in_recovery() AS standby"""
 
 
-class Sight(NamedTuple):
+class ServerReport(NamedTuple):
     """The status of a server at one moment."""
 
     standby: bool
@@ -43,16 +43,16 @@ class Sight(NamedTuple):
     """When the answer arrived, on the monotonic clock."""
 
 
-def read(result: PGresult, at: float) -> Sight:
+def read(result: PGresult, at: float) -> ServerReport:
     """Parse the result of `QUERY`."""
     values = (result.get_value(0, column) for column in range(5))
     return parse([None if value is None else value.decode() for value in values], at)
 
 
-def parse(values: Sequence[str | None], at: float) -> Sight:
+def parse(values: Sequence[str | None], at: float) -> ServerReport:
     """Parse the columns of a row of `QUERY`."""
     standby, timeline, system, position, age = values
-    return Sight(
+    return ServerReport(
         standby=standby == "t",
         timeline=None if timeline is None else int(timeline, 16),
         system=system or "",
@@ -72,11 +72,11 @@ class Lag(NamedTuple):
         return f"{self.bytes} bytes and {self.seconds:.1f} s"
 
 
-def behind(primary: Sight, standby: Sight) -> Lag | None:
+def behind(primary: ServerReport, standby: ServerReport) -> Lag | None:
     """Return how far a standby is behind, from one report of each server; None if unknown.
 
     Seconds are those since the last replayed transaction, by the clock of the standby. The time since the
-    primary was ahead takes more than one report, see `Course`.
+    primary was ahead takes more than one report, see `PrimaryHistory`.
     """
     if primary.position is None or standby.position is None or primary.system != standby.system:
         return None
@@ -84,7 +84,7 @@ def behind(primary: Sight, standby: Sight) -> Lag | None:
     return Lag(missing, (standby.replayed_before or 0.0) if missing else 0.0)
 
 
-class Course:
+class PrimaryHistory:
     """The past positions of the primary: they show how long ago it was at the position of a standby."""
 
     def __init__(self) -> None:
@@ -96,21 +96,21 @@ class Course:
             self._known.clear()  # a new primary, which lacks the end of the old log
         self._known.append((at, position))
 
-    def lag(self, sight: Sight) -> Lag | None:
+    def lag(self, report: ServerReport) -> Lag | None:
         """Return how far a standby is behind; None if unknown.
 
         Seconds are those since the primary was first seen beyond the position of the standby, by the
         clock of this process. So an idle primary means no lag, and the clocks of the servers need not
         agree.
         """
-        if not self._known or sight.position is None:
+        if not self._known or report.position is None:
             return None
-        behind = self._known[-1][1] - sight.position
+        behind = self._known[-1][1] - report.position
         if behind <= 0:
             return Lag(0, 0.0)
-        ahead = next(at for at, position in self._known if position > sight.position)
-        seconds = sight.at - ahead
-        if ahead == self._known[0][0] and sight.replayed_before is not None:
+        ahead = next(at for at, position in self._known if position > report.position)
+        seconds = report.at - ahead
+        if ahead == self._known[0][0] and report.replayed_before is not None:
             # Behind since before the first report: use the standby's own clock until more is known.
-            seconds = max(seconds, sight.replayed_before)
+            seconds = max(seconds, report.replayed_before)
         return Lag(behind, max(seconds, 0.0))

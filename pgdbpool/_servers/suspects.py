@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SOON = 0.01
 
 
-class Doubts:
+class SuspectProbes:
     """Probes each noted server once, in steps that never wait."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:

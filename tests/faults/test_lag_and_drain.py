@@ -12,7 +12,7 @@ from support import config, wait_for
 import pgdbpool
 from pgdbpool import Connection, Handler
 from pgdbpool._servers.endpoint import Role
-from pgdbpool._servers.replication import Course, Lag, Sight
+from pgdbpool._servers.replication import Lag, PrimaryHistory, ServerReport
 
 
 @pytest.fixture(params=["threaded", "non-threaded"])
@@ -98,19 +98,19 @@ def test_with_every_standby_behind_the_error_says_how_far(start: Any, known_clus
 
 
 def test_lag_is_the_time_since_the_primary_was_beyond_the_standby() -> None:
-    def standby(position: int, at: float) -> Sight:
-        return Sight(True, None, "7", position, 3600.0, at)
+    def standby(position: int, at: float) -> ServerReport:
+        return ServerReport(True, None, "7", position, 3600.0, at)
 
-    course = Course()
-    assert course.lag(standby(10, 0.0)) is None
-    course.note(1.0, 100)
-    course.note(2.0, 100)
-    assert course.lag(standby(100, 2.0)) == Lag(0, 0.0)  # idle, however old the last transaction is
-    course.note(3.0, 150)
-    assert course.lag(standby(100, 3.5)) == Lag(50, 0.5)
-    course.note(9.0, 200)
-    assert course.lag(standby(120, 10.0)) == Lag(80, 7.0)
-    assert course.lag(standby(50, 10.0)) == Lag(150, 3600.0)  # behind since before anybody looked
+    history = PrimaryHistory()
+    assert history.lag(standby(10, 0.0)) is None
+    history.note(1.0, 100)
+    history.note(2.0, 100)
+    assert history.lag(standby(100, 2.0)) == Lag(0, 0.0)  # idle, however old the last transaction is
+    history.note(3.0, 150)
+    assert history.lag(standby(100, 3.5)) == Lag(50, 0.5)
+    history.note(9.0, 200)
+    assert history.lag(standby(120, 10.0)) == Lag(80, 7.0)
+    assert history.lag(standby(50, 10.0)) == Lag(150, 3600.0)  # behind since before anybody looked
 
 
 def test_a_group_takes_a_standby_back_at_half_of_its_limit(known_cluster: Any) -> None:
