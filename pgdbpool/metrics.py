@@ -42,7 +42,7 @@ COUNTERS = {
     "not_replicated": ("not_replicated", "Commits that stopped waiting for their synchronous standby."),
     "opened": ("connections_opened", "Connections that were opened."),
 }
-"""Of each group: the name in the status, the metric's between `pgdbpool_` and `_total`, and its help."""
+"""Of each group: name in the status; the metric's name between `pgdbpool_` and `_total`, and its help."""
 
 GAUGES = {
     "in_use": ("connections_in_use", "Connections that blocks have."),
@@ -102,7 +102,7 @@ class MetricsApp:
     Without `authorize` and `token` it answers requests from this machine alone; see `StatusApp`. Prometheus
     sends a token with ``authorization: {credentials: ...}``.
 
-    :param authorize: takes the environ and tells whether the request may have the metrics.
+    :param authorize: takes the environ and returns whether the request may have the metrics.
     :param token: at least 16 characters.
     :param runtime_dir: the directory to read, in place of that of the process's configuration.
     :raises ValueError: `authorize` and `token` are both given, or the token is too short.

@@ -42,7 +42,7 @@ POOL, STATE = "db.client.connection.pool.name", "db.client.connection.state"
 OPERATION_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 """The same for `db.client.operation.duration`, as the conventions have them."""
 BOUNDS = (0.00001, 0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
-"""Where the buckets of the histograms end, in seconds, unless a view of the SDK says otherwise."""
+"""Upper bounds of the histograms' buckets in seconds, unless a view of the SDK sets others."""
 
 _WORD = re.compile(r"\s*([A-Za-z]+)")
 
@@ -58,8 +58,8 @@ def instrument(
 
     Call it once in each process, and again in a forked child: exporters do not survive a fork.
 
-    :param meter_provider: where the metrics go; the global one if left out.
-    :param tracer_provider: where the spans go; the global one if left out.
+    :param meter_provider: the global one if left out.
+    :param tracer_provider: the global one if left out.
     :param spans: make a span of each checkout, statement and COMMIT, within the current one.
     :param statements: put the statement's text into its span, without parameters and string literals.
     """

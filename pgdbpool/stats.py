@@ -1,4 +1,4 @@
-"""Frozen snapshots of what the pools do."""
+"""Frozen snapshots of the pools."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Histogram:
     """How long something took: how often, by the bucket that the duration falls into."""
 
     bounds: ClassVar[tuple[float, ...]] = BUCKETS
-    """Where each bucket ends, in seconds; the same for all. There is one more for what took longer."""
+    """Upper bounds of the buckets in seconds, the same for all. One more bucket has no bound."""
 
     counts: tuple[int, ...]
     """How often, for each bucket alone: the sum of those up to it is what metrics call cumulative."""
@@ -37,9 +37,9 @@ class Histogram:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float | None:
-        """Return the end of the bucket that the quantile is in, in seconds; None where there is nothing.
+        """Return the end of the bucket that the quantile is in, in seconds; None if nothing was measured.
 
-        What took longer than the last bound counts as that.
+        Durations above the last bound count as that bound.
         """
         wanted, seen = share * self.count, 0
         for bound, number in zip((*self.bounds, self.bounds[-1]), self.counts, strict=True):
@@ -62,7 +62,7 @@ class EndpointStatus:
     outdated: bool
     """Whether another server was promoted to a higher timeline: no writes go here."""
     lag_bytes: int | None
-    """How far a standby is behind, where a group has a `max_lag`."""
+    """How far a standby is behind, if a group has a `max_lag`."""
     lag_seconds: float | None
     connections: int
     """Connections that the process has to it, over all groups."""
@@ -98,7 +98,7 @@ class GroupStatus:
     discarded: dict[str, int]
     """Connections closed by the pool, by reason."""
     holders: tuple[str, ...]
-    """Who has the connections in use: thread, seconds, place."""
+    """The holders of connections in use: thread, seconds, place."""
     waits: int
     """Checkouts that waited in the queue and got a connection."""
     retries: int

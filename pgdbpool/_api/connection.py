@@ -61,7 +61,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
             whose servers are all away is a warning in the log: its blocks raise `DBOfflineError` until one is
             there. ``"all"`` raises that error here. False opens nothing until the first block needs it.
         :raises ConfigError: everything that is wrong with the configuration, before anything is opened.
-        :raises DBConnectionError: a server is up and refuses a group for what is configured (a wrong
+        :raises DBConnectionError: a server is up and refuses a group because of the configuration (a wrong
             password, an unknown database, a certificate that is not trusted), and the group has no other. The
             error has each endpoint's own reason. One endpoint of several is a warning.
         :raises ThreadingModelError: gevent has patched the process too late, or in part.
@@ -109,7 +109,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def terminate(cls) -> None:
-        """Close all pools now, within about a second: what runs is cancelled, and its blocks fail."""
+        """Close all pools within about a second: running statements are cancelled, their blocks fail."""
         cls._terminate("Connection.terminate()")
 
     @classmethod
@@ -120,7 +120,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def is_closing(cls) -> bool:
-        """Tell whether new blocks are refused since `close`, `terminate` or a signal ended the pools."""
+        """Return whether new blocks are refused since `close`, `terminate` or a signal ended the pools."""
         return cls._closed
 
     @classmethod
@@ -128,7 +128,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         """Make signals, SIGTERM and SIGINT if none are named, end the pools before they do what they did.
 
         From the first signal on new blocks are refused, and those that are open have `timeout` seconds to
-        end. Then the pools are closed and the earlier handler is called, or the process ends where there
+        end. Then the pools are closed and the earlier handler is called, or the process ends if there
         was none.
         A second signal ends the wait. For processes of your own: servers have hooks, see
         `pgdbpool.contrib.gunicorn`.
@@ -146,7 +146,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
     @classmethod
     def _refuse(cls, by: str) -> Pools | None:
         fork.notice()
-        # With a bound: in a signal handler, whoever has the lock may wait for what was interrupted here.
+        # With a bound: the thread that holds the lock may wait for the code that a signal handler interrupts.
         alone = cls._lock.acquire(blocking=False) or (
             not greenlets.in_hub() and cls._lock.acquire(timeout=REFUSE_WITHIN)
         )
@@ -172,7 +172,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
     def group(cls, name: str) -> Group:
         """Return the group of that name.
 
-        :raises UnconfiguredGroupError: there is none; names those that there are.
+        :raises UnconfiguredGroupError: there is no such group; the error lists the groups.
         :raises NotInitializedError: `init` was not called.
         """
         pools = cls._pools
@@ -194,7 +194,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def runtime_dir(cls) -> str | None:
-        """Return the directory in which the processes publish their status; None where they do not.
+        """Return the directory in which the processes publish their status; None if they do not.
 
         :raises NotInitializedError: `init` was not called.
         """
@@ -202,11 +202,11 @@ class Connection(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def health(cls, timeout: float = 2.0) -> dict[str, Any]:
-        """Ask every server now whether it answers, and tell whether each group can be served, as for JSON.
+        """Ask every server whether it answers, and report whether each group can be served, as for JSON.
 
-        `status` is `healthy`; or `degraded`, where something is down but every group is served; or
-        `unhealthy`, where a group is not. :doc:`guide/health` has all fields. Servers are asked at the same
-        time, over an idle connection of the pool, or a new one where there is none.
+        `status` is `healthy`; or `degraded` if something is down but every group is served; or
+        `unhealthy` if a group is not. :doc:`guide/health` has all fields. Servers are asked at the same
+        time, over an idle connection of the pool, or a new one if none is idle.
 
         :param timeout: seconds for all of it; a server that has not answered by then counts as down.
         :raises NotInitializedError: `init` was not called, or the pools are closed.
@@ -222,7 +222,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
     ) -> Audit:
         """Look for ways in which the group's role gets at rows of another tenant; see `pgdbpool.rls`.
 
-        It uses a connection of its own, since a session that has had a tenant shows less.
+        It uses a separate connection, since a session that has had a tenant shows less.
 
         :param tables: names of tables, or None for all that the role has privileges on.
         :param ignore: findings to leave out, by `code` or `code:subject`, with `*`.
@@ -246,7 +246,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         Its idle connections are closed at once, those in use when their blocks end.
 
         :param label: the endpoint's label, as `status()` has it.
-        :raises UnknownEndpointError: there is none of that label; names those that there are.
+        :raises UnknownEndpointError: no endpoint has that label; the error lists the labels.
         """
         cls._endpoint(label).drain()
 
@@ -254,7 +254,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
     def undrain(cls, label: str) -> None:
         """Put a drained server back into use; the groups even out as connections come back.
 
-        :raises UnknownEndpointError: there is none of that label; names those that there are.
+        :raises UnknownEndpointError: no endpoint has that label; the error lists the labels.
         """
         cls._endpoint(label).undrain()
 

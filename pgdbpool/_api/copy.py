@@ -84,7 +84,7 @@ class Copying:
 
         :param where: an SQL condition that a row must meet; it is part of the statement's text.
         :raises DBQueryError: PostgreSQL refused: none of the records is there.
-        :raises TypeError: a record is no sequence of values.
+        :raises TypeError: a record is not a sequence of values.
         """
         with self.copy(_into(table, columns, schema, sql.SQL(""), where)) as copy:
             for number, record in enumerate(records, 1):

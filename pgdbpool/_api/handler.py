@@ -56,7 +56,7 @@ class Handler(Queries):
 
     :param group: the name of the group.
     :param timeout: seconds to wait for a connection, in place of the group's `timeout`.
-    :param tenant: the tenant's value, or a mapping where the group has several tenant settings; left
+    :param tenant: the tenant's value, or a mapping if the group has several tenant settings; left
         out, the current one of `pgdbpool.tenant()`.
     :param tenant_override: allow a tenant that is not the current one.
     :param settings: server settings for this block, over those of the group: name to value.
@@ -67,9 +67,9 @@ class Handler(Queries):
     :raises NotInitializedError: `Connection.init` was not called.
 
     Entering the block raises `TenantRequiredError`, `TenantConflictError` or `SettingError` before
-    anything is sent, `PoolTimeout` where no connection became free, and `DBConnectionError`
-    (`DBOfflineError` where every endpoint is down) where none could be opened; `RateLimitExceeded`
-    where the group has a `rate_limit`, and `DeadlineExceeded` after the current deadline.
+    anything is sent, `PoolTimeout` if no connection became free, and `DBConnectionError`
+    (`DBOfflineError` if every endpoint is down) if none could be opened; `RateLimitExceeded`
+    if the group is above its `rate_limit`, and `DeadlineExceeded` after the current deadline.
     """
 
     __slots__ = (
@@ -153,7 +153,7 @@ class Handler(Queries):
         that a lone `%` needs no doubling.
 
         :raises DBQueryError: also psycopg's own class (`psycopg.errors.UniqueViolation` ...).
-        :raises ConnectionLostError: the connection was lost; `maybe_executed` tells whether the
+        :raises ConnectionLostError: the connection was lost; `maybe_executed` says whether the
             statement may have taken effect. The first statement of a transaction, and a statement of
             an autocommit group whose target is `standby` or `read-only`, is sent again on another
             connection instead, once.
@@ -219,7 +219,7 @@ class Handler(Queries):
         self._undo()
 
     def _undo(self) -> None:
-        """Roll back what is open; what was lost is given up."""
+        """Roll back an open transaction, and forget a lost one."""
         self._opened().lost = False
         if self._conn is not None and not self._conn.closed:
             self._conn.rollback()
@@ -228,7 +228,7 @@ class Handler(Queries):
     def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> Iterator[psycopg.Transaction]:
-        """Open a transaction, or a savepoint where one is open (always in a manual-commit group).
+        """Open a transaction, or a savepoint within an open one (always in a manual-commit group).
 
         See https://www.psycopg.org/psycopg3/docs/basic/transactions.html#transaction-contexts
         """
@@ -238,7 +238,7 @@ class Handler(Queries):
                 yield transaction
         finally:
             if self._block is not None and not self._block.manual:
-                self._block.lost = False  # it is over, and whoever waits for it was told
+                self._block.lost = False  # it is over, and its caller has the error
 
     # The connection.
 
@@ -263,7 +263,7 @@ class Handler(Queries):
 
     @property
     def correlation_id(self) -> str:
-        """What the block's log records and errors have; made now, where none was given."""
+        """The correlation id of the block's log records and errors; made now if none was given."""
         return (self._block if self._block is not None else self._opened()).correlation_id
 
     def _handed_out(self) -> PooledConnection:
@@ -284,7 +284,7 @@ class Handler(Queries):
         return block
 
     def _live(self) -> PooledConnection:
-        """Return the block's connection, another one where it was lost outside a transaction."""
+        """Return the block's connection, or another one if it was lost outside a transaction."""
         block, conn = self._opened(), self._conn
         if conn is not None and conn.closed:
             with conn.replacing:  # by one of the threads that share the block
@@ -307,7 +307,7 @@ class Handler(Queries):
             ) from block.failure
 
     def _end(self, block: Block, conn: PooledConnection | None, *, failed: bool) -> None:
-        """End what is open: commit at a clean end, roll back after an exception."""
+        """End an open transaction: commit at a clean end, roll back after an exception."""
         if block.lost:
             if not failed:
                 raise TransactionAbortedError(
@@ -317,7 +317,7 @@ class Handler(Queries):
         if conn is None or conn.closed:
             return
         if conn.pgconn.transaction_status == _ACTIVE or conn.turn.locked():
-            conn.cut()  # interrupted in a statement, or in a loop: where it stands is unknown
+            conn.cut()  # interrupted in a statement, or in a loop: its state is unknown
             if not failed:
                 raise TransactionAbortedError("the block ends with a statement under way: connection closed")
         elif failed:

@@ -1,4 +1,4 @@
-"""One statement in a block of its own: `Connection.fetch(group, ...)` and its like."""
+"""Blocks of one statement: `Connection.fetch(group, ...)` and its siblings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BlockOptions(TypedDict, total=False):
 
 
 class OneShots:
-    """The methods of `Connection` that execute one statement in a block of its own."""
+    """The methods of `Connection` that open a block for one statement."""
 
     if TYPE_CHECKING:
 
@@ -47,18 +47,18 @@ class OneShots:
     def fetch(
         cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]
     ) -> list[Row]:
-        """Execute one statement in a block of its own, and return its rows.
+        """Execute one statement in its own block, and return its rows.
 
         In a manual-commit group, `BEGIN`, the tenant, the statement and the COMMIT take one round trip;
-        where any of them fails, nothing is committed. It raises what entering a `Handler`, `query` and
-        `commit` do.
+        if any of them fails, nothing is committed. It raises the errors of entering a `Handler`, `query` and
+        `commit`.
 
         :param block: `tenant`, `tenant_override`, `settings`, `timeout`, `priority` and `correlation_id`, as
             for a `Handler`.
         :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
             another: the statement may or may not have taken effect.
-        :raises ResultError: Python cannot hold what was returned, or the row factory failed; what the
-            statement did has been committed. After a statement that only reads, the error itself.
+        :raises ResultError: Python cannot hold what was returned, or the row factory failed; the effect
+            of the statement is committed. After a statement that only reads, the error itself.
         """
         with _OneShot(cls.group(group), **block) as one:
             return all_rows(one.execute(statement, params))
@@ -67,7 +67,7 @@ class OneShots:
     def fetchrow(
         cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]
     ) -> Row | None:
-        """Execute one statement in a block of its own, and return its first row, or None; see `fetch`."""
+        """Execute one statement in its own block, and return its first row, or None; see `fetch`."""
         with _OneShot(cls.group(group), **block) as one:
             row: Row | None = first_row(one.execute(statement, params))
             return row
@@ -81,9 +81,9 @@ class OneShots:
         column: int | str = 0,
         **block: Unpack[BlockOptions],
     ) -> Any:
-        """Execute one statement in a block of its own, and return a value of its first row; see `fetch`.
+        """Execute one statement in its own block, and return a value of its first row; see `fetch`.
 
-        :raises LookupError: there is no such column; what the statement did has been committed.
+        :raises LookupError: there is no such column; the effect of the statement is committed.
         """
         with _OneShot(cls.group(group), **block) as one:
             row = plain_row(one.execute(statement, params))
@@ -91,7 +91,7 @@ class OneShots:
 
     @classmethod
     def execute(cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]) -> str:
-        """Execute one statement in a block of its own, and return its command tag; see `fetch`."""
+        """Execute one statement in its own block, and return its command tag; see `fetch`."""
         with _OneShot(cls.group(group), **block) as one:
             return command_tag(one.execute(statement, params))
 
@@ -151,7 +151,7 @@ class _OneShot:
         return self
 
     def execute(self, statement: Any, params: Any) -> BlockCursor:
-        """Execute the statement, with its COMMIT where that can ride."""
+        """Execute the statement, with its COMMIT in the same round trip if possible."""
         params = params or None
         try:
             cursor = self._cursor(statement, params).execute(statement, params)
@@ -166,7 +166,7 @@ class _OneShot:
         return cursor
 
     def executemany(self, statement: Any, sets: Sequence[Any], returning: bool = False) -> BlockCursor:
-        """Execute the statement for each of the parameter sets, with the COMMIT where that can ride."""
+        """Execute the statement for each of the parameter sets, with the COMMIT if possible."""
         cursor = self._cursor(statement, None)
         lost = False
         try:

@@ -37,7 +37,7 @@ class Queries(Copying):
         _block: Block | None
 
     def fetch(self, statement: Any, params: Any = None) -> list[Row]:
-        """Execute a statement and return its rows; none where it gives none.
+        """Execute a statement and return its rows, or an empty list if it has none.
 
         They are what the group's `row_factory` makes, `Row` by default. Here and in the methods below, of
         several statements in one string it is the last one's result. Each raises what `query` does.
@@ -50,7 +50,7 @@ class Queries(Copying):
         return row
 
     def fetchval(self, statement: Any, params: Any = None, column: int | str = 0) -> Any:
-        """Execute a statement and return a value of its first row, or None where there is no row.
+        """Execute a statement and return a value of its first row, or None without a row.
 
         :param column: the index or the name of the column, whatever the group's `row_factory`.
         :raises LookupError: there is no such column; the statement has been executed.
@@ -188,7 +188,7 @@ def plain_row(cursor: psycopg.Cursor[Any]) -> Row | None:
 
 
 def value_in(row: Row | None, column: int | str) -> Any:
-    """Return a value of a row, None where there is no row."""
+    """Return a value of a row, or None without a row."""
     if row is None:
         return None
     try:
@@ -199,6 +199,6 @@ def value_in(row: Row | None, column: int | str) -> Any:
 
 
 def command_tag(cursor: psycopg.Cursor[Any]) -> str:
-    """Return the command tag of the last statement; the empty string where there was none."""
+    """Return the command tag of the last statement; the empty string if there was none."""
     has_rows(cursor)
     return cursor.statusmessage or ""

@@ -1,4 +1,4 @@
-"""A unit of work that is repeated where that can do no harm."""
+"""A unit of work that is repeated if that is harmless."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def run(
     """Run `function(db)` in a block and return its result; repeat it after a failure that passes.
 
     Such are a serialization failure, a deadlock, a lost connection, and a failover: servers that are away or
-    have become read-only. It is repeated where nothing of the attempt can have taken effect: in the
+    have become read-only. It is repeated if nothing of the attempt can have taken effect: in the
     transaction of a manual-commit group before its first COMMIT, in a group whose target is
-    read-only, and where the block got no connection. After a COMMIT whose outcome is unknown, and in an
+    read-only, and if the block got no connection. After a COMMIT whose outcome is unknown, and in an
     autocommit group, it is repeated with `idempotent` only. What the function does outside of the
     block it does again.
 
@@ -115,7 +115,7 @@ def _reads(db: Handler) -> bool:
 
 
 def _harmless(db: Handler, error: Exception, reads: bool, idempotent: bool) -> bool:
-    """Tell whether the failure may pass, and whether nothing of the attempt can have taken effect.
+    """Return whether the failure may pass, and whether nothing of the attempt can have taken effect.
 
     :param reads: whether the group could only read before the attempt.
     """
@@ -124,7 +124,7 @@ def _harmless(db: Handler, error: Exception, reads: bool, idempotent: bool) -> b
     category = classify(error)
     passing = category in _PASSING or (category is Category.READ_ONLY and not reads)
     if not passing or (isinstance(error, DBConnectionError) and not isinstance(error, DBOfflineError)):
-        return False  # what a server refuses for a reason of its own, such as a wrong password, it will again
+        return False  # such as a wrong password, which the server will refuse again
     if isinstance(error, NotReplicatedError):
         return False  # it is known to be there
     if idempotent or reads or block is None:

@@ -1,7 +1,7 @@
-"""The background of a process: DOWN endpoints, roles and lag, blocks that hold on, sessions that were left.
+"""The background tasks of a process: DOWN endpoints, roles and lag, long blocks, sessions left in a commit.
 
-One daemon thread steps it, or in lock-free mode a checkout in passing. Nothing in it waits for a server, but
-for the cancelling of a statement after `max_hold`, which is bounded.
+One daemon thread steps it, or in lock-free mode a checkout in passing. Nothing in it waits for a server,
+except to cancel a statement after `max_hold`, which is bounded.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Prober:
         self._due.setdefault(endpoint, self._clock() if endpoint.silent else self._next())
 
     def step(self) -> float:
-        """Do what is due now; return the seconds until there may be more to do."""
+        """Do the work that is due; return the seconds until there may be more to do."""
         if not self._due:
             return PROBE_TIMEOUT
         now = self._clock()
@@ -221,20 +221,20 @@ class Monitor:
         self.patronis = self._patronis(observer)
         self.vigil = vigil
         self._next: Observer | None = None
-        """The one to take its place: whoever steps it does that, so that none is closed while it looks."""
+        """The observer's replacement, made by the thread that steps it: none is closed during a query."""
         self.publisher = publisher
         self._lock = threading.RLock() if threaded else None  # a signal handler may come back to it
         self._thread: threading.Thread | None = None
         self._closed = False
         self._news = threading.Lock()
-        """Held until there is some: an Event could be left locked where a signal handler interrupts it."""
+        """Released to wake the thread. An Event could stay locked after an interruption by a signal."""
         self._news.acquire()
         self._due_at = 0.0
         self._failed = ""
-        """How a step failed last: the same again is no news."""
+        """How a step failed last; the same failure is not logged again."""
 
     def step(self) -> float:
-        """Do what is due now, without waiting; return the seconds until there may be more to do."""
+        """Do the work that is due, without waiting; return the seconds until there may be more to do."""
         now = monotonic()
         if now < self._due_at:
             return self._due_at - now
@@ -246,7 +246,7 @@ class Monitor:
         pause = min(map(self._try, self._parts()))
         if self.publisher is not None:
             pause = min(pause, self._try(self.publisher))
-        if self._due_at == soon:  # nobody woke it meanwhile
+        if self._due_at == soon:  # no call of `wake` meanwhile
             self._due_at = now + pause
         return pause
 
@@ -267,50 +267,52 @@ class Monitor:
         return parts if self.patronis is None else [*parts, self.patronis]
 
     def _try(self, part: _Part) -> float:
-        """Step one part; what goes wrong in it (no file descriptor is left ...) ends none of them."""
+        """Step one part; an error in it (no file descriptor is left ...) does not stop the others."""
         try:
             return part.step()
-        except Exception as error:  # noqa: BLE001 - nobody else is there to see it
+        except Exception as error:  # noqa: BLE001 - no caller could handle it
             reason = f"{type(error).__name__}: {one_line(error)}"
             if reason != self._failed:
                 self._failed = reason
-                with suppress(Exception):  # of a handler of the log, which may be what has failed
+                with suppress(Exception):  # the handler of the log may be the part that failed
                     events.BACKGROUND_FAILED(
-                        "what is done in the background failed, and is tried again: %s", reason,
+                        "background task failed, retrying: %s", reason,
                         exc_info=error, reason=reason,
                     )  # fmt: skip
             return RETRY_AFTER
 
-    def _tell(self) -> None:
-        """Wake the thread, where it waits."""
-        with suppress(RuntimeError):  # told already
+    def _wake_thread(self) -> None:
+        """Wake the thread if it waits."""
+        with suppress(RuntimeError):  # woken already
             self._news.release()
 
     def wake(self) -> None:
-        """There may be something due sooner; in threaded mode, see to it that the thread runs."""
+        """Step again soon; in threaded mode, start the thread if it is not running."""
         self._due_at = 0.0
         if self._lock is None:
             return
-        self._tell()
+        self._wake_thread()
         with self._lock:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="pgdbpool-monitor", daemon=True)
                 try:
                     self._thread.start()
-                except RuntimeError as error:  # the next who wakes it tries again
+                except RuntimeError as error:  # the next `wake` tries again
                     self._thread = None
-                    events.BACKGROUND_FAILED("no thread for the background: %s", error, reason=str(error))
+                    events.BACKGROUND_FAILED(
+                        "cannot start the background thread: %s", error, reason=str(error)
+                    )
 
     def observe(self, observer: Observer) -> None:
-        """Look at what that observer looks at, if it is something else."""
+        """Replace the observer if the new one observes something else."""
         if observer.plan != (self._next or self.observer).plan:
             self._next = observer
             self.wake()
 
     def close(self) -> None:
-        """Stop; connections of its own are closed."""
+        """Stop, and close the connections of the parts."""
         self._closed = True
-        self._tell()
+        self._wake_thread()
         thread = self._thread
         if thread is None:
             self._end()

@@ -1,4 +1,4 @@
-"""What a forked child does before anything else: begin with pools of its own."""
+"""The first thing that a forked child does: begin with new pools."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parent() -> int | None:
 def notice() -> None:
     """Catch up on a fork that Python was not told of.
 
-    uWSGI forks in C and calls Python's hooks only with its option `py-call-osafterfork`.
+    uWSGI forks in C and calls Python's hooks only with its option `py-call-uwsgi-fork-hooks`.
     """
     if _pid != os.getpid():
         with _noticing:  # a thread of the parent never holds it: only a child comes here

@@ -1,7 +1,7 @@
 """Whether the groups can be served: every server asked at the same time, within one deadline.
 
 Nothing in it waits for one server alone, so that one that hangs costs the others nothing. A question goes
-over an idle connection of the pool, or over one of its own where there is none.
+over an idle connection of the pool, or over a new one if none is idle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .._session.connection import PooledConnection
 from .observer import StatusQuery
 
 ASK_AGAIN = 0.005
-"""Seconds after which a function for user or password is asked again whether it has returned."""
+"""Seconds between two checks whether a `user` or `pass` callable has returned."""
 
 HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 
@@ -33,7 +33,7 @@ class _Visit:
         self.failure = ""
         self.over = False
         self.busy = False
-        """Whether it gives no further connection, but those that there are may well work."""
+        """Whether it refuses new connections, while the existing ones may still work."""
         self.began = monotonic()
         self._lent = self._borrow()
         self.pooled = self._lent is not None
@@ -104,7 +104,7 @@ class _Visit:
         group.give_back(conn, "no answer" if self.failure else None)
 
     def abandon(self) -> None:
-        """Give up where the examination was interrupted."""
+        """Give up if the examination was interrupted."""
         if not self.over:
             self.look.close()
             if self._lent is not None:
@@ -134,7 +134,7 @@ class _Visit:
 def examine(groups: Mapping[str, Group], endpoints: Mapping[str, Endpoint], timeout: float) -> dict[str, Any]:
     """Ask every server that a group uses, within the timeout (seconds), and return the report."""
     if not timeout > 0:
-        raise ValueError(f"timeout={timeout!r} is no time for servers to answer: it is above 0 seconds")
+        raise ValueError(f"timeout={timeout!r} must be above 0 seconds")
     began = monotonic()
     visits: dict[str, _Visit] = {}
     try:

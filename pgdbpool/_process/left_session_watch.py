@@ -1,4 +1,4 @@
-"""Asks servers for the sessions that were left there in a commit, and tells their groups which are gone."""
+"""Asks servers about sessions that were left in a commit, and tells their groups which have ended."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from .._servers.endpoint import Endpoint
 
 ASK_EVERY = (0.2, 0.4)
-"""Seconds between two questions to a server about the sessions that were left there, drawn at random."""
+"""Seconds between two questions to a server, drawn at random."""
 
 UNKNOWN_FOR = 60.0
-"""Seconds after which a session counts as gone of which no server says anything."""
+"""Seconds without an answer after which a session counts as ended."""
 
 NOTHING_LEFT = 3600.0
 
 
 class _Question(StatusQuery):
-    """Asks a server which of these processes there are."""
+    """Asks a server which of these backend processes exist."""
 
     def __init__(
         self, pids: set[int], conninfo: Callable[[Mapping[str, str]], str], endpoint: Endpoint,
@@ -53,7 +53,7 @@ class _Question(StatusQuery):
 
 
 class LeftSessionWatch:
-    """Asks the servers for the sessions that were left there, over a connection of its own to each."""
+    """Asks each server about the sessions left there, over a separate connection."""
 
     def __init__(self, groups: Iterable[Group], clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
@@ -63,16 +63,16 @@ class LeftSessionWatch:
         self.watch(groups)
 
     def watch(self, groups: Iterable[Group]) -> None:
-        """Ask for what is left of these groups from now on."""
+        """Ask about the sessions that these groups have left from now on."""
         self._groups = list(groups)
 
     @property
     def needed(self) -> bool:
-        """Whether there is anything to ask for, or a connection to close."""
+        """Whether there is a session to ask about, or a connection to close."""
         return bool(self._kept) or any(group.left for group in self._groups)
 
     def step(self) -> float:
-        """Do what is due now, without waiting; return the seconds until there may be more to do."""
+        """Do the work that is due, without waiting; return the seconds until there may be more to do."""
         if not self.needed:
             return NOTHING_LEFT
         now = self._clock()
@@ -114,7 +114,7 @@ class LeftSessionWatch:
             self._kept[endpoint] = question.pgconn
         for group, session in left:
             if question.processes is not None:
-                # One that was left after the question was put is not in it.
+                # A session that was left after the question was sent is not part of it.
                 if session.pid in question.pids and session.gone(question.processes):
                     group.let_go(session, "it is gone")
             elif now - session.heard_at > UNKNOWN_FOR:

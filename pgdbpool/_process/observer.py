@@ -1,8 +1,7 @@
-"""Looks at servers now and then: which role each has, on which timeline, and how far it is behind.
+"""Queries servers periodically for their role, timeline and replication lag.
 
-A look is a connection of the observer's own and one query, in steps that never wait. So it costs no
-request anything: in threaded mode the one background thread steps it, in lock-free mode a checkout in
-passing.
+Each status query uses a connection outside of the pools, in steps that never wait. So it costs no request
+any time: in threaded mode the background thread steps it, in lock-free mode a checkout in passing.
 """
 
 from __future__ import annotations
@@ -32,29 +31,29 @@ if TYPE_CHECKING:
     from .._servers.connect_parameters import ConnectParameters
 
 QUICKLY = (0.2, 0.3)
-"""Seconds between two looks at a server while a group has no writer, drawn at random."""
+"""Seconds between two queries of a server while a group has no writer, drawn at random."""
 
 SLOWLY = (10.0, 20.0)
-"""Seconds between two looks while it has one: another server may have been promoted all the same."""
+"""Seconds between two queries while it has one: another server may have been promoted all the same."""
 
 LAG_EVERY = (0.4, 0.6)
-"""Seconds between two looks at servers whose lag counts."""
+"""Seconds between two queries of servers whose lag counts."""
 
 LOOK_TIMEOUT = 2.0
 """Seconds that a server has for its answer."""
 
 
 def _events(wait: int) -> int:
-    """Return what poll() calls what psycopg waits for."""
+    """Translate psycopg's wait events into those of poll()."""
     return (select.POLLIN if wait & Wait.R else 0) | (select.POLLOUT if wait & Wait.W else 0)
 
 
 class StatusQuery:
-    """One look at a server, step by step; its connection may serve for the next one.
+    """One status query, step by step; its connection may serve for the next one.
 
-    :param conninfo: returns the connection string, given what was asked for.
-    :param arrive: begins to ask for that.
-    :param pgconn: a connection that there is, in place of both.
+    :param conninfo: returns the connection string, given address, user and password.
+    :param arrive: begins to look these up.
+    :param pgconn: an open connection to use instead of both.
     """
 
     query = QUERY
@@ -69,15 +68,15 @@ class StatusQuery:
         self._arrive = arrive
         self._arrival: ConnectParameters | None = None
         self.missing = ""
-        """What it waits for that a poller knows nothing of: the server's address, user and password."""
+        """The lookup that it waits for, which a poller cannot see: the server's address, user or password."""
         self.sight: ServerReport | None = None
         self.failure = ""
         self.asked_at: float | None = None
         """When it had a connection, and asked."""
         self.answered = False
-        """Whether the server answered the question, if only by an error."""
+        """Whether the server answered, if only with an error."""
         self.moves = 0
-        """How often it went on: as long as that grows, the server is there."""
+        """How many steps it took: as long as that grows, the server responds."""
         self._steps = self._look(conninfo)
         self._waits: tuple[int, int] | None = None
 
@@ -103,7 +102,7 @@ class StatusQuery:
         return False
 
     def register(self, poller: select.poll) -> None:
-        """Have the poller wait for what this waits for."""
+        """Register the event that this waits for."""
         if self._waits is not None:
             fileno, wait = self._waits
             poller.register(fileno, _events(wait))
@@ -121,7 +120,7 @@ class StatusQuery:
 
     @staticmethod
     def _ready(fileno: int, wait: int) -> int:
-        """Return which of the events that are waited for are there."""
+        """Return which of the awaited events have occurred."""
         poller = greenlets.poller()
         poller.register(fileno, _events(wait))
         found = poller.poll(0)
@@ -154,7 +153,7 @@ class StatusQuery:
 
 
 class Observer:
-    """Looks at the servers of groups that write, and of groups that limit lag."""
+    """Queries the servers of groups that write, and of groups that limit lag."""
 
     def __init__(
         self,
@@ -167,7 +166,7 @@ class Observer:
         self.plan = {
             (e, e.config.patroni, g.name, g.writes, g.config.max_lag) for g in groups for e in g.endpoints
         }
-        """What it looks at, and for whom."""
+        """Which servers it queries, and for which groups."""
         everyone: dict[Endpoint, Group] = {}
         limited = False
         for group in groups:
@@ -182,9 +181,9 @@ class Observer:
         self._limited = limited
         self._clock = clock
         self._due = dict.fromkeys(self._login, (0.0, 0.0))
-        """When to look next: at the latest, and at the earliest, which counts while there is no writer."""
+        """When to query next: at the latest, and at the earliest, for groups without a writer."""
         self._looks: dict[Endpoint, tuple[StatusQuery, float]] = {}
-        """Those under way, with the time until which the server has to say something more."""
+        """Queries in progress, each with the time by which the server must respond."""
         self._kept: dict[Endpoint, pq.abc.PGconn] = {}
         self._histories: dict[str, PrimaryHistory] = {}
         self._standbys: dict[Endpoint, ServerReport] = {}
@@ -196,16 +195,16 @@ class Observer:
 
     @property
     def needed(self) -> bool:
-        """Whether there is anything to look at."""
+        """Whether there is a server to query."""
         return bool(self._due)
 
     def hurry(self, endpoint: Endpoint) -> None:
-        """Look at a server now, if at all."""
+        """Query a server now if it is observed."""
         if endpoint in self._due:
             self._due[endpoint] = (self._clock(),) * 2
 
     def step(self) -> float:
-        """Do what is due now, without waiting; return the seconds until there may be more to do."""
+        """Do the work that is due, without waiting; return the seconds until there may be more to do."""
         now = self._clock()
         for endpoint in list(self._due):
             self._step(endpoint, now)
@@ -214,7 +213,7 @@ class Observer:
         return max(0.01, min(map(self._due_at, self._due), default=now + 1.0) - now)
 
     def close(self) -> None:
-        """Stop looking, and close the connections."""
+        """Stop, and close the connections."""
         self._due.clear()
         for look, _ in self._looks.values():
             look.close()
@@ -252,7 +251,11 @@ class Observer:
         if sight is None:
             reason = look.failure or f"no {look.missing or 'answer'}"
             events.ENDPOINT_SILENT(
-                "endpoint %s: no look: %s", endpoint.label, reason, endpoint=endpoint.label, reason=reason
+                "endpoint %s: status query failed: %s",
+                endpoint.label,
+                reason,
+                endpoint=endpoint.label,
+                reason=reason,
             )
             return
         endpoint.note_report(sight, look.asked_at or sight.at)
@@ -270,7 +273,7 @@ class Observer:
         return earliest if waits else latest
 
     def _measure(self, endpoint: Endpoint, sight: ServerReport) -> None:
-        """Work out who is how far behind, now that one of them is known anew."""
+        """Recompute replication lag after a new report."""
         history = self._histories.setdefault(sight.system, PrimaryHistory())
         if sight.standby:
             self._standbys[endpoint] = sight

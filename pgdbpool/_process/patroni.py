@@ -1,4 +1,4 @@
-"""What Patroni's REST API says, for servers with `patroni`: where to look for a primary, and whether to wait.
+"""Patroni's REST API, for servers with `patroni`: which server to query, and whether to wait for a primary.
 
 It is evidence beside the servers' own, never in its place: a server counts as the primary because it says so
 itself. Patroni is asked only while a block finds no server to write to, in threads with a bound, so that a
@@ -34,7 +34,7 @@ WANTED_FOR = 1.0
 """Seconds for which members are asked after a block has wanted to know."""
 
 SILENT_FOR = 5.0
-"""Seconds for which nobody waits for a member that has not answered the last time."""
+"""Seconds during which no block waits for a member that did not answer the last time."""
 
 LOOK_EVERY = 0.02
 """Seconds between two looks of a block that waits."""
@@ -47,7 +47,7 @@ _LEADER = ("leader", "standby_leader")
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What a member's Patroni has said."""
+    """The report of a member's Patroni."""
 
     heard: bool = False
     """Whether it answered."""
@@ -69,7 +69,7 @@ def understand(own: Mapping[str, Any], cluster: Mapping[str, Any]) -> Word:
         or (bool(members) and not leaders)
         or any(leader.get("state") != "running" for leader in leaders)
     )
-    paused = bool(own.get("pause") or cluster.get("pause"))  # then Patroni promotes nobody
+    paused = bool(own.get("pause") or cluster.get("pause"))  # then Patroni promotes no server
     timeline = own.get("timeline")
     return Word(True, leads and runs, timeline if isinstance(timeline, int) else None, moving and not paused)
 
@@ -115,17 +115,17 @@ class Patronis:
         self._until = 0.0
         self._asked: dict[Endpoint, BackgroundCall[Word]] = {}
         self._words: dict[Endpoint, tuple[float, Word]] = {}
-        """The last word of each member, and when it was asked for."""
+        """The last report of each member, and when it was requested."""
         self._primaries: dict[Endpoint, float] = {}
         """The members that said that they are the primary, and since when."""
 
     @property
     def needed(self) -> bool:
-        """Whether a block wants to know."""
+        """Whether a block waits for a primary."""
         return bool(self._urls) and self._clock() < self._until
 
     def step(self) -> float:
-        """Do what is due now, without waiting; return the seconds until there may be more to do."""
+        """Do the work that is due, without waiting; return the seconds until there may be more to do."""
         if not self.needed:
             return NOTHING_DUE
         now = self._clock()
@@ -180,7 +180,7 @@ class Patronis:
     def await_writer(self, group: Group, deadline: float, step: Callable[[], object]) -> bool:
         """Wait while a primary is on its way; return whether the group has one by then.
 
-        :param step: goes on with what is due, or sees to it that the background does.
+        :param step: steps the background, or wakes its thread.
         """
         since = self._clock()
         while (now := self._clock()) < deadline:

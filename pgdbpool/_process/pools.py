@@ -47,7 +47,7 @@ class Pools:
     def __init__(self, config: Config) -> None:
         self.config = self.wanted = config
         self.changing = False
-        """Whether the configuration is being changed to the one that is `wanted`."""
+        """Whether the configuration is being changed to `wanted`."""
         self.publisher: Publisher | None = None
         if config.runtime_dir is not None:
             from .._status.publisher import Publisher  # nothing but this needs it
@@ -59,9 +59,9 @@ class Pools:
             for name, group in config.groups.items()
         }
         self._newest: dict[str, tuple[int, Endpoint]] = {}
-        """The highest timeline that was seen of each system, and where."""
+        """The highest timeline seen of each system, and its endpoint."""
         self.removed: list[Group] = []
-        """Groups that are not in the configuration any more, and may have open blocks."""
+        """Groups that have left the configuration and may have open blocks."""
         self.monitor = Monitor(
             Observer(self.groups.values()),
             HoldWatcher(self.groups.values(), threaded=config.type == "threaded"),
@@ -117,7 +117,7 @@ class Pools:
         self._begin_publishing()
 
     def _watch_holds(self) -> None:
-        """See to it that the groups' blocks are watched, where there is a limit."""
+        """Start watching the groups' blocks if there is a limit."""
         if self.monitor.holds.needed:
             self.monitor.wake()
 
@@ -142,7 +142,7 @@ class Pools:
         for endpoint in endpoints.values():
             endpoint.groups = [group for name, group in groups.items() if endpoint in members[name]]
         gone = [group for name, group in self.groups.items() if name not in groups]
-        # Before the dict without them: whoever looks for open blocks finds them in one of the two.
+        # Before `groups` without them: a search for open blocks finds each in one of the two.
         self.removed = [*filter(Group.busy, self.removed), *gone]
         self.config, self.endpoints, self.groups = config, endpoints, groups
         for endpoint in old.values():
@@ -189,7 +189,7 @@ class Pools:
         return fork.parent()
 
     def _look_at_idle(self) -> None:
-        """Have the servers asked that have closed idle connections: without requests nobody else would."""
+        """Query the servers that have closed idle connections: without requests nothing else would."""
         doubtful: set[Endpoint] = set().union(*(group.lost_servers() for group in self.groups.values()))
         for endpoint in doubtful:
             self.monitor.doubts.note(endpoint)
@@ -212,7 +212,7 @@ class Pools:
             self.monitor.wake()
 
     def _forget(self, gone: Endpoint) -> None:
-        """Let a server that was taken out of use on purpose bar no other one any more."""
+        """Forget the timeline of a drained or removed server, so that it excludes no other."""
         for system, (_, endpoint) in list(self._newest.items()):
             if endpoint is gone:
                 del self._newest[system]
@@ -235,7 +235,7 @@ class Pools:
         self.monitor.wake()
 
     def _seen(self, endpoint: Endpoint) -> None:
-        """Hold the timelines of the servers that write against each other."""
+        """Compare the timelines of the writable servers."""
         if self.monitor.observer.needed:
             self.monitor.wake()
         system, timeline = endpoint.system, endpoint.timeline
@@ -260,7 +260,7 @@ class Pools:
         for group in self.groups.values():
             group.open(needed=needed)
         for endpoint in self.endpoints.values():
-            # Not needed for `min_size`, so nobody has asked yet whether it is there.
+            # Not needed for `min_size`, so it is not known yet whether it is up.
             if users_of(endpoint) and endpoint.opened == 0 and endpoint.last_error is None:
                 probe = endpoint.probe()
                 probe.run(endpoint.config.connect_timeout)
@@ -289,7 +289,7 @@ class Pools:
             except psycopg.Error as error:
                 reason = one_line(error)
                 events.ENDPOINT_SILENT(
-                    "endpoint %s does not tell its limits: %s", label, reason, endpoint=label, reason=reason
+                    "endpoint %s: cannot read its limits: %s", label, reason, endpoint=label, reason=reason
                 )
                 verdict = ""
             finally:
@@ -319,7 +319,7 @@ class Pools:
             group.close(max(deadline - monotonic(), 0.05))
 
     def drain(self, timeout: float, but: int = 0, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Wait until no block is open but those of that thread."""
+        """Wait until only blocks of that thread are open."""
         deadline = monotonic() + timeout
         while any(group.busy(but) for group in self.all_groups):
             if monotonic() >= deadline or hurry():
@@ -327,7 +327,7 @@ class Pools:
             time.sleep(0.01)  # for checkin to tell would be work in every block
 
     def blame(self, by: str, but: int) -> None:
-        """Note who closes the pools, for what their blocks raise from here on, but those of that thread."""
+        """Note who closes the pools, for the errors of their blocks, except those of that thread."""
         for group in self.all_groups:
             group.closed_by = by
             for conn, block in group.held():
@@ -360,9 +360,9 @@ class Pools:
             self.publisher.close()
 
     def terminate(self, by: str, but: int = 0) -> None:
-        """Close all connections now, also those in use but by that thread.
+        """Close all connections now, except those in use by that thread.
 
-        What may be committing has until the end of the time; what runs else is cancelled before.
+        What may be committing has until the end of the time; other statements are cancelled first.
         """
         self.blame(by, but)
         self.close(CUT_WITHIN)  # first, so that no block goes on with another connection

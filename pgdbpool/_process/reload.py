@@ -10,21 +10,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UnconfiguredGroupError, UnknownEndpointError
 
-# What reads and checks a configuration is imported where it is needed, as for `init`.
+# The modules that read and check a configuration are imported by the functions below, as for `init`.
 if TYPE_CHECKING:
     from .._config.model import Config, GroupConfig
     from .._lending.group import Group
-
-    class _Pools(Protocol):
-        config: Config
-        wanted: Config
-        changing: bool
-
-        def apply(self, config: Config) -> list[Group]: ...
+    from .pools import Pools
 
 
 class ReloadMethods:
@@ -39,7 +33,7 @@ class ReloadMethods:
         _lock: AbstractContextManager[Any]
 
         @classmethod
-        def _current(cls) -> _Pools: ...
+        def _current(cls) -> Pools: ...
 
         @classmethod
         def group(cls, name: str) -> Group: ...
@@ -48,10 +42,10 @@ class ReloadMethods:
     def reload(
         cls, config: Mapping[str, Any] | str | os.PathLike[str] | IO[str] | IO[bytes] | None = None
     ) -> None:
-        """Read a configuration as `init` does, and apply what has changed.
+        """Read a configuration as `init` does, and apply the changes.
 
-        Connections of servers and groups that have not changed are kept, and so are they where a server's
-        `weight`, `connect_timeout`, `pass` or `pass_file` is another one. The others are replaced: idle ones
+        Connections of servers and groups that have not changed are kept, also if a server's
+        `weight`, `connect_timeout`, `pass` or `pass_file` differs. The others are replaced: idle ones
         now, those in use as their blocks end.
 
         :raises ConfigError: everything that is wrong with the configuration, or another `type`
@@ -65,11 +59,11 @@ class ReloadMethods:
 
     @classmethod
     def resize(cls, group: str, connection_count: int | None = None, min_size: int | None = None) -> None:
-        """Change the size of a group: who waits gets more at once, what is too much ends with its block.
+        """Resize a group: waiters get added capacity at once, surplus connections close after their block.
 
-        :param connection_count: the most connections, or None for as many as now.
-        :param min_size: the connections that are kept open; None leaves it, within `connection_count`, and
-            lets it follow where it was as many.
+        :param connection_count: the most connections, or None to keep the number.
+        :param min_size: the connections that are kept open; None keeps it, within `connection_count`;
+            if the two were equal, they stay equal.
         :raises ConfigError: the sizes do not fit together; nothing was changed.
         :raises UnconfiguredGroupError: there is no such group.
         """
@@ -143,7 +137,7 @@ class ReloadMethods:
                     "endpoints": (*old.endpoints, label),
                     "sqlprepare": old.sqlprepare,
                 }
-                # As where it is read with the rest: a pooler changes the default of prepare_threshold.
+                # As in a whole configuration: a pooler changes the default of prepare_threshold.
                 check_pooler(group, [fields], f"groups{step(name)}", report)
                 changed[name] = replace(old, **group)
             report.check("add_endpoint")
@@ -155,7 +149,7 @@ class ReloadMethods:
     def remove_endpoint(cls, label: str) -> None:
         """Remove a server: its idle connections are closed at once, those in use as their blocks end.
 
-        :raises UnknownEndpointError: there is none of that label; names those that there are.
+        :raises UnknownEndpointError: no endpoint has that label; the error lists the labels.
         :raises ConfigError: a group would have no server left; nothing was changed.
         """
         from .._config.declarations import show
@@ -181,7 +175,7 @@ class ReloadMethods:
 
     @classmethod
     def _present(cls) -> Config:
-        """Return the configuration to change: the one that is coming where this interrupts a change."""
+        """Return the configuration to change: the coming one if this interrupts a change."""
         pools = cls._current()
         return pools.wanted if pools.changing else pools.config
 

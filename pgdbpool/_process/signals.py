@@ -1,4 +1,4 @@
-"""What a signal does in a plain process: the blocks that run end, then the pools, then what it did before."""
+"""Signals in a plain process: open blocks end, then the pools close, then the earlier handler is called."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SignalHandlers:
             self._earlier[number] = signal.signal(number, self._on_signal)
 
     def uninstall(self) -> None:
-        """Put the earlier handlers back, where nobody has replaced ours; in the main thread."""
+        """Restore the earlier handlers unless ours were replaced; in the main thread."""
         for number, earlier in self._earlier.items():
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, earlier)

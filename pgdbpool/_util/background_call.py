@@ -1,4 +1,4 @@
-"""Questions that may take long: each is asked in a thread of its own, and waited for within a bound."""
+"""Calls that may hang: each runs in its own thread, and callers wait for it with a bound."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import psycopg
 from ..errors import Error
 
 BORN_WITHIN = 5.0
-"""Seconds after which a thread that does not run is taken for one that never will."""
+"""Seconds after which a thread that has not started counts as failed."""
 
 AGAIN_AFTER = 60.0
-"""Seconds after which a question without an answer is asked once more, in another thread."""
+"""Seconds after which a call that has not returned is made again, in another thread."""
 
 AT_MOST = 5
-"""Threads that may be left hanging so."""
+"""Threads that may hang at the same time."""
 
 _Answer = TypeVar("_Answer")
 
@@ -35,7 +35,7 @@ class Latch:
         self.opened = False
 
     def open(self) -> None:
-        """Let all pass, now and later."""
+        """Release all waiters, now and later."""
         self.opened = True
         try:  # noqa: SIM105  suppress() would be calls in which an interruption could come in
             self._lock.release()
@@ -46,7 +46,7 @@ class Latch:
         """Wait until it is open, at most for the timeout (seconds)."""
         try:
             self._lock.acquire(timeout=max(timeout, 0.0))
-        finally:  # for the next, also where this one is interrupted with the lock in its hand
+        finally:  # for the next waiter, also if this one is interrupted with the lock held
             if self.opened:
                 try:  # noqa: SIM105
                     self._lock.release()
@@ -55,9 +55,9 @@ class Latch:
 
 
 class BackgroundCall(Generic[_Answer]):
-    """A question that is asked in a thread of its own: who wants to know goes on meanwhile, or waits.
+    """A call in its own thread; callers go on meanwhile, or wait.
 
-    :param failure: what `answer` raises where there is none.
+    :param failure: raised by `answer` if the call did not return.
     """
 
     def __init__(self, ask: Callable[[], _Answer], what: str, failure: type[Exception]) -> None:
@@ -81,12 +81,12 @@ class BackgroundCall(Generic[_Answer]):
 
     @property
     def over(self) -> bool:
-        """Whether there is no answer to come: it was answered, or the thread was never born."""
+        """Whether no answer will come any more: it has come, or the thread never started."""
         return self.answered or (not self._begun and monotonic() > self.began + BORN_WITHIN)
 
     @property
     def under_way(self) -> bool:
-        """Whether there is nothing to go by yet."""
+        """Whether an answer may still come."""
         return not self.over
 
     def wait(self, deadline: float) -> None:
@@ -95,7 +95,7 @@ class BackgroundCall(Generic[_Answer]):
             self._over.wait(min(left, 0.1))  # asynchronous exceptions come in between
 
     def answer(self) -> _Answer:
-        """Return what came of it, or raise what failed."""
+        """Return the result, or raise the error of the call."""
         if self._answer is None:
             raise self._failure(self._reason)
         return self._answer
@@ -114,14 +114,14 @@ _Kind = TypeVar("_Kind", bound=BackgroundCall[Any])
 
 
 class SingleFlight(Generic[_Kind]):
-    """Has a question asked once, whoever wants to know: who comes while it is gets the same answer."""
+    """Runs one call at a time: callers that come during it share its result."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a signal handler may come back to it
         self._asked: list[_Kind] = []
 
     def asking(self, begin: Callable[[], _Kind]) -> _Kind:
-        """Return the question that is being asked, or begin it."""
+        """Return the call in progress, or begin one."""
         with self._lock:
             hanging = [asking for asking in self._asked if not asking.over]
             if hanging and (monotonic() < hanging[-1].began + AGAIN_AFTER or len(hanging) >= AT_MOST):

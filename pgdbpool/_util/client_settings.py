@@ -1,4 +1,4 @@
-"""Server settings that the client goes by too: it reads, or writes, values as they say."""
+"""Server settings that the client depends on too, to read and write values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = {name.decode().lower() for name in REPORTED}
 _COLUMNS = ",".join(f"pg_catalog.current_setting('{name.decode()}')" for name in REPORTED)
 _MARK = b"pgdbpool_reported"
 REPORT = f"SELECT {_COLUMNS.replace(',', f' AS {_MARK.decode()},', 1)}".encode()
-"""The query that asks for what is in force."""
+"""The query for the values in force."""
 
 
 def why_refused(name: str, value: object) -> str | None:

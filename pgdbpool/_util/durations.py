@@ -13,7 +13,7 @@ BATCH = 256
 
 
 class Tally:
-    """Durations where they are measured: they are kept in a list, and counted when there are many.
+    """A histogram of durations: they are kept in a list, and counted in batches.
 
     To append is a tenth of what it takes to find a bucket, and in a sorted list there are only as many places
     to find as there are buckets.
@@ -23,7 +23,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.recent: list[float] = []
-        """Not counted yet. Whoever appends calls `count` where there are `BATCH` of them."""
+        """Not counted yet. Code that appends here calls `count` when there are `BATCH` of them."""
         self._counts = [0] * (len(BUCKETS) + 1)
         self._sum = 0.0
         self._counting = Lock()
@@ -35,12 +35,12 @@ class Tally:
             self.count()
 
     def count(self) -> None:
-        """Count what is kept, unless somebody does so already."""
+        """Count the kept durations, unless another thread is doing so."""
         if self._counting.locked():
             return
         with self._counting:
             batch = self.recent[:]
-            del self.recent[: len(batch)]  # what others append meanwhile comes after that
+            del self.recent[: len(batch)]  # later appends of other threads come after these
             batch.sort()
             below = 0
             for place, bound in enumerate(BUCKETS):

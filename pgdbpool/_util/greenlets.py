@@ -29,7 +29,7 @@ REMEDY = (
 
 
 def patched(module: str) -> bool:
-    """Tell whether gevent has replaced the module's blocking functions in this process."""
+    """Return whether gevent has replaced the module's blocking functions in this process."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched(module))
 
@@ -54,7 +54,7 @@ def check() -> None:
 
 
 def in_hub() -> bool:
-    """Tell whether this is gevent's hub, which must not wait: where its signal handlers run mostly."""
+    """Return whether this is gevent's hub, which must not wait; signal handlers mostly run there."""
     gevent = sys.modules.get("gevent")
     return gevent is not None and patched("threading") and gevent.getcurrent() is gevent.get_hub()
 

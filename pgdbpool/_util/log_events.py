@@ -1,7 +1,7 @@
 """The log records of the package: each event and its fields, declared once.
 
 All go to the logger `pgdbpool`. A record has its event's name as `event`, and each of its fields as an
-attribute of that name, None where it is not known: so a formatter for JSON needs no parsing of texts.
+attribute of that name, None if it is not known. So a JSON formatter need not parse texts.
 """
 
 from __future__ import annotations

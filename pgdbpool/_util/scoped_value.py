@@ -91,7 +91,7 @@ class Scope(ContextDecorator, Generic[T]):
 
 
 def _end(variable: Variable[T], binding: Binding[T], _: ref[Scope[T]]) -> None:
-    """End a value late, perhaps in another context or beneath a later block: who comes to it passes it by."""
+    """Mark the value as ended; it may be shadowed or belong to another context, so lookups skip it."""
     if variable.get() is binding:
         variable.set(binding.hidden)
     else:

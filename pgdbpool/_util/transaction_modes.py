@@ -71,7 +71,7 @@ def mode_value(name: str, text: str) -> str:
         raise ValueError(f"one of {', '.join(_LEVELS)}")
     for word, value in (("on", "on"), ("off", "off"), ("true", "on"), ("yes", "on"), ("1", "on"),
                         ("false", "off"), ("no", "off"), ("0", "off")):  # fmt: skip
-        # PostgreSQL takes a word that is cut short, if it is no other's beginning.
+        # PostgreSQL takes an abbreviated word if it is unambiguous.
         if small == word or (small and small != "o" and word.startswith(small)):
             return value
     raise ValueError("on or off")

@@ -1,4 +1,4 @@
-"""Hooks for gunicorn.conf.py, which end what a worker leaves running at the servers when it has to go.
+"""Hooks for gunicorn.conf.py: they end statements that a worker would leave running at the servers.
 
 A worker that is forked needs no hook, and neither does one that ends in time:
 
@@ -26,7 +26,7 @@ def worker_abort(worker: Any) -> None:
 
 
 def worker_int(worker: Any) -> None:
-    """A quick shutdown (SIGINT, SIGQUIT): cancel what runs, which the worker's threads would wait for.
+    """A quick shutdown (SIGINT, SIGQUIT): cancel running statements, so that no thread waits for them.
 
     gunicorn calls it too, in a thread, as ``--reload`` has found a change: those requests are to end.
     """
@@ -37,7 +37,7 @@ def worker_int(worker: Any) -> None:
 def worker_exit(server: Any, worker: Any) -> None:
     """A worker that ends: close its pools; requests that overstayed `graceful_timeout` are cancelled.
 
-    gunicorn calls it in the master if the worker is gone already, and the master keeps its pools.
+    gunicorn calls it in the master if the worker has exited already, and the master keeps its pools.
     """
     if worker.pid == os.getpid():
         Connection._close(0.0, "gunicorn's worker_exit, as the worker ends")
