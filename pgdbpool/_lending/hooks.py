@@ -1,4 +1,4 @@
-"""What the application wants to be told of a group's connections, and what becomes of a hook that fails."""
+"""Calls the hooks of the application, and handles those that fail."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """The hooks of a group; each attribute is None where there is nothing to do: a test is all it costs.
+    """The hooks of a group; each attribute is None if no hook is set, so that it costs one test.
 
-    They are called without a lock of the group, in whichever thread is about it.
+    They are called without holding a lock of the group, in any thread.
     """
 
     def __init__(self, config: GroupConfig) -> None:
         self._config = config
         self._failed: dict[str, str] = {}
-        """How each hook failed last: the same again is no news."""
+        """The last failure of each hook: a repetition is logged at a lower level."""
         self.configure = self._configure if config.configure is not None else None
         self.on_checkout = self._on_checkout if config.on_checkout is not None else None
         self.at_checkin = self._at_checkin if config.on_checkin is not None or config.max_uses else None
@@ -31,7 +31,7 @@ class Hooks:
         self.on_failover = self._on_failover if config.on_failover is not None else None
 
     def _configure(self, conn: PooledConnection) -> None:
-        """Let the application set a new connection up; raises `HookError` where it failed."""
+        """Have the application set up a new connection; raises `HookError` if that failed."""
         self._call("configure", conn)
         if conn.pgconn.transaction_status != IDLE:
             raise HookError(f"configure of group {self._config.name!r} left a transaction open")
@@ -41,15 +41,15 @@ class Hooks:
                 f"configure of group {self._config.name!r} left autocommit = {left}, and the group has "
                 f"`autocommit: {str(wanted).lower()}`: put it back, or change the group's key"
             )
-        conn._autocommit = True  # what psycopg is to see; the block sends BEGIN
+        conn._autocommit = True  # for psycopg; the block itself sends BEGIN
 
     def _on_checkout(self, conn: PooledConnection) -> None:
-        """Tell that a block has the connection; raises `HookError` where that failed."""
-        conn.altered = True  # what the hook does to the connection is the block's, and ends with it
+        """Call the hook for a checkout; raises `HookError` if it failed."""
+        conn.altered = True  # changes that the hook makes belong to the block, and end with it
         self._call("on_checkout", conn)
 
     def _at_checkin(self, conn: PooledConnection, reason: str | None) -> str | None:
-        """Tell that a block gives the connection back; return the reason to close it, if there is one now."""
+        """Call the hook for a checkin; return the reason to close the connection, if any."""
         conn.times_lent += 1
         if self._config.on_checkin is not None and not self._tell("on_checkin", conn):
             return reason or "on_checkin failed"
@@ -58,15 +58,15 @@ class Hooks:
         return reason
 
     def _on_discard(self, conn: PooledConnection, reason: str) -> None:
-        """Tell that the connection is about to be closed."""
+        """Call the hook before the connection is closed."""
         self._tell("on_discard", conn, reason)
 
     def _on_failover(self, old: str, new: str) -> None:
-        """Tell that another server takes the group's writes."""
+        """Call the hook after another server has taken over the writes of the group."""
         self._tell("on_failover", old, new)
 
     def _tell(self, name: str, *args: Any) -> bool:
-        """Call a hook whose failure is nobody's but its own; return whether it worked."""
+        """Call a hook whose failure is only logged; return whether it worked."""
         try:
             self._call(name, *args)
         except HookError as error:

@@ -1,4 +1,4 @@
-"""A session that was left in a commit: it keeps its place in its group until the server has let it go."""
+"""A session that was left in a commit: it keeps its slot until the server has ended it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class LeftSession:
 
     def __init__(self, slot: Slot, endpoint: Endpoint, pid: int) -> None:
         self.slot = slot
-        """Its place, which it keeps."""
+        """Its slot, which stays taken."""
         self.endpoint = endpoint
         self.pid = pid
         self.started: bytes | None = None
-        """When its process began, as the server says: another one may get the number later."""
+        """When its process began, by the clock of the server: the pid may be reused later."""
         self.since = self.heard_at = monotonic()
 
     def gone(self, processes: Mapping[int, bytes]) -> bool:
-        """Return whether it is not among the server's processes, which are numbers and beginnings."""
+        """Return whether it is not among the processes of the server, given as pids and start times."""
         self.heard_at = monotonic()
         if self.pid not in processes:
             return True

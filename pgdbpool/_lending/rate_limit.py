@@ -1,4 +1,4 @@
-"""How often a group's blocks may begin: a token bucket with a queue."""
+"""Limits how often blocks of a group may begin: a token bucket with a queue."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 _NOW = 1e-6
-"""Seconds to a token that are no wait: what is taken early is owed, so nothing is gained by it."""
+"""Seconds to the next token that count as none: a token taken early is owed, so the rate stays exact."""
 
 
 class _Turn:
-    """A place in the queue; `wake` is held until there is a reason to look at the time anew."""
+    """A place in the queue; `wake` is held until the waiting time has to be computed again."""
 
     __slots__ = ("wake",)
 
@@ -36,14 +36,14 @@ def _until_woken(turn: _Turn, seconds: float) -> None:
 class RateLimiter:
     """A token bucket: `per_second` tokens come in, up to `burst` are kept, a block takes one.
 
-    Those who find none wait in a queue, and one takes its token by leaving the queue. So whoever is
-    interrupted while it waits has taken none, and those behind it move up. A token that came in for
-    somebody in the queue is kept for it beyond `burst`: a thread that wakes late loses nothing,
-    and over time the rate is exact.
+    If the bucket is empty, callers wait in a queue, and a waiter takes its token by leaving the queue. So
+    an interrupted waiter has taken none, and those behind it move up. A token that came in for a waiter
+    is kept for it beyond `burst`: a thread that wakes late loses nothing, and over time the rate is
+    exact.
 
-    `_lock` guards the queue and the level; it is never held while anything waits. It is re-entrant, since a
-    signal handler or a finalizer may begin a block. In lock-free mode it does nothing, and the queue holds
-    one at most.
+    `_lock` guards the queue and the level; it is never held during a wait. It is re-entrant, since a signal
+    handler or a finalizer may begin a block. In lock-free mode it does nothing, and the queue holds one
+    waiter at most.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class RateLimiter:
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
         self._queue: list[_Turn] = []
         self._level = (float(config.burst), clock())
-        """Tokens, and when there were so many: one attribute, so that both change at once."""
+        """The number of tokens and its time: one attribute, so that both change at once."""
 
     def acquire(self) -> None:
         """Take a token; wait for it within `max_wait` and the current deadline.
 
-        :raises RateLimitExceeded: it would take longer; this is known, and raised, at once.
+        :raises RateLimitExceeded: it would take longer; this is raised at once, without waiting.
         :raises DeadlineExceeded: the deadline has passed already.
         """
         if deadlines.in_use:
@@ -114,7 +114,7 @@ class RateLimiter:
     # The caller must hold `_lock`.
 
     def _due(self, place: int) -> float:
-        """Bring the level up to now; return the seconds until there is a token for this place."""
+        """Update the level; return the seconds until the token for this place."""
         tokens, at = self._level
         now, rate = self._clock(), self._config.per_second
         tokens = min(tokens + (now - at) * rate, float(self._config.burst + len(self._queue)))
@@ -126,7 +126,7 @@ class RateLimiter:
         self._level = (tokens - 1, at)
 
     def _leave(self, turn: _Turn) -> None:
-        """See to it that the turn is not in the queue; where it was, those behind it move up."""
+        """Take the turn out of the queue, if it is there; the waiters behind it move up."""
         with self._lock:
             if turn not in self._queue:
                 return

@@ -1,4 +1,4 @@
-"""The servers: their state and role, how far behind they are, and how one connects to them.
+"""The servers: their state, role and lag, and the parameters to connect to them.
 
 Nothing here knows of groups or blocks.
 """

@@ -67,16 +67,16 @@ def places(params: Mapping[str, str]) -> list[Place]:
 
 
 def destination(config: EndpointConfig) -> dict[str, str]:
-    """Return libpq's parameters of a server, with what is left out: from PGHOST and its like, or a service.
+    """Return libpq's parameters of a server, completed from a service or the environment (PGHOST and others).
 
-    `host` is always there, and `hostaddr` where the host is not to be resolved.
+    `host` is always set, `hostaddr` only if the host need not be resolved.
     """
     defaults = Conninfo.get_defaults()
     params = decoded(defaults)
     given = {key: str(value) for key, value in config.conninfo_params().items()}
     params.update(given)
     if "service" in params:
-        params.update(with_service(given))  # libpq's defaults come after a service's
+        params.update(with_service(given))  # a service overrides libpq's defaults
     params["host"] = params.get("host") or params.get("hostaddr") or _SOCKET_DIRECTORY
     if is_address(params["host"]):
         params.setdefault("hostaddr", params["host"])
@@ -84,7 +84,7 @@ def destination(config: EndpointConfig) -> dict[str, str]:
 
 
 def is_address(host: str) -> bool:
-    """Tell whether a host is an IP address, and not a name."""
+    """Return whether a host is an IP address, not a name."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, host.partition("%")[0])
@@ -95,55 +95,55 @@ def is_address(host: str) -> bool:
 
 
 def is_name(host: str) -> bool:
-    """Tell whether a host has to be resolved: it is neither an address nor a Unix socket."""
+    """Return whether a host has to be resolved: it is neither an address nor a Unix socket."""
     return not host.startswith(("/", "@")) and not is_address(host)
 
 
 class Name:
-    """A server's host name.
+    """The host name of a server.
 
-    Several threads may ask at a time: each attribute is written in one assignment.
+    Several threads may use it at a time: each attribute is written in one assignment.
 
-    :param known: the addresses that it stood for when somebody else asked.
+    :param known: the addresses from an earlier resolution.
     """
 
     def __init__(self, host: str, port: str, label: str, known: tuple[str, ...] = ()) -> None:
         self.host = host
         self.port = port
         self.known = known
-        """The addresses that it stands for, as far as the resolver could last tell."""
+        """The addresses from the last successful resolution."""
         self.late = ""
-        """Why they had to be used the last time, if the resolver did not tell in time."""
+        """Why the last resolution was late or failed; empty if it was neither."""
         self._label = label
         self._best = ""
-        """The address that was last found to work."""
+        """The last address that worked."""
         self._one: SingleFlight[Resolving] = SingleFlight()
 
     @classmethod
     def of(cls, config: EndpointConfig, before: Name | None = None) -> Name | None:
-        """Return that of a server, the one from before where it is the same; None if it has none."""
+        """Return the name of a server, `before` if it has not changed; None if the server has none."""
         if config.host and not is_name(config.host):
             return None
         return cls.at(destination(config), config.label, before)
 
     @classmethod
     def at(cls, params: dict[str, str], label: str, before: Name | None = None) -> Name | None:
-        """Return that of a `destination`, as `of` does."""
+        """Return the name of a `destination`, as `of` does."""
         host, port = params["host"], params.get("port") or "5432"
         if "hostaddr" in params or not is_name(host) or "," in host or not port.isdigit():
-            return None  # a service may list several; a port that is none is libpq's to refuse
+            return None  # a service may list several hosts; libpq refuses an invalid port
         if before is not None and (before.host, before.port) == (host, port):
             return before
         return cls(host, port, label)
 
     def again(self) -> Name:
-        """Return the name with what is known of it, for a forked child."""
+        """Return a copy with the known addresses, for a forked child."""
         name = Name(self.host, self.port, self._label, self.known)
         name._best = self._best
         return name
 
     def prefer(self, address: str) -> None:
-        """Remember an address that works: it is tried first."""
+        """Note an address that works: it is tried first."""
         if self._best != address:
             self._best = address
             self.known = self._ordered(self.known)
@@ -152,9 +152,9 @@ class Name:
         return tuple(sorted(dict.fromkeys(addresses), key=lambda address: address != self._best))
 
     def ask(self) -> tuple[str, ...]:
-        """Resolve it; where the resolver cannot tell, return what it last said.
+        """Resolve the name; if the resolver fails, return the last known addresses.
 
-        :raises UnresolvedError: there is no such name, or no answer, and none to remember.
+        :raises UnresolvedError: the name does not exist, or the resolver failed and no address is known.
         """
         began = monotonic()
         try:
@@ -173,11 +173,11 @@ class Name:
         return known
 
     def asking(self) -> Resolving:
-        """Resolve it in a thread of its own; where that is under way already, that is the one."""
+        """Resolve the name in a separate thread; a resolution in progress is shared."""
         return self._one.asking(lambda: Resolving(self))
 
     def note_late(self, reason: str) -> None:
-        """Remember, and log once, that the last answer is used in place of one that there is not."""
+        """Note, and log once, that the last known addresses are used for want of an answer."""
         if not self.late:
             self.late = reason
             text = "endpoint %s: its last addresses are used: host %r is not resolved: %s"
@@ -185,9 +185,9 @@ class Name:
 
 
 class Resolving(BackgroundCall[tuple[str, ...]]):
-    """A name that is being resolved: with an earlier answer at hand, one waits for a moment only.
+    """A resolution in progress. If addresses are known, callers wait only for a moment.
 
-    Or not at all, where the resolver was late the last time.
+    If the resolver was late the last time, they do not wait at all.
     """
 
     def __init__(self, name: Name) -> None:
@@ -197,11 +197,11 @@ class Resolving(BackgroundCall[tuple[str, ...]]):
 
     @property
     def under_way(self) -> bool:
-        """Whether there is nothing to go by yet."""
+        """Whether callers have to wait: no answer, and no known addresses to use instead."""
         return not self.over and not (self._name.known and monotonic() >= self.began + self._patience)
 
     def wait(self, deadline: float) -> None:
-        """Wait as long as it is under way, at most until the deadline, or halfway with addresses at hand."""
+        """Wait while it is in progress, until the deadline, or only halfway there if addresses are known."""
         super().wait((monotonic() + deadline) / 2 if self._name.known else deadline)
 
     def answer(self) -> tuple[str, ...]:
