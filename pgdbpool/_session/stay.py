@@ -283,6 +283,11 @@ class KeptConnection(PooledConnection):
         else:
             give_back(self)
 
+    def terminate(self) -> None:
+        """Close the connection for good; the pool opens another."""
+        super().close()
+        give_back(self)
+
     def __enter__(self) -> KeptConnection:
         return self
 
@@ -307,7 +312,7 @@ class Returned(Ended):
     def _refuse_returned(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise errors.BlockClosedError(GIVEN_BACK)
 
-    again = renew = _refuse_returned
+    again = renew = terminate = _refuse_returned
 
     def __exit__(self, *raised: object) -> None:
         """Do nothing: it is given back."""

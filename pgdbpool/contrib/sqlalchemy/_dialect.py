@@ -1,0 +1,138 @@
+"""The dialect `postgresql+pgdbpool`: SQLAlchemy's own of psycopg, with connections of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from psycopg.rows import tuple_row
+from psycopg.types import TypeInfo
+from psycopg.types.hstore import register_hstore
+from psycopg.types.json import set_json_dumps, set_json_loads
+from psycopg.types.string import TextLoader
+from sqlalchemy import URL, Engine, exc, pool
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.engine.characteristics import ConnectionCharacteristic
+
+from ..._api.connection import Connection
+from ...errors import NotInitializedError
+from ._pool import GroupPool
+
+_FRAMEWORKS = ("sqlalchemy", "alembic", "flask_sqlalchemy", "sqlmodel")
+"""Packages whose lines are not the application's."""
+
+
+class Tenant(ConnectionCharacteristic):
+    """The execution option `tenant` of an engine or a connection; not to be changed in a transaction."""
+
+    transactional = True
+
+    def set_characteristic(self, dialect: Any, dbapi_conn: Any, value: Any) -> None:
+        """Let the transactions to come have the tenant."""
+        dbapi_conn.tenant = value
+
+    def get_characteristic(self, dialect: Any, dbapi_conn: Any) -> Any:
+        """Return the tenant of the transactions to come; None for the current one of each."""
+        return dbapi_conn.tenant
+
+    def reset_characteristic(self, dialect: Any, dbapi_conn: Any) -> None:
+        """Let the transactions to come have the current tenant."""
+        dbapi_conn.rollback()
+        dbapi_conn.tenant = None
+
+
+class PgDbPoolDialect(PGDialect_psycopg):
+    """`postgresql+pgdbpool://GROUP` or `postgresql+pgdbpool://GROUP?config=FILE`."""
+
+    # `driver` stays psycopg: code that asks for it wants to know which values and errors to expect.
+    supports_statement_cache = True
+    connection_characteristics = PGDialect_psycopg.connection_characteristics.union({"tenant": Tenant()})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._hstore: TypeInfo | None = None
+
+    @classmethod
+    def get_pool_class(cls, url: URL) -> type[pool.Pool]:
+        """Return the pool that is a group."""
+        return GroupPool
+
+    @classmethod
+    def load_provisioning(cls) -> None:
+        """Load what SQLAlchemy's own test-suite needs to know of PostgreSQL."""
+        PGDialect_psycopg.load_provisioning()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def engine_created(cls, engine: Engine) -> None:
+        """Tell the engine's pool which group it is.
+
+        :raises sqlalchemy.exc.ArgumentError: the engine has a pool that would keep connections.
+        """
+        if isinstance(engine.pool, GroupPool):
+            engine.pool.group = engine.url.host
+        elif isinstance(engine.pool, (pool.QueuePool, pool.SingletonThreadPool)):
+            raise exc.ArgumentError(
+                f"the engine's pool is a group of pgdbpool: remove poolclass={type(engine.pool).__name__}, "
+                "which would keep its connections from everything else"
+            )
+
+    def create_connect_args(self, url: URL) -> Any:
+        """Read the URL: its host is the group.
+
+        :raises sqlalchemy.exc.ArgumentError: it says what the configuration of the pools has to say.
+        """
+        if not url.host:
+            raise exc.ArgumentError(f"{url!r} names no group: write postgresql+pgdbpool://GROUP")
+        wrong = [name for name in ("username", "password", "port", "database") if getattr(url, name)]
+        if wrong := wrong + [name for name in url.query if name != "config"]:
+            raise exc.ArgumentError(
+                f"{url!r}: {', '.join(wrong)} can't be in the URL of a group: its servers, users and "
+                "databases are in the configuration of the pools (?config=FILE, or Connection.init)"
+            )
+        return [], {"group": url.host, **({"config": url.query["config"]} if "config" in url.query else {})}
+
+    def connect(self, *arguments: Any, group: str, config: Any = None, **options: Any) -> Any:
+        """Take a connection out of the group; a file opens the pools first, if none are open."""
+        if config is not None:
+            _init_once(config)
+        conn = Connection.getconn(group, skip=_FRAMEWORKS, **options)
+        try:
+            conn.row_factory = tuple_row
+            self._adapt(conn)
+        except BaseException:
+            conn.terminate()
+            raise
+        return conn
+
+    def _adapt(self, conn: Any) -> None:
+        """Register for a connection what the engine's options say, over what the group has registered."""
+        if self._native_inet_types is False:
+            for name in ("inet", "cidr"):
+                conn.adapters.register_loader(name, TextLoader)
+        if self._json_deserializer:
+            set_json_loads(self._json_deserializer, conn)
+        if self._json_serializer:
+            set_json_dumps(self._json_serializer, conn)
+        if self._hstore is not None:
+            register_hstore(self._hstore, conn)
+
+    def _type_info_fetch(self, connection: Any, name: str) -> Any:
+        info = super()._type_info_fetch(connection, name)  # type: ignore[no-untyped-call]
+        if name == "hstore":
+            self._hstore = info
+        return info
+
+    def do_terminate(self, dbapi_connection: Any) -> None:
+        """Close a connection for good, which the group replaces."""
+        dbapi_connection.terminate()
+
+
+def _init_once(config: str | Mapping[str, Any]) -> None:
+    """Open the pools, unless they are open."""
+    with Connection._lock:
+        try:
+            Connection.status()
+        except NotInitializedError:
+            if Connection.is_closing():
+                raise
+            Connection.init(config)
