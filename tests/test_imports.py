@@ -157,7 +157,7 @@ def test_one_file_alone_knows_psycopg_pool() -> None:
         for _, name in imports(path)
         if name.partition(".")[0] == "psycopg_pool"
     }
-    assert users == {"_lending.pools"}
+    assert users == {"_lending.threaded_pool"}
 
 
 def test_importing_the_package_loads_the_core_and_nothing_else() -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .._session.block import Block
     from .._session.connection import PooledConnection
-    from .group import Group, Warn
+    from .group import Group
+    from .telling import Warn
 
 CANCEL_WITHIN = 0.5
 """Seconds that one cancel may take; the watching thread waits for it."""

@@ -13,7 +13,8 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from .._lending.group import CONCLUSIVE, Group, users_of
+from .._lending.group import Group, users_of
+from .._lending.opening import CONCLUSIVE
 from .._servers.endpoint import Endpoint, Role, State
 from .._servers.replication import Lag, ServerReport, behind
 from .._session.connection import PooledConnection

@@ -467,8 +467,12 @@ INTERRUPTED = {
     "_api/connection.py",
     "_process/pools.py",
     "_lending/group.py",
+    "_lending/configured.py",
+    "_lending/closing.py",
+    "_lending/eligibility.py",
     "_servers/endpoint.py",
-    "_lending/pools.py",
+    "_lending/threaded_pool.py",
+    "_lending/lock_free_pool.py",
     "_process/background.py",
     "_lending/hold_limits.py",
 }

@@ -1,12 +1,4 @@
-"""The two pools behind one interface: `ThreadedPool` and `LockFreePool`.
-
-A pool knows connections and slots, not servers. `take` gives an idle connection or a free slot, in
-which the caller opens a connection itself, so that an error is its own at once and a burst of
-requests connects side by side.
-
-A `Slot` is the right to one connection, and it is taken for as long as the object lives: the
-connection holds it, and whoever is opening one does. So there is no counter that an exception at the
-wrong moment (KeyboardInterrupt, gevent.Timeout) could leave wrong: what is lost is given back.
+"""The pool of a group whose process has threads.
 
 `ThreadedPool` is psycopg_pool's ConnectionPool with three things changed: the request that finds a
 free slot connects (psycopg_pool grows one connection at a time in a worker, and backs off for
@@ -19,196 +11,28 @@ pinned.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from threading import Lock, RLock, get_ident
-from time import monotonic
-from typing import Any, Protocol, cast
+from threading import RLock
+from typing import Any, cast
 
 import psycopg_pool
 from psycopg_pool.pool import MaintenanceTask, Schedule, ShrinkPool
 
 from .._session.connection import PooledConnection
 from .._session.slot import Slot
-from ..errors import Error, ServerFullError, ThreadingModelError
-
-Dial = Callable[[Slot], PooledConnection]
-"""Opens a connection in a slot in the background; raises `Error` where it cannot."""
-
-Drop = Callable[[PooledConnection, str], None]
-"""Closes a connection, for a reason, and gives its slot back."""
-
+from ..errors import Error, ServerFullError
+from .pool import Dial, Drop, NoConnection, take_out
+from .queue import Queue, Waiter
+from .slots import Slots
 
 LOOK_AFTER = 3600.0
 """Seconds after which a pool whose connections stay, however long they are idle, looks whether that holds."""
 
 RETRY_AFTER = 1.0
 """Seconds after which a connection that could not be opened in the background is tried again."""
-
-
-class NoConnection(Exception):
-    """Nothing became free in time; `reason` is one of the class's constants."""
-
-    TIMEOUT, EXHAUSTED, QUEUE_FULL, CLOSED = "timeout", "exhausted", "queue full", "closed"
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class Pool(Protocol):
-    """What a group asks of its pool."""
-
-    taken: int
-    """How often `take` succeeded, waits included."""
-    missing: bool
-    """Whether connections are to be opened for `min_size`, by whom the group finds for it."""
-
-    @property
-    def size(self) -> int:
-        """Slots taken: idle, lent, or being connected."""
-
-    @property
-    def idle(self) -> int:
-        """Connections that wait for a request."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a connection."""
-
-    def slots(self) -> list[Slot]:
-        """Return the slots that are taken."""
-
-    def lendable(self) -> list[PooledConnection]:
-        """Return the connections that wait for a request."""
-
-    def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
-        """Take the connection that is idle longest, or a slot for the caller to fill.
-
-        :param high: whether it may be one of those reserved, and goes before those who may not.
-        :raises NoConnection: when neither became free within the timeout (seconds).
-        """
-
-    def give(self, conn: PooledConnection) -> None:
-        """Hand a connection to the first in the queue, else make it idle."""
-
-    def free(self, slot: Slot) -> None:
-        """Give a slot back at once, whoever still refers to it."""
-
-    def claim(self) -> Slot | None:
-        """Take a free slot without waiting."""
-
-    def hold_back(self, pause: float) -> bool:
-        """Hand out no slots, since the servers are full, until one was found to have room, in the background.
-
-        :param pause: seconds until that is worth a try.
-        :returns: whether there is a background; else the caller tries.
-        """
-
-    def refill(self) -> None:
-        """See to it that there are `min_size` connections again."""
-
-    def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
-        """Take idle connections out, for the caller to close."""
-
-    def adjust(
-        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
-    ) -> None:
-        """Change the sizes; who waits gets what there is more of, what is too much is left to the group."""
-
-    def mine(self) -> bool:
-        """Tell whether the calling thread may take connections out."""
-
-    def close(self, timeout: float) -> None:
-        """Close the idle connections and refuse further use; those lent are closed as they come back."""
-
-    def abandon(self) -> None:
-        """Forget everything without touching it: the process was forked."""
-
-
-def _remove(
-    idle: deque[PooledConnection], unwanted: Callable[[PooledConnection], bool]
-) -> list[PooledConnection]:
-    """Take connections out, also where a signal handler does so meanwhile, in the same thread."""
-    removed = []
-    for conn in list(idle):
-        if unwanted(conn):
-            with suppress(ValueError):  # gone already
-                idle.remove(conn)
-                removed.append(conn)
-    return removed
-
-
-class _Slots:
-    """The slots of a pool: taken while somebody holds them."""
-
-    def __init__(self, limit: int, freed: Callable[[], None]) -> None:
-        self.limit = limit
-        self._freed = freed
-        self._taken: set[weakref.ref[Slot]] = set()
-
-    def live(self) -> list[Slot]:
-        return [slot for ref in list(self._taken) if (slot := ref()) is not None]
-
-    def free(self, slot: Slot) -> None:
-        self._gone(weakref.ref(slot))  # equal to the one in the set
-
-    def new(self) -> Slot | None:
-        # In this order: the list keeps slots alive, and one that dies with it must be seen as free.
-        if len(self.live()) >= self.limit and len(self._taken) >= self.limit:
-            return None
-        slot = Slot()
-        self._taken.add(weakref.ref(slot, self._gone))
-        return slot
-
-    def _gone(self, ref: weakref.ref[Slot]) -> None:
-        self._taken.discard(ref)
-        self._freed()
-
-
-class _Queue:
-    """Those who wait: first come, first served, but those of high priority before the others."""
-
-    def __init__(self) -> None:
-        self.high: deque[_Waiter] = deque()
-        self.normal: deque[_Waiter] = deque()
-
-    def __len__(self) -> int:
-        return len(self.high) + len(self.normal)
-
-    def __iter__(self) -> Iterator[_Waiter]:
-        yield from (*self.high, *self.normal)
-
-    def clear(self) -> None:
-        """Forget all; called by psycopg_pool, which tells them that the pool is closed."""
-        self.high.clear()
-        self.normal.clear()
-
-
-class _Waiter:
-    """A place in the queue; the pool's lock guards `got`, and `wake` is held until there is news.
-
-    psycopg_pool's WaitingClient is built on threading.Condition, which stays locked for ever when the
-    thread is interrupted on its way in. This one is two operations of a plain lock.
-    """
-
-    __slots__ = ("closed", "got", "wake")
-
-    def __init__(self) -> None:
-        self.got: PooledConnection | Slot | None = None
-        self.closed = False
-        self.wake = Lock()
-        self.wake.acquire()
-
-    def fail(self, error: Exception) -> bool:
-        """Tell that the pool is closed; called by psycopg_pool."""
-        self.closed = True
-        if self.got is None:
-            self.wake.release()
-        return True
 
 
 class _Open(MaintenanceTask):
@@ -269,8 +93,8 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         self._retrying = False
         self._full = False
         """Whether slots are held back, since no server has room for another connection."""
-        self._slots = _Slots(max_size, self._slot_freed)
-        self._queue = _Queue()
+        self._slots = Slots(max_size, self._slot_freed)
+        self._queue = Queue()
         super().__init__(
             name=f"pgdbpool-{name}",
             connection_class=PooledConnection,
@@ -348,13 +172,22 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 if not self._full and (slot := self._slots.new()):
                     self.taken += 1
                     return slot
-            if timeout <= 0:
-                raise NoConnection(NoConnection.TIMEOUT)
-            if self.max_waiting and len(self._queue) >= self.max_waiting:
-                raise NoConnection(NoConnection.QUEUE_FULL)
-            waiter = _Waiter()
-            queue = self._queue.high if high else self._queue.normal
-            queue.append(waiter)
+            queue, waiter = self._enqueue(timeout, high)
+        return self._await(queue, waiter, timeout)
+
+    def _enqueue(self, timeout: float, high: bool) -> tuple[deque[Waiter], Waiter]:
+        """Take a place in the queue; the caller must hold `_lock`."""
+        if timeout <= 0:
+            raise NoConnection(NoConnection.TIMEOUT)
+        if self.max_waiting and len(self._queue) >= self.max_waiting:
+            raise NoConnection(NoConnection.QUEUE_FULL)
+        waiter = Waiter()
+        queue = self._queue.high if high else self._queue.normal
+        queue.append(waiter)
+        return queue, waiter
+
+    def _await(self, queue: deque[Waiter], waiter: Waiter, timeout: float) -> PooledConnection | Slot:
+        """Wait until the place in the queue is served."""
         try:
             waiter.wake.acquire(timeout=timeout)
         except BaseException:
@@ -368,7 +201,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         self.taken += 1
         return waiter.got
 
-    def _leave_queue(self, queue: deque[_Waiter], waiter: _Waiter) -> None:
+    def _leave_queue(self, queue: deque[Waiter], waiter: Waiter) -> None:
         if waiter.got is not None and not (queue and queue[0] is waiter):
             return  # who served it took it out; to look for it would take longer the more there are
         with self._lock:
@@ -486,7 +319,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         with self._lock:
-            return _remove(self._pool, unwanted)
+            return take_out(self._pool, unwanted)
 
     def adjust(
         self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
@@ -524,121 +357,3 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def __del__(self) -> None:
         """Nothing: psycopg_pool's would wait for workers, at exit and in a forked child too."""
-
-
-class LockFreePool:
-    """A pool for one thread: a deque and its slots, no lock, no thread of its own."""
-
-    def __init__(
-        self, *, min_size: int, max_size: int, max_idle: float, drop: Drop, reserved: int = 0
-    ) -> None:
-        self._drop = drop
-        self._reserved = reserved
-        self._idle: deque[PooledConnection] = deque()
-        self._slots = _Slots(max_size, lambda: None)
-        self._min_size = min_size
-        self._max_idle = max_idle
-        self.taken = 0
-        self.missing = min_size > 0
-        self._owner = 0
-        self._closed = False
-        self._least_idle = 0
-        self._shrink_at = monotonic() + max_idle
-
-    @property
-    def size(self) -> int:
-        return len(self._slots.live())
-
-    @property
-    def idle(self) -> int:
-        return len(self._idle)
-
-    @property
-    def waiting(self) -> int:
-        return 0
-
-    def slots(self) -> list[Slot]:
-        return self._slots.live()
-
-    def lendable(self) -> list[PooledConnection]:
-        return list(self._idle)
-
-    def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
-        if self._closed:
-            raise NoConnection(NoConnection.CLOSED)
-        if self._owner != (me := get_ident()):
-            if sum(not slot.left for slot in self._slots.live()) > len(self._idle):
-                raise ThreadingModelError(
-                    "a lock-free group is used by two threads at once: its pool has no lock. "
-                    "Set `type: threaded`, or keep each process to one thread (gunicorn: threads = 1)"
-                )
-            self._owner = me
-        if self._reserved and not high and self._free() <= self._reserved:
-            raise NoConnection(NoConnection.EXHAUSTED)
-        if self._idle:
-            try:
-                conn = self._idle.popleft()
-            except IndexError:  # a signal handler has taken the last one out
-                return self.take(timeout, high)
-            self.taken += 1
-            if self._least_idle and len(self._idle) < self._least_idle:
-                self._least_idle = len(self._idle)
-            return conn
-        if slot := self._slots.new():
-            self.taken += 1
-            return slot
-        raise NoConnection(NoConnection.EXHAUSTED)  # only this thread could release one
-
-    def _free(self) -> int:
-        return self._slots.limit - self.size + len(self._idle)
-
-    def give(self, conn: PooledConnection) -> None:
-        if self._closed:
-            self._drop(conn, "closed")
-            return
-        conn.lent = False
-        self._idle.append(conn)
-        if self._max_idle and conn.used_at >= self._shrink_at:
-            self._shrink(conn.used_at)
-
-    def _shrink(self, now: float) -> None:
-        """Close one connection where more than needed were idle all through `max_idle`."""
-        if self._least_idle > 0 and self.size > self._min_size:
-            self._drop(self._idle.popleft(), "idle")
-        self._least_idle = len(self._idle)
-        self._shrink_at = now + self._max_idle
-
-    def free(self, slot: Slot) -> None:
-        self._slots.free(slot)
-
-    def claim(self) -> Slot | None:
-        slot = None if self._closed else self._slots.new()
-        self.missing = self.missing and slot is not None and self.size < self._min_size
-        return slot
-
-    def hold_back(self, pause: float) -> bool:
-        return False
-
-    def refill(self) -> None:
-        """Ask for what is missing: there is no background, so a later checkout opens it."""
-        self.missing = not self._closed and self.size < self._min_size
-
-    def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
-        return _remove(self._idle, unwanted)
-
-    def adjust(
-        self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
-    ) -> None:
-        self._min_size, self._slots.limit, self._reserved = min_size, max_size, reserved
-        self._max_idle, self._shrink_at = max_idle, monotonic() + max_idle
-
-    def mine(self) -> bool:
-        return self._owner in (0, get_ident())
-
-    def close(self, timeout: float = 0.0) -> None:
-        self._closed = True
-        while self._idle:
-            self._drop(self._idle.popleft(), "closed")
-
-    def abandon(self) -> None:
-        self._closed = True

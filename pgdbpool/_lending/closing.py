@@ -1,0 +1,129 @@
+"""How a group parts with connections: closed, expired, taken away, or left to a server in a commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from .._servers.endpoint import Endpoint
+from .._session import describe
+from .._session.block import Block
+from .._session.connection import PooledConnection
+from .._session.slot import Slot
+from .._util import log_events as events
+from .left_sessions import LeftSession
+from .telling import TellingGroup, Warn
+
+if TYPE_CHECKING:
+    pass
+
+
+EXPIRED = float("-inf")
+"""When a connection has expired that is to be replaced, whatever its age."""
+
+
+class ClosingGroup(TellingGroup):
+    """A group that gives the places of its connections back, each exactly once."""
+
+    def _drop(self, conn: PooledConnection, reason: str) -> None:
+        self._discarded[reason] += 1
+        if reason == "lost":
+            conn.endpoint.doubtful = True
+        label = conn.endpoint.label
+        events.CONNECTION_CLOSED(
+            "group %s: connection to %s closed: %s", self.name, label, reason,
+            group=self.name, endpoint=label, reason=reason,
+        )  # fmt: skip
+        slot = conn.slot
+        try:
+            if self._hooks.on_discard is not None and not self.ending:
+                self._hooks.on_discard(conn, reason)
+        finally:
+            conn.retire()
+            if slot is not None:
+                self._free(conn, slot)
+
+    def _free(self, conn: PooledConnection, slot: Slot) -> None:
+        """Give a connection's slot back at once, whatever error's traceback still holds it.
+
+        Not that of a session which was left in a commit: the server has one process more for it.
+        """
+        if not conn.left or self.ending or conn.endpoint.config.pooler:
+            self._pool.free(slot)
+            return
+        slot.left = True
+        self.left.append(LeftSession(slot, conn.endpoint, conn.left))
+        label = conn.endpoint.label
+        events.SESSION_LEFT(
+            "group %s: a session was left in a commit at %s: it counts until the server lets it go (pid %d)",
+            self.name, label, conn.left,
+            group=self.name, endpoint=label, reason=f"pid {conn.left}",
+        )  # fmt: skip
+        self.on_left()
+
+    def let_go(self, session: LeftSession, reason: str) -> None:
+        """Give back the place of a session that was left in a commit."""
+        if session not in self.left:
+            return
+        self.left.remove(session)
+        label = session.endpoint.label
+        events.SESSION_GONE(
+            "group %s: the session that was left at %s (pid %d) counts no longer: %s",
+            self.name, label, session.pid, reason,
+            group=self.name, endpoint=label, seconds=monotonic() - session.since, reason=reason,
+        )  # fmt: skip
+        self._pool.free(session.slot)
+        self._pool.refill()
+
+    def let_all_go(self, endpoint: Endpoint) -> None:
+        """Give back the places of what was left at a server that is down."""
+        for session in [session for session in self.left if session.endpoint is endpoint]:
+            self.let_go(session, "the server is down")
+
+    def drop_idle(self, endpoint: Endpoint, reason: str) -> None:
+        """Close the idle connections to an endpoint that is not to be used; others take their place."""
+        for conn in self._pool.remove(lambda conn: conn.endpoint is endpoint):
+            self._drop(conn, reason)
+        self._pool.refill()
+
+    def expire(self, unwanted: Callable[[PooledConnection], bool] = lambda conn: True) -> None:
+        """Replace the connections that there are: idle ones now, those in use when their blocks end."""
+        self._generation += 1  # first: one that is being opened is either seen below, or sees this
+        for slot in self._pool.slots():
+            conn = slot.conn() if slot.conn is not None else None
+            if conn is not None and unwanted(conn):
+                conn.expires_at = EXPIRED
+        for conn in self._pool.remove(lambda conn: conn.expires_at == EXPIRED):
+            self._drop(conn, "expired")
+        self._pool.refill()
+
+    def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> Warn | None:
+        """Take the connection from a block that has it for longer than `max_hold`, in any thread.
+
+        What runs is cancelled within the deadline, but what may be committing. The connection is not closed
+        but cut: its own thread, which may be waiting for it, closes it. Returns what warns of it; None where
+        the block has just given it back.
+        """
+        if self._lent.get(conn) is not block or (owner := self._lent.pop(conn, None)) is None:
+            return None
+        if owner is not block:  # given back and lent again, between the two
+            self._lent[conn] = owner
+            if conn.block is not owner and self._lent.pop(conn, None) is not None:  # and given back again
+                self._drop(conn, "interrupted")
+            return None
+        # Whoever took it out of `_lent` has it: the block's own end finds nothing to give back.
+        conn.taken_away = True
+        seconds = monotonic() - block.since
+        self.overdue += 1
+        self._discarded["max_hold"] += 1
+        conn.uses.add(seconds)
+        text, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
+        conn.sever(deadline)
+        if conn.block is None:
+            conn.close()
+        slot, conn.slot = conn.slot, None
+        if slot is not None:
+            self._free(conn, slot)
+        self._pool.refill()
+        return lambda: events.BLOCK_OVERDUE("group %s: connection taken away: %s", self.name, text, **fields)

@@ -1,0 +1,249 @@
+"""What a group is configured to do, what it counts, and what its blocks bind."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from .._request import correlation as tracing
+from .._request.tenant import Bound, bind_settings, bind_tenant, current_tenant, is_uuid, milliseconds
+from .._servers.balance import Candidate
+from .._servers.endpoint import Endpoint
+from .._session.block import UNBOUND, Binding, Block
+from .._session.commands import GRACE, KEEP
+from .._session.connection import PooledConnection
+from .._session.slow_statements import TimedConnection
+from .._util.durations import Tally
+from ..errors import (
+    SettingError,
+)
+from .hooks import Hooks
+from .left_sessions import LeftSession
+from .pool import Pool
+from .rate_limit import RateLimiter
+
+if TYPE_CHECKING:
+    from .._config.model import GroupConfig
+
+
+REMEMBERED = 1000
+"""Tenants whose binding a group remembers."""
+
+LOOKED_AT = 5
+"""Connections to an endpoint whose sockets tell the time of a round trip."""
+
+
+def _role_last(settings: Bound) -> Bound:
+    """Return the settings with the role at the end, since it may not be allowed to set the others."""
+    return tuple(sorted(settings, key=lambda pair: pair[0].lower() in ("role", "session_authorization")))
+
+
+def _patience(settings: Bound) -> float | None:
+    """Return how long the client waits for a statement under these settings."""
+    for name, value in settings:
+        if name.lower() == "statement_timeout" and (timeout := milliseconds(value)) is not None:
+            return timeout / 1000 + GRACE if timeout else None
+    return KEEP
+
+
+class ConfiguredGroup:
+    """A group as its configuration has it: plain attributes, which a reload replaces one by one."""
+
+    _pool: Pool
+    _probe: Callable[[], None] | None
+    """What a checkout does first: before the first one, and in lock-free mode."""
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        endpoints: Sequence[Endpoint],
+        *,
+        lock_free: bool,
+        row_factory: Any,
+        probe: Callable[[], None] | None = None,
+        revive: Callable[[Collection[Endpoint], float], bool] | None = None,
+    ) -> None:
+        self.name = config.name
+        self.lock_free = lock_free
+        self._later_probe = probe
+        self._revive = revive
+        self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
+        self._lent: dict[PooledConnection, Block] = {}
+        self._borrowed: set[PooledConnection] = set()
+        """Connections over which a server is asked something, for no block."""
+        self._discarded: Counter[str] = Counter()
+        self._opened = 0
+        self._timeouts = self._rate_limited = self._past_failovers = 0
+        self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
+        self.not_replicated = 0
+        self.left: list[LeftSession] = []
+        """Sessions that were left in a commit."""
+        self._waits = Tally()
+        """Of those who waited in the queue; the others took no time."""
+        self.uses: dict[Endpoint, Tally] = {}
+        self.connects: dict[Endpoint, Tally] = {}
+        self.closed_by = ""
+        """What has closed the pools."""
+        self.ending = False
+        """Whether the interpreter is about to exit."""
+        self._uneven = False
+        self._warned = ""
+        self._barred: set[Endpoint] = set()
+        """Endpoints that are up, and not to be used: too far behind, or on an older timeline."""
+        self._writer: Endpoint | None = None
+        """The server that takes the group's writes, where a hook is told when it is another one."""
+        self._generation = 0
+        """How often connections were expired: one that was being opened meanwhile is of the old sort too."""
+        self._move_at = 0.0
+        self._refill_at = 0.0
+        self.on_first_use: Callable[[], None] = lambda: None
+        self.await_writer: Callable[[Any, float], bool] = lambda group, deadline: False
+        """Waits until the deadline while a primary is on its way; returns whether there is one."""
+        self.on_left: Callable[[], None] = lambda: None
+        self.config = config
+        self.endpoints: tuple[Endpoint, ...] = ()
+        self.limiter = self._make_limiter()
+        self._take_over(config, endpoints, row_factory)
+
+    def _take_over(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
+        """Set what follows from the configuration; other threads see one part after the other."""
+        gone = set(self.endpoints).difference(endpoints)
+        self._past_failovers += sum(endpoint.failovers for endpoint in gone)
+        self.uses = {endpoint: self.uses.get(endpoint, Tally()) for endpoint in endpoints}
+        self.connects = {endpoint: self.connects.get(endpoint, Tally()) for endpoint in endpoints}
+        self.config = config
+        self.manual: bool = not config.autocommit
+        self.endpoints = tuple(endpoints)
+        # Where endpoints tie, processes that have few connections each begin at different ones.
+        first = random.randrange(len(self.endpoints))
+        self._ring = self.endpoints[first:] + self.endpoints[:first]
+        self._row_factory = row_factory
+        self._hooks = Hooks(config)
+        # What a checkout reads, as plain attributes.
+        self._on_checkout, self._at_checkin = self._hooks.on_checkout, self._hooks.at_checkin
+        self._timeout = config.timeout
+        self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
+        self._always_clean = config.reset == "always"
+        self._settings = bind_settings(config.settings)
+        self._ordered, self._patience = _role_last(self._settings), _patience(self._settings)
+        self._plain = config.tenant is None and not self._settings
+        self._slow_block = float("inf") if config.slow_block is None else config.slow_block
+        self._kind = PooledConnection if config.slow_query is None else TimedConnection
+        if config.leak_stack:
+            tracing.use()
+        trusted = not any(endpoint.config.pooler for endpoint in self.endpoints)
+        self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target, b"") if trusted else b""
+        self._any_role = config.target in ("any", "prefer-standby")
+        self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
+        # The last: a block that still found the old settings remembers them in the old dict.
+        self._bindings: dict[tuple[type, Any], Binding] = {}
+        """What tenants that were seen bind: the same values again cost one look."""
+
+    def _make_limiter(self) -> RateLimiter | None:
+        limit = self.config.rate_limit
+        return RateLimiter(limit, self.name, lock_free=self.lock_free) if limit else None
+
+    def __repr__(self) -> str:
+        pool = self._pool
+        return f"<Group {self.name!r} {len(self._lent)} in use, {pool.idle} idle, {pool.waiting} waiting>"
+
+    def bind(self, tenant: Any, override: bool, settings: Mapping[str, Any] | None) -> Binding:
+        """Return what a block binds: its tenant, and its and the group's settings.
+
+        :raises TenantRequiredError: the group requires a tenant and there is none.
+        :raises TenantConflictError: another tenant is the current one.
+        :raises SettingError: a value or a name that cannot be bound.
+        """
+        if settings or override:
+            return self._bind(tenant, override, settings or {})
+        if self._plain and tenant is None:
+            return UNBOUND
+        current = current_tenant()
+        chosen = current if tenant is None else tenant
+        kind = type(chosen)
+        # No subclass: its values may be equal, and not the same tenant.
+        if (kind is not str and kind is not int and not is_uuid(kind)) or (
+            tenant is not None and current is not None
+        ):
+            return self._bind(tenant, override, {})
+        key = (kind, chosen)  # 1, True and 1.0 are equal, and not the same
+        remembered = self._bindings
+        binding = remembered.get(key)
+        if binding is None:
+            binding = self._bind(tenant, override, {})
+            if len(remembered) >= REMEMBERED:
+                remembered.clear()
+            if len(str(chosen)) <= 100:
+                remembered[key] = binding
+        return binding
+
+    def _bind(self, tenant: Any, override: bool, settings: Mapping[str, Any]) -> Binding:
+        bound = bind_tenant(self.config.tenant, self.name, tenant, override)
+        if not settings:
+            return Binding(bound + self._ordered, self._patience)
+        own = dict(bind_settings(settings))
+        if taken := {name.lower() for name, _ in bound}.intersection(map(str.lower, own)):
+            raise SettingError(f"{', '.join(taken)} is the tenant's: pass tenant= instead of settings=")
+        names = set(map(str.lower, own))
+        merged = tuple(pair for pair in self._settings if pair[0].lower() not in names) + tuple(own.items())
+        return Binding(bound + _role_last(merged), _patience(merged))
+
+    @property
+    def writes(self) -> bool:
+        """Whether the group wants servers that take writes."""
+        return self.config.writes
+
+    def _candidates(self) -> list[Candidate]:
+        counts = self._counts()
+        return [Candidate(e, counts[e]) for e in self._ring if e not in self._barred]
+
+    def _counts(self) -> Counter[Endpoint | None]:
+        return Counter(slot.endpoint for slot in self._pool.slots())
+
+    def _dial_timeout(self, endpoint: Endpoint) -> float:
+        own = self.config.connect_timeout
+        return endpoint.config.connect_timeout if own is None else own
+
+    def connections_to(self, endpoint: Endpoint) -> int:
+        """Return how many connections the group has to the endpoint, those being opened included."""
+        return self._counts()[endpoint]
+
+    def sockets_to(self, endpoint: Endpoint) -> list[int]:
+        """Return the file descriptors of some connections to the endpoint; any may be closed meanwhile."""
+        filenos: list[int] = []
+        for conn in (*self._pool.lendable(), *list(self._lent)):
+            if conn.endpoint is endpoint and len(filenos) < LOOKED_AT:
+                with suppress(psycopg.Error):  # it was just closed
+                    filenos.append(conn.pgconn.socket)
+        return filenos
+
+    def answered(self, endpoint: Endpoint, since: float) -> bool:
+        """Return whether a connection to the endpoint was known to work after that moment."""
+        conns = [slot.conn() for slot in self._pool.slots() if slot.conn is not None]
+        return any(conn and conn.endpoint is endpoint and conn.used_at > since for conn in conns)
+
+    def held(self) -> list[tuple[PooledConnection, Block]]:
+        """Return the connections in use with their blocks."""
+        return list(self._lent.items())
+
+    def _blocks(self) -> list[Block]:
+        return list(self._lent.values())
+
+    def held_by(self, thread: int) -> int:
+        """Return how many connections blocks of the thread have."""
+        return sum(block.thread == thread for block in self._blocks())
+
+    def busy(self, but: int = 0) -> bool:
+        """Tell whether a block has a connection, or gets one, of any thread but that one."""
+        pool = self._pool
+        return pool.waiting > 0 or pool.size - pool.idle - len(self.left) > self.held_by(but)
+
+    def lent(self, but: int = 0) -> list[PooledConnection]:
+        """Return the connections that are in use, but those of that thread."""
+        return [conn for conn, block in self.held() if block.thread != but]

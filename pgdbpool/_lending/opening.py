@@ -1,0 +1,267 @@
+"""How a group opens connections: to the first server that answers and suits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import psycopg
+
+from .._servers.balance import order, suits
+from .._servers.endpoint import DialError, Endpoint, Look, Role, State
+from .._session.commands import BEGIN, HURRY, set_local
+from .._session.connection import PooledConnection
+from .._session.slot import Slot
+from .._session.slow_statements import TimedConnection
+from .._util import log_events as events
+from .._util.durations import Tally
+from ..errors import (
+    CredentialError,
+    DBConnectionError,
+    DBOfflineError,
+    ServerFullError,
+    TargetUnavailableError,
+    UnsafeRoleError,
+    one_line,
+)
+from .closing import EXPIRED
+from .dialling import connect, dial
+from .eligibility import EligibleGroup
+
+if TYPE_CHECKING:
+    pass
+
+
+CONCLUSIVE = 1.0
+"""Seconds without an answer to a connect after which a server counts as down, if not less was allowed."""
+
+
+class OpeningGroup(EligibleGroup):
+    """A group that opens connections in its slots."""
+
+    def open(self, *, needed: bool = False) -> None:
+        """Open `min_size` connections, one at least, in the caller.
+
+        :param needed: whether the group has to have a server by now.
+        :raises DBConnectionError: not one could be opened, and that will not pass by itself.
+        """
+        while self._pool.size < max(1, self.config.min_size) and (slot := self._pool.claim()):
+            try:
+                conn = self._connect(slot)
+            except DBConnectionError as error:
+                if not self._pool.idle:
+                    if needed or error.refused:
+                        raise
+                    events.GROUP_UNSERVED(
+                        "group %s starts without a server: %s", self.name, error,
+                        group=self.name, reason=one_line(error),
+                    )  # fmt: skip
+                    return
+                events.GROUP_SHORT(
+                    "group %s starts with %d of %d connections: %s",
+                    self.name, self._pool.idle, self.config.min_size, error,
+                    group=self.name, reason=one_line(error),
+                )  # fmt: skip
+                return
+            self._pool.give(conn)
+
+    def _connect_or_wait(self, slot: Slot, deadline: float) -> PooledConnection | None:
+        """Open a connection in the slot, or return None once there is a primary that had been on its way."""
+        try:
+            return self._connect(slot, deadline)
+        except (DBOfflineError, TargetUnavailableError):
+            if not self.writes or not self.await_writer(self, deadline):
+                raise
+            return None
+
+    def _connect(self, slot: Slot, deadline: float | None = None) -> PooledConnection:
+        """Open a connection in the slot, to the first endpoint that answers and suits."""
+        budget = monotonic() + self._connect_timeout
+        if deadline is not None:
+            budget = min(budget, deadline)
+        failures: dict[Endpoint, DialError | None] = {}
+        generation = self._generation
+        try:
+            conn = self._first_that_suits(slot, budget, failures)
+        except BaseException as error:
+            if isinstance(error, ServerFullError):
+                self._pool.hold_back(error.pause)  # first, or the next in the queue would get the slot
+            self._pool.free(slot)  # at once: the error's traceback keeps this frame, and the slot, alive
+            raise
+        finally:
+            failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
+        self._adopt(conn, slot)
+        if generation != self._generation:
+            conn.expires_at = EXPIRED
+        if self._barred and conn.endpoint in self._barred and conn.endpoint.outdated:
+            conn.sever(0.0)  # since a moment ago, when `_cut` did not find it
+        self._opened += 1
+        return conn
+
+    def _first_that_suits(
+        self, slot: Slot, budget: float, failures: dict[Endpoint, DialError | None]
+    ) -> PooledConnection:
+        """Dial one endpoint after the other; a primary is a makeshift where a standby is preferred."""
+        spare: PooledConnection | None = None
+        try:
+            while True:
+                endpoint, left = self._reserve(slot, failures)
+                if endpoint is None:
+                    if spare is not None:
+                        return spare
+                    if not self._revived(failures, budget):
+                        raise self._unreachable(failures)
+                elif (conn := self._dial(endpoint, budget - monotonic(), left, failures)) is not None:
+                    if spare is not None:
+                        spare.close()
+                    spare = conn
+                    # Of those that are left, one that was not asked yet may be a standby.
+                    if not (left > 1 and self.config.target == "prefer-standby" and _is_primary(endpoint)):
+                        return conn
+        except BaseException:
+            if spare is not None:
+                spare.close()
+            raise
+
+    def _adopt(self, conn: PooledConnection, slot: Slot) -> None:
+        """Make the connection one of the group's, in its slot."""
+        slot.endpoint = conn.endpoint
+        conn.keeper, conn.slot, conn.uses = self, slot, self.uses.get(conn.endpoint, Tally())
+        if self.config.annotate:
+            conn.annotates = True
+            name = conn.pgconn.parameter_status(b"application_name") or b""
+            conn.own_name = name.decode("ascii", "replace")
+        if isinstance(conn, TimedConnection) and self.config.slow_query is not None:
+            conn.slow_after, conn.on_slow = self.config.slow_query, self.note_slow_statement
+        slot.conn = ref(conn)
+
+    def _revived(self, tried: Collection[Endpoint], deadline: float) -> bool:
+        """Return whether a server is up again that was down, which a lock-free pool finds out by itself."""
+        down = (State.DOWN, State.PROBING)
+        lost = [e for e in self.endpoints if e.state in down and e not in tried and e not in self._barred]
+        return self._revive is not None and bool(lost) and self._revive(lost, deadline)
+
+    def _dial(
+        self, endpoint: Endpoint, budget: float, left: int, failures: dict[Endpoint, DialError | None]
+    ) -> PooledConnection | None:
+        """Dial one endpoint, within its share of the budget; note why not where it fails."""
+        failures[endpoint] = None
+        full = self._dial_timeout(endpoint)
+        timeout = max(min(budget / left, full), HURRY)
+        # A request that has hardly any time left says nothing about the server.
+        conclusive = timeout >= 0.9 * min(full / left, CONCLUSIVE)
+        look: Look | None = None
+        try:
+            if endpoint.doubtful and not self.lock_free:
+                deadline = monotonic() + timeout
+                look = self._look(endpoint, timeout)
+                if look is None:
+                    if endpoint.state is not State.UP:
+                        return None  # that is what the other has found
+                    timeout, conclusive = max(deadline - monotonic(), HURRY), False
+            began = monotonic()
+            conn = dial(
+                endpoint, self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind
+            )
+            took = monotonic() - began
+            self.connects.get(endpoint, Tally()).add(took)
+            events.CONNECTION_OPENED(
+                "group %s: connection to %s opened in %.3f s", self.name, endpoint.label, took,
+                group=self.name, endpoint=endpoint.label, seconds=took,
+            )  # fmt: skip
+        except DialError as error:
+            failures[endpoint] = error
+            return None
+        finally:
+            if look is not None:
+                endpoint.end_look(look)
+        if (
+            endpoint.role is not None
+            and suits(self.config.target, endpoint.role, endpoint.read_only)
+            and endpoint not in self._barred
+            and endpoint.state is not State.DRAINING  # as of meanwhile
+        ):
+            return conn
+        conn.close()
+        return None
+
+    def _look(self, endpoint: Endpoint, timeout: float) -> Look | None:
+        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once."""
+        with self._lock:
+            other = endpoint.look()
+            if other is None:
+                return endpoint.begin_look()
+            over = other.over
+            del other
+        over.wait(timeout)
+        return None
+
+    def _reserve(self, slot: Slot, tried: dict[Endpoint, DialError | None]) -> tuple[Endpoint | None, int]:
+        """Place the slot on the best endpoint not yet tried; also return how many are left."""
+        with self._lock:
+            slot.endpoint = None
+            best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
+            now = monotonic()
+            left = [e for e in best if e not in tried and e.full_until <= now]
+            # Better one that has answered, and that nobody waits for.
+            left.sort(key=lambda endpoint: (endpoint.silent, endpoint.look() is not None))
+            if left:
+                slot.endpoint = chosen = left[0]
+                if chosen.full_pause:  # one asks whether it has room, not all at once
+                    chosen.full_until = now + chosen.full_pause
+            return slot.endpoint, len(left)
+
+    def _set_up(self, conn: PooledConnection) -> None:
+        """Do what the group does with each new connection, before it is lent for the first time."""
+        if self.config.sqlprepare:
+            cursor = psycopg.Cursor(conn)
+            cursor.execute('SELECT * FROM "SQLPrepare"."PrepareQueries"()')
+            cursor.execute("SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql")
+            conn.own_statements = tuple(name for (name,) in cursor.fetchall())
+        if self._hooks.configure is not None:
+            self._hooks.configure(conn)
+        if self.config.tenant is not None and self.config.tenant.verify != "off":
+            self._verify(conn)
+
+    def _verify(self, conn: PooledConnection) -> None:
+        """Refuse, or warn of, a role that row-level security does not hold for."""
+        from ..rls import role_findings  # at connect only: a checkout never needs it
+
+        conn.run(BEGIN + set_local(self._settings))  # `role` may be among them
+        findings = [finding for finding in role_findings(conn) if finding.severity == "error"]
+        conn.rollback()
+        if not findings:
+            return
+        text = "; ".join(f"{finding.message} ({finding.remedy})" for finding in findings)
+        if self.config.tenant is not None and self.config.tenant.verify == "error":
+            raise UnsafeRoleError(f"tenants of group {self.name!r} are not kept apart: {text}")
+        if text != self._warned:
+            self._warned = text
+            events.GROUP_UNSAFE_ROLE(
+                "tenants of group %s are not kept apart: %s", self.name, text, group=self.name, reason=text
+            )
+
+    def connect_apart(self) -> psycopg.Connection[Any]:
+        """Open a connection that belongs to no pool, to the first endpoint that admits one.
+
+        :raises DBConnectionError: no endpoint is up, or none of several admits one.
+        :raises psycopg.Error: the only endpoint does not.
+        :raises CredentialError: its user and password could not be had.
+        """
+        best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
+        failures: dict[Endpoint, DialError | None] = {}
+        for endpoint in best:
+            try:
+                return connect(endpoint, self.config)
+            except (psycopg.OperationalError, CredentialError) as error:
+                if len(best) == 1:
+                    raise
+                failures[endpoint] = failure = DialError(endpoint, one_line(error), down=False)
+                failure.__cause__ = error
+        raise self._unreachable(failures)
+
+
+def _is_primary(endpoint: Endpoint) -> bool:
+    return endpoint.role is Role.PRIMARY

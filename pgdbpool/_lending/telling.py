@@ -1,0 +1,258 @@
+"""What a group tells: its status, its log records of blocks, and its errors with their evidence."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from .._servers.balance import suits
+from .._servers.endpoint import DialError, Endpoint, Role, State
+from .._session import describe
+from .._session.block import Block
+from .._session.commands import HURRY
+from .._session.connection import PooledConnection
+from .._session.statement_text import text_of
+from .._util import log_events as events
+from ..errors import (
+    DBConnectionError,
+    DBOfflineError,
+    Error,
+    NotInitializedError,
+    PoolExhausted,
+    PoolTimeout,
+    ServerFullError,
+    TargetUnavailableError,
+    TooManyWaiting,
+    one_line,
+)
+from .configured import ConfiguredGroup
+
+if TYPE_CHECKING:
+    from ..stats import GroupStatus
+
+
+Warn = Callable[[], None]
+"""Logs what was found. A handler may hang, or want a connection: so whoever looks for it does it last."""
+
+LONG = 1.0
+"""Seconds after which the status page tells of a block that has a connection, without `leak_after`."""
+
+
+class TellingGroup(ConfiguredGroup):
+    """A group that says who has its connections, and why there is none."""
+
+    def status(self) -> GroupStatus:
+        """Return a snapshot."""
+        from ..stats import GroupStatus, Histogram  # no block needs it
+
+        pool, counts = self._pool, self._counts()
+        waits = Histogram.of([self._waits]).count
+        return GroupStatus(
+            name=self.name,
+            size=pool.size,
+            idle=pool.idle,
+            in_use=len(self._lent),
+            waiting=pool.waiting,
+            min_size=self.config.min_size,
+            max_size=self.config.connection_count,
+            connections={endpoint.label: counts[endpoint] for endpoint in self.endpoints},
+            checkouts=pool.taken,
+            timeouts=self._timeouts,
+            opened=self._opened,
+            discarded=dict(self._discarded),
+            holders=self._holders(),
+            waits=waits,
+            retries=self.retries,
+            failovers=self._past_failovers + sum(endpoint.failovers for endpoint in self.endpoints),
+            rate_limited=self._rate_limited,
+            leaks=self.leaks,
+            overdue=self.overdue,
+            slow_blocks=self.slow_blocks,
+            slow_statements=self.slow_statements,
+            not_replicated=self.not_replicated,
+            left=len(self.left),
+            wait=Histogram.of([self._waits], max(0, pool.taken - waits)),
+            use={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.uses.items()},
+            connect={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.connects.items()},
+        )
+
+    def note_retry(self, block: Block | None, error: Error) -> None:
+        """Count a statement that is sent again."""
+        self.retries += 1
+        events.STATEMENT_RETRIED(
+            "group %s: statement sent again: %s", self.name, error, group=self.name,
+            correlation_id=None if block is None else block.correlation_id,
+            reason=one_line(error), sqlstate=getattr(error, "sqlstate", None),
+        )  # fmt: skip
+
+    def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> Warn:
+        """Count a block that has its connection for longer than `leak_after`; return what warns of it."""
+        self.leaks += 1
+        text, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
+        return lambda: events.BLOCK_LEAKED(
+            "group %s: a connection is not given back: %s", self.name, text, **fields
+        )
+
+    def _note_slow_block(self, conn: PooledConnection, block: Block, seconds: float) -> None:
+        self.slow_blocks += 1
+        text, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
+        events.BLOCK_SLOW("group %s: slow block: %s", self.name, text, **fields)
+
+    def note_slow_statement(self, conn: PooledConnection, statement: Any, seconds: float) -> None:
+        """Log a statement that took longer than `slow_query`."""
+        block = conn.block
+        if block is None:
+            return  # not a block's, but the set-up of a connection
+        self.slow_statements += 1
+        _, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
+        fields["statement"] = text = text_of(statement)
+        events.STATEMENT_SLOW(
+            "group %s: slow statement: %.3f s, from %s: %s", self.name, seconds, describe.where(block), text,
+            **fields,
+        )  # fmt: skip
+
+    def tolerates(self, conn: PooledConnection) -> bool:
+        """Count a commit that did not wait for its standby; return whether a log record of it will do."""
+        self.not_replicated += 1
+        if self.config.not_replicated != "warn":
+            return False
+        if (block := conn.block) is not None:
+            text, fields = describe.told(self.name, conn.endpoint.label, block, monotonic() - block.since)
+            del fields["seconds"]
+            events.COMMIT_NOT_REPLICATED(
+                "group %s: a commit did not wait for its synchronous standby: %s", self.name, text, **fields
+            )
+        return True
+
+    def _mine_alone(self, high: bool) -> bool:
+        """Tell whether every connection is held by this thread, so that waiting would be in vain."""
+        blocks, me = self._blocks(), threading.get_ident()
+        limit = self.config.connection_count - (0 if high else self.config.reserved)
+        return len(blocks) >= limit and all(block.thread == me for block in blocks)
+
+    def long_holders(self) -> tuple[str, ...]:
+        """Return who has had a connection for `leak_after`, or for a second where there is none."""
+        return self._holders(self.config.leak_after or LONG)
+
+    def _holders(self, least: float = 0.0) -> tuple[str, ...]:
+        now, names = monotonic(), describe.thread_names()
+        return tuple(
+            describe.describe(block, now - block.since, names)
+            for block in self._blocks()
+            if now - block.since >= least
+        )
+
+    def _was_closed(self) -> NotInitializedError:
+        by = f" by {self.closed_by}" if self.closed_by else ""
+        return NotInitializedError(f"group {self.name!r} was closed{by}")
+
+    def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
+        self._timeouts += 1
+        pool, holders, limit = self._pool, self._holders(), self.config.connection_count
+        what = {
+            PoolExhausted: "all connections are held by this thread, so waiting is in vain",
+            TooManyWaiting: f"{pool.waiting} requests wait already (max_waiting)",
+        }.get(kind, f"no connection became free within {waited:g} s")
+        errors = {e.label: e.last_error for e in self.endpoints if e.last_error}
+        full = "; ".join(f"{endpoint.label} is full: {endpoint.last_error}" for endpoint in self._full())
+        left = f", {len(self.left)} left in a commit" if self.left else ""
+        share = "" if high or not self.config.reserved else f" ({self.config.reserved} for high priority)"
+        return kind(
+            f"group {self.name!r}: {what}; {len(holders)} of {limit}{share} in use, {pool.idle} idle, "
+            f"{pool.waiting} waiting{left}; held by "
+            + ("; ".join(holders) or "nobody")
+            + (f"; {full}" if full else ""),
+            group=self.name,
+            endpoints=errors,
+            in_use=len(holders),
+            idle=pool.idle,
+            waiting=pool.waiting,
+            holders=holders,
+        )
+
+    def _hurried(self, endpoint: Endpoint) -> DBConnectionError:
+        text = "no answer to a ping in the time that was left"
+        self._pool.refill()
+        return DBConnectionError(
+            f"group {self.name!r}: {endpoint.label}: {text}",
+            group=self.name,
+            endpoints={endpoint.label: text},
+        )
+
+    def refusal(self, endpoint: Endpoint, role: Role | None) -> str | None:
+        """Return why the group would not use an endpoint that is up and has this role, or None."""
+        if endpoint.state is State.DRAINING:
+            return "draining"
+        if endpoint in self._barred:
+            return _why_barred(endpoint)
+        if role is None or suits(self.config.target, role, endpoint.read_only):
+            return None
+        return f"is a {role.value}, the target is {self.config.target}"
+
+    def _full(self) -> list[Endpoint]:
+        """Return the endpoints that would do, if they had room for another connection."""
+        return [
+            endpoint
+            for endpoint in self.endpoints
+            if endpoint.full_pause
+            and endpoint.state is State.UP
+            and endpoint not in self._barred
+            and (endpoint.role is None or suits(self.config.target, endpoint.role, endpoint.read_only))
+        ]
+
+    def _unreachable(self, failures: dict[Endpoint, DialError | None]) -> DBConnectionError:
+        """Make the error for a group none of whose endpoints could be connected to."""
+        full = self._full()
+        evidence = {e.label: self._why_not(e, failures.get(e), e in full) for e in self.endpoints}
+        dialled = [failure for failure in failures.values() if failure is not None]
+        kind, what = self._what_is_missing(full, dialled)
+        texts = "; ".join(f"{label}: {text}" for label, text in evidence.items())
+        error = kind(f"group {self.name!r}: {what}: {texts}", group=self.name, endpoints=evidence)
+        error.refused = any(failure.refused for failure in dialled)
+        if isinstance(error, ServerFullError):
+            error.pause = max(min(endpoint.full_until for endpoint in full) - monotonic(), HURRY / 10)
+        down = next((e for e in self.endpoints if e.state is not State.UP and e.last_error), None)
+        if dialled:
+            error.__cause__ = dialled[0].__cause__
+        elif down is not None:  # what the prober found, which has raised nothing
+            error.__cause__ = psycopg.OperationalError(f"{down.label}: {down.last_error}")
+        return error
+
+    def _why_not(self, endpoint: Endpoint, failure: DialError | None, full: bool) -> str:
+        """Return why the endpoint gave no connection."""
+        if full:
+            return f"is full: {endpoint.last_error}"
+        if failure is not None:
+            return str(failure)
+        if endpoint.state is State.DRAINING:
+            return "draining: taken out of use by Connection.drain"
+        if endpoint in self._barred:
+            return _why_barred(endpoint)
+        if endpoint.state is State.UP and endpoint.role is not None:
+            role = endpoint.role.value + (" (read only)" if endpoint.read_only else "")
+            return f"is a {role}, the target is {self.config.target}"
+        return f"{endpoint.state.value}: {endpoint.last_error or 'not asked yet'}"
+
+    def _what_is_missing(
+        self, full: list[Endpoint], dialled: list[DialError]
+    ) -> tuple[type[DBConnectionError], str]:
+        """Return the error for what all endpoints together lack, and its words."""
+        up = any(endpoint.state is State.UP for endpoint in self.endpoints)
+        if full:
+            return ServerFullError, "no server has room for another connection"
+        if up and any(not failure.down for failure in dialled):
+            return DBConnectionError, "no endpoint accepts a connection"
+        if up:
+            return TargetUnavailableError, f"no endpoint that is up is {self.config.target}"
+        return DBOfflineError, "every endpoint is down"
+
+
+def _why_barred(endpoint: Endpoint) -> str:
+    """Return why an endpoint that is up must not be used."""
+    if endpoint.outdated:
+        return f"is on timeline {endpoint.timeline}, another was promoted since"
+    return f"is {endpoint.lag} behind, more than max_lag"
