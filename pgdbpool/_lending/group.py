@@ -296,9 +296,7 @@ class Group(OpeningGroup):
         if probe is None:
             return  # threaded: another thread's was the first use, a moment ago
         probe()
-        if self._probe is None:
-            return  # threaded: that was the first use
-        if self._pool.missing and now >= self._refill_at and (slot := self._pool.claim()):
+        if self._pool.missing and self.lock_free and now >= self._refill_at and (slot := self._pool.claim()):
             try:
                 self._pool.give(self._connect(slot, deadline))
             except DBConnectionError:  # the endpoint has noted why, and an idle one may serve
@@ -374,8 +372,8 @@ class Group(OpeningGroup):
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None: no round trip unless it is due."""
-        endpoint = conn.endpoint
-        if conn.used_at <= endpoint.condemned_at:
+        endpoint, used_at = conn.endpoint, conn.used_at
+        if used_at <= endpoint.condemned_at:
             return "condemned"
         if now >= conn.expires_at:
             return "expired"
@@ -383,8 +381,9 @@ class Group(OpeningGroup):
             return "barred"
         if conn.poll(0) and not conn.alive():
             return "lost"
-        ping_due = now - conn.used_at > self._ping_after or conn.used_at <= endpoint.suspected_at
-        if ping_due and (reason := self._ping(conn, deadline)):
+        if (now - used_at > self._ping_after or used_at <= endpoint.suspected_at) and (
+            reason := self._ping(conn, deadline)
+        ):
             return reason
         # After the ping, since a role that changed is reported with the next message.
         if not self._any_role and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted:
