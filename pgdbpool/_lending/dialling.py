@@ -18,7 +18,8 @@ from .._servers.endpoint import PROBE_TIMEOUT, DialError, Endpoint
 from .._servers.host_names import UnresolvedError, destination, places
 from .._session.commands import FORBID_WRITES, GRACE, HURRY
 from .._session.connection import PooledConnection, pooled
-from .._session.cursors import BlockCursor, BlockServerCursor
+from .._session.cursors import BlockCursor
+from .._session.server_cursor import BlockServerCursor
 from .._util import log_events as events
 from ..errors import CredentialError, Error, HookError, QueryDeadlineError, one_line
 

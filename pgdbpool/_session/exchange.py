@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
 from psycopg import pq
@@ -84,80 +84,129 @@ class ExchangingConnection(LiveConnection):
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
         pgconn = self.pgconn
-        if self.unusable:
-            self._refuse_use()
-        began_in = pgconn.transaction_status
-        patience = self.patience
-        if self.streamed:
-            self.streamed = False
-            if not commands or commands[0][1] is not None:
-                commands = (_EMPTY, *commands)  # it has no rows
-        if many > 1:
+        if self.unusable or self.streamed:
+            commands = self._before_sending(commands)
+        began_in, patience = pgconn.transaction_status, self.patience
+        if many > 1 or deadlines.in_use or self.until is not None:
             deadline = self._deadline(many)
         else:
-            if deadlines.in_use or self.until is not None:
-                patience = self._within_deadline(patience)
             deadline = None if patience is None else monotonic() + patience
-        before, late = len(commands), 0.0
         cleaning = len(self.cleaning) if self.stale else 0
         outcomes: list[list[PGresult]] = []
-        current: list[PGresult] = []
         try:
-            pgconn.enter_pipeline_mode()
-            for sql, values in commands:
-                if values is None:
-                    pgconn.send_query_params(sql, None)
-                else:
-                    before += self._send_bound(sql, values)
-            if send is not None:
-                send()
-            for sql, _ in after:
-                pgconn.send_query_params(sql, None)
-            pgconn.pipeline_sync()
+            before = self._send_all(commands, send, after)
             if pgconn.flush():
                 deadline = self._flush(deadline, many)
-            while True:
-                while pgconn.is_busy():
-                    if self._await(self.wait_readable, deadline):
-                        late = late or monotonic()
-                        if monotonic() > late + GRACE:  # it does not stop sending
-                            raise self._unanswered()
-                    pgconn.consume_input()
-                result = pgconn.get_result()
-                if result is not None:
-                    status = result.status
-                    if status == _SYNC:
-                        break
-                    current.append(result)
-                    if status in _COPYING:  # the caller refuses it; there is no end to wait for
-                        return [current]
-                    continue
-                if not current and pgconn.status == BAD:
-                    raise psycopg.OperationalError("the connection is lost")
-                outcomes.append(current)
-                if cleaning and len(outcomes) == cleaning:
-                    self._forget_notifications()
-                current = []
-                if many > 1:
-                    deadline = self._deadline(many)
+            if not self._take_answers(outcomes, deadline, many, cleaning):
+                return outcomes[-1:]
             pgconn.exit_pipeline_mode()
         except BaseException as error:
-            # Where the session stands is not known. As psycopg does, do not leave a statement running.
-            if not isinstance(error, psycopg.Error):
-                self._cancel_and_close()
-            if (answer := self._last_words(error, (*outcomes, current))) is not None:
-                raise self._ended_by(answer, began_in) from None
-            pgconn.finish()
-            self._note_loss(error, began_in)
+            self._end_exchange(error, outcomes, began_in)
             raise
-        while notify := pgconn.notifies():
-            if pgconn.notify_handler:
-                pgconn.notify_handler(notify)
+        if (notify := pgconn.notifies()) is not None:
+            self._hear(notify)
         if self.not_replicated:
             self._check_replicated()
         if commands:
             self._check(outcomes[:before])
         return outcomes[before:]
+
+    def _before_sending(self, commands: Sequence[Command]) -> Sequence[Command]:
+        """Refuse what cannot be sent; after a stream, have a first command that has no rows."""
+        if self.unusable:
+            self._refuse_use()
+        self.streamed = False
+        return commands if commands and commands[0][1] is None else (_EMPTY, *commands)
+
+    def _end_exchange(self, error: BaseException, outcomes: list[list[PGresult]], began_in: int) -> None:
+        """Close the connection: where its session stands is not known.
+
+        As psycopg does, do not leave a statement running. Raises what the server said last, if it did.
+        """
+        if not isinstance(error, psycopg.Error):
+            self._cancel_and_close()
+        if (answer := self._last_words(error, outcomes)) is not None:
+            raise self._ended_by(answer, began_in) from None
+        self.pgconn.finish()
+        self._note_loss(error, began_in)
+
+    def _hear(self, notify: pq.misc.PGnotify | None) -> None:
+        """Pass notifications on that came with the answers."""
+        pgconn = self.pgconn
+        while notify:
+            if pgconn.notify_handler:
+                pgconn.notify_handler(notify)
+            notify = pgconn.notifies()
+
+    def _send_all(
+        self, commands: Sequence[Command], send: Callable[[], None] | None, after: Sequence[Command]
+    ) -> int:
+        """Queue all that goes into the pipeline; return how many answers the commands will have."""
+        pgconn, before = self.pgconn, len(commands)
+        pgconn.enter_pipeline_mode()
+        for sql, values in commands:
+            if values is None:
+                pgconn.send_query_params(sql, None)
+            else:
+                before += self._send_bound(sql, values)
+        if send is not None:
+            send()
+        for sql, _ in after:
+            pgconn.send_query_params(sql, None)
+        pgconn.pipeline_sync()
+        return before
+
+    def _take_answers(
+        self, outcomes: list[list[PGresult]], deadline: float | None, many: int, cleaning: int
+    ) -> bool:
+        """Take the answers to all that was sent, each with its results, up to the Sync's.
+
+        :param cleaning: how many of the first answers are those of a cleaning.
+        :returns: False if a COPY is under way, which the caller refuses: there is no end to wait for.
+        """
+        pgconn, late = self.pgconn, 0.0
+        current: list[PGresult] = []
+        outcomes.append(current)
+        while True:
+            if pgconn.is_busy():
+                late = self._await_answer(deadline, late)
+            if (result := pgconn.get_result()) is None:  # the end of a command's results
+                if not current and pgconn.status == BAD:
+                    raise psycopg.OperationalError("the connection is lost")
+                if cleaning and len(outcomes) == cleaning:
+                    self._forget_notifications()
+                outcomes.append(current := [])
+                if many > 1:
+                    deadline = self._deadline(many)
+            elif (status := result.status) == _SYNC:
+                del outcomes[-1]  # nothing came after the last command's
+                return True
+            else:
+                current.append(result)
+                if status in _COPYING:
+                    return False
+
+    def _await_answer(self, deadline: float | None, late: float) -> float:
+        """Read what the server sends until an answer is there, at most to the deadline.
+
+        :param late: when the deadline was first found to have passed, 0 if it has not.
+        :returns: the same for the next answer.
+        """
+        pgconn = self.pgconn
+        while True:
+            if deadline is None:
+                self.wait_readable(None)
+            else:
+                left = deadline - monotonic()
+                if not self.wait_readable(max(0.0, left) * 1000):
+                    raise self._unanswered()
+                if left <= 0:  # this process may have stood still while the answer came
+                    late = late or monotonic()
+                    if monotonic() > late + GRACE:  # it does not stop sending
+                        raise self._unanswered()
+            pgconn.consume_input()
+            if not pgconn.is_busy():
+                return late
 
     def _last_words(self, error: BaseException, outcomes: Iterable[list[PGresult]]) -> PGresult | None:
         """Return the answer with which the server ended the session; None if it sent none.
@@ -196,7 +245,7 @@ class ExchangingConnection(LiveConnection):
 
         It is the same for every block, and parsing it would be half of what it costs the server.
         """
-        if self.touched or self.local or self.prepare_threshold is None:
+        if self.touched or self.local or self._prepared.prepare_threshold is None:
             self.pgconn.send_query_params(sql, values)
             return 0
         if name := self._known.get(sql):
@@ -219,10 +268,10 @@ class ExchangingConnection(LiveConnection):
 
     def _check(self, outcomes: list[list[PGresult]]) -> None:
         """Raise the first failure of a preamble."""
-        for number, results in enumerate(outcomes):
+        for results in outcomes:
             for result in results:
                 if result.status == _FATAL:
-                    raise self._refused(result, number)
+                    raise self._refused(result, outcomes.index(results))
         self.stale = False
         if self.follows:
             found = [InForce.of(result) for results in outcomes for result in results]
@@ -239,16 +288,6 @@ class ExchangingConnection(LiveConnection):
         self.stale = False  # the cleaning has a transaction of its own
         return error
 
-    def _await(self, poll: Callable[[float | None], Any], deadline: float | None) -> bool:
-        """Wait until the server has sent something, at most to the deadline; tell whether that had passed."""
-        if deadline is None:
-            poll(None)
-            return False
-        left = deadline - monotonic()
-        if not poll(max(0.0, left) * 1000):
-            raise self._unanswered()
-        return left <= 0  # this process may have stood still while the answer came
-
     def _deadline(self, many: int) -> float | None:
         """Return until when to wait for the next of so many answers."""
         patience = self._within_deadline(None if self.patience is None else self.patience * many)
@@ -262,7 +301,8 @@ class ExchangingConnection(LiveConnection):
         poller = select.poll()
         poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
         while self.pgconn.flush():
-            self._await(poller.poll, deadline)
+            if not poller.poll(None if deadline is None else max(0.0, deadline - monotonic()) * 1000):
+                raise self._unanswered()
             self.pgconn.consume_input()
             if many > 1:
                 deadline = self._deadline(many)

@@ -101,12 +101,7 @@ class LiveConnection(CleanedConnection):
                 patience = self._within_deadline(patience)
         status = self.pgconn.transaction_status
         if patience is not None and patience <= 0 and timeout is None:
-            if self.until is not None and self.closed:  # psycopg asks all the same; what was lost is noted
-                raise psycopg.OperationalError(
-                    "the connection was lost where a stream or COPY was left early"
-                )
-            # psycopg would still take what has arrived, and a stream that flows would never end.
-            raise self._unanswered(status)
+            raise self._too_late(status)
         try:
             result = _wait(self, gen, interval, patience)
         except _WaitTimeout:
@@ -116,14 +111,24 @@ class LiveConnection(CleanedConnection):
         except psycopg.Error as error:
             raise self.own_error(error, status)  # noqa: B904  it is the same object
         except BaseException as interruption:
-            if self.pgconn.transaction_status == ACTIVE:
-                # What was under way was not ended: where it stands is not known, and it is not to run on.
-                self._cancel_and_close()
-            self._note_loss(interruption, status)
+            self._interrupted(interruption, status)
             raise
         if self.not_replicated or self.pgconn.status == BAD:
             self._look_back(status)
         return result
+
+    def _too_late(self, status: int) -> psycopg.Error:
+        """Return the error for a wait that would begin after its time."""
+        if self.until is not None and self.closed:  # psycopg asks all the same; what was lost is noted
+            return psycopg.OperationalError("the connection was lost where a stream or COPY was left early")
+        # psycopg would still take what has arrived, and a stream that flows would never end.
+        return self._unanswered(status)
+
+    def _interrupted(self, interruption: BaseException, status: int) -> None:
+        """Do not let a statement run on whose wait was interrupted: where it stands is not known."""
+        if self.pgconn.transaction_status == ACTIVE:
+            self._cancel_and_close()
+        self._note_loss(interruption, status)
 
     def _look_back(self, status: int) -> None:
         """Find out what an answer leaves behind that is not in it."""
@@ -211,11 +216,7 @@ class LiveConnection(CleanedConnection):
         if self._pipeline:
             self.spoilt = True
         self._note_loss(error, status)
-        kind: type[errors.DBQueryError] = errors.end_of_session(error) if self.closed else errors.DBQueryError
-        if error.sqlstate == "25006" and not self.closed and self.endpoint.refuses_writes(self):
-            kind = errors.ReadOnlyServerError
-        if self.taken_away:
-            kind = errors.HoldExceededError
+        kind = self._kind_of(error)
         if self.cut_by and not isinstance(error, errors.DBQueryError):  # it may come by twice
             error.args = (f"the pools were closed by {self.cut_by}, with this block open: {error}",)
         own = errors.as_query_error(error, kind)
@@ -234,6 +235,16 @@ class LiveConnection(CleanedConnection):
         """Whether it may be the block that has made its transactions read only, and not the server."""
         modes = None if self.block is None else self.block.binding.modes
         return self.touched or (modes is not None and bool(modes.read_only))
+
+    def _kind_of(self, error: psycopg.Error) -> type[errors.DBQueryError]:
+        """Return the class of the package for an error, by what became of the connection."""
+        if self.taken_away:
+            return errors.HoldExceededError
+        if self.closed:
+            return errors.end_of_session(error)
+        if error.sqlstate == "25006" and self.endpoint.refuses_writes(self):
+            return errors.ReadOnlyServerError
+        return errors.DBQueryError
 
     def _note_loss(self, error: BaseException, status: int) -> None:
         """Where the connection was lost, note in the block what was lost with it."""

@@ -144,7 +144,9 @@ class Shape:
     escapes: bool
     """It may be read otherwise where `standard_conforming_strings` is off."""
     special: bool
-    """The session has to know of it before it is sent: what touches, sets a timeout, or may have escapes."""
+    """Something is to be noted before it is sent: it touches, sets a timeout, controls, or has escapes."""
+    uncommon: bool
+    """It may be one that cannot ride with the preamble, or changes what the next preamble is."""
 
 
 @lru_cache(maxsize=2048)
@@ -169,13 +171,15 @@ def _analyse(text: str, escaping: bool = False) -> Shape:
         quoted = not _NAMES.isdisjoint(words) or _QUOTES.search(text) is not None
         timeout = _TIMEOUT.search(text if quoted else code) is not None
     escapes = not escaping and "\\" in text and "'" in text
+    alone, utility = not _ALONE.isdisjoint(words), not _UTILITY.isdisjoint(words)
+    controls = any(word in _ENDS or word in _BEGINS for word in words)
     return Shape(
         number=max(1, len(words)),
-        alone=any(word in _ALONE for word in words),
-        utility=any(word in _UTILITY for word in words),
+        alone=alone,
+        utility=utility,
         ends=any(word in _ENDS for word in words),
         commits=any(word in ("COMMIT", "END") for word in words),
-        controls=any(word in _ENDS or word in _BEGINS for word in words),
+        controls=controls,
         touches=touches,
         prepares=touches and _PREPARES.search(text) is not None,
         taints=touches and _TAINTS.search(text) is not None,
@@ -184,7 +188,8 @@ def _analyse(text: str, escaping: bool = False) -> Shape:
         changes=_changes(words, code),
         sets=words == ["SET"],
         escapes=escapes,
-        special=touches or timeout or escapes,
+        special=touches or timeout or escapes or controls,
+        uncommon=len(words) > 1 or alone or utility or controls,
     )
 
 
@@ -281,7 +286,7 @@ def _allows(text: str) -> str:
 UNKNOWN = Shape(
     number=1, alone=False, utility=False, ends=False, commits=False, controls=False,
     touches=True, prepares=False, taints=False, timeout=False, allows="", changes=True, sets=False,
-    escapes=False, special=True,
+    escapes=False, special=True, uncommon=False,
 )  # fmt: skip
 """Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
 

@@ -373,19 +373,7 @@ class TransactingConnection(ExchangingConnection):
             deadlines.check()
         self.check_free()
         self.altered = self.handed_out = True  # psycopg's Transaction has the connection as an attribute
-        with self.alone():
-            self.end_wrapped()
-            self.implicit = False
-            commands = self.preamble(block)
-            if self.pgconn.transaction_status == IDLE and not block.nests:
-                # psycopg sends BEGIN; the settings go with the first statement after it.
-                commands = self.cleaning if self.stale else NOTHING
-            if commands and not self._pipeline:
-                # Before the savepoint, so that rolling back to it does not undo the settings.
-                self.run(commands)
-                self.bound = self.pgconn.transaction_status != IDLE
-            outermost = self.pgconn.transaction_status == IDLE
-        body_ended = False
+        outermost, body_ended = self._send_due_of_transaction(block), False
         try:
             with super().transaction(savepoint_name, force_rollback) as transaction:
                 outermost = transaction._outer_transaction  # another thread may have ended one meanwhile
@@ -409,19 +397,39 @@ class TransactingConnection(ExchangingConnection):
             error.maybe_committed = error.maybe_committed or unknown
             raise
         except OutOfOrderTransactionNesting as error:
-            # psycopg leaves the transaction open with what was done in it, which must not be committed just
-            # because the block ends. If one was interrupted on its way in, the block goes on with another.
-            self.crossed = self.block is block
-            cause = error.__context__
-            if self.crossed and not outermost and not isinstance(cause, (Exception, NoneType)):
-                self.close()
-                self._note_loss(error, ACTIVE)
+            self._note_crossed(block, error, outermost)
             raise
         finally:
             self.ending = False
             left_open = self.pgconn.transaction_status not in OVER
             if left_open and outermost and not block.nests and not self.crossed:
                 self._undo_left_open(block)
+
+    def _send_due_of_transaction(self, block: Block) -> bool:
+        """Send what the block needs before psycopg's transaction; return whether it is the outermost one."""
+        with self.alone():
+            self.end_wrapped()
+            self.implicit = False
+            commands = self.preamble(block)
+            if self.pgconn.transaction_status == IDLE and not block.nests:
+                # psycopg sends BEGIN; the settings go with the first statement after it.
+                commands = self.cleaning if self.stale else NOTHING
+            if commands and not self._pipeline:
+                # Before the savepoint, so that rolling back to it does not undo the settings.
+                self.run(commands)
+                self.bound = self.pgconn.transaction_status != IDLE
+            return self.pgconn.transaction_status == IDLE
+
+    def _note_crossed(self, block: Block, error: OutOfOrderTransactionNesting, outermost: bool) -> None:
+        """Note that contexts of transactions were left in the wrong order.
+
+        psycopg leaves the transaction open with what was done in it, which must not be committed just because
+        the block ends. If one was interrupted on its way in, the block goes on with another.
+        """
+        self.crossed = self.block is block
+        if self.crossed and not outermost and not isinstance(error.__context__, (Exception, NoneType)):
+            self.close()
+            self._note_loss(error, ACTIVE)
 
     def _undo_left_open(self, block: Block) -> None:
         """Roll back a transaction that psycopg was interrupted in while it ended it."""

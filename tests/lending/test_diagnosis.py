@@ -309,7 +309,7 @@ def test_a_slow_statement_is_logged_without_its_parameters(start: Any, records: 
         assert len(records("statement.slow")) == number
         assert record.group == group
         assert record.statement == "SELECT pg_sleep(%s), %s::text"
-        assert record.seconds >= 0.6
+        assert record.seconds >= 0.59  # the server wakes up a little early
         assert record.correlation_id == "mine"
         assert record.file == __file__
         assert record.function == "test_a_slow_statement_is_logged_without_its_parameters"
@@ -357,7 +357,7 @@ def test_a_slow_block_is_logged_at_its_end(start: Any, records: Any) -> None:
         db.query("SELECT pg_sleep(0.6)")
         assert not records("block.slow")
     (record,) = records("block.slow")
-    assert record.seconds >= 0.6
+    assert record.seconds >= 0.59  # the server wakes up a little early
     assert record.statement == "SELECT pg_sleep(0.6)"
     assert Connection.status().groups["auto"].slow_blocks == 1
 

@@ -1,0 +1,299 @@
+"""How one statement is sent as psycopg sends it alone, with the preamble of its block before it.
+
+`RidingCursor._ride` is psycopg's own execution of one statement with the preamble sent before it. It
+uses these private parts of psycopg, for which the minor version is pinned: `Cursor._reset`, `_tx`,
+`_last_query`, `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
+`_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`. `__init__` sets
+`Cursor._conn`, `_pgconn`, `_adapters`, `_row_factory`, `_closed` and `_last_query` itself, and `adapters`
+uses `Cursor._loaders_changed` and `AdaptersMap._register_loader_callback`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import psycopg
+from psycopg._preparing import Prepare
+from psycopg._queries import PostgresClientQuery
+from psycopg.adapt import AdaptersMap, Transformer
+
+from .. import errors
+from .block import Block
+from .commands import NOTHING, Command
+from .connection import PooledConnection
+from .state import OUTSIDE
+from .statement_shape import shape
+
+if TYPE_CHECKING:
+    from psycopg._queries import PostgresQuery
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGresult
+
+MOST_PARAMETERS = 65_535
+"""What the protocol takes for one statement: libpq refuses more, in the midst of what is being sent."""
+
+FLUSH_EVERY = 4
+"""Statements of `executemany` after which their answers are asked for: the server keeps them otherwise."""
+
+# Looked up once: a member of an enumeration is found slowly.
+_SHOULD, _YES, _NO = Prepare.SHOULD, Prepare.YES, Prepare.NO
+_TEXT = psycopg.pq.Format.TEXT
+_TUPLES_OK = psycopg.pq.ExecStatus.TUPLES_OK
+ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
+
+
+def gone(block: Block) -> errors.Error:
+    """Return the error for a cursor whose block no longer has its connection."""
+    if not block.open:
+        return errors.BlockClosedError(ENDED)
+    error = errors.ConnectionLostError("the connection was lost in a statement of another thread")
+    error.repeatable = not block.lost
+    return error
+
+
+def refuse_parameters(query: PostgresQuery, number: int) -> None:
+    """Refuse so many parameters of one statement, unless they are written into its text."""
+    if not isinstance(query, PostgresClientQuery):
+        raise psycopg.ProgrammingError(
+            f"the statement has {number} parameters, and can have {MOST_PARAMETERS}: nothing was sent; "
+            "pass an array (= ANY(%s), unnest(%s)), use executemany or COPY"
+        )
+
+
+class _Context:
+    """What psycopg's adaptation asks of a cursor, without handing its connection out."""
+
+    __slots__ = ("adapters", "connection")
+
+    def __init__(self, adapters: AdaptersMap, connection: PooledConnection) -> None:
+        self.adapters = adapters
+        self.connection = connection
+
+
+class Declared:
+    """A cursor whose statements its block knows of, also those that psycopg begins."""
+
+    __slots__ = ()
+    _conn: PooledConnection
+
+    def _start_query(self, query: Any = None) -> PQGen[None]:
+        self._conn.declared = True
+        yield from super()._start_query(query)  # type: ignore[misc]
+
+
+class RidingCursor(Declared, psycopg.Cursor[Any]):
+    """A cursor that sends commands in the pipeline of its statement, and closes with its block."""
+
+    __slots__ = ("block",)
+    _conn: PooledConnection
+    after: tuple[Command, ...] = NOTHING
+    """What follows the statement in its pipeline."""
+
+    def __init__(self, connection: PooledConnection, *, row_factory: Any = None) -> None:
+        block = connection.block
+        if block is None:
+            raise errors.BlockClosedError(OUTSIDE)
+        self.block = block
+        if connection.altered:
+            super().__init__(connection, row_factory=row_factory or connection.row_factory)
+            return
+        # As psycopg's, but for a copy of the adapters, which takes most of its time; see `adapters`.
+        self._conn, self._pgconn = connection, connection.pgconn
+        self._adapters = connection.adapters_shared or connection.share_adapters()
+        self._row_factory = row_factory or connection.row_factory
+        self.format, self.arraysize, self._closed, self._last_query = _TEXT, 1, False, None
+        self._reset()
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """The cursor's own adapters, copied from the connection's when they are first asked for."""
+        if self._adapters._register_loader_callback is None:  # it shares them
+            self._adapters = own = AdaptersMap(self._adapters)
+            own._register_loader_callback = partial(self._loaders_changed, ref(self))
+            self._last_query = None  # the next execution converts by these
+        return self._adapters
+
+    @property
+    def closed(self) -> bool:
+        """True once the cursor was closed or its block has ended."""
+        return self._closed or not self.block.open
+
+    # As psycopg's, but for the block.
+
+    def _fetch_pipeline(self) -> None:
+        if not self.pgresult:
+            if not self.block.open:
+                raise errors.BlockClosedError(ENDED)
+            super()._fetch_pipeline()
+
+    def _check_result_for_fetch(self) -> PGresult:
+        result = self.pgresult
+        if result and result.status == _TUPLES_OK and self.block.open and not self._closed:
+            return result
+        if not self.block.open:
+            raise errors.BlockClosedError(ENDED)
+        return super()._check_result_for_fetch()
+
+    def _convert_query(self, query: Any, params: Any = None) -> PostgresQuery:
+        """Convert a statement as psycopg does; what cannot be sent is refused before anything is."""
+        converted = self._query_cls(self._tx)
+        try:
+            converted.convert(query, params)
+            if (values := converted.params) and len(values) > MOST_PARAMETERS:
+                refuse_parameters(converted, len(values))
+        except psycopg.Error as error:
+            errors.as_query_error(error).unsent = True
+            raise
+        except Exception as error:
+            if not self._conn._pipeline:
+                raise
+            # Raised in psycopg's wait as it is, it would end the pipeline's connection as an interruption.
+            refused = errors.as_query_error(psycopg.DataError(f"{type(error).__name__}: {error}"))
+            refused.unsent = True
+            raise refused from error
+        return converted
+
+    def _ride(
+        self,
+        preamble: Sequence[Command],
+        query: Any,
+        params: Any,
+        prepare: bool | None,
+        binary: bool | None,
+        many: tuple[Sequence[Any], bool] | None = None,
+        again: bool = False,
+    ) -> None:
+        """Send the statement as psycopg sends it alone, after the preamble; the caller has the turn."""
+        conn = self._conn
+        first: tuple[Command, ...] | None = None
+        try:
+            self._begin(query)
+            if many is None:
+                converted = self._convert_query(query, params)
+                preparing, name = conn._prepared.get(converted, prepare)
+                if preamble or self.after or preparing is _SHOULD:
+                    self._exchange(preamble, converted, preparing, name, binary)
+                else:
+                    self._send(converted, preparing, name, binary)
+                    self._take(converted, preparing, name, conn.receive())
+            else:
+                self._exchange_many(preamble, query, *many)
+        except psycopg.Error as error:
+            if not again and self._may_resend(query):
+                first = conn.before_resending(error, preamble)
+            if first is None:
+                raise conn.own_error(error)  # noqa: B904  it is the same object
+        if first is not None:
+            RidingCursor._ride(self, first, query, params, prepare, binary, many, again=True)
+            return
+        self._last_query = query
+        if conn._prepared._to_flush:
+            conn.wait(conn._prepared.maintain_gen(conn))
+
+    def _may_resend(self, query: Any) -> bool:
+        """Return whether the server executes the statement as a whole or not at all, in one transaction."""
+        what = shape(query, self._conn)
+        return not (what.number > 1 or what.alone or what.utility or what.controls)
+
+    def _begin(self, query: Any) -> None:
+        """Do what psycopg's `_start_query` does for a connection in autocommit mode, which sends nothing."""
+        if self._closed or not self.block.open:
+            raise psycopg.InterfaceError("the cursor is closed")
+        self._reset()
+        if not self._last_query or self._last_query is not query:
+            self._last_query = None
+            self._tx = Transformer(_Context(self._adapters, self._conn))
+
+    def _exchange(
+        self,
+        preamble: Sequence[Command],
+        query: PostgresQuery,
+        preparing: Prepare,
+        name: bytes,
+        binary: bool | None,
+    ) -> None:
+        def send() -> None:
+            if preparing is _SHOULD:
+                self._send_prepare(name, query)
+            if preparing is _NO:
+                self._execute_send(query, force_extended=True, binary=binary)
+            else:
+                self._send_query_prepared(name, query, binary=binary)
+
+        number = 2 if preparing is _SHOULD else 1
+        answers = self._conn.exchange(preamble, send, self.after)
+        if number > 1:
+            self._check_results(answers[0])
+        self._take(query, preparing, name, answers[number - 1])
+        if self.after or len(answers) > number:
+            self._check_after(answers[number:])
+
+    def _send(
+        self,
+        query: PostgresQuery,
+        preparing: Prepare,
+        name: bytes,
+        binary: bool | None,
+        extended: bool = False,
+    ) -> None:
+        if preparing is _NO:
+            self._execute_send(query, force_extended=extended, binary=binary)
+        else:
+            self._send_query_prepared(name, query, binary=binary)
+
+    def _take(self, query: PostgresQuery, preparing: Prepare, name: bytes, answer: list[PGresult]) -> None:
+        """Take the answer to the statement over as the cursor's result, or raise its error."""
+        if preparing is not _SHOULD:
+            self._check_results(answer)
+        # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
+        prepared = self._conn._prepared
+        if (key := prepared.maybe_add_to_cache(query, preparing, name)) is not None:
+            prepared.validate(key, preparing, name, answer)
+        if preparing is _SHOULD:  # it is prepared also where it fails itself
+            self._check_results(answer)
+        self._set_results(answer)
+
+    def _exchange_many(
+        self, preamble: Sequence[Command], query: Any, sets: Sequence[Any], returning: bool
+    ) -> None:
+        self._execmany_returning, self._rowcount = returning, 0
+        if not sets:
+            return
+        prepared = self._conn._prepared
+        names: dict[Any, tuple[Prepare, bytes]] = {}
+        plan = []
+        for params in sets:  # before anything is sent, since this is where a parameter may be refused
+            converted = self._convert_query(query, params)
+            key = converted.query, converted.types
+            how, name = names.get(key) or self._get_prepared(converted, True)
+            names[key] = _YES if how is _SHOULD else how, name
+            plan.append((converted, how, name))
+        self._query = converted
+
+        def send() -> None:
+            for place, (converted, how, name) in enumerate(plan, 1):
+                if how is _SHOULD:
+                    self._send_prepare(name, converted)
+                self._send(converted, how, name, None, extended=True)
+                if place % FLUSH_EVERY == 0:
+                    self._pgconn.send_flush_request()
+
+        many = min(len(plan), FLUSH_EVERY)
+        answers = iter(self._conn.exchange(preamble, send, self.after, many))
+        for converted, how, name in plan:
+            if how is _SHOULD:
+                self._check_results(next(answers))
+            answer = next(answers)
+            self._check_results(answer)
+            if how is _SHOULD and (entry := prepared.maybe_add_to_cache(converted, how, name)):
+                prepared.validate(entry, how, name, answer)
+            self._set_results(answer)
+        self._check_after(list(answers))
+
+    def _check_after(self, answers: list[list[PGresult]]) -> None:
+        """Raise where what followed the statement failed: a COMMIT, or the one that a Sync implies."""
+        for answer in answers:
+            self._check_results(answer)
