@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+    config.addinivalue_line("markers", "slow: takes more than half a second; `-m 'not slow'` leaves it out")
     config.addinivalue_line("markers", "long: takes long; runs with --long only")
     config.addinivalue_line("markers", "surroundings: runs other programs; runs with --surroundings only")
 

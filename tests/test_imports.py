@@ -116,6 +116,7 @@ def test_rooms_import_only_rooms_above_them() -> None:
         above.add(room)
 
 
+@pytest.mark.slow
 def test_a_room_imports_only_what_the_table_allows() -> None:
     wrong = [
         f"{module or '__init__'}:{line} imports {imported or 'the package'}"
@@ -127,6 +128,7 @@ def test_a_room_imports_only_what_the_table_allows() -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_the_table_allows_nothing_that_no_file_needs() -> None:
     used = {(room_of(module), room_of(imported)) for module, _, imported in own_imports()}
     unused = [
@@ -138,6 +140,7 @@ def test_the_table_allows_nothing_that_no_file_needs() -> None:
     assert not unused
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other_in_a_circle() -> None:
     uses: dict[str, set[str]] = {}
     for module, _, imported in own_imports():
@@ -150,6 +153,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert not uses
 
 
+@pytest.mark.slow
 def test_one_file_alone_knows_psycopg_pool() -> None:
     users = {
         module_of(path)
@@ -160,6 +164,7 @@ def test_one_file_alone_knows_psycopg_pool() -> None:
     assert users == {"_lending.threaded_pool"}
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_the_core_and_nothing_else() -> None:
     code = "import sys, pgdbpool; print(*sorted(m for m in sys.modules if m.startswith('pgdbpool.')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -168,6 +173,7 @@ def test_importing_the_package_loads_the_core_and_nothing_else() -> None:
     assert loaded == core - LATE | NEEDED_EARLY
 
 
+@pytest.mark.slow
 def test_the_package_shows_public_names_alone() -> None:
     code = "import pgdbpool; print(*[n for n in dir(pgdbpool) if not n.startswith('_')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -266,6 +266,7 @@ BAD_NAMES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", BAD_NAMES, ids=str)
 def test_what_is_no_name_is_refused_before_anything_is_sent(admin: Any, bad: dict[str, Any]) -> None:
     given = {"table": "t", **bad}
@@ -325,6 +326,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=str)
 def test_what_is_no_option_is_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
     with Handler("manual") as db:

@@ -265,6 +265,7 @@ def during(admin: psycopg.Connection[Any], text: str, act: Callable[[int], None]
     return thread
 
 
+@pytest.mark.slow
 @MANUAL
 def test_a_commit_whose_answer_is_lost_may_be_one(
     start: Any, admin: Any, known_cluster: Any, proxy_to: Any, group: str
@@ -297,6 +298,7 @@ def test_a_commit_that_the_server_did_not_live_to_may_be_one(start: Any, admin: 
     assert there(admin, "slow") == []
 
 
+@pytest.mark.slow
 @MANUAL
 def test_a_deadline_that_passes_in_the_commit_leaves_it_unknown(start: Any, admin: Any, group: str) -> None:
     start()
@@ -343,6 +345,7 @@ def test_a_session_that_cannot_be_cleaned_is_replaced(start: Any, admin: Any, gr
     assert there(admin) == [1]
 
 
+@pytest.mark.slow
 @GROUPS
 def test_an_interrupted_statement_leaves_the_counts_exact(start: Any, group: str) -> None:
     start()

@@ -319,6 +319,7 @@ def test_a_group_that_a_reload_made_read_only_or_not_in_between_is_not_repeated(
 # Servers that are away.
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_is_waited_for(
     start: Any, mode: str, known_cluster: Any, proxy_to: Any
 ) -> None:
@@ -332,6 +333,7 @@ def test_a_server_that_comes_back_is_waited_for(
     assert found == 1
 
 
+@pytest.mark.slow
 def test_work_goes_on_after_a_promotion(mode: str) -> None:
     """The primary is killed under a transaction; a standby is promoted meanwhile."""
     with Cluster(standbys=1) as cluster:
@@ -368,6 +370,7 @@ def test_work_goes_on_after_a_promotion(mode: str) -> None:
 # Bounds.
 
 
+@pytest.mark.slow
 def test_nothing_is_repeated_beyond_the_deadline(start: Any, mode: str) -> None:
     start(mode)
     work = Work(serialization_failure)

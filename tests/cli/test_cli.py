@@ -16,6 +16,8 @@ from commands import ROOT, Running, alive, empty_room, environment, run
 import pgdbpool
 from pgdbpool._cli.main import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def room() -> Iterator[Path]:

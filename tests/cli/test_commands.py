@@ -28,6 +28,8 @@ from pgdbpool._diagnosis.advice import advise
 from pgdbpool._diagnosis.inspection import Facts, GroupFacts, ServerFacts
 from pgdbpool.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 
 Run = Callable[..., tuple[int, str]]

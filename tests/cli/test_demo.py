@@ -26,6 +26,8 @@ from support import wait_for
 from pgdbpool._demo.demo import RESTART_AFTER, look_after
 from pgdbpool.cluster import Cluster, Node
 
+pytestmark = pytest.mark.slow
+
 STEPS = ["start", "transfers", "reads", "refusals", "repeat", "kill", "health", "back", "stop"]
 
 

@@ -34,7 +34,10 @@ LOCK_FREE = {"POOL_TYPE": "non-threaded"}
 FORM = "application/x-www-form-urlencoded"
 BROWSER = {"Accept": "text/html,application/xhtml+xml"}
 
-pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="the example is in the source tree only")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not EXAMPLE.exists(), reason="the example is in the source tree only"),
+]
 
 
 class Answer(NamedTuple):

@@ -26,6 +26,8 @@ from pgdbpool.cluster import Cluster, ClusterError, Node
 from pgdbpool.cluster import _installation as install
 from pgdbpool.cluster import _watchdog as watchdog
 
+pytestmark = pytest.mark.slow
+
 DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 PACKAGE_ROOT = str(Path(pgdbpool.__file__).parent.parent)
 with_15 = pytest.mark.skipif(not DEBIAN_15.exists(), reason="PostgreSQL 15 is not installed")

@@ -138,6 +138,7 @@ def test_nothing_is_counted_in_what_is_encrypted() -> None:
     assert frontend.feed(b"S\0\0\0\4" * 5) == 0
 
 
+@pytest.mark.slow
 def test_delay_is_paid_once_in_each_direction_and_not_shared(proxy: Proxy, connect: Connect) -> None:
     connections = [connect() for _ in range(5)]
     proxy.delay = 0.3
@@ -186,6 +187,7 @@ def test_stop_resets_connections_and_refuses_new_ones_until_start(
     assert connect().execute("SELECT 1").fetchone() == (1,)
 
 
+@pytest.mark.slow
 def test_stall_answers_nothing_and_resume_loses_nothing(node: Node, proxy: Proxy, connect: Connect) -> None:
     connection = connect()
     answers: list[TupleRow | None] = []

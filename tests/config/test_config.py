@@ -898,6 +898,7 @@ def test_nothing_is_given_at_start_up_through_a_pooler(monkeypatch: pytest.Monke
     assert server.query_timeout == 700
 
 
+@pytest.mark.slow
 def test_libpq_sends_no_options_where_they_are_empty(
     known_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1472,6 +1473,7 @@ def test_a_tenant_and_settings_come_from_variables() -> None:
     assert (dict(read.settings), read.reset) == ({}, "always")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value", "path", "message"),
     [
@@ -1591,6 +1593,7 @@ def test_every_field_is_declared_but_those_that_are_no_keys() -> None:
         assert fields - {setting.field for setting in keys.values()} <= {"name", "origin"}
 
 
+@pytest.mark.slow
 def test_the_reference_page_is_the_one_that_the_declarations_give() -> None:
     generator = REPOSITORY / "doc" / "generate_config.py"
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

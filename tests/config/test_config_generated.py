@@ -510,6 +510,7 @@ def test_every_key_can_be_made_wrong_here() -> None:
     assert len(FAULTS) * EACH == 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_one_wrong_thing_is_one_error_that_names_it(fault: Callable[..., Wrong]) -> None:
     for seed in range(EACH):

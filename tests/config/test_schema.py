@@ -142,6 +142,7 @@ def test_variables_stand_for_any_scalar() -> None:
     assert VALIDATOR.is_valid(tree)
 
 
+@pytest.mark.slow
 def test_what_is_published_is_in_step() -> None:
     assert json.loads(PUBLISHED.read_text(encoding="utf-8")) == schema(), "run python doc/generate_config.py"
     done = subprocess.run(

@@ -31,6 +31,8 @@ import pgdbpool
 from pgdbpool._config.load import load
 from pgdbpool.cluster import Cluster, config_yaml
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def room(known_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:

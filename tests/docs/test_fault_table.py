@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from written import functions_in
 
 TESTS = Path(__file__).parents[1]
@@ -16,6 +17,7 @@ def named() -> list[str]:
     return re.findall(r"``(test_\w+)``", TABLE.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_test_that_the_table_names_exists_once() -> None:
     suite = functions_in(*TESTS.rglob("test_*.py"))
     assert {name: suite[name] for name in named()} == dict.fromkeys(named(), 1)

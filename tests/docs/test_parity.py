@@ -30,6 +30,7 @@ def rows() -> list[tuple[str, str, str]]:
 ROWS = rows()
 
 
+@pytest.mark.slow
 def test_every_test_that_a_row_names_exists_once() -> None:
     suite = functions_in(*TESTS.rglob("test_*.py"))
     named = {name for row in ROWS for name in re.findall(r"``(\w+)``", row[2])}

@@ -299,6 +299,7 @@ def test_a_block_may_still_name_its_session_itself(start: Any) -> None:
 # Slow blocks and statements.
 
 
+@pytest.mark.slow
 def test_a_slow_statement_is_logged_without_its_parameters(start: Any, records: Any) -> None:
     start(slow_query="500ms")
     for number, group in enumerate(("auto", "manual"), 1):
@@ -325,6 +326,7 @@ def test_sets_of_parameters_are_one_slow_statement(start: Any, records: Any) -> 
     assert record.seconds >= 0.3
 
 
+@pytest.mark.slow
 def test_a_slow_commit_is_logged_as_one(start: Any, records: Any) -> None:
     start(slow_query="500ms")
     with Handler("manual") as db:
@@ -349,6 +351,7 @@ def test_a_statement_that_fails_late_is_slow_too(start: Any, records: Any) -> No
     assert record.statement == "SELECT pg_sleep(30)"
 
 
+@pytest.mark.slow
 def test_a_slow_block_is_logged_at_its_end(start: Any, records: Any) -> None:
     start(slow_block="500ms")
     with Handler("auto") as db:
@@ -444,6 +447,7 @@ def test_the_status_has_how_long_blocks_took(start: Any) -> None:
     json.dumps(status.to_dict())
 
 
+@pytest.mark.slow
 def test_a_wait_is_counted_apart_from_the_use(known_cluster: Any) -> None:
     Connection.init(config([known_cluster.primary], auto={"connection_count": 1}))
     try:
@@ -514,6 +518,7 @@ def test_retries_are_counted(counted: Any, records: Any, known_cluster: Any) -> 
     assert record.reason
 
 
+@pytest.mark.slow
 def test_a_promotion_is_counted_as_a_failover(known_cluster: Any, records: Any, mode: str) -> None:
     primary, standby = known_cluster.nodes[:2]
     nodes = [server(primary, label="one"), server(standby, label="two")]

@@ -16,6 +16,8 @@ import pgdbpool
 from pgdbpool import Connection, Handler
 from pgdbpool.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def admin(known_cluster: Cluster) -> Iterator[psycopg.Connection[Any]]:

@@ -195,6 +195,7 @@ def test_the_time_out_tells_of_the_holders_in_the_same_way(start: Any, mode: str
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_statement_under_way_is_told_of_too(known_cluster: Any, records: Any) -> None:
     Connection.init(config([known_cluster.primary], auto={"connection_count": 1, "leak_after": 0.05}))
     try:
@@ -251,6 +252,7 @@ def test_a_forked_child_watches_its_own_blocks(start: Any, mode: str, records: A
 # max_hold.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "manual"])
 def test_the_query_of_an_overdue_block_is_cancelled(known_cluster: Any, records: Any, group: str) -> None:
     base = {"connection_count": 1, "max_hold": 1, "timeout": 10}
@@ -280,6 +282,7 @@ def test_the_query_of_an_overdue_block_is_cancelled(known_cluster: Any, records:
         Connection.reset()
 
 
+@pytest.mark.slow
 def test_an_overdue_block_that_does_nothing_gives_its_place_to_another(start: Any, mode: str) -> None:
     start(max_hold=1, timeout=10)
     leaked = Handler("manual").__enter__()
@@ -317,6 +320,7 @@ def handlers() -> Iterator[Callable[[Callable[[], Any]], None]]:
         logging.getLogger("pgdbpool").removeHandler(handler)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_log_that_raises_keeps_no_connection(start: Any, mode: str, handlers: Any) -> None:
     start(leak_after=0.02, max_hold=0.1)
@@ -352,6 +356,7 @@ def test_a_log_that_hangs_keeps_no_connection(start: Any, mode: str, handlers: A
     wait_for(lambda: (len(records("block.leaked")), len(records("block.overdue"))) == (2, 2))
 
 
+@pytest.mark.slow
 def test_an_overdue_autocommit_block_goes_on_with_another_connection(
     start: Any, mode: str, records: Any
 ) -> None:
@@ -374,6 +379,7 @@ def test_a_block_that_ends_in_time_keeps_its_connection(start: Any, mode: str) -
     assert len(pids) == 1
 
 
+@pytest.mark.slow
 def test_many_blocks_at_the_limit_leave_the_pool_whole(known_cluster: Any) -> None:
     group = {"connection_count": 4, "max_hold": 0.03, "timeout": 20}
     Connection.init(config([known_cluster.primary], auto=group))

@@ -210,6 +210,7 @@ def test_interrupted_waits_lose_nothing_of_the_share(start: Any, priority: Any) 
     assert settled() == (0, 0)
 
 
+@pytest.mark.slow
 def test_one_saturated_group_does_not_slow_another(start: Any) -> None:
     start(connection_count=2, max_waiting=4, timeout=20)
     stop = threading.Event()

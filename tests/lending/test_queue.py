@@ -135,6 +135,7 @@ def test_a_waiter_learns_at_once_that_no_server_is_left(
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_a_burst_connects_side_by_side(start: Any, known_cluster: Any, proxy_to: Any) -> None:
     proxy = proxy_to(known_cluster.primary)
     proxy.delay = 0.2
@@ -156,6 +157,7 @@ def test_a_burst_connects_side_by_side(start: Any, known_cluster: Any, proxy_to:
     assert one < 8 * 0.8 / 2  # one after another would take 8 connects of 0.8 s at least
 
 
+@pytest.mark.slow
 def test_threads_share_fairly(start: Any) -> None:
     start(connection_count=2)
     blocks = [0] * 6

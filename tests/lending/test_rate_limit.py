@@ -118,6 +118,7 @@ def test_a_block_waits_for_its_turn_and_is_refused_when_that_is_too_far(start: A
     assert (status.in_use, status.waiting) == (0, 0)
 
 
+@pytest.mark.slow
 def test_threads_get_exactly_what_the_rate_allows_in_the_order_they_came(start: Any) -> None:
     start(per_second=20, burst=1, max_wait=30)
     limiter = Connection.group("g").limiter
@@ -143,6 +144,7 @@ def test_threads_get_exactly_what_the_rate_allows_in_the_order_they_came(start: 
     assert sum(abs(place - i) for place, i in enumerate(order)) < 60
 
 
+@pytest.mark.slow
 def test_interrupted_waiters_take_no_token_and_leave_the_queue(start: Any) -> None:
     start(per_second=20, burst=1, max_wait=60)
     limiter = Connection.group("g").limiter
@@ -181,6 +183,7 @@ def test_interrupted_waiters_take_no_token_and_leave_the_queue(start: Any) -> No
     assert taken >= 0.7 * allowed  # a token lost with each interruption would leave far less
 
 
+@pytest.mark.slow
 def test_those_behind_an_interrupted_waiter_move_up(start: Any) -> None:
     start(per_second=0.5, burst=1, max_wait=60)
     limiter = Connection.group("g").limiter

@@ -20,6 +20,8 @@ from pgdbpool import Connection, Handler
 from pgdbpool._process.observer import Observer
 from pgdbpool.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def pools(known_cluster: Cluster, mode: str) -> Iterator[Callable[..., dict[str, Any]]]:

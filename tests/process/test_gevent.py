@@ -15,7 +15,10 @@ from proxy import Proxy
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("gevent") is None, reason="gevent is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("gevent") is None, reason="gevent is not installed"),
+]
 
 PATCH = "from gevent import monkey; monkey.patch_all()"
 START = """

@@ -110,6 +110,7 @@ def test_a_standby_down_is_degraded_and_a_primary_unhealthy(known_cluster: Any, 
     assert report["groups"]["write"]["not_served_by"].keys() == {n.label for n in known_cluster.nodes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_stopped_server_costs_the_timeout_and_the_others_nothing(
@@ -176,6 +177,7 @@ def test_a_drained_server_is_degraded(known_cluster: Any) -> None:
     assert Connection.health()["status"] == "healthy"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_after_a_failover_the_new_primary_serves_and_the_old_one_does_not(
     known_cluster: Any, mode: str
@@ -191,6 +193,7 @@ def test_after_a_failover_the_new_primary_serves_and_the_old_one_does_not(
         assert db.connection.info.port == new.port
 
 
+@pytest.mark.slow
 def test_another_thread_does_not_touch_a_lock_free_pool(known_cluster: Any) -> None:
     Connection.init(config([known_cluster.primary], "non-threaded", g={"connection_count": 1}))
     with Handler("g") as db:
@@ -204,6 +207,7 @@ def test_another_thread_does_not_touch_a_lock_free_pool(known_cluster: Any) -> N
     assert endpoint["connect_latency"] > 0
 
 
+@pytest.mark.slow
 def test_requests_and_checks_do_not_disturb_each_other(known_cluster: Any) -> None:
     node = server(known_cluster.primary, query_timeout="30s")
     Connection.init(config([node], g={"connection_count": 2, "timeout": 30}))
@@ -302,6 +306,7 @@ application = HealthApp(max_age=0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worker", [["sync"], ["gthread", "--threads", "4", "--preload"]])
 def test_probes_of_a_real_server(known_cluster: Any, tmp_path: Path, worker: list[str]) -> None:
     (tmp_path / "probed.py").write_text(APPLICATION)

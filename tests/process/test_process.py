@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from support import server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -23,6 +23,8 @@ import pgdbpool
 from pgdbpool import Connection, Handler
 from pgdbpool.contrib import gunicorn as hooks
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 RUNNING = (
     "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgdbpool' AND state = 'active' "

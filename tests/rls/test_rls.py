@@ -113,6 +113,7 @@ def one(result: Audit, code: str) -> Finding:
     return finding
 
 
+@pytest.mark.slow
 def test_a_sound_schema_gives_no_error_and_no_warning(admin: Connection) -> None:
     result = audit(admin, [TENANT], role="app")
     assert bad(result) == []
@@ -358,6 +359,7 @@ HOLES: dict[str, tuple[str, list[tuple[str, str, str]], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOLES)
 def test_each_planted_hole_is_found_and_nothing_else(admin: Connection, name: str) -> None:
     plant, expected, message = HOLES[name]
@@ -376,6 +378,7 @@ WITHOUT_REMEDY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in HOLES if name not in WITHOUT_REMEDY])
 def test_each_remedy_ends_its_finding(admin: Connection, name: str) -> None:
     plant, expected, _ = HOLES[name]

@@ -88,6 +88,7 @@ def dotted_password() -> str:
     return FIRST
 
 
+@pytest.mark.slow
 def test_a_function_gives_the_password_of_each_new_connection(start: Any, admin: Any) -> None:
     password = Asked(FIRST, SECOND)
     start(**{"pass": password})
@@ -300,6 +301,7 @@ def hanging() -> Iterator[Hanging]:
     wait_for(lambda: function.told == function.asked)
 
 
+@pytest.mark.slow
 def test_while_a_function_hangs_everything_else_goes_on(
     node: Any, admin: Any, hanging: Hanging, mode: str
 ) -> None:
@@ -329,6 +331,7 @@ def test_while_a_function_hangs_everything_else_goes_on(
     wait_for(observed)
 
 
+@pytest.mark.slow
 def test_while_a_function_hangs_health_is_over_in_time(node: Any, admin: Any, hanging: Hanging) -> None:
     hung = server(node, label="hung", user="web", **{"pass": hanging})
     well = server(node, label="well", user="web", **{"pass": FIRST})
@@ -354,6 +357,7 @@ def test_health_asks_too_and_tells_that_there_is_no_password(start: Any, admin: 
     assert FIRST not in str(health)
 
 
+@pytest.mark.slow
 def test_a_probe_calls_no_function(start: Any, node: Any, proxy_to: Any) -> None:
     proxy = proxy_to(node)
     password, name = Asked(FIRST), Asked("web")
@@ -410,6 +414,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_name_is_resolved_for_each_connection(node: Any, admin: Any, mode: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("")

@@ -119,6 +119,7 @@ def test_one_endpoint_down_at_start_is_a_warning(
     assert f"endpoint 127.0.0.1:{gone['port']} is down" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_goes_down_is_passed_over_and_comes_back(
     start: Any, known_cluster: Any, proxy_to: Any
 ) -> None:
@@ -137,6 +138,7 @@ def test_an_endpoint_that_goes_down_is_passed_over_and_comes_back(
     print(f"fair share again {time.monotonic() - began:.1f} s after its return: {counts()}")
 
 
+@pytest.mark.slow
 def test_a_killed_server_costs_no_error_at_checkout(start: Any, known_cluster: Any) -> None:
     standby, other = known_cluster.standbys
     start([standby, other])
@@ -146,6 +148,7 @@ def test_a_killed_server_costs_no_error_at_checkout(start: Any, known_cluster: A
     wait_for(lambda: len(use()) == 2, 15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["restart", "kill"])
 def test_twenty_stale_connections_after_a_restart_cost_no_error(
     start: Any, known_cluster: Any, how: str
@@ -165,6 +168,7 @@ def test_twenty_stale_connections_after_a_restart_cost_no_error(
     assert first < 1  # milliseconds; a sleep between checks would be a second and more
 
 
+@pytest.mark.slow
 def test_all_down_is_one_error_at_once_with_each_endpoints_reason(
     start: Any, known_cluster: Any, proxy_to: Any
 ) -> None:
@@ -196,6 +200,7 @@ def test_all_down_is_one_error_at_once_with_each_endpoints_reason(
     print(f"first success {time.monotonic() - began:.2f} s after the servers are back")
 
 
+@pytest.mark.slow
 def test_a_down_endpoint_is_dialled_at_most_twice_a_second(start: Any, known_cluster: Any) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -217,6 +222,7 @@ def test_a_down_endpoint_is_dialled_at_most_twice_a_second(start: Any, known_clu
     assert 2 <= len(dials) <= 8  # the first, what it was asked, and two a second
 
 
+@pytest.mark.slow
 def test_a_hung_server_is_found_by_the_ping_and_costs_one_request(
     start: Any, known_cluster: Any, proxy_to: Any
 ) -> None:
@@ -246,6 +252,7 @@ def test_a_request_in_a_hurry_puts_no_endpoint_down(start: Any, known_cluster: A
     use(1)
 
 
+@pytest.mark.slow
 def test_a_statement_on_a_hung_server_ends_with_its_deadline(
     start: Any, known_cluster: Any, proxy_to: Any
 ) -> None:
@@ -272,6 +279,7 @@ def writes() -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_roles_move_with_the_servers() -> None:
     with Cluster(standbys=1) as cluster:
         old, new = cluster.primary, cluster.standbys[0]
@@ -322,6 +330,7 @@ def test_init_names_each_endpoints_own_cause(
     assert not isinstance(caught.value, pgdbpool.DBOfflineError)  # one of them is there
 
 
+@pytest.mark.slow
 def test_init_fails_within_the_connect_timeout(start: Any, known_cluster: Any, proxy_to: Any) -> None:
     proxies = [proxy_to(node) for node in known_cluster.nodes]
     for proxy in proxies:
@@ -334,6 +343,7 @@ def test_init_fails_within_the_connect_timeout(start: Any, known_cluster: Any, p
     assert took < 5  # one after another it would be 6
 
 
+@pytest.mark.slow
 def test_a_password_is_never_shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     secret = "s3cr3t-passw0rd"

@@ -15,6 +15,8 @@ from typing import Any
 import name_server
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(known_cluster: Any, mode: str, tmp_path: Path) -> Callable[[str], dict[str, Any]]:

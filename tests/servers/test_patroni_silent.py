@@ -12,6 +12,8 @@ from support import closed_port, config, server
 
 from pgdbpool import ConfigError, Connection, Handler, TargetUnavailableError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["refuses", "hangs", "speaks no HTTP"])
 def url(request: pytest.FixtureRequest) -> Iterator[str]:

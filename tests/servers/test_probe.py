@@ -80,6 +80,7 @@ def front(encrypted: Cluster, request: pytest.FixtureRequest) -> Iterator[TlsFro
     found.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", ["direct", "postgres"], indirect=True)
 def test_a_server_behind_a_front_for_tls_alone_comes_back(
     front: TlsFront, encrypted: Cluster, mode: str, request: pytest.FixtureRequest
@@ -105,6 +106,7 @@ def test_a_server_behind_a_front_for_tls_alone_comes_back(
         Connection.reset()
 
 
+@pytest.mark.slow
 def test_no_name_is_sent_to_a_server_whose_certificate_is_not_trusted(
     encrypted: Cluster, proxy_to: Any, tmp_path: Path
 ) -> None:
@@ -134,6 +136,7 @@ def test_a_refused_login_is_an_answer(known_cluster: Any) -> None:
         assert probe(endpoint_config(**server(node, ssl=ssl, user="nobody"))).accepting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["first", "second"])
 def test_the_servers_that_a_service_lists_come_back_after_an_outage(
     known_cluster: Any,

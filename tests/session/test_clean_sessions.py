@@ -135,6 +135,7 @@ CLOSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "manual"])
 @pytest.mark.parametrize("what", CLOSED)
 def test_a_session_with_what_cannot_be_cleaned_is_not_the_next_borrowers(

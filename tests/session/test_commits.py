@@ -23,6 +23,8 @@ from pgdbpool import Connection, ConnectionLostError, Handler, NotReplicatedErro
 from pgdbpool._session.outcome import may_commit
 from pgdbpool.cluster import Cluster, Node
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 INSERT = "INSERT INTO t VALUES (1)"
 

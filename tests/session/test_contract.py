@@ -65,6 +65,7 @@ def values(admin: psycopg.Connection[Any]) -> list[int]:
 # Lending.
 
 
+@pytest.mark.slow
 def test_blocks_take_turns_on_the_idle_connections(start: Any) -> None:
     start(connection_count=5)
     seen = []
@@ -463,6 +464,7 @@ def test_a_slow_statement_is_cancelled_and_the_connection_lives_on(start: Any) -
         assert pid in pids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("set_it", ["SET", "SET LOCAL"])
 def test_a_statement_timeout_of_the_block_itself_is_the_clients_as_well(start: Any, set_it: str) -> None:
     start({"query_timeout": 100})
@@ -615,6 +617,7 @@ def test_a_lost_commit_says_that_it_may_have_committed(start: Any, admin: Any) -
     assert values(admin) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_statement_leaves_the_counts_exact(start: Any, mode: str) -> None:
     start({"query_timeout": 0})
 
@@ -655,6 +658,7 @@ def test_a_connection_is_replaced_after_its_lifetime(start: Any) -> None:
     assert Connection.status().groups["auto"].discarded["expired"] >= 1
 
 
+@pytest.mark.slow
 def test_connections_above_min_size_are_closed_when_idle(start: Any, mode: str) -> None:
     start(connection_count=3, min_size=1, max_idle=0.2)
     with Handler("auto"), Handler("auto"), Handler("auto"):

@@ -109,6 +109,7 @@ def test_its_transaction_is_the_blocks(group: str, cls: Any, known_cluster: Clus
     assert numbers(known_cluster.primary) == ([1, 2, 3, 4] if group == "auto" else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 def test_its_errors_are_the_blocks_and_the_next_statement_is_well(group: str, cls: Any) -> None:
     with Handler(group, tenant="acme") as db:

@@ -109,6 +109,7 @@ def test_what_begins_after_it_in_an_open_block_sends_nothing(start: Any) -> None
         assert pid_of(db) == pid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["end", "commit", "transaction"])
 def test_a_commit_after_it_is_a_rollback_that_raises(start: Any, how: str) -> None:
     start()
@@ -197,6 +198,7 @@ def test_binding_takes_no_round_trip(start: Any, known_cluster: Any, proxy_to: A
         assert proxy.round_trips == proxy.syncs == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "manual"])
 def test_a_slow_statement_is_cancelled_by_the_server_and_the_connection_lives_on(
     start: Any, group: str, monkeypatch: pytest.MonkeyPatch
@@ -232,6 +234,7 @@ def test_the_first_statement_of_a_transaction_is_still_sent_again_and_no_later_o
 # A server that does not answer.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "manual"])
 def test_a_hung_server_costs_no_more_than_what_is_left(
     start: Any, known_cluster: Any, proxy_to: Any, group: str, monkeypatch: pytest.MonkeyPatch
@@ -254,6 +257,7 @@ def test_a_hung_server_costs_no_more_than_what_is_left(
         assert db.query("SELECT 1").fetchone()[0] == 1
 
 
+@pytest.mark.slow
 def test_a_ping_of_a_request_in_a_hurry_puts_no_endpoint_down(
     start: Any, known_cluster: Any, proxy_to: Any
 ) -> None:
@@ -269,6 +273,7 @@ def test_a_ping_of_a_request_in_a_hurry_puts_no_endpoint_down(
         assert db.query("SELECT 1").fetchone()[0] == 1
 
 
+@pytest.mark.slow
 def test_a_connect_is_cut_to_what_is_left(start: Any, known_cluster: Any, proxy_to: Any) -> None:
     proxy = proxy_to(known_cluster.primary)
     start({"port": proxy.port, "connect_timeout": 20}, min_size=0, max_lifetime=0.01)
@@ -303,6 +308,7 @@ def test_the_wait_for_a_connection_is_cut_to_what_is_left(known_cluster: Any) ->
         Connection.reset()
 
 
+@pytest.mark.slow
 def test_a_stream_that_flows_ends_with_it(start: Any) -> None:
     start({"query_timeout": "30s"})
     began = time.monotonic()

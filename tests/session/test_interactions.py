@@ -226,6 +226,7 @@ def test_a_reload_may_end_a_rate_limit_before_a_block_asks_for_its_turn(
     assert in_time(work) == 1
 
 
+@pytest.mark.slow
 def test_health_goes_on_while_a_server_is_added(known_cluster: Cluster, proxy_to: Any) -> None:
     proxy = proxy_to(known_cluster.primary)
     hung = server(known_cluster.primary, label="a", port=proxy.port)
@@ -302,6 +303,7 @@ def test_a_server_that_reports_no_role_is_asked_again_after_it_refused_a_write(
 # The background.
 
 
+@pytest.mark.slow
 def test_the_background_survives_what_goes_wrong_in_it(known_cluster: Cluster) -> None:
     Connection.init(config([server(known_cluster.primary, label="a")], g={"connection_count": 1}))
     (endpoint,) = Connection.group("g").endpoints
@@ -450,6 +452,7 @@ def test_a_signal_handler_may_replace_the_connections(known_cluster: Cluster, mo
     assert Connection.group("g").status().size <= 3
 
 
+@pytest.mark.slow
 def test_a_signal_refuses_blocks_though_a_change_holds_the_pools(known_cluster: Cluster) -> None:
     Connection.init(config([known_cluster.primary], g={"connection_count": 1}))
     held, release = threading.Event(), threading.Event()

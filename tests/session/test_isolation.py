@@ -7,6 +7,8 @@ from isolation import Plan, run
 
 from pgdbpool.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 HAPPENED = (
     "backends killed", "sessions left unclean", "tenant changed by the block", "autocommit switched",
     "nested blocks", "notifications", "blocks with two threads", "tables changed", "tables of a schema read",

@@ -55,6 +55,7 @@ EFFECTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_a_connection_kept_after_its_block_refuses_all_that_has_an_effect(group: str, effect: str) -> None:
     with Handler(group) as db:

@@ -103,6 +103,7 @@ def test_autocommit_reads_as_the_group_has_it_in_each_block(start: Any, group: s
             assert db.connection.autocommit is not auto
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "auto_t"])
 def test_autocommit_false_makes_transactions_that_end_as_psycopgs_do(
     start: Any, admin: Any, group: str

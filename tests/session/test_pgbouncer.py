@@ -17,6 +17,8 @@ import pgdbpool
 from pgdbpool import Connection, Handler
 from pgdbpool.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 A, B = "a", "b"
 MODES = ["threaded", "non-threaded"]
 GROUPS = ["auto", "manual"]

@@ -61,6 +61,7 @@ INSERT = "INSERT INTO t VALUES (%s, current_setting('app.tenant', true))"
 # Two-phase commit.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["commit", "rollback", "recovered", "one-phase"])
 def test_two_phase_commit_works_with_the_tenant(group: str, admin: Any, end: str) -> None:
     with Handler(group, tenant="acme") as db:

@@ -14,6 +14,8 @@ import pgdbpool
 from pgdbpool import Connection, DBQueryError, Handler
 from pgdbpool.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 GROUPS = ["auto", "manual"]
 MANY = 70_000
 REFUSED = {

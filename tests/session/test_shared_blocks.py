@@ -101,6 +101,7 @@ def rolled_back(db: Handler) -> list[Any]:
 WAYS = [plain, with_parameters, several, many, stream, copy, raw, done]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "manual"])
 @pytest.mark.parametrize("way", WAYS)
 def test_each_statement_of_each_thread_has_the_tenant(start: None, group: str, way: Any) -> None:

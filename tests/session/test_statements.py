@@ -76,6 +76,7 @@ def test_a_long_text_is_read_in_one_go(text: str) -> None:
     assert process_time() - began < 5  # minutes, if any part were read anew from each place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, _PIECE - 6, _PIECE - 1, _PIECE, 2 * _PIECE + _OVERLAP - 3])
 @pytest.mark.parametrize("word", ["set_config", "CREATE TEMP", "with   hold", "pg_advisory_lock"])
 def test_a_word_is_found_anywhere_in_a_long_text(at: int, word: str) -> None:

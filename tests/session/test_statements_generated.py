@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import psycopg
+import pytest
 
 from pgdbpool._session.statement_shape import _analyse as shape
 from pgdbpool.cluster import Cluster
@@ -109,6 +110,7 @@ def tags(conn: psycopg.Connection[Any], text: str) -> list[bytes] | None:
     return None if refused else found
 
 
+@pytest.mark.slow
 def test_statements_are_counted_as_the_server_counts_them(cluster: Cluster) -> None:
     texts = Texts(1)
     accepted = several = 0

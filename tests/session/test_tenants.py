@@ -70,6 +70,7 @@ def seen(db: Handler) -> list[str] | None:
 # What a block sees.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_block_sees_its_tenants_rows_only(start: Any, group: str) -> None:
     start()
@@ -508,6 +509,7 @@ def test_settings_hold_for_the_block_and_not_longer(start: Any, group: str, know
             assert db.query(shown).fetchone() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_statement_timeout_of_the_block(start: Any, group: str) -> None:
     start(query_timeout=100)
@@ -572,6 +574,7 @@ def test_the_tenant_goes_with_the_block_to_another_connection(start: Any, known_
 # The audit of a configured group.
 
 
+@pytest.mark.slow
 def test_the_audit_of_a_group_is_silent_on_a_sound_schema_and_finds_a_hole(
     start: Any, known_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -604,6 +607,7 @@ def test_a_group_without_a_tenant_setting_cannot_be_audited(start: Any, known_cl
         Connection.audit_rls("g")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize(
     "text", ["SELECT '1' /* a /* b; */ c; */", "SELECT 'a;'\n'b;'", "SELECT $a$;$$;$a$", "SELECT E'\\';'"]

@@ -51,6 +51,7 @@ def scrape(site: Site) -> dict[tuple[str, ...], float]:
     return samples(text)
 
 
+@pytest.mark.slow
 def test_the_scrape_of_four_workers_adds_up_to_the_load(known_cluster: Any, tmp_path: Path) -> None:
     servers = [server(node, label=f"db-{number}") for number, node in enumerate(known_cluster.nodes, 1)]
     groups = {"read": {"connection_count": 2}, "write": {"connection_count": 2, "target": "primary"}}
@@ -121,6 +122,7 @@ def test_metrics_answer_this_machine_alone_by_default() -> None:
     assert answered == ["403 Forbidden"]
 
 
+@pytest.mark.slow
 def test_without_the_library_the_error_names_the_extra() -> None:
     code = "import sys; sys.modules['prometheus_client'] = None; import pgdbpool.metrics"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -180,6 +182,7 @@ def test_idle_connections_that_were_ended_alone_say_nothing_of_their_server(
         Connection.reset()
 
 
+@pytest.mark.slow
 def test_a_master_that_loaded_the_application_counts_as_no_process(
     known_cluster: Any, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_connections_are_counted_by_state(measured: Measured) -> None:
     assert measured("pending_requests").value == 0
 
 
+@pytest.mark.slow
 def test_durations_are_measured(measured: Measured) -> None:
     for _ in range(5):
         with Handler("g") as db:
@@ -156,6 +157,7 @@ def test_a_failed_statement_is_marked_without_the_values_in_its_error(spans: InM
     assert "no number" not in span.to_json()
 
 
+@pytest.mark.slow
 def test_each_way_to_send_a_statement_makes_one_span(spans: InMemorySpanExporter) -> None:
     with Handler("tx") as db:
         db.execute("CREATE TEMPORARY TABLE t (n int)")

@@ -26,6 +26,8 @@ from pgdbpool._status.runtime_dir import RuntimeDir
 from pgdbpool.errors import RuntimeDirError
 from pgdbpool.overview import gather, overview
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> str:

@@ -147,6 +147,7 @@ def test_behind_a_pooler_the_servers_limits_are_not_ours() -> None:
 MODES = ["threaded", "non-threaded"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_init_warns_of_what_cannot_fit(
     known_cluster: Any, mode: str, caplog: pytest.LogCaptureFixture

@@ -140,6 +140,7 @@ def test_draining_is_off_unless_it_is_enabled(place: str) -> None:
         assert room.commands() == {}
 
 
+@pytest.mark.slow
 def test_only_the_page_itself_can_drain(place: str) -> None:
     app = StatusApp(actions=True)
     form = form_of(app)

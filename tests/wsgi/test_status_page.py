@@ -20,6 +20,8 @@ from support import wait_for as wait_until
 
 from pgdbpool.cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 needs_chromium = pytest.mark.skipif(
     PROGRAM is None, reason="no Chromium here: install Debian's package `chromium`, or put one in PATH"
 )
