@@ -116,16 +116,7 @@ def recommend(
     :param busy: share of a block's time in which the server works for it; the rest is the application's.
     :raises ValueError: a number that cannot be, or a group with an unknown server or with none.
     """
-    if processes < 1 or threads < 1:
-        raise ValueError(f"processes={processes!r} and threads={threads!r} must be at least 1")
-    if not 0 <= headroom < 1 or not 0 < busy <= 1:
-        raise ValueError(f"headroom={headroom!r} must be from 0 to below 1, busy={busy!r} above 0 to 1")
-    if not groups:
-        raise ValueError("there is no group to recommend anything for")
-    for group, names in groups.items():
-        unknown = ", ".join(sorted(repr(name) for name in names if name not in servers))
-        if unknown or not names:
-            raise ValueError(f"group {group!r} uses {unknown or 'no server'}; known are {', '.join(servers)}")
+    _check_sizes(groups, servers, processes, threads, headroom, busy)
     room: dict[str, dict[str, int]] = {}
     for name, server in servers.items():
         limits = {f"what {name} admits": math.floor(server.usable * (1 - headroom)) // processes}
@@ -161,6 +152,27 @@ def recommend(
             for name, server in servers.items()
         },
     )
+
+
+def _check_sizes(
+    groups: Mapping[str, Collection[str]],
+    servers: Mapping[str, Server],
+    processes: int,
+    threads: int,
+    headroom: float,
+    busy: float,
+) -> None:
+    """Refuse numbers that cannot be, and groups without a known server; raises ValueError."""
+    if processes < 1 or threads < 1:
+        raise ValueError(f"processes={processes!r} and threads={threads!r} must be at least 1")
+    if not 0 <= headroom < 1 or not 0 < busy <= 1:
+        raise ValueError(f"headroom={headroom!r} must be from 0 to below 1, busy={busy!r} above 0 to 1")
+    if not groups:
+        raise ValueError("there is no group to recommend anything for")
+    for group, names in groups.items():
+        unknown = ", ".join(sorted(repr(name) for name in names if name not in servers))
+        if unknown or not names:
+            raise ValueError(f"group {group!r} uses {unknown or 'no server'}; known are {', '.join(servers)}")
 
 
 def _full(

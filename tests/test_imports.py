@@ -61,7 +61,7 @@ LATE = {
     "_servers.driver", "_session.decoding",
 }  # fmt: skip
 NEEDED_EARLY = {
-    f"_config{name}" for name in ("", ".declarations", ".password_file", ".service_file", ".value_types")
+    f"_config{name}" for name in ("", ".declarations", ".password_file", ".service_file", ".text_types")
 }
 
 

@@ -68,13 +68,7 @@ def _server(entry: object, path: str, report: Report) -> dict[str, Any]:
     if fields.get("conninfo") is not None:
         params = _merge_conninfo(fields, path, report)
     if fields.get("pass_file") is not None:
-        if fields.get("password") is not None:
-            report.add(f"{path}.pass_file", "contradicts the password that is given too; keep one of the two")
-        else:
-            try:
-                fields["password"] = read_password(fields["pass_file"])
-            except Refused as error:
-                report.refused(f"{path}.pass_file", error)
+        _read_pass_file(fields, path, report)
     for name in fields.get("options", ()):
         where = f"{path}.options{step(name)}"
         if name.lower() == "statement_timeout":
@@ -91,6 +85,17 @@ def _server(entry: object, path: str, report: Report) -> dict[str, Any]:
             message = f"libpq's default host or port ({show(fields['label'])}) names several servers"
             report.add(path, f"{message}: give host and port")
     return fields
+
+
+def _read_pass_file(fields: dict[str, Any], path: str, report: Report) -> None:
+    """Set the password to the one in the file."""
+    if fields.get("password") is not None:
+        report.add(f"{path}.pass_file", "contradicts the password that is given too; keep one of the two")
+        return
+    try:
+        fields["password"] = read_password(fields["pass_file"])
+    except Refused as error:
+        report.refused(f"{path}.pass_file", error)
 
 
 def _check_pooled_server(
@@ -146,25 +151,30 @@ def _merge_conninfo(fields: dict[str, Any], path: str, report: Report) -> dict[s
     if re.search(r"statement[-_]timeout", params.get("options", ""), re.IGNORECASE):
         report.add(where, "sets statement_timeout, which must be left to query_timeout")
     for name, text in params.items():
-        setting = _BY_PARAMETER.get(name)
-        if setting is None or not text:
-            continue
-        digits = not setting.key.kind.text and re.fullmatch(r"-?[0-9]{1,18}", text)
-        try:
-            value = setting.key.kind.read(int(text) if digits else text)
-        except Refused as error:
-            message = error.problems[0][1]
-            if name == "port" and not digits:  # what follows a colon may be a password
-                message = f"must be {setting.key.kind.allowed}"
-            report.add(where, f"its {name} {message}")
-            continue
-        given = fields.get(setting.field)
-        if given is None:
-            fields[setting.field] = value
-        elif given != value:
-            here, there = (show(side, setting.key.kind.secret) for side in (given, value))
-            report.add(f"{path}.{setting.name}", f"contradicts conninfo: {here} here, {there} there")
+        if text and name in _BY_PARAMETER:
+            _merge_parameter(name, text, fields, path, report)
     return params
+
+
+def _merge_parameter(name: str, text: str, fields: dict[str, Any], path: str, report: Report) -> None:
+    """Add one parameter of a conninfo to the fields, unless another value is given there."""
+    setting = _BY_PARAMETER[name]
+    kind = setting.key.kind
+    digits = not kind.text and re.fullmatch(r"-?[0-9]{1,18}", text)
+    try:
+        value = kind.read(int(text) if digits else text)
+    except Refused as error:
+        message = error.problems[0][1]
+        if name == "port" and not digits:  # what follows a colon may be a password
+            message = f"must be {kind.allowed}"
+        report.add(f"{path}.conninfo", f"its {name} {message}")
+        return
+    given = fields.get(setting.field)
+    if given is None:
+        fields[setting.field] = value
+    elif given != value:
+        here, there = (show(side, kind.secret) for side in (given, value))
+        report.add(f"{path}.{setting.name}", f"contradicts conninfo: {here} here, {there} there")
 
 
 def _unknown_parameter(message: str, conninfo: str) -> str:

@@ -21,7 +21,7 @@ from .model import (
 )
 from .report import Report, read, refused
 from .setting_types import twice
-from .value_types import Label
+from .text_types import Label
 
 _FLAT = ("setting", "type", "pattern")  # of a tenant with one setting
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from .._config import model as config
 from .declarations import Key, Setting
-from .value_types import DURATION_EXAMPLES, VARIABLE, Section
+from .text_types import VARIABLE
+from .value_types import DURATION_EXAMPLES, Section
 
 PUBLISHED = Path(__file__).with_name("pgdbpool.schema.json")
 """The schema as a file, installed with the package."""

@@ -19,28 +19,19 @@ from psycopg.conninfo import conninfo_to_dict
 
 from .declarations import Key, Setting, settings_of
 from .setting_types import Pattern, ServerSettings, TenantName
+from .text_types import Directory, Factory, File, Host, Label, Provided, ProvidedSecret, Secret, Text, Url
 from .value_types import (
-    Directory,
-    Factory,
-    File,
     Flag,
-    Host,
     Ignored,
     Integer,
-    Label,
     Labels,
     LagLimit,
     MaxLag,
     Milliseconds,
     Number,
-    Provided,
-    ProvidedSecret,
     Seconds,
-    Secret,
     Section,
     Subclass,
-    Text,
-    Url,
     Word,
 )
 

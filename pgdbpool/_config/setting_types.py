@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from .._util.transaction_modes import canonical, is_mode, mode_value
 from .declarations import Kind, Refused, Unreadable, show, step
-from .value_types import Text, is_text
+from .text_types import Text, is_text
 
 _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", re.ASCII)
 _PART_LIMIT = 63

@@ -14,7 +14,7 @@ import psycopg
 
 from .._config.declarations import Refused
 from .._config.password_file import read_password
-from .._config.value_types import is_text
+from .._config.text_types import is_text
 from .._util import log_events as events
 from .._util.background_call import BackgroundCall, SingleFlight
 from ..errors import CredentialError

@@ -97,6 +97,13 @@ def on_table(
     if table.forced and table.owned:
         message = f"{role} has the rights of its owner {table.owner}, so it may switch row-level security off"
         yield Finding("info", "table-owned", it, message)
+    yield from _on_rights(role, table)
+    yield from _on_coverage(role, table, policies, commands)
+
+
+def _on_rights(role: str, table: Table) -> Iterator[Finding]:
+    """Find rights on a table that no policy restricts."""
+    it = table.name
     if table.allows("TRUNCATE"):
         message = f"{role} may TRUNCATE it, which no policy prevents"
         yield Finding("error", "truncate-granted", it, message, _revoke(role, table, "TRUNCATE"))
@@ -108,6 +115,13 @@ def on_table(
             message = f"{role} has {privilege} on it, to which no policy applies: {why}"
             remedy = _revoke(role, table, privilege)
             yield Finding("info", f"{privilege.lower()}-granted", it, message, remedy)
+
+
+def _on_coverage(
+    role: str, table: Table, policies: Sequence[Policy], commands: Sequence[str]
+) -> Iterator[Finding]:
+    """Find commands that the role has a right to, and that no policy allows a row for."""
+    it = table.name
     if not policies:
         yield Finding("info", "no-policy", it, f"it has no policy, so {role} reads and writes no row")
         return
