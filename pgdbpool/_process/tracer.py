@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .._lending import group as opening
+from .._lending import opening
 from .._lending.group import Group
 from .._session.commands import IDLE
-from .._session.cursors import BlockCursor, BlockServerCursor
+from .._session.cursors import BlockCursor
+from .._session.server_cursor import BlockServerCursor
 from .._session.transactions import TransactingConnection
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from .._request.tenant import current_tenant
 from .block import UNBOUND, Binding, Block
 from .commands import ACTIVE, IDLE, INTRANS, OPEN
 from .connection import PooledConnection
-from .cursors import BlockCursor, BlockServerCursor
+from .cursors import BlockCursor
 from .ended import Ended, adopt
+from .server_cursor import BlockServerCursor
 from .stay_cursors import StayCursor, StayServerCursor
 
 GIVEN_BACK = "this connection is already given back to its pool: take another with Connection.getconn(group)"

@@ -9,7 +9,8 @@ from typing import Any
 
 import psycopg
 
-from .cursors import BlockClientCursor, BlockCursor, BlockServerCursor
+from .cursors import BlockClientCursor, BlockCursor
+from .server_cursor import BlockServerCursor
 
 
 class StayCursor(BlockCursor):
