@@ -109,8 +109,9 @@ class PgDbPoolDialect(PGDialect_psycopg):
         if self._native_inet_types is False:
             for name in ("inet", "cidr"):
                 conn.adapters.register_loader(name, TextLoader)
-        if self._json_deserializer:
-            set_json_loads(self._json_deserializer, conn)
+        deserializer: Any = self._json_deserializer  # its type differs between 2.0 and 2.1
+        if deserializer:
+            set_json_loads(deserializer, conn)
         if self._json_serializer:
             set_json_dumps(self._json_serializer, conn)
         if self._hstore is not None:
