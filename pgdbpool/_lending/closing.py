@@ -1,4 +1,4 @@
-"""How a group parts with connections: closed, expired, taken away, or left to a server in a commit."""
+"""How a group gives up connections: closed, expired, taken away, or left in a commit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 EXPIRED = float("-inf")
-"""When a connection has expired that is to be replaced, whatever its age."""
+"""The expiry time of a connection that is to be replaced, whatever its age."""
 
 
 class ClosingGroup(TellingGroup):
-    """A group that gives the places of its connections back, each exactly once."""
+    """A group that frees the slot of each connection exactly once."""
 
     def _drop(self, conn: PooledConnection, reason: str) -> None:
         self._discarded[reason] += 1
@@ -45,9 +45,9 @@ class ClosingGroup(TellingGroup):
                 self._free(conn, slot)
 
     def _free(self, conn: PooledConnection, slot: Slot) -> None:
-        """Give a connection's slot back at once, whatever error's traceback still holds it.
+        """Free the slot of a connection at once, even if the traceback of an error still holds it.
 
-        Not that of a session which was left in a commit: the server has one process more for it.
+        The slot of a session left in a commit stays taken: the server still runs a process for it.
         """
         if not conn.left or self.ending or conn.endpoint.config.pooler:
             self._pool.free(slot)
@@ -63,7 +63,7 @@ class ClosingGroup(TellingGroup):
         self.on_left()
 
     def let_go(self, session: LeftSession, reason: str) -> None:
-        """Give back the place of a session that was left in a commit."""
+        """Free the slot of a session that was left in a commit."""
         if session not in self.left:
             return
         self.left.remove(session)
@@ -77,19 +77,19 @@ class ClosingGroup(TellingGroup):
         self._pool.refill()
 
     def let_all_go(self, endpoint: Endpoint) -> None:
-        """Give back the places of what was left at a server that is down."""
+        """Free the slots of all sessions left at a server that is down."""
         for session in [session for session in self.left if session.endpoint is endpoint]:
             self.let_go(session, "the server is down")
 
     def drop_idle(self, endpoint: Endpoint, reason: str) -> None:
-        """Close the idle connections to an endpoint that is not to be used; others take their place."""
+        """Close and replace the idle connections to an endpoint that must not be used."""
         for conn in self._pool.remove(lambda conn: conn.endpoint is endpoint):
             self._drop(conn, reason)
         self._pool.refill()
 
     def expire(self, unwanted: Callable[[PooledConnection], bool] = lambda conn: True) -> None:
-        """Replace the connections that there are: idle ones now, those in use when their blocks end."""
-        self._generation += 1  # first: one that is being opened is either seen below, or sees this
+        """Replace all connections: idle ones now, those in use when their blocks end."""
+        self._generation += 1  # first: a connection being opened is either seen below or sees this
         for slot in self._pool.slots():
             conn = slot.conn() if slot.conn is not None else None
             if conn is not None and unwanted(conn):
@@ -99,20 +99,20 @@ class ClosingGroup(TellingGroup):
         self._pool.refill()
 
     def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> Warn | None:
-        """Take the connection from a block that has it for longer than `max_hold`, in any thread.
+        """Take the connection from a block that has held it for `max_hold`, in any thread.
 
-        What runs is cancelled within the deadline, but what may be committing. The connection is not closed
-        but cut: its own thread, which may be waiting for it, closes it. Returns what warns of it; None where
-        the block has just given it back.
+        A running statement is cancelled within the deadline, unless it may be committing. The connection is
+        not closed but cut: its own thread, which may be waiting for it, closes it. Returns the warning to
+        log, or None if the block has just given the connection back.
         """
         if self._lent.get(conn) is not block or (owner := self._lent.pop(conn, None)) is None:
             return None
-        if owner is not block:  # given back and lent again, between the two
+        if owner is not block:  # given back and lent again between the two lines
             self._lent[conn] = owner
             if conn.block is not owner and self._lent.pop(conn, None) is not None:  # and given back again
                 self._drop(conn, "interrupted")
             return None
-        # Whoever took it out of `_lent` has it: the block's own end finds nothing to give back.
+        # The thread that removed it from `_lent` owns it: the end of the block finds nothing to give back.
         conn.taken_away = True
         seconds = monotonic() - block.since
         self.overdue += 1

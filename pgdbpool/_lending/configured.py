@@ -1,4 +1,4 @@
-"""What a group is configured to do, what it counts, and what its blocks bind."""
+"""The configuration and the counters of a group, and the settings that its blocks bind."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 
 REMEMBERED = 1000
-"""Tenants whose binding a group remembers."""
+"""The number of tenants whose binding a group remembers."""
 
 LOOKED_AT = 5
-"""Connections to an endpoint whose sockets tell the time of a round trip."""
+"""The number of sockets per endpoint that are sampled for the round-trip time."""
 
 
 def _role_last(settings: Bound) -> Bound:
-    """Return the settings with the role at the end, since it may not be allowed to set the others."""
+    """Return the settings with the role last, since the role may not be allowed to set the others."""
     return tuple(sorted(settings, key=lambda pair: pair[0].lower() in ("role", "session_authorization")))
 
 
 def _patience(settings: Bound) -> float | None:
-    """Return how long the client waits for a statement under these settings."""
+    """Return the seconds that the client waits for a statement under these settings."""
     for name, value in settings:
         if name.lower() == "statement_timeout" and (timeout := milliseconds(value)) is not None:
             return timeout / 1000 + GRACE if timeout else None
@@ -53,11 +53,11 @@ def _patience(settings: Bound) -> float | None:
 
 
 class ConfiguredGroup:
-    """A group as its configuration has it: plain attributes, which a reload replaces one by one."""
+    """The configured part of a group: plain attributes, which a reload replaces one by one."""
 
     _pool: Pool
     _probe: Callable[[], None] | None
-    """What a checkout does first: before the first one, and in lock-free mode."""
+    """Called at the start of a checkout: of the first one, and in lock-free mode of each."""
 
     def __init__(
         self,
@@ -76,35 +76,35 @@ class ConfiguredGroup:
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
         self._lent: dict[PooledConnection, Block] = {}
         self._borrowed: set[PooledConnection] = set()
-        """Connections over which a server is asked something, for no block."""
+        """Connections lent to the pool itself for a status query."""
         self._discarded: Counter[str] = Counter()
         self._opened = 0
         self._timeouts = self._rate_limited = self._past_failovers = 0
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
         self.not_replicated = 0
         self.left: list[LeftSession] = []
-        """Sessions that were left in a commit."""
+        """Sessions left in a commit."""
         self._waits = Tally()
-        """Of those who waited in the queue; the others took no time."""
+        """Waiting times of checkouts that had to queue; the others took no time."""
         self.uses: dict[Endpoint, Tally] = {}
         self.connects: dict[Endpoint, Tally] = {}
         self.closed_by = ""
-        """What has closed the pools."""
+        """The cause of the closing of the pools, for error messages."""
         self.ending = False
         """Whether the interpreter is about to exit."""
         self._uneven = False
         self._warned = ""
         self._barred: set[Endpoint] = set()
-        """Endpoints that are up, and not to be used: too far behind, or on an older timeline."""
+        """Endpoints that are up but must not be used: too far behind, or on an older timeline."""
         self._writer: Endpoint | None = None
-        """The server that takes the group's writes, where a hook is told when it is another one."""
+        """The server that takes the writes of the group, if `on_failover` is set."""
         self._generation = 0
-        """How often connections were expired: one that was being opened meanwhile is of the old sort too."""
+        """The number of calls of `expire`: a connection that was being opened meanwhile is outdated too."""
         self._move_at = 0.0
         self._refill_at = 0.0
         self.on_first_use: Callable[[], None] = lambda: None
         self.await_writer: Callable[[Any, float], bool] = lambda group, deadline: False
-        """Waits until the deadline while a primary is on its way; returns whether there is one."""
+        """Waits until the deadline for a primary to be promoted; returns whether one is available."""
         self.on_left: Callable[[], None] = lambda: None
         self.config = config
         self.endpoints: tuple[Endpoint, ...] = ()
@@ -112,7 +112,7 @@ class ConfiguredGroup:
         self._take_over(config, endpoints, row_factory)
 
     def _take_over(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
-        """Set what follows from the configuration; other threads see one part after the other."""
+        """Set the attributes that depend on the configuration; other threads see them change one by one."""
         gone = set(self.endpoints).difference(endpoints)
         self._past_failovers += sum(endpoint.failovers for endpoint in gone)
         self.uses = {endpoint: self.uses.get(endpoint, Tally()) for endpoint in endpoints}
@@ -120,12 +120,12 @@ class ConfiguredGroup:
         self.config = config
         self.manual: bool = not config.autocommit
         self.endpoints = tuple(endpoints)
-        # Where endpoints tie, processes that have few connections each begin at different ones.
+        # On a tie, processes with few connections each start at different endpoints.
         first = random.randrange(len(self.endpoints))
         self._ring = self.endpoints[first:] + self.endpoints[:first]
         self._row_factory = row_factory
         self._hooks = Hooks(config)
-        # What a checkout reads, as plain attributes.
+        # The values that a checkout reads, as plain attributes.
         self._on_checkout, self._at_checkin = self._hooks.on_checkout, self._hooks.at_checkin
         self._timeout = config.timeout
         self._ping_after = {"auto": config.ping_after, "always": -1.0}.get(config.ping, float("inf"))
@@ -141,9 +141,9 @@ class ConfiguredGroup:
         self._wanted = {"primary": b"off", "standby": b"on"}.get(config.target, b"") if trusted else b""
         self._any_role = config.target in ("any", "prefer-standby")
         self._connect_timeout = max(self._dial_timeout(endpoint) for endpoint in self.endpoints)
-        # The last: a block that still found the old settings remembers them in the old dict.
+        # Must be last: a block that still read the old settings stores them in the old dict.
         self._bindings: dict[tuple[type, Any], Binding] = {}
-        """What tenants that were seen bind: the same values again cost one look."""
+        """The bindings of known tenants, so that a repeated one costs one lookup."""
 
     def _make_limiter(self) -> RateLimiter | None:
         limit = self.config.rate_limit
@@ -154,11 +154,11 @@ class ConfiguredGroup:
         return f"<Group {self.name!r} {len(self._lent)} in use, {pool.idle} idle, {pool.waiting} waiting>"
 
     def bind(self, tenant: Any, override: bool, settings: Mapping[str, Any] | None) -> Binding:
-        """Return what a block binds: its tenant, and its and the group's settings.
+        """Return the binding of a block: its tenant, its settings and those of the group.
 
-        :raises TenantRequiredError: the group requires a tenant and there is none.
+        :raises TenantRequiredError: the group requires a tenant and none is set.
         :raises TenantConflictError: another tenant is the current one.
-        :raises SettingError: a value or a name that cannot be bound.
+        :raises SettingError: a value or a name cannot be bound.
         """
         if settings or override:
             return self._bind(tenant, override, settings or {})
@@ -167,12 +167,12 @@ class ConfiguredGroup:
         current = current_tenant()
         chosen = current if tenant is None else tenant
         kind = type(chosen)
-        # No subclass: its values may be equal, and not the same tenant.
+        # Not a subclass: its values may be equal without being the same tenant.
         if (kind is not str and kind is not int and not is_uuid(kind)) or (
             tenant is not None and current is not None
         ):
             return self._bind(tenant, override, {})
-        key = (kind, chosen)  # 1, True and 1.0 are equal, and not the same
+        key = (kind, chosen)  # 1, True and 1.0 are equal but not the same
         remembered = self._bindings
         binding = remembered.get(key)
         if binding is None:
@@ -196,7 +196,7 @@ class ConfiguredGroup:
 
     @property
     def writes(self) -> bool:
-        """Whether the group wants servers that take writes."""
+        """Whether the group needs servers that take writes."""
         return self.config.writes
 
     def _candidates(self) -> list[Candidate]:
@@ -211,11 +211,11 @@ class ConfiguredGroup:
         return endpoint.config.connect_timeout if own is None else own
 
     def connections_to(self, endpoint: Endpoint) -> int:
-        """Return how many connections the group has to the endpoint, those being opened included."""
+        """Return the number of connections to the endpoint, including those being opened."""
         return self._counts()[endpoint]
 
     def sockets_to(self, endpoint: Endpoint) -> list[int]:
-        """Return the file descriptors of some connections to the endpoint; any may be closed meanwhile."""
+        """Return file descriptors of some connections to the endpoint; they may be closed meanwhile."""
         filenos: list[int] = []
         for conn in (*self._pool.lendable(), *list(self._lent)):
             if conn.endpoint is endpoint and len(filenos) < LOOKED_AT:
@@ -224,7 +224,7 @@ class ConfiguredGroup:
         return filenos
 
     def answered(self, endpoint: Endpoint, since: float) -> bool:
-        """Return whether a connection to the endpoint was known to work after that moment."""
+        """Return whether a connection to the endpoint has worked since then."""
         conns = [slot.conn() for slot in self._pool.slots() if slot.conn is not None]
         return any(conn and conn.endpoint is endpoint and conn.used_at > since for conn in conns)
 
@@ -236,14 +236,14 @@ class ConfiguredGroup:
         return list(self._lent.values())
 
     def held_by(self, thread: int) -> int:
-        """Return how many connections blocks of the thread have."""
+        """Return how many connections the blocks of the thread hold."""
         return sum(block.thread == thread for block in self._blocks())
 
     def busy(self, but: int = 0) -> bool:
-        """Tell whether a block has a connection, or gets one, of any thread but that one."""
+        """Return whether a block of any other thread has or is getting a connection."""
         pool = self._pool
         return pool.waiting > 0 or pool.size - pool.idle - len(self.left) > self.held_by(but)
 
     def lent(self, but: int = 0) -> list[PooledConnection]:
-        """Return the connections that are in use, but those of that thread."""
+        """Return the connections in use by other threads."""
         return [conn for conn, block in self.held() if block.thread != but]

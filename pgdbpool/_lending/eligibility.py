@@ -1,4 +1,4 @@
-"""Which servers a group may use now: their state, role, timeline and lag."""
+"""Which servers a group may use now, by state, role, timeline and lag."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 MOVE_EVERY = 0.2
-"""Seconds between two connections that are closed at release to even out the endpoints."""
+"""Minimum seconds between two connections that are closed at release to rebalance the endpoints."""
 
 CAUGHT_UP = 0.5
-"""Share of `max_lag` at which a standby that was over it is used again."""
+"""Share of `max_lag` at which an excluded standby is used again."""
 
 
 class EligibleGroup(ClosingGroup):
-    """A group that follows what becomes known of its servers."""
+    """A group that keeps track of which of its servers it may use."""
 
     def has_writer(self) -> bool:
-        """Tell whether a server of the group is known to be up and to take writes."""
+        """Return whether a server of the group is known to be up and to take writes."""
         return any(map(self._takes_writes, self.endpoints))
 
     def _takes_writes(self, endpoint: Endpoint) -> bool:
@@ -38,7 +38,7 @@ class EligibleGroup(ClosingGroup):
         )
 
     def note_writer(self, endpoint: Endpoint) -> None:
-        """Tell the hook where this server takes the group's writes, and another one did before."""
+        """Call `on_failover` if this server has taken over the writes of the group."""
         if self._hooks.on_failover is None or not self._takes_writes(endpoint):
             return
         with self._lock:
@@ -50,7 +50,7 @@ class EligibleGroup(ClosingGroup):
             self._hooks.on_failover(old.label, endpoint.label)
 
     def note_timelines(self) -> None:
-        """Bar the servers that were left behind by a promotion, if the group writes."""
+        """Exclude the servers that were left behind by a promotion, if the group writes."""
         if not self.writes:
             return
         for endpoint in self.endpoints:
@@ -62,7 +62,7 @@ class EligibleGroup(ClosingGroup):
                 self._barred.discard(endpoint)
 
     def note_lag(self, endpoint: Endpoint) -> None:
-        """Bar a standby that is too far behind; take it back when it has caught up to half of that."""
+        """Exclude a standby that is too far behind; use it again at `CAUGHT_UP` of the limit."""
         limit, lag = self.config.max_lag, endpoint.lag
         if limit is None:
             return
@@ -92,10 +92,10 @@ class EligibleGroup(ClosingGroup):
             self.drop_idle(endpoint, "barred")
 
     def _cut(self, endpoint: Endpoint) -> None:
-        """Cut the connections in use to an endpoint whose writes are lost: no COMMIT there is acknowledged.
+        """Cut the connections in use to an endpoint whose writes are lost, so that no COMMIT is acknowledged.
 
-        What runs is not cancelled: a COMMIT under way has the outcome that the server gives it, and its block
-        the error that it may have happened.
+        Nothing is cancelled: a COMMIT in progress has the outcome that the server gives it, and its block
+        gets the error that it may have happened.
         """
         for slot in self._pool.slots():
             conn = slot.conn() if slot.conn is not None else None
@@ -103,25 +103,25 @@ class EligibleGroup(ClosingGroup):
                 conn.sever(0.0)
 
     def part_with(self, endpoint: Endpoint) -> None:
-        """Replace the connections to an endpoint whose role has changed to one that the group does not want.
+        """Replace the connections to an endpoint whose new role does not suit the group.
 
-        Those in use end with their blocks; the idle ones would be lent on the word that they were told last.
+        Those in use end with their blocks; idle ones would be lent by the role that they last reported.
         """
         role = endpoint.role
         if role is not None and not suits(self.config.target, role, endpoint.read_only):
             self.expire(lambda conn: conn.endpoint is endpoint)
 
     def welcome(self) -> None:
-        """An endpoint is up (again): fill up to `min_size`, and even out at release."""
+        """Fill up to `min_size` and rebalance at release, since an endpoint is up (again)."""
         self._uneven = True
         self._pool.refill()
 
     def _moves(self, conn: PooledConnection, now: float) -> str | None:
-        """Return why a connection would be better closed: too many there, or too many at all."""
+        """Return why a connection should be closed at release: surplus, or better placed elsewhere."""
         size = self._pool.size
         if size > self.config.connection_count:
             return "surplus"
-        if now < self._move_at or size < self.config.min_size:  # those that are missing even it out
+        if now < self._move_at or size < self.config.min_size:  # opening the missing ones rebalances too
             return None
         candidates = self._candidates()
         held = Candidate(conn.endpoint, self.connections_to(conn.endpoint))
@@ -133,9 +133,9 @@ class EligibleGroup(ClosingGroup):
         return None
 
     def borrow(self, endpoint: Endpoint) -> PooledConnection | None:
-        """Take an idle connection to the endpoint out of the pool, to ask something; `give_back` it at once.
+        """Take an idle connection to the endpoint out of the pool for a query; `give_back` it at once.
 
-        None where there is none, or where the pool is another thread's alone.
+        Returns None if there is none, or if the pool belongs to another thread.
         """
         found: list[PooledConnection] = []
 
@@ -151,10 +151,10 @@ class EligibleGroup(ClosingGroup):
         return found[0] if found else None
 
     def give_back(self, conn: PooledConnection, failure: str | None = None) -> None:
-        """Put a connection back that was borrowed; one that failed is closed and replaced."""
+        """Put a borrowed connection back; one that failed is closed and replaced."""
         self._borrowed.discard(conn)
         if failure is None and conn.endpoint in self._barred:
-            failure = "barred"  # meanwhile, when it was spared for the question
+            failure = "barred"  # meanwhile, when it was not among the idle ones
         if failure is None and conn.endpoint.state is State.DRAINING:
             failure = conn.endpoint.state.value  # meanwhile, when it was not among the idle ones
         if failure is None and conn.pgconn.transaction_status == IDLE:
@@ -164,15 +164,15 @@ class EligibleGroup(ClosingGroup):
             self._pool.refill()
 
     def lost_servers(self) -> set[Endpoint]:
-        """Close the idle connections that were closed at the other end; return the servers concerned.
+        """Close idle connections that the server has closed; return the servers concerned.
 
-        It costs a zero-timeout poll for each. In lock-free mode only the owner's thread looks.
+        It costs a zero-timeout poll for each. In lock-free mode only the owning thread polls.
         """
         lost: set[Endpoint] = set()
         if not self._pool.mine():
             return lost
         for conn in self._pool.remove(lambda conn: bool(conn.poll(0))):
-            alive = conn.alive()  # not under the pool's lock: it may call a notice handler
+            alive = conn.alive()  # without the lock of the pool: it may call a notice handler
             if not alive:
                 lost.add(conn.endpoint)
             self.give_back(conn, None if alive else "lost")

@@ -52,13 +52,13 @@ LASTING = (
     "target", "row_factory", "prepare_threshold", "sqlprepare", "query_timeout", "connection_class",
     "configure", "tenant", "slow_query", "annotate", "reset",
 )  # fmt: skip
-"""Keys that a connection has from when it was opened: where one changes, it is replaced."""
+"""Keys that are fixed when a connection is opened: if one changes, connections are replaced."""
 
 REFILL_AFTER = 1.0
-"""Seconds for which a lock-free pool that could not open a connection at a checkout makes do."""
+"""Seconds until a lock-free pool retries to open missing connections at a checkout."""
 
 LEFT_EVERY = 0.01
-"""Seconds between two looks of a lock-free checkout for a session that was left in a commit."""
+"""Seconds between two checks of a lock-free checkout for the end of a session left in a commit."""
 
 
 def users_of(endpoint: Endpoint) -> Sequence[Group]:
@@ -69,9 +69,9 @@ def users_of(endpoint: Endpoint) -> Sequence[Group]:
 class Group(OpeningGroup):
     """One pool of connections over the group's endpoints.
 
-    `_lock` is held from looking at where the connections are to placing one more, so that two
-    requests do not choose the same endpoint; never while anything waits. It is re-entrant, since a signal
-    handler or a finalizer may use the group. In lock-free mode it does nothing.
+    `_lock` is held while an endpoint is chosen and the slot assigned to it, so that two requests do not
+    choose the same endpoint; never during a wait. It is re-entrant, since a signal handler or a finalizer
+    may use the group. In lock-free mode it does nothing.
     """
 
     def __init__(
@@ -109,26 +109,26 @@ class Group(OpeningGroup):
         )
 
     def admit(self, block: Block) -> None:
-        """Wait for the block's turn, where the group has a rate limit.
+        """Wait for the turn of the block, if the group has a rate limit.
 
-        :raises RateLimitExceeded: that would take too long.
+        :raises RateLimitExceeded: it would take too long.
         :raises DeadlineExceeded: the current deadline has passed already.
         """
         if (limiter := self.limiter) is None:
-            return  # since a moment ago
+            return  # removed a moment ago
         try:
             limiter.acquire()
         except Error as error:
             if isinstance(error, RateLimitExceeded):
                 with self._lock:
-                    self._rate_limited += 1  # not the limiter's: a reload may replace that
+                    self._rate_limited += 1  # counted here, since a reload may replace the limiter
             describe.mark(error, block)
             raise
 
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
         """Lend a working connection to the block, within the timeout (seconds).
 
-        :raises PoolTimeout: none became free in time; names who has them.
+        :raises PoolTimeout: none became free in time; the message lists the holders.
         :raises DBOfflineError: none can be opened, since all endpoints are down.
         :raises DBConnectionError: none can be opened, with each endpoint's own reason.
         :raises DeadlineExceeded: the current deadline has passed already.
@@ -148,7 +148,7 @@ class Group(OpeningGroup):
                 except NoConnection as none:
                     got = self._queue(none.reason, deadline, now, block.high)
                     now = monotonic()
-                # Either the right to open a connection, or an idle one, which may have to be replaced.
+                # Two cases: a free slot to open a connection in, or an idle connection, perhaps unusable.
                 if isinstance(got, Slot):
                     conn, now = self._fill(got, deadline, block.high)
                 elif (reason := self._unfit(got, now, deadline)) is None:
@@ -170,7 +170,7 @@ class Group(OpeningGroup):
         return conn
 
     def _fill(self, slot: Slot, deadline: float, high: bool) -> tuple[PooledConnection | None, float]:
-        """Open a connection in the slot; return it, or None if there is to be another look, and the time."""
+        """Open a connection in the slot; return it, or None if `take` has to be repeated, and the time."""
         try:
             conn = self._connect_or_wait(slot, deadline)
         except ServerFullError as error:
@@ -180,14 +180,14 @@ class Group(OpeningGroup):
     def _drop_unfit(self, conn: PooledConnection, reason: str) -> None:
         """Close an idle connection that must not be lent.
 
-        :raises DBConnectionError: the block's time is up, and that is no evidence against the server.
+        :raises DBConnectionError: the time of the block is up, which is not evidence against the server.
         """
         self._drop(conn, reason)
         if reason == "ping cut short":
             raise self._hurried(conn.endpoint)
 
     def _undo_checkout(self, conn: PooledConnection | None, block: Block, error: BaseException) -> None:
-        """Take back what a checkout that failed had taken."""
+        """Undo the effects of a checkout that failed."""
         if isinstance(error, SettingError):
             if conn is not None:
                 self._pool.give(conn)  # nothing was sent
@@ -225,7 +225,7 @@ class Group(OpeningGroup):
             else:
                 self._drop(conn, reason)
         except BaseException:
-            if conn.lent:  # interrupted before the pool had it
+            if conn.lent:  # interrupted before the pool took it
                 self._drop(conn, "interrupted")
             raise
         if reason is not None:
@@ -234,12 +234,12 @@ class Group(OpeningGroup):
             self._note_slow_block(conn, block, held)
 
     def _not_lent(self, conn: PooledConnection) -> None:
-        """Close a connection that was taken away; any other is a parent's, or back already."""
+        """Close a connection that was taken away; any other belongs to the parent, or is back already."""
         if conn.taken_away:
             conn.close()
 
     def _give_on(self, conn: PooledConnection, reason: str | None) -> str | None:
-        """Give the session on without the object, which the block may have kept; return why it was closed."""
+        """Move the session to a new object, since the block may keep the old; return why it was closed."""
         heir = succeed(conn) if reason is None else None
         if heir is not None:
             self._pool.give(heir)
@@ -256,7 +256,7 @@ class Group(OpeningGroup):
         if now >= conn.expires_at:
             return "expired"
         if conn.turn.locked():
-            conn.cut()  # from another thread's statement, which outlasts the block; or a loop left open
+            conn.cut()  # by a statement of another thread that outlasts the block, or a loop left open
             return "not clean"
         if (conn.touched or conn.altered) and not self._tidied(conn):
             return "not clean"
@@ -276,7 +276,7 @@ class Group(OpeningGroup):
         return conn.tidy()
 
     def discard(self, conn: PooledConnection, reason: str) -> None:
-        """Take a connection back that is not to be used again."""
+        """Take a connection back and close it."""
         conn.block = None
         if (block := self._lent.pop(conn, None)) is not None:
             block.conn = None
@@ -291,20 +291,20 @@ class Group(OpeningGroup):
         self._lent[heir] = self._lent.pop(conn)
 
     def _maintain(self, now: float, deadline: float) -> None:
-        """Do at a checkout what a thread does in threaded mode: probe, and open what is missing."""
+        """Probe, and open missing connections: in threaded mode a thread does this."""
         probe = self._probe
         if probe is None:
-            return  # threaded: another thread's was the first use, a moment ago
+            return  # threaded: another thread was the first user, a moment ago
         probe()
         if self._pool.missing and self.lock_free and now >= self._refill_at and (slot := self._pool.claim()):
             try:
                 self._pool.give(self._connect(slot, deadline))
-            except DBConnectionError:  # the endpoint has noted why, and an idle one may serve
+            except DBConnectionError:  # noted at the endpoint; an idle connection may serve
                 self._refill_at = now + REFILL_AFTER
                 self._pool.refill()
 
     def _first_use(self) -> None:
-        """Before the group's first checkout in a process: refuse one where a wait would stop all others."""
+        """Prepare the first checkout in a process; refuse it if a wait would block all greenlets."""
         greenlets.check()
         self.on_first_use()
         self._probe = self._later_probe
@@ -312,13 +312,13 @@ class Group(OpeningGroup):
             self._probe()
 
     def _dropped(self, handler: ref[Any]) -> None:
-        """A Handler is gone that did not leave its block: take its connection back."""
+        """Take back the connection of a Handler that was collected without leaving its block."""
         for conn, block in list(self._lent.items()):
             if block.watch is handler:
                 block.open = False
                 self.discard(conn, "dropped")
                 if self.ending:
-                    return  # there is nothing to mend
+                    return  # the process is exiting
                 warnings.warn(
                     f"a Handler of group {self.name!r}, entered at {describe.where(block)}, was dropped "
                     "without leaving its block: its connection was closed and replaced",
@@ -327,7 +327,7 @@ class Group(OpeningGroup):
                 )
 
     def _queue(self, reason: str, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
-        """Wait for a connection, or for a slot, where nothing was free for that reason."""
+        """Wait for a connection or a slot, since nothing was free for the given reason."""
         if reason == NoConnection.CLOSED:
             raise self._was_closed() from None
         if reason == NoConnection.EXHAUSTED and self.left:
@@ -346,14 +346,14 @@ class Group(OpeningGroup):
         return got
 
     def _await_room(self, pause: float, deadline: float, high: bool) -> float:
-        """Wait where no server has room for another connection; return the time.
+        """Wait while no server has room for another connection; return the time.
 
-        In threaded mode that is done in the queue, with all others, for a connection that comes back.
+        In threaded mode the wait is in the queue, where a returned connection may serve the caller too.
 
-        :raises PoolTimeout: there is no time left.
+        :raises PoolTimeout: no time is left.
         """
         now = monotonic()
-        self._pool.taken -= 1  # that was in vain
+        self._pool.taken -= 1  # the slot was in vain
         if now >= deadline:
             raise self._exhausted(PoolTimeout, 0.0, high) from None
         if not self._pool.hold_back(pause):
@@ -361,7 +361,7 @@ class Group(OpeningGroup):
         return monotonic()
 
     def _await_left(self, deadline: float, now: float, high: bool) -> PooledConnection | Slot:
-        """Wait, in lock-free mode, until a server lets a session go that was left in a commit."""
+        """Wait, in lock-free mode, until a server ends a session that was left in a commit."""
         while self.left and monotonic() < deadline:
             time.sleep(LEFT_EVERY)
             if self._probe is not None:
@@ -371,7 +371,7 @@ class Group(OpeningGroup):
         raise self._exhausted(PoolTimeout, deadline - now, high)
 
     def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
-        """Return why an idle connection must not be lent, or None: no round trip unless it is due."""
+        """Return why an idle connection must not be lent, or None; a ping only if one is due."""
         endpoint, used_at = conn.endpoint, conn.used_at
         if used_at <= endpoint.condemned_at:
             return "condemned"
@@ -385,13 +385,13 @@ class Group(OpeningGroup):
             reason := self._ping(conn, deadline)
         ):
             return reason
-        # After the ping, since a role that changed is reported with the next message.
+        # After the ping, since a changed role is reported with the next message.
         if not self._any_role and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted:
             return self._unwanted(conn, deadline)
         return None
 
     def _ping(self, conn: PooledConnection, deadline: float) -> str | None:
-        """Return why a connection must not be lent that does not answer, or None."""
+        """Ping a connection; return why it must not be lent, or None."""
         limit = self.config.ping_timeout
         timeout = min(limit, max(deadline - monotonic(), HURRY))
         if conn.ping(timeout):
@@ -404,10 +404,10 @@ class Group(OpeningGroup):
         return "ping"
 
     def _unwanted(self, conn: PooledConnection, deadline: float) -> str | None:
-        """Return why a connection must not be lent whose server may have another role now, or None.
+        """Return why a connection whose server may have changed its role must not be lent, or None.
 
-        Its word is as old as its last message. Where that is not what is known of the server, it is pinged,
-        or asked: a server that was promoted, or another connection, may have told otherwise since.
+        Its report of the role is as old as its last message. If that differs from the known role, the
+        connection is pinged or queried: the server may have been promoted since.
         """
         endpoint, target = conn.endpoint, self.config.target
         if (role := endpoint.heard(conn)) is not None:
@@ -417,7 +417,7 @@ class Group(OpeningGroup):
             conn.asked_role = None
         elif not endpoint.config.pooler and (reason := self._ping(conn, deadline)):
             return reason
-        # A pooler's server has to be asked: for no longer than it would be pinged.
+        # The server behind a pooler has to be queried, for no longer than a ping may take.
         conn.until = monotonic() + min(self.config.ping_timeout, max(deadline - monotonic(), HURRY))
         try:
             role = endpoint.note_role(conn, since)
@@ -428,7 +428,7 @@ class Group(OpeningGroup):
         return None if suits(target, role, endpoint.read_only) else "role"
 
     def apply(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
-        """Take over a changed configuration; connections that fit it are kept."""
+        """Apply a changed configuration; connections that fit it are kept."""
         old, before = self.config, self.endpoints
         self._take_over(config, endpoints, row_factory)
         if old.rate_limit != config.rate_limit:
@@ -438,7 +438,7 @@ class Group(OpeningGroup):
         else:
             self._barred = {e for e in self.endpoints if self.writes and e.outdated}
         if any(getattr(old, key) != getattr(config, key) for key in LASTING) or (
-            config.tenant is not None and old.settings != config.settings  # the role may be among them
+            config.tenant is not None and old.settings != config.settings  # these may include the role
         ):
             self.expire()
         elif set(before) != set(self.endpoints):
@@ -453,7 +453,7 @@ class Group(OpeningGroup):
         numbers, surplus = count(1), self._pool.size - config.connection_count
         for conn in self._pool.remove(lambda conn: next(numbers) <= surplus):
             self._drop(conn, "surplus")
-        self._uneven = True  # what is in use still has to follow
+        self._uneven = True  # connections in use are rebalanced at release
         self._pool.refill()
 
     def close(self, timeout: float) -> None:
@@ -461,7 +461,7 @@ class Group(OpeningGroup):
         self._pool.close(timeout)
 
     def abandon(self) -> None:
-        """Forget the parent's connections in a forked child, without touching them."""
+        """Drop the connections of the parent in a forked child, without touching them."""
         self._pool.abandon()
         for conn, block in self._lent.items():
             conn.abandon()

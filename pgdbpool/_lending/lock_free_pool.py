@@ -1,4 +1,4 @@
-"""The pool of a group whose process has one thread: nothing is locked, and nobody waits."""
+"""The pool for processes with one thread: no locks and no queue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .slots import Slots
 
 
 class LockFreePool:
-    """A pool for one thread: a deque and its slots, no lock, no thread of its own."""
+    """A pool for one thread: a deque and slots, without locks and threads."""
 
     def __init__(
         self, *, min_size: int, max_size: int, max_idle: float, drop: Drop, reserved: int = 0
@@ -66,7 +66,7 @@ class LockFreePool:
         if self._idle:
             try:
                 conn = self._idle.popleft()
-            except IndexError:  # a signal handler has taken the last one out
+            except IndexError:  # a signal handler took the last one
                 return self.take(timeout, high)
             self.taken += 1
             if self._least_idle and len(self._idle) < self._least_idle:
@@ -90,7 +90,7 @@ class LockFreePool:
             self._shrink(conn.used_at)
 
     def _shrink(self, now: float) -> None:
-        """Close one connection where more than needed were idle all through `max_idle`."""
+        """Close one connection if more than needed were idle throughout `max_idle`."""
         if self._least_idle > 0 and self.size > self._min_size:
             self._drop(self._idle.popleft(), "idle")
         self._least_idle = len(self._idle)
@@ -108,7 +108,7 @@ class LockFreePool:
         return False
 
     def refill(self) -> None:
-        """Ask for what is missing: there is no background, so a later checkout opens it."""
+        """Note missing connections: without a background, a later checkout opens them."""
         self.missing = not self._closed and self.size < self._min_size
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:

@@ -1,4 +1,4 @@
-"""How a group opens connections: to the first server that answers and suits."""
+"""How a group opens connections: to the first suitable server that answers."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 
 CONCLUSIVE = 1.0
-"""Seconds without an answer to a connect after which a server counts as down, if not less was allowed."""
+"""Seconds without an answer to a connect after which a server counts as down, unless less was allowed."""
 
 
 class OpeningGroup(EligibleGroup):
     """A group that opens connections in its slots."""
 
     def open(self, *, needed: bool = False) -> None:
-        """Open `min_size` connections, one at least, in the caller.
+        """Open `min_size` connections, but at least one, in the calling thread.
 
-        :param needed: whether the group has to have a server by now.
-        :raises DBConnectionError: not one could be opened, and that will not pass by itself.
+        :param needed: whether the group must have a server now.
+        :raises DBConnectionError: none could be opened, and the cause is not temporary.
         """
         while self._pool.size < max(1, self.config.min_size) and (slot := self._pool.claim()):
             try:
@@ -68,7 +68,7 @@ class OpeningGroup(EligibleGroup):
             self._pool.give(conn)
 
     def _connect_or_wait(self, slot: Slot, deadline: float) -> PooledConnection | None:
-        """Open a connection in the slot, or return None once there is a primary that had been on its way."""
+        """Open a connection in the slot, or return None after a pending promotion has finished."""
         try:
             return self._connect(slot, deadline)
         except (DBOfflineError, TargetUnavailableError):
@@ -77,7 +77,7 @@ class OpeningGroup(EligibleGroup):
             return None
 
     def _connect(self, slot: Slot, deadline: float | None = None) -> PooledConnection:
-        """Open a connection in the slot, to the first endpoint that answers and suits."""
+        """Open a connection in the slot, to the first suitable endpoint that answers."""
         budget = monotonic() + self._connect_timeout
         if deadline is not None:
             budget = min(budget, deadline)
@@ -87,8 +87,8 @@ class OpeningGroup(EligibleGroup):
             conn = self._first_that_suits(slot, budget, failures)
         except BaseException as error:
             if isinstance(error, ServerFullError):
-                self._pool.hold_back(error.pause)  # first, or the next in the queue would get the slot
-            self._pool.free(slot)  # at once: the error's traceback keeps this frame, and the slot, alive
+                self._pool.hold_back(error.pause)  # first, or the next waiter would get the slot
+            self._pool.free(slot)  # at once: the traceback of the error keeps this frame, and the slot, alive
             raise
         finally:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
@@ -96,14 +96,14 @@ class OpeningGroup(EligibleGroup):
         if generation != self._generation:
             conn.expires_at = EXPIRED
         if self._barred and conn.endpoint in self._barred and conn.endpoint.outdated:
-            conn.sever(0.0)  # since a moment ago, when `_cut` did not find it
+            conn.sever(0.0)  # excluded since a moment ago, when `_cut` could not find this connection
         self._opened += 1
         return conn
 
     def _first_that_suits(
         self, slot: Slot, budget: float, failures: dict[Endpoint, DialError | None]
     ) -> PooledConnection:
-        """Dial one endpoint after the other; a primary is a makeshift where a standby is preferred."""
+        """Dial one endpoint after the other; with `prefer-standby` a primary is kept as a fallback."""
         spare: PooledConnection | None = None
         try:
             while True:
@@ -117,7 +117,7 @@ class OpeningGroup(EligibleGroup):
                     if spare is not None:
                         spare.close()
                     spare = conn
-                    # Of those that are left, one that was not asked yet may be a standby.
+                    # One of the remaining endpoints, whose role is unknown, may be a standby.
                     if not (left > 1 and self.config.target == "prefer-standby" and _is_primary(endpoint)):
                         return conn
         except BaseException:
@@ -126,7 +126,7 @@ class OpeningGroup(EligibleGroup):
             raise
 
     def _adopt(self, conn: PooledConnection, slot: Slot) -> None:
-        """Make the connection one of the group's, in its slot."""
+        """Attach the connection to the group and to its slot."""
         slot.endpoint = conn.endpoint
         conn.keeper, conn.slot, conn.uses = self, slot, self.uses.get(conn.endpoint, Tally())
         if self.config.annotate:
@@ -138,7 +138,7 @@ class OpeningGroup(EligibleGroup):
         slot.conn = ref(conn)
 
     def _revived(self, tried: Collection[Endpoint], deadline: float) -> bool:
-        """Return whether a server is up again that was down, which a lock-free pool finds out by itself."""
+        """Return whether a server that was down is up again; in lock-free mode the checkout itself probes."""
         down = (State.DOWN, State.PROBING)
         lost = [e for e in self.endpoints if e.state in down and e not in tried and e not in self._barred]
         return self._revive is not None and bool(lost) and self._revive(lost, deadline)
@@ -146,11 +146,11 @@ class OpeningGroup(EligibleGroup):
     def _dial(
         self, endpoint: Endpoint, budget: float, left: int, failures: dict[Endpoint, DialError | None]
     ) -> PooledConnection | None:
-        """Dial one endpoint, within its share of the budget; note why not where it fails."""
+        """Dial one endpoint within its share of the budget; note the failure, if any."""
         failures[endpoint] = None
         full = self._dial_timeout(endpoint)
         timeout = max(min(budget / left, full), HURRY)
-        # A request that has hardly any time left says nothing about the server.
+        # A timeout of a request that had hardly any time left is not evidence against the server.
         conclusive = timeout >= 0.9 * min(full / left, CONCLUSIVE)
         look: Look | None = None
         try:
@@ -159,7 +159,7 @@ class OpeningGroup(EligibleGroup):
                 look = self._look(endpoint, timeout)
                 if look is None:
                     if endpoint.state is not State.UP:
-                        return None  # that is what the other has found
+                        return None  # found by the other dial
                     timeout, conclusive = max(deadline - monotonic(), HURRY), False
             began = monotonic()
             conn = dial(
@@ -181,14 +181,14 @@ class OpeningGroup(EligibleGroup):
             endpoint.role is not None
             and suits(self.config.target, endpoint.role, endpoint.read_only)
             and endpoint not in self._barred
-            and endpoint.state is not State.DRAINING  # as of meanwhile
+            and endpoint.state is not State.DRAINING  # since a moment ago
         ):
             return conn
         conn.close()
         return None
 
     def _look(self, endpoint: Endpoint, timeout: float) -> Look | None:
-        """Be the one who dials an endpoint in doubt, or wait for who does, so that it is dialled once."""
+        """Dial a suspect endpoint, or wait for the thread that already is, so it is dialled only once."""
         with self._lock:
             other = endpoint.look()
             if other is None:
@@ -199,22 +199,22 @@ class OpeningGroup(EligibleGroup):
         return None
 
     def _reserve(self, slot: Slot, tried: dict[Endpoint, DialError | None]) -> tuple[Endpoint | None, int]:
-        """Place the slot on the best endpoint not yet tried; also return how many are left."""
+        """Assign the slot to the best endpoint not yet tried; also return how many are left."""
         with self._lock:
             slot.endpoint = None
             best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
             now = monotonic()
             left = [e for e in best if e not in tried and e.full_until <= now]
-            # Better one that has answered, and that nobody waits for.
+            # Prefer endpoints that have answered, and that no other thread is dialling.
             left.sort(key=lambda endpoint: (endpoint.silent, endpoint.look() is not None))
             if left:
                 slot.endpoint = chosen = left[0]
-                if chosen.full_pause:  # one asks whether it has room, not all at once
+                if chosen.full_pause:  # one request at a time checks whether it has room
                     chosen.full_until = now + chosen.full_pause
             return slot.endpoint, len(left)
 
     def _set_up(self, conn: PooledConnection) -> None:
-        """Do what the group does with each new connection, before it is lent for the first time."""
+        """Prepare a new connection before it is lent for the first time."""
         if self.config.sqlprepare:
             cursor = psycopg.Cursor(conn)
             cursor.execute('SELECT * FROM "SQLPrepare"."PrepareQueries"()')
@@ -226,10 +226,10 @@ class OpeningGroup(EligibleGroup):
             self._verify(conn)
 
     def _verify(self, conn: PooledConnection) -> None:
-        """Refuse, or warn of, a role that row-level security does not hold for."""
-        from ..rls import role_findings  # at connect only: a checkout never needs it
+        """Refuse, or warn of, a role that bypasses row-level security."""
+        from ..rls import role_findings  # imported at a connect, never at a checkout
 
-        conn.run(BEGIN + set_local(self._settings))  # `role` may be among them
+        conn.run(BEGIN + set_local(self._settings))  # these may include `role`
         findings = [finding for finding in role_findings(conn) if finding.severity == "error"]
         conn.rollback()
         if not findings:
@@ -244,11 +244,11 @@ class OpeningGroup(EligibleGroup):
             )
 
     def connect_apart(self) -> psycopg.Connection[Any]:
-        """Open a connection that belongs to no pool, to the first endpoint that admits one.
+        """Open a connection outside of the pool, to the first endpoint that admits one.
 
         :raises DBConnectionError: no endpoint is up, or none of several admits one.
-        :raises psycopg.Error: the only endpoint does not.
-        :raises CredentialError: its user and password could not be had.
+        :raises psycopg.Error: the only endpoint refuses it.
+        :raises CredentialError: user and password could not be obtained.
         """
         best = order(self._candidates(), self.config.target, self.config.balance, monotonic())
         failures: dict[Endpoint, DialError | None] = {}

@@ -1,8 +1,8 @@
-"""What a group asks of its pool, whichever of the two it is: `ThreadedPool` or `LockFreePool`.
+"""The interface of the two pools, `ThreadedPool` and `LockFreePool`.
 
-A pool knows connections and slots, not servers. `take` gives an idle connection or a free slot, in
-which the caller opens a connection itself, so that an error is its own at once and a burst of
-requests connects side by side.
+A pool knows connections and slots, not servers. `take` returns an idle connection or a free slot, in
+which the caller opens a connection itself. So the caller gets the error of a failed connect at once, and
+a burst of requests connects in parallel.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .._session.connection import PooledConnection
 from .._session.slot import Slot
 
 Dial = Callable[[Slot], PooledConnection]
-"""Opens a connection in a slot in the background; raises `Error` where it cannot."""
+"""Opens a connection in a slot in the background; raises `Error` if that fails."""
 
 Drop = Callable[[PooledConnection, str], None]
-"""Closes a connection, for a reason, and gives its slot back."""
+"""Closes a connection, with a reason, and frees its slot."""
 
 
 class NoConnection(Exception):
@@ -33,56 +33,56 @@ class NoConnection(Exception):
 
 
 class Pool(Protocol):
-    """What a group asks of its pool."""
+    """A pool, as its group uses it."""
 
     taken: int
-    """How often `take` succeeded, waits included."""
+    """The number of successful calls of `take`, with and without a wait."""
     missing: bool
-    """Whether connections are to be opened for `min_size`, by whom the group finds for it."""
+    """Whether the group has to open connections to reach `min_size`."""
 
     @property
     def size(self) -> int:
-        """Slots taken: idle, lent, or being connected."""
+        """The number of taken slots: of idle and lent connections, and of those being opened."""
 
     @property
     def idle(self) -> int:
-        """Connections that wait for a request."""
+        """The number of idle connections."""
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a connection."""
+        """The number of waiters."""
 
     def slots(self) -> list[Slot]:
-        """Return the slots that are taken."""
+        """Return the taken slots."""
 
     def lendable(self) -> list[PooledConnection]:
-        """Return the connections that wait for a request."""
+        """Return the idle connections."""
 
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
-        """Take the connection that is idle longest, or a slot for the caller to fill.
+        """Take the longest idle connection, or a slot in which the caller opens one.
 
-        :param high: whether it may be one of those reserved, and goes before those who may not.
-        :raises NoConnection: when neither became free within the timeout (seconds).
+        :param high: whether the caller may use reserved connections, and waits before those that may not.
+        :raises NoConnection: neither became free within the timeout (seconds).
         """
 
     def give(self, conn: PooledConnection) -> None:
-        """Hand a connection to the first in the queue, else make it idle."""
+        """Hand a connection to the first waiter; without waiters it becomes idle."""
 
     def free(self, slot: Slot) -> None:
-        """Give a slot back at once, whoever still refers to it."""
+        """Free a slot at once, even if references to it remain."""
 
     def claim(self) -> Slot | None:
         """Take a free slot without waiting."""
 
     def hold_back(self, pause: float) -> bool:
-        """Hand out no slots, since the servers are full, until one was found to have room, in the background.
+        """Hand out no slots, since the servers are full, until a background connect succeeds.
 
-        :param pause: seconds until that is worth a try.
-        :returns: whether there is a background; else the caller tries.
+        :param pause: seconds until the first such connect.
+        :returns: whether a background exists; if not, the caller has to retry.
         """
 
     def refill(self) -> None:
-        """See to it that there are `min_size` connections again."""
+        """Have connections opened until there are `min_size`."""
 
     def remove(self, unwanted: Callable[[PooledConnection], bool]) -> list[PooledConnection]:
         """Take idle connections out, for the caller to close."""
@@ -90,10 +90,10 @@ class Pool(Protocol):
     def adjust(
         self, *, min_size: int, max_size: int, max_idle: float, max_waiting: int, reserved: int
     ) -> None:
-        """Change the sizes; who waits gets what there is more of, what is too much is left to the group."""
+        """Apply new limits. Waiters get added capacity at once; closing the surplus is up to the group."""
 
     def mine(self) -> bool:
-        """Tell whether the calling thread may take connections out."""
+        """Return whether the calling thread may take connections out."""
 
     def close(self, timeout: float) -> None:
         """Close the idle connections and refuse further use; those lent are closed as they come back."""
@@ -105,7 +105,7 @@ class Pool(Protocol):
 def take_out(
     idle: deque[PooledConnection], unwanted: Callable[[PooledConnection], bool]
 ) -> list[PooledConnection]:
-    """Take connections out, also where a signal handler does so meanwhile, in the same thread."""
+    """Take connections out; a signal handler may do the same meanwhile, in the same thread."""
     removed = []
     for conn in list(idle):
         if unwanted(conn):

@@ -11,7 +11,7 @@ from .._session.slot import Slot
 
 
 class Queue:
-    """Those who wait: first come, first served, but those of high priority before the others."""
+    """The waiters: first come, first served, but those of high priority before the others."""
 
     def __init__(self) -> None:
         self.high: deque[Waiter] = deque()
@@ -24,16 +24,16 @@ class Queue:
         yield from (*self.high, *self.normal)
 
     def clear(self) -> None:
-        """Forget all; called by psycopg_pool, which tells them that the pool is closed."""
+        """Remove all; called by psycopg_pool after it has failed each of them."""
         self.high.clear()
         self.normal.clear()
 
 
 class Waiter:
-    """A place in the queue; the pool's lock guards `got`, and `wake` is held until there is news.
+    """A place in the queue; the lock of the pool guards `got`, and `wake` is held until it is served.
 
-    psycopg_pool's WaitingClient is built on threading.Condition, which stays locked for ever when the
-    thread is interrupted on its way in. This one is two operations of a plain lock.
+    psycopg_pool's WaitingClient uses a threading.Condition, which stays locked for ever if the thread is
+    interrupted while it enters. This class needs only two operations of a plain lock.
     """
 
     __slots__ = ("closed", "got", "wake")
@@ -45,7 +45,7 @@ class Waiter:
         self.wake.acquire()
 
     def fail(self, error: Exception) -> bool:
-        """Tell that the pool is closed; called by psycopg_pool."""
+        """Wake the waiter because the pool is closed; called by psycopg_pool."""
         self.closed = True
         if self.got is None:
             self.wake.release()

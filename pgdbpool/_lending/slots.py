@@ -1,8 +1,8 @@
 """The slots of a pool.
 
 A `Slot` is the right to one connection, and it is taken for as long as the object lives: the
-connection holds it, and whoever is opening one does. So there is no counter that an exception at the
-wrong moment (KeyboardInterrupt, gevent.Timeout) could leave wrong: what is lost is given back.
+connection holds it, or the caller that is opening one. So no counter can be left wrong by an exception at
+the wrong moment (KeyboardInterrupt, gevent.Timeout): a lost slot frees itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .._session.slot import Slot
 
 
 class Slots:
-    """The slots of a pool: taken while somebody holds them."""
+    """The slots of a pool; one is taken for as long as its object lives."""
 
     def __init__(self, limit: int, freed: Callable[[], None]) -> None:
         self.limit = limit

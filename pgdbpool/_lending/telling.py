@@ -1,4 +1,4 @@
-"""What a group tells: its status, its log records of blocks, and its errors with their evidence."""
+"""The reports of a group: its status, log records of blocks, and errors with their evidence."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 
 Warn = Callable[[], None]
-"""Logs what was found. A handler may hang, or want a connection: so whoever looks for it does it last."""
+"""Logs a warning. A log handler may hang or need a connection, so the caller must call it last."""
 
 LONG = 1.0
-"""Seconds after which the status page tells of a block that has a connection, without `leak_after`."""
+"""Seconds after which the status page lists a block as a holder, if `leak_after` is not set."""
 
 
 class TellingGroup(ConfiguredGroup):
-    """A group that says who has its connections, and why there is none."""
+    """A group that reports the holders of its connections, and why none is available."""
 
     def status(self) -> GroupStatus:
         """Return a snapshot."""
@@ -81,7 +81,7 @@ class TellingGroup(ConfiguredGroup):
         )
 
     def note_retry(self, block: Block | None, error: Error) -> None:
-        """Count a statement that is sent again."""
+        """Count and log a statement that is sent again."""
         self.retries += 1
         events.STATEMENT_RETRIED(
             "group %s: statement sent again: %s", self.name, error, group=self.name,
@@ -90,7 +90,7 @@ class TellingGroup(ConfiguredGroup):
         )  # fmt: skip
 
     def note_leak(self, conn: PooledConnection, block: Block, seconds: float) -> Warn:
-        """Count a block that has its connection for longer than `leak_after`; return what warns of it."""
+        """Count a block that has held its connection for `leak_after`; return the warning to log."""
         self.leaks += 1
         text, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
         return lambda: events.BLOCK_LEAKED(
@@ -106,7 +106,7 @@ class TellingGroup(ConfiguredGroup):
         """Log a statement that took longer than `slow_query`."""
         block = conn.block
         if block is None:
-            return  # not a block's, but the set-up of a connection
+            return  # sent by the set-up of a connection, not by a block
         self.slow_statements += 1
         _, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
         fields["statement"] = text = text_of(statement)
@@ -116,7 +116,7 @@ class TellingGroup(ConfiguredGroup):
         )  # fmt: skip
 
     def tolerates(self, conn: PooledConnection) -> bool:
-        """Count a commit that did not wait for its standby; return whether a log record of it will do."""
+        """Count a commit that did not wait for its standby; return whether logging it suffices."""
         self.not_replicated += 1
         if self.config.not_replicated != "warn":
             return False
@@ -129,13 +129,13 @@ class TellingGroup(ConfiguredGroup):
         return True
 
     def _mine_alone(self, high: bool) -> bool:
-        """Tell whether every connection is held by this thread, so that waiting would be in vain."""
+        """Return whether this thread holds every connection, so that waiting would be in vain."""
         blocks, me = self._blocks(), threading.get_ident()
         limit = self.config.connection_count - (0 if high else self.config.reserved)
         return len(blocks) >= limit and all(block.thread == me for block in blocks)
 
     def long_holders(self) -> tuple[str, ...]:
-        """Return who has had a connection for `leak_after`, or for a second where there is none."""
+        """Return the blocks that have held a connection for `leak_after`, or by default for a second."""
         return self._holders(self.config.leak_after or LONG)
 
     def _holders(self, least: float = 0.0) -> tuple[str, ...]:
@@ -184,7 +184,7 @@ class TellingGroup(ConfiguredGroup):
         )
 
     def refusal(self, endpoint: Endpoint, role: Role | None) -> str | None:
-        """Return why the group would not use an endpoint that is up and has this role, or None."""
+        """Return why the group does not use an endpoint that is up and has this role, or None."""
         if endpoint.state is State.DRAINING:
             return "draining"
         if endpoint in self._barred:
@@ -194,7 +194,7 @@ class TellingGroup(ConfiguredGroup):
         return f"is a {role.value}, the target is {self.config.target}"
 
     def _full(self) -> list[Endpoint]:
-        """Return the endpoints that would do, if they had room for another connection."""
+        """Return the suitable endpoints that have no room for another connection."""
         return [
             endpoint
             for endpoint in self.endpoints
@@ -205,7 +205,7 @@ class TellingGroup(ConfiguredGroup):
         ]
 
     def _unreachable(self, failures: dict[Endpoint, DialError | None]) -> DBConnectionError:
-        """Make the error for a group none of whose endpoints could be connected to."""
+        """Return the error for a group that could not connect to any endpoint."""
         full = self._full()
         evidence = {e.label: self._why_not(e, failures.get(e), e in full) for e in self.endpoints}
         dialled = [failure for failure in failures.values() if failure is not None]
@@ -218,7 +218,7 @@ class TellingGroup(ConfiguredGroup):
         down = next((e for e in self.endpoints if e.state is not State.UP and e.last_error), None)
         if dialled:
             error.__cause__ = dialled[0].__cause__
-        elif down is not None:  # what the prober found, which has raised nothing
+        elif down is not None:  # found by the prober, which raises nothing
             error.__cause__ = psycopg.OperationalError(f"{down.label}: {down.last_error}")
         return error
 
@@ -240,7 +240,7 @@ class TellingGroup(ConfiguredGroup):
     def _what_is_missing(
         self, full: list[Endpoint], dialled: list[DialError]
     ) -> tuple[type[DBConnectionError], str]:
-        """Return the error for what all endpoints together lack, and its words."""
+        """Return the error class, and the text for what all endpoints together lack."""
         up = any(endpoint.state is State.UP for endpoint in self.endpoints)
         if full:
             return ServerFullError, "no server has room for another connection"

@@ -1,9 +1,9 @@
-"""The pool of a group whose process has threads.
+"""The pool for processes with several threads.
 
 `ThreadedPool` is psycopg_pool's ConnectionPool with three things changed: the request that finds a
 free slot connects (psycopg_pool grows one connection at a time in a worker, and backs off for
 minutes whatever the demand), a slot that becomes free goes to the first in the queue (psycopg_pool
-leaves it waiting), and a waiter that is interrupted gives back what it was handed. It relies on
+leaves it waiting), and an interrupted waiter gives back what it was handed. It relies on
 `_pool`, `_waiting`, `_lock` (a re-entrant one), `_tasks`, `_nconns`, `_nconns_min`, `_closed`, `_opened`,
 `_close_connection`, `_start_workers`, `_start_initial_tasks` and `MaintenanceTask`, so its minor version is
 pinned.
@@ -29,10 +29,10 @@ from .queue import Queue, Waiter
 from .slots import Slots
 
 LOOK_AFTER = 3600.0
-"""Seconds after which a pool whose connections stay, however long they are idle, looks whether that holds."""
+"""Seconds between two checks of whether idle connections are still kept without limit (`max_idle: 0`)."""
 
 RETRY_AFTER = 1.0
-"""Seconds after which a connection that could not be opened in the background is tried again."""
+"""Seconds until a failed connect in the background is retried."""
 
 
 class _Open(MaintenanceTask):
@@ -48,14 +48,14 @@ class _Open(MaintenanceTask):
 
 
 class _Retry(MaintenanceTask):
-    """Tries again, some time after a connection could not be opened, whether there are `min_size`."""
+    """Retries, some time after a failed connect, to reach `min_size`."""
 
     def _run(self, pool: Any) -> None:
         pool.retry()
 
 
 class _Room(MaintenanceTask):
-    """Looks whether a full server has room again."""
+    """Checks whether a full server has room again."""
 
     def _run(self, pool: Any) -> None:
         pool.seek_room()
@@ -64,11 +64,11 @@ class _Room(MaintenanceTask):
 class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     """A pool for many threads: a fair queue, and workers that keep `min_size` connections.
 
-    `_lock` guards `_pool`, `_queue` and the slots; it is never held while anything waits. It is
-    re-entrant, since a slot may be freed by the collection of garbage anywhere.
+    `_lock` guards `_pool`, `_queue` and the slots; it is never held during a wait. It is re-entrant, since
+    garbage collection may free a slot anywhere.
 
-    Of `reserved` connections the last ones go to those of high priority alone: who is not waits until
-    more than so many are free, which is looked at whenever one becomes so.
+    The last `reserved` connections go to high-priority callers only. Others wait until more than `reserved`
+    are free; this is rechecked on every release.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         self._reserved = reserved
         self.taken = 0
         self._shrinks = max_idle > 0
-        self.missing = False  # but when it was just opened; a worker opens what is
+        self.missing = False  # except just after opening; workers open missing connections
         self._retrying = False
         self._full = False
         """Whether slots are held back, since no server has room for another connection."""
@@ -105,9 +105,9 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             num_workers=num_workers,
             open=False,
         )
-        self._waiting = cast(Any, self._queue)  # psycopg_pool's `close` tells those who wait
+        self._waiting = cast(Any, self._queue)  # psycopg_pool's `close` fails these waiters
 
-    # psycopg_pool counts its connections here; the slots know.
+    # psycopg_pool counts its connections here; the slots are the truth.
 
     @property
     def _nconns(self) -> int:
@@ -117,12 +117,12 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     def _nconns(self, value: int) -> None:
         pass
 
-    # A pool is opened, and its threads started, by the first who asks for a connection.
+    # The first request for a connection opens the pool and starts its threads.
 
     def _start_workers(self) -> None:
         self._tasks = cast(Any, SimpleQueue())  # queue.Queue too can be left locked by an interruption
-        # From Python 3.12 on an interpreter that is about to end starts no thread. Then requests connect by
-        # themselves, and what a worker would do is left undone.
+        # Since Python 3.12 an interpreter that is shutting down starts no thread. Requests then connect
+        # themselves, and the tasks of workers are left undone.
         with suppress(RuntimeError):
             super()._start_workers()
 
@@ -163,10 +163,10 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 if self._pool:
                     try:
                         conn = self._pool.popleft()
-                    except IndexError:  # a signal handler has taken the last one out
+                    except IndexError:  # a signal handler took the last one
                         return self.take(timeout, high)
                     self.taken += 1
-                    if len(self._pool) < self._nconns_min:  # what psycopg_pool shrinks by
+                    if len(self._pool) < self._nconns_min:  # psycopg_pool shrinks by this number
                         self._nconns_min = len(self._pool)
                     return conn
                 if not self._full and (slot := self._slots.new()):
@@ -187,7 +187,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         return queue, waiter
 
     def _await(self, queue: deque[Waiter], waiter: Waiter, timeout: float) -> PooledConnection | Slot:
-        """Wait until the place in the queue is served."""
+        """Wait until the waiter is served."""
         try:
             waiter.wake.acquire(timeout=timeout)
         except BaseException:
@@ -203,24 +203,24 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def _leave_queue(self, queue: deque[Waiter], waiter: Waiter) -> None:
         if waiter.got is not None and not (queue and queue[0] is waiter):
-            return  # who served it took it out; to look for it would take longer the more there are
+            return  # already taken out when it was served: do not search a long queue
         with self._lock:
             if waiter in queue:
                 queue.remove(waiter)
 
     def _free(self) -> int:
-        """Return how many are neither lent nor being opened; the caller must hold `_lock`."""
+        """Return how many connections could be lent or opened now; the caller must hold `_lock`."""
         return self._slots.limit - self._nconns + len(self._pool)
 
     def _serve(self, got: PooledConnection | Slot) -> bool:
-        """Hand something to the first in the queue, if any; the caller must hold `_lock`.
+        """Hand a connection or a slot to the first waiter, if any; the caller must hold `_lock`.
 
-        In this order, and without a Python call between the handing over and the waking, which is where
-        an interruption could come in: afterwards it leaves one that is served at the head, for the next
-        to take out, and no one who is forgotten.
+        The order matters, and no Python call may stand between the assignment and the release, since an
+        interruption could come in there. A later one leaves a served waiter at the head of the queue, which
+        the next call removes; no waiter is forgotten.
         """
         waiting = self._queue
-        # What is handed over counts as lent: it goes to a normal one where the reserved share is left free.
+        # The connection handed over counts as lent. A normal waiter gets it only if `reserved` remain free.
         while queue := waiting.high or (
             waiting.normal if not self._reserved or self._free() >= self._reserved else None
         ):
@@ -232,7 +232,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             try:
                 waiter.wake.release()
             except RuntimeError:
-                served = False  # roused before
+                served = False  # woken before
             queue.popleft()
             if served:
                 return True
@@ -243,14 +243,14 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             if not self._closed:
                 queue = self._queue
                 if not (queue.high or queue.normal) or not self._serve(conn):
-                    conn.lent = False  # in one breath with the next: nothing can interrupt between
+                    conn.lent = False  # no call between this line and the next: nothing can interrupt
                     self._pool.append(conn)
                 return
         self._close_connection(conn)
 
     def _slot_freed(self) -> None:
         with self._lock:
-            # Only where it is taken: one that is not would come back here at once.
+            # Only for a waiter that takes it: an unused slot would be freed and come back here at once.
             wanted = self._queue.high or (
                 self._queue.normal and (not self._reserved or self._free() > self._reserved)
             )
@@ -276,14 +276,14 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         return True
 
     def seek_room(self) -> None:
-        """Open connections in a worker for requests that wait, one by one, until the servers are full."""
+        """Open connections for waiters in a worker, one by one, until the servers are full again."""
         while self.waiting and (slot := self.claim()):
             try:
                 conn = self._dial(slot)
             except ServerFullError as error:
                 self.run_task(Schedule(self, _Room(self), error.pause))
                 return
-            except Error:  # those who wait find out by themselves
+            except Error:  # the waiters will get the error from their own connects
                 break
             self.give(conn)
         self._full = False
@@ -299,10 +299,10 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 self.run_task(_Open(self, slot))
 
     def open_in(self, slot: Slot) -> bool:
-        """Open a connection in a worker; return whether that worked."""
+        """Open a connection in a worker; return whether that succeeded."""
         try:
             conn = self._dial(slot)
-        except Error:  # the endpoint has noted why; a request that needs a connection tries by itself
+        except Error:  # noted at the endpoint; a request that needs a connection connects itself
             with self._lock:
                 retrying, self._retrying = self._retrying, True
             if not retrying:
@@ -312,7 +312,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         return True
 
     def retry(self) -> None:
-        """Open one connection of those that are missing in a worker, and if that worked, the others."""
+        """Open one missing connection in a worker, and if that succeeded, the others."""
         self._retrying = False
         if self.size < self._min_size and (slot := self.claim()) and self.open_in(slot):
             self.refill()
@@ -328,7 +328,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             self._min_size, self._max_size, self._slots.limit = min_size, max_size, max_size
             self._shrinks, self.max_idle = max_idle > 0, max_idle or LOOK_AFTER
             self.max_waiting, self._reserved = max_waiting, reserved
-            while self._pool and self.waiting:  # for one that is no longer reserved
+            while self._pool and self.waiting:  # connections that are no longer reserved
                 conn = self._pool.popleft()
                 if not self._serve(conn):
                     self._pool.appendleft(conn)
@@ -350,10 +350,10 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             self._opened = True  # `take` then finds it closed
 
     def abandon(self) -> None:
-        # Its lock may be held by a thread that the child does not have. Nothing of the pool runs there but
-        # what is called when a connection of a block is collected, with its slot.
+        # A thread that does not exist in the child may hold the lock. In the child only the finalizers of
+        # connections and slots call this pool.
         self._lock = RLock()
         self._closed = True
 
     def __del__(self) -> None:
-        """Nothing: psycopg_pool's would wait for workers, at exit and in a forked child too."""
+        """Do nothing: psycopg_pool's would wait for workers, even at exit and in a forked child."""
