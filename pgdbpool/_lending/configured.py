@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 REMEMBERED = 1000
 """The number of tenants whose binding a group remembers."""
 
-LOOKED_AT = 5
+SAMPLED_SOCKETS = 5
 """The number of sockets per endpoint that are sampled for the round-trip time."""
 
 
@@ -94,7 +94,7 @@ class ConfiguredGroup:
         """Whether the interpreter is about to exit."""
         self._uneven = False
         self._warned = ""
-        self._barred: set[Endpoint] = set()
+        self._excluded: set[Endpoint] = set()
         """Endpoints that are up but must not be used: too far behind, or on an older timeline."""
         self._writer: Endpoint | None = None
         """The server that takes the writes of the group, if `on_failover` is set."""
@@ -201,7 +201,7 @@ class ConfiguredGroup:
 
     def _candidates(self) -> list[Candidate]:
         counts = self._counts()
-        return [Candidate(e, counts[e]) for e in self._ring if e not in self._barred]
+        return [Candidate(e, counts[e]) for e in self._ring if e not in self._excluded]
 
     def _counts(self) -> Counter[Endpoint | None]:
         return Counter(slot.endpoint for slot in self._pool.slots())
@@ -218,7 +218,7 @@ class ConfiguredGroup:
         """Return file descriptors of some connections to the endpoint; they may be closed meanwhile."""
         filenos: list[int] = []
         for conn in (*self._pool.lendable(), *list(self._lent)):
-            if conn.endpoint is endpoint and len(filenos) < LOOKED_AT:
+            if conn.endpoint is endpoint and len(filenos) < SAMPLED_SOCKETS:
                 with suppress(psycopg.Error):  # it was just closed
                     filenos.append(conn.pgconn.socket)
         return filenos

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     pass
 
 
-MOVE_EVERY = 0.2
+REBALANCE_INTERVAL = 0.2
 """Minimum seconds between two connections that are closed at release to rebalance the endpoints."""
 
 CAUGHT_UP = 0.5
@@ -34,7 +34,7 @@ class EligibleGroup(ClosingGroup):
             endpoint.state is State.UP
             and endpoint.role is not None
             and suits(self.config.target, endpoint.role, endpoint.read_only)
-            and endpoint not in self._barred
+            and endpoint not in self._excluded
         )
 
     def note_writer(self, endpoint: Endpoint) -> None:
@@ -55,11 +55,11 @@ class EligibleGroup(ClosingGroup):
             return
         for endpoint in self.endpoints:
             if endpoint.outdated:
-                if endpoint not in self._barred:
-                    self._bar(endpoint)
+                if endpoint not in self._excluded:
+                    self._exclude(endpoint)
                     self._cut(endpoint)
             else:
-                self._barred.discard(endpoint)
+                self._excluded.discard(endpoint)
 
     def note_lag(self, endpoint: Endpoint) -> None:
         """Exclude a standby that is too far behind; use it again at `CAUGHT_UP` of the limit."""
@@ -70,25 +70,25 @@ class EligibleGroup(ClosingGroup):
             0.0 if lag is None or limit.bytes is None else lag.bytes / limit.bytes,
             0.0 if lag is None or limit.seconds is None else lag.seconds / limit.seconds,
         )
-        if share > 1.0 and endpoint not in self._barred:
+        if share > 1.0 and endpoint not in self._excluded:
             events.GROUP_LAG(
                 "group %s: %s is %s behind, more than max_lag", self.name, endpoint.label, lag,
                 group=self.name, endpoint=endpoint.label,
                 lag_bytes=lag and lag.bytes, lag_seconds=lag and lag.seconds,
             )  # fmt: skip
-            self._bar(endpoint)
-        elif share <= CAUGHT_UP and endpoint in self._barred:
+            self._exclude(endpoint)
+        elif share <= CAUGHT_UP and endpoint in self._excluded:
             events.GROUP_CAUGHT_UP(
                 "group %s: %s has caught up", self.name, endpoint.label,
                 group=self.name, endpoint=endpoint.label,
                 lag_bytes=lag and lag.bytes, lag_seconds=lag and lag.seconds,
             )  # fmt: skip
-            self._barred.discard(endpoint)
-            self.welcome()
+            self._excluded.discard(endpoint)
+            self.on_endpoint_up()
 
-    def _bar(self, endpoint: Endpoint) -> None:
-        if endpoint not in self._barred:
-            self._barred.add(endpoint)
+    def _exclude(self, endpoint: Endpoint) -> None:
+        if endpoint not in self._excluded:
+            self._excluded.add(endpoint)
             self.drop_idle(endpoint, "barred")
 
     def _cut(self, endpoint: Endpoint) -> None:
@@ -111,12 +111,12 @@ class EligibleGroup(ClosingGroup):
         if role is not None and not suits(self.config.target, role, endpoint.read_only):
             self.expire(lambda conn: conn.endpoint is endpoint)
 
-    def welcome(self) -> None:
+    def on_endpoint_up(self) -> None:
         """Fill up to `min_size` and rebalance at release, since an endpoint is up (again)."""
         self._uneven = True
         self._pool.refill()
 
-    def _moves(self, conn: PooledConnection, now: float) -> str | None:
+    def _reason_to_rebalance(self, conn: PooledConnection, now: float) -> str | None:
         """Return why a connection should be closed at release: surplus, or better placed elsewhere."""
         size = self._pool.size
         if size > self.config.connection_count:
@@ -126,7 +126,7 @@ class EligibleGroup(ClosingGroup):
         candidates = self._candidates()
         held = Candidate(conn.endpoint, self.connections_to(conn.endpoint))
         if worth_moving(held, candidates, self.config.target):
-            self._move_at = now + MOVE_EVERY
+            self._move_at = now + REBALANCE_INTERVAL
             return "rebalanced"
         target = self.config.target
         self._uneven = any(worth_moving(c, candidates, target) for c in candidates if c.connections)
@@ -153,7 +153,7 @@ class EligibleGroup(ClosingGroup):
     def give_back(self, conn: PooledConnection, failure: str | None = None) -> None:
         """Put a borrowed connection back; one that failed is closed and replaced."""
         self._borrowed.discard(conn)
-        if failure is None and conn.endpoint in self._barred:
+        if failure is None and conn.endpoint in self._excluded:
             failure = "barred"  # meanwhile, when it was not among the idle ones
         if failure is None and conn.endpoint.state is State.DRAINING:
             failure = conn.endpoint.state.value  # meanwhile, when it was not among the idle ones

@@ -40,7 +40,7 @@ from ..errors import (
     TooManyWaiting,
 )
 from .lock_free_pool import LockFreePool
-from .opening import CONCLUSIVE, OpeningGroup
+from .opening import DOWN_AFTER, OpeningGroup
 from .pool import NoConnection, Pool
 from .threaded_pool import ThreadedPool
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .._config.model import GroupConfig
 
 
-LASTING = (
+KEYS_FIXED_AT_CONNECT = (
     "target", "row_factory", "prepare_threshold", "sqlprepare", "query_timeout", "connection_class",
     "configure", "tenant", "slow_query", "annotate", "reset",
 )  # fmt: skip
@@ -151,7 +151,7 @@ class Group(OpeningGroup):
                 # Two cases: a free slot to open a connection in, or an idle connection, perhaps unusable.
                 if isinstance(got, Slot):
                     conn, now = self._fill(got, deadline, block.high)
-                elif (reason := self._unfit(got, now, deadline)) is None:
+                elif (reason := self._reason_unusable(got, now, deadline)) is None:
                     conn = got
                 else:
                     self._drop_unfit(got, reason)
@@ -262,9 +262,9 @@ class Group(OpeningGroup):
             return "not clean"
         if conn.endpoint.state is not State.UP:
             return str(conn.endpoint.state.value)
-        if self._barred and conn.endpoint in self._barred:
+        if self._excluded and conn.endpoint in self._excluded:
             return "barred"
-        if self._uneven and (reason := self._moves(conn, now)):
+        if self._uneven and (reason := self._reason_to_rebalance(conn, now)):
             return reason
         if self._always_clean and not conn.local:
             conn.ask_for_cleaning()
@@ -370,14 +370,14 @@ class Group(OpeningGroup):
                 return self._pool.take(0.0, high)
         raise self._exhausted(PoolTimeout, deadline - now, high)
 
-    def _unfit(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
+    def _reason_unusable(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None; a ping only if one is due."""
         endpoint, used_at = conn.endpoint, conn.used_at
         if used_at <= endpoint.condemned_at:
             return "condemned"
         if now >= conn.expires_at:
             return "expired"
-        if self._barred and endpoint in self._barred:
+        if self._excluded and endpoint in self._excluded:
             return "barred"
         if conn.poll(0) and not conn.alive():
             return "lost"
@@ -398,7 +398,7 @@ class Group(OpeningGroup):
             return None
         if conn.closed:
             return "lost"
-        if timeout < min(limit, CONCLUSIVE):
+        if timeout < min(limit, DOWN_AFTER):
             return "ping cut short"
         conn.endpoint.condemn(f"no answer to a ping within {timeout:.3g} s")
         return "ping"
@@ -434,10 +434,10 @@ class Group(OpeningGroup):
         if old.rate_limit != config.rate_limit:
             self.limiter = self._make_limiter()
         if (old.target, old.max_lag) == (config.target, config.max_lag):
-            self._barred = self._barred.intersection(self.endpoints)
+            self._excluded = self._excluded.intersection(self.endpoints)
         else:
-            self._barred = {e for e in self.endpoints if self.writes and e.outdated}
-        if any(getattr(old, key) != getattr(config, key) for key in LASTING) or (
+            self._excluded = {e for e in self.endpoints if self.writes and e.outdated}
+        if any(getattr(old, key) != getattr(config, key) for key in KEYS_FIXED_AT_CONNECT) or (
             config.tenant is not None and old.settings != config.settings  # these may include the role
         ):
             self.expire()

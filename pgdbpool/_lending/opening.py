@@ -10,7 +10,7 @@ from weakref import ref
 import psycopg
 
 from .._servers.balance import order, suits
-from .._servers.endpoint import DialError, Endpoint, Look, Role, State
+from .._servers.endpoint import DialError, DialInProgress, Endpoint, Role, State
 from .._session.commands import BEGIN, HURRY, set_local
 from .._session.connection import PooledConnection
 from .._session.slot import Slot
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     pass
 
 
-CONCLUSIVE = 1.0
+DOWN_AFTER = 1.0
 """Seconds without an answer to a connect after which a server counts as down, unless less was allowed."""
 
 
@@ -95,7 +95,7 @@ class OpeningGroup(EligibleGroup):
         self._adopt(conn, slot)
         if generation != self._generation:
             conn.expires_at = EXPIRED
-        if self._barred and conn.endpoint in self._barred and conn.endpoint.outdated:
+        if self._excluded and conn.endpoint in self._excluded and conn.endpoint.outdated:
             conn.sever(0.0)  # excluded since a moment ago, when `_cut` could not find this connection
         self._opened += 1
         return conn
@@ -140,7 +140,7 @@ class OpeningGroup(EligibleGroup):
     def _revived(self, tried: Collection[Endpoint], deadline: float) -> bool:
         """Return whether a server that was down is up again; in lock-free mode the checkout itself probes."""
         down = (State.DOWN, State.PROBING)
-        lost = [e for e in self.endpoints if e.state in down and e not in tried and e not in self._barred]
+        lost = [e for e in self.endpoints if e.state in down and e not in tried and e not in self._excluded]
         return self._revive is not None and bool(lost) and self._revive(lost, deadline)
 
     def _dial(
@@ -151,8 +151,8 @@ class OpeningGroup(EligibleGroup):
         full = self._dial_timeout(endpoint)
         timeout = max(min(budget / left, full), HURRY)
         # A timeout of a request that had hardly any time left is not evidence against the server.
-        conclusive = timeout >= 0.9 * min(full / left, CONCLUSIVE)
-        look: Look | None = None
+        conclusive = timeout >= 0.9 * min(full / left, DOWN_AFTER)
+        look: DialInProgress | None = None
         try:
             if endpoint.doubtful and not self.lock_free:
                 deadline = monotonic() + timeout
@@ -180,14 +180,14 @@ class OpeningGroup(EligibleGroup):
         if (
             endpoint.role is not None
             and suits(self.config.target, endpoint.role, endpoint.read_only)
-            and endpoint not in self._barred
+            and endpoint not in self._excluded
             and endpoint.state is not State.DRAINING  # since a moment ago
         ):
             return conn
         conn.close()
         return None
 
-    def _look(self, endpoint: Endpoint, timeout: float) -> Look | None:
+    def _look(self, endpoint: Endpoint, timeout: float) -> DialInProgress | None:
         """Dial a suspect endpoint, or wait for the thread that already is, so it is dialled only once."""
         with self._lock:
             other = endpoint.look()

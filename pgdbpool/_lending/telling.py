@@ -187,7 +187,7 @@ class TellingGroup(ConfiguredGroup):
         """Return why the group does not use an endpoint that is up and has this role, or None."""
         if endpoint.state is State.DRAINING:
             return "draining"
-        if endpoint in self._barred:
+        if endpoint in self._excluded:
             return _why_barred(endpoint)
         if role is None or suits(self.config.target, role, endpoint.read_only):
             return None
@@ -200,7 +200,7 @@ class TellingGroup(ConfiguredGroup):
             for endpoint in self.endpoints
             if endpoint.full_pause
             and endpoint.state is State.UP
-            and endpoint not in self._barred
+            and endpoint not in self._excluded
             and (endpoint.role is None or suits(self.config.target, endpoint.role, endpoint.read_only))
         ]
 
@@ -230,7 +230,7 @@ class TellingGroup(ConfiguredGroup):
             return str(failure)
         if endpoint.state is State.DRAINING:
             return "draining: taken out of use by Connection.drain"
-        if endpoint in self._barred:
+        if endpoint in self._excluded:
             return _why_barred(endpoint)
         if endpoint.state is State.UP and endpoint.role is not None:
             role = endpoint.role.value + (" (read only)" if endpoint.read_only else "")

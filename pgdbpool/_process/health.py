@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from .._lending.group import Group, users_of
-from .._lending.opening import CONCLUSIVE
+from .._lending.opening import DOWN_AFTER
 from .._servers.endpoint import Endpoint, Role, State
 from .._servers.replication import Lag, ServerReport, behind
 from .._session.connection import PooledConnection
@@ -100,7 +100,7 @@ class _Visit:
         self._lent = None
         if not self.failure:
             conn.used_at = monotonic()
-        elif waited is not None and waited >= min(group.config.ping_timeout, CONCLUSIVE):
+        elif waited is not None and waited >= min(group.config.ping_timeout, DOWN_AFTER):
             self.endpoint.suspected_at = monotonic()  # the next checkout pings before it lends
         group.give_back(conn, "no answer" if self.failure else None)
 

@@ -231,7 +231,7 @@ class Pools:
         if self.publisher is not None:
             self.publisher.hurry()
         for group in users_of(endpoint):
-            group.welcome()
+            group.on_endpoint_up()
         self.monitor.wake()
 
     def _seen(self, endpoint: Endpoint) -> None:

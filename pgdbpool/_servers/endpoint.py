@@ -81,7 +81,7 @@ class DialError(Exception):
         """Whether the server is up, but it or the application refused the configured session."""
 
 
-class Look:
+class DialInProgress:
     """A dial in progress to a suspect endpoint; it ends with `Endpoint.end_look`, or with the object.
 
     Waiters hold only its latch, so they are released even if the dialling thread is interrupted and this
@@ -179,7 +179,7 @@ class Endpoint:
         """Seconds between two connects while the server is full; 0 if it is not."""
         self.full_until = 0.0
         """When the next connect to the full server is due."""
-        self.look: Callable[[], Look | None] = no_dial
+        self.look: Callable[[], DialInProgress | None] = no_dial
         """Returns the dial in progress while the endpoint is doubtful, if there is one."""
         self.groups: Sequence[User] = ()
         """The groups that use it; see `users_of`."""
@@ -296,13 +296,13 @@ class Endpoint:
         )
         self.state = State.DRAINING  # so that no probe or connect in progress marks it as up
 
-    def begin_look(self) -> Look:
+    def begin_look(self) -> DialInProgress:
         """Make the caller the one that dials a doubtful endpoint."""
-        look = Look()
+        look = DialInProgress()
         self.look = ref(look)
         return look
 
-    def end_look(self, look: Look) -> None:
+    def end_look(self, look: DialInProgress) -> None:
         """End a dial and release the threads that wait for its result."""
         self.look = no_dial
         look.end()

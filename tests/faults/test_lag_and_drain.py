@@ -123,7 +123,7 @@ def test_a_group_takes_a_standby_back_at_half_of_its_limit(known_cluster: Any) -
         for lag in (100, 101, 80, 51, 50, 90):
             endpoint.lag = Lag(lag, 0.0)
             group.note_lag(endpoint)
-            barred.append(endpoint in group._barred)
+            barred.append(endpoint in group._excluded)
         assert barred == [False, True, True, True, False, False]
     finally:
         Connection.reset()
