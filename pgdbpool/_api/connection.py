@@ -12,12 +12,12 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from .._process import fork
 from .._process.pools import Pools
-from .._process.reload import ReloadMethods
+from .._process.reload import ReloadMethods, unknown_endpoint, unknown_group
 from .._request.deadline import deadline
 from .._session import block as blocks
 from .._util import greenlets
 from .._util import log_events as events
-from ..errors import ConfigError, NotInitializedError, UnconfiguredGroupError, UnknownEndpointError
+from ..errors import ConfigError, NotInitializedError
 from .borrowing import Borrowing
 from .one_statement import OneShots
 
@@ -181,8 +181,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         try:
             return pools.groups[name]
         except (KeyError, TypeError):
-            known = ", ".join(repr(group) for group in pools.groups)
-            raise UnconfiguredGroupError(f"no group {name!r} is configured; the groups are {known}") from None
+            raise unknown_group(name, pools.groups) from None
 
     @classmethod
     def status(cls) -> Status:
@@ -264,12 +263,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         try:
             return endpoints[label]
         except (KeyError, TypeError):
-            from .._config.declarations import show
-
-            known = ", ".join(map(repr, endpoints))
-            raise UnknownEndpointError(
-                f"no endpoint {show(label)} is configured; the endpoints are {known}"
-            ) from None
+            raise unknown_endpoint(label, endpoints) from None
 
     @classmethod
     def get_threading_model(cls) -> str:

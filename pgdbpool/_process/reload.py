@@ -152,16 +152,11 @@ class ReloadMethods:
         :raises UnknownEndpointError: no endpoint has that label; the error lists the labels.
         :raises ConfigError: a group would have no server left; nothing was changed.
         """
-        from .._config.declarations import show
-
         with cls._lock:
             config = cls._present()
             rest = tuple(endpoint for endpoint in config.endpoints if endpoint.label != label)
             if len(rest) == len(config.endpoints):
-                known = ", ".join(repr(endpoint.label) for endpoint in rest)
-                raise UnknownEndpointError(
-                    f"no endpoint {show(label)} is configured; the endpoints are {known}"
-                )
+                raise unknown_endpoint(label, [endpoint.label for endpoint in rest])
             changed = {}
             for name, group in config.groups.items():
                 if left := tuple(other for other in group.endpoints if other != label):
@@ -204,12 +199,27 @@ class ReloadMethods:
             group.close(1.0)
 
 
+def unknown_group(name: object, groups: Iterable[str]) -> UnconfiguredGroupError:
+    """Return the error for a group that is not configured."""
+    return UnconfiguredGroupError(
+        f"no group {name!r} is configured; the groups are {', '.join(map(repr, groups))}"
+    )
+
+
+def unknown_endpoint(label: object, labels: Iterable[str]) -> UnknownEndpointError:
+    """Return the error for an endpoint that is not configured."""
+    from .._config.declarations import show
+
+    return UnknownEndpointError(
+        f"no endpoint {show(label)} is configured; the endpoints are {', '.join(map(repr, labels))}"
+    )
+
+
 def _group(config: Config, name: str) -> GroupConfig:
     try:
         return config.groups[name]
     except (KeyError, TypeError):
-        known = ", ".join(map(repr, config.groups))
-        raise UnconfiguredGroupError(f"no group {name!r} is configured; the groups are {known}") from None
+        raise unknown_group(name, config.groups) from None
 
 
 def _with_groups(config: Config, changed: Mapping[str, GroupConfig]) -> Config:
