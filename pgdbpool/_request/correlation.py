@@ -1,6 +1,6 @@
-"""Who a block works for: the correlation id of the current context.
+"""The correlation id of the current context.
 
-A reader asks `in_use` first, a plain attribute: a process that uses nothing of this pays nothing for it.
+Readers check the plain attribute `in_use` first, so a process without correlation ids pays nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ in_use = False
 """Whether a correlation id was ever given in this process, or a group has `leak_stack`."""
 
 CONTEXTLIB = vars(contextlib)
-"""What a frame of contextlib has as its globals, such as that of `ExitStack.enter_context`."""
+"""The globals of contextlib's frames, such as that of `ExitStack.enter_context`."""
 
 LONGEST_ID = 128
 
@@ -30,12 +30,11 @@ _current: Variable[str] = ContextVar("pgdbpool_correlation", default=None)
 def correlation(value: Any) -> Scope[str]:
     """Give every block that is entered inside the `with` block this correlation id.
 
-    It is in the log records of the block and in its errors, and at the server where the group has
-    `annotate`. It is a context variable: a new thread does not inherit it, `contextvars.copy_context()`
-    passes it on.
+    It appears in the block's log records and errors, and at the server if the group has `annotate`. It is a
+    context variable: a new thread does not inherit it, `contextvars.copy_context()` passes it on.
 
-    :param value: such as a request's id. It is made a string of at most 128 characters, in which others than
-        ASCII letters, digits and ``_.:@=+,-`` become ``_``; so it may come from outside.
+    :param value: such as a request's id. It is converted to a string of at most 128 characters; any except
+        ASCII letters, digits and ``_.:@=+,-`` become ``_``. So an untrusted value is safe.
     """
     return Scope(_current, lambda: clean(value))
 
@@ -51,20 +50,20 @@ def current_correlation() -> str | None:
 
 
 def clean(value: Any) -> str:
-    """Return an id that can stand in a log, in `application_name` and in a comment; now there are ids."""
+    """Sanitize an id for logs, `application_name` and SQL comments, and switch tracing on."""
     global in_use
     in_use = True
     return _UNSAFE.sub("_", str(value)[:LONGEST_ID])
 
 
 def use() -> None:
-    """From now on blocks are traced."""
+    """Switch tracing on."""
     global in_use
     in_use = True
 
 
 def caller_of(frame: FrameType) -> FrameType:
-    """Return the frame, or the nearest that led to it and is not contextlib's or the package's own."""
+    """Return the nearest frame, from this one outwards, outside contextlib and this package."""
     at: FrameType | None = frame
     while at is not None:
         module = str(at.f_globals.get("__name__")).partition(".")[0]
@@ -81,4 +80,4 @@ def application_name(base: str, correlation_id: str) -> str:
 
 
 _NAME_LENGTH = 63
-"""Of NAMEDATALEN 64, which most servers have."""
+"""From NAMEDATALEN 64, the default."""

@@ -1,6 +1,6 @@
-"""The deadline of a request: what is left of its time bounds each wait and each statement in it.
+"""The deadline of a request: its remaining time bounds each wait and each statement.
 
-A reader asks `in_use` first, a plain attribute: a process that sets no deadline pays nothing for them.
+Readers check the plain attribute `in_use` first, so a process without deadlines pays nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ in_use = False
 """Whether a deadline was ever set in this process."""
 
 _current: Variable[float] = ContextVar("pgdbpool_deadline", default=None)
-"""When the time is up, on the monotonic clock."""
+"""When the deadline expires, on the monotonic clock."""
 
 
 def deadline(seconds: float) -> Scope[float]:
     """Bound everything inside the `with` block to so many seconds from now.
 
-    Each wait (for the rate limit, a connection, a connect, a statement's answer) is cut to what is left, and
-    `statement_timeout` is bound to it at the server in the statement's own round trip. Of nested
-    deadlines the earlier one wins. It is a context variable: a new thread does not inherit it,
+    Each wait (for the rate limit, a connection, a connect, a statement's answer) is cut to the remaining
+    time, and `statement_timeout` is bound to it at the server in the statement's own round trip. The
+    earliest of nested deadlines applies. It is a context variable: a new thread does not inherit it,
     `contextvars.copy_context()` passes it on.
 
-    :raises DeadlineExceeded: by what comes after the time is up, before anything is sent.
+    :raises DeadlineExceeded: by any call after the deadline, before anything is sent.
     :raises ValueError: `seconds` is not a finite number.
     """
     return Scope(_current, lambda: _earlier(seconds))
@@ -39,15 +39,15 @@ def set_current(seconds: float) -> None:
 
 
 def time_left() -> float | None:
-    """Return the seconds that are left until the current deadline, negative after it; None without one."""
+    """Return the seconds left until the current deadline, negative after it; None without a deadline."""
     at = current(_current)
     return None if at is None else at - monotonic()
 
 
 def check(group: str = "") -> None:
-    """Refuse to begin anything when the time is up.
+    """Refuse to begin anything after the deadline.
 
-    :raises DeadlineExceeded: it is.
+    :raises DeadlineExceeded: the deadline has passed.
     """
     left = time_left()
     if left is not None and left <= 0:
@@ -59,9 +59,9 @@ def check(group: str = "") -> None:
 
 
 def earlier(at: float, group: str = "") -> float:
-    """Return the current deadline where it comes before this time of the monotonic clock, else the time.
+    """Return the earlier of the current deadline and this time of the monotonic clock.
 
-    :raises DeadlineExceeded: it has passed.
+    :raises DeadlineExceeded: the deadline has passed.
     """
     check(group)
     ends = current(_current)

@@ -1,4 +1,4 @@
-"""Tenants and local settings: which value is bound to which server setting, and who says so.
+"""Tenants and local settings: the value bound to each server setting, and its origin.
 
 A value is always a parameter of `set_config(name, value, true)` and never part of a statement's
 text; the setting's name comes from the configuration.
@@ -29,17 +29,17 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*")
 
 
 def tenant(value: Any) -> Scope[Any]:
-    """Make a tenant the current one inside the `with` block, for every Handler that names none.
+    """Set the current tenant inside the `with` block, for every Handler without `tenant=`.
 
     It is a context variable: a new thread does not inherit it, `contextvars.copy_context()` passes it on.
 
-    :param value: what `Handler(group, tenant=...)` takes, or None for no tenant.
+    :param value: a value for `Handler(group, tenant=...)`, or None for no tenant.
     """
     return Scope(_current, lambda: value)
 
 
 def set_current(value: Any) -> None:
-    """Make a tenant the current one for the rest of this context, such as a request's own."""
+    """Set the current tenant for the rest of this context, such as a request's."""
     _current.set(Binding(value))
 
 
@@ -51,10 +51,10 @@ def current_tenant() -> Any:
 def bind_tenant(config: TenantConfig | None, group: str, explicit: Any, override: bool) -> Bound:
     """Return the tenant's settings for a block, each with its checked value.
 
-    Without a tenant, where none is required, each setting is bound to the empty string, so that
-    nothing that an earlier block may have left in the session counts as one.
+    If no tenant is given and none is required, each setting is bound to the empty string. So a value that
+    an earlier block left in the session is never taken for a tenant.
 
-    :raises TenantRequiredError: the group requires a tenant and there is none.
+    :raises TenantRequiredError: the group requires a tenant, and none is given or current.
     :raises TenantConflictError: the explicit one is not the current one, and `override` is not set.
     :raises SettingError: a value is not of the configured type.
     """
@@ -77,7 +77,7 @@ def bind_tenant(config: TenantConfig | None, group: str, explicit: Any, override
     if explicit is not None and here is not None and not override and _values(config, group, here) != bound:
         raise TenantConflictError(
             f"group {group!r}: the block's tenant is not the current one; pass tenant_override=True "
-            "where that is meant"
+            "if that is intended"
         )
     return bound
 
@@ -112,35 +112,35 @@ def tenant_value(name: str, value: Any, kind: str, pattern: str | None = None) -
             return str(int(digits))
         text = setting_value(name, value)
     except (ValueError, TypeError, AttributeError):
-        raise SettingError(f"tenant setting {name!r}: {_shown(value)} is no {kind}") from None
+        raise SettingError(f"tenant setting {name!r}: {_shown(value)} is not a valid {kind}") from None
     if kind == "regex" and not re.fullmatch(pattern or "", text):
         raise SettingError(f"tenant setting {name!r}: {_shown(value)} does not match {pattern!r}")
     if not text:
-        raise SettingError(f"tenant setting {name!r}: an empty value is no tenant; pass None for none")
+        raise SettingError(f"tenant setting {name!r}: an empty value is not a tenant; pass None instead")
     return text
 
 
 def bind_settings(settings: Mapping[str, Any]) -> Bound:
     """Return local settings with their values as text.
 
-    :raises SettingError: a name that is no name of a server setting, or a value that is no text.
+    :raises SettingError: a name is not a valid server setting name, or a value is neither text nor a number.
     """
     for name, value in settings.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise SettingError(
-                f"{_shown(name)} is no name of a server setting, such as statement_timeout or app.x"
+                f"{_shown(name)} is not a valid server setting name, such as statement_timeout or app.x"
             )
         if reason := why_refused(name, value):
             raise SettingError(f"setting {name!r} {reason}")
     bound = tuple(_bind(name, setting_value(name, value)) for name, value in settings.items())
     modes = [name for name, _ in bound if is_mode(name)]
     if twice := sorted({name for name in modes if modes.count(name) > 1}):
-        raise SettingError(f"setting {twice[0]!r} stands there twice, under another of its names: keep one")
+        raise SettingError(f"setting {twice[0]!r} is given twice, under different names: keep one")
     return bound
 
 
 def _bind(name: str, value: str) -> tuple[str, str]:
-    """Return a setting as it is bound: a transaction's mode under its one name, with PostgreSQL's value."""
+    """Return a setting as it is bound: a transaction mode by its canonical name and PostgreSQL's value."""
     if not is_mode(name):
         return name, value
     try:
@@ -150,7 +150,7 @@ def _bind(name: str, value: str) -> tuple[str, str]:
 
 
 def is_uuid(kind: type[Any]) -> bool:
-    """Return whether a type is UUID itself; no value has it before the module is imported."""
+    """Return whether a type is UUID itself; no such value exists before the module is imported."""
     module = sys.modules.get("uuid")
     return module is not None and kind is module.UUID
 
@@ -158,7 +158,7 @@ def is_uuid(kind: type[Any]) -> bool:
 def plain_text(value: Any) -> str | None:
     """Return a value as psycopg sends it as a parameter; None if it is neither text, a number nor a UUID.
 
-    It is what the value is, whatever a subclass (an enumeration) makes of `str()`.
+    A subclass (an enumeration) may override `str()`; the base type's text is used.
     """
     for kind, text in (str, str.__str__), (int, int.__repr__), (float, float.__repr__):
         if isinstance(value, kind):
@@ -179,7 +179,7 @@ def setting_value(name: str, value: Any) -> str:
         raise SettingError(f"setting {name!r}: {_shown(value)} is neither text nor a number")
     if "\0" in text:
         raise SettingError(
-            f"setting {name!r}: {_shown(value)} contains a NUL, which PostgreSQL has in no text"
+            f"setting {name!r}: {_shown(value)} contains a NUL, which PostgreSQL does not allow in text"
         )
     try:
         text.encode()
@@ -192,7 +192,7 @@ _UNITS = {"": 1, "us": 0.001, "ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000,
 
 
 def milliseconds(text: str) -> float | None:
-    """Return a time setting's value in milliseconds, or None where it cannot be told.
+    """Return a time setting's value in milliseconds, or None if it is not valid.
 
     https://www.postgresql.org/docs/current/config-setting.html#CONFIG-SETTING-NAMES-VALUES
     """

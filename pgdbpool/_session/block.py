@@ -17,7 +17,7 @@ _REPORT: tuple[Command, ...] = ((REPORT, ()),)
 
 
 class Binding:
-    """What a block binds, and the command that does it; shared by all blocks of the same tenant."""
+    """The settings of a block, and the command that binds them; shared by all blocks of one tenant."""
 
     __slots__ = ("begin_and_set", "modes", "patience", "report", "set", "settings", "special")
 
@@ -26,9 +26,9 @@ class Binding:
         self.patience = patience
         """Seconds that the client waits for a statement; None for no bound."""
         self.modes = modes_of(settings)
-        """What the settings say of a transaction's modes, which its BEGIN has to say."""
+        """The transaction modes among the settings; BEGIN must state them."""
         self.report = _REPORT if is_reported(name for name, _ in settings) else NOTHING
-        """What asks for the settings that values are read by, if the block binds one of them."""
+        """The query for the settings that decoding depends on, if the block binds one of them."""
         self.special = patience != KEEP or bool(self.report)
         """Whether the connection's own attributes change for the block."""
         self.set = set_local(settings) + self.report
@@ -37,7 +37,7 @@ class Binding:
 
 UNBOUND = Binding(())
 
-_making_ids = RLock()  # a signal handler may come back to it
+_making_ids = RLock()  # reentrant: a signal handler may need it too
 
 
 def forked() -> None:
@@ -47,7 +47,7 @@ def forked() -> None:
 
 
 class Block:
-    """One `with` block: what its statements need first, and who opened it where."""
+    """One `with` block: the commands its statements need first, and the code and thread that opened it."""
 
     __slots__ = (
         "at_begin", "binding", "chosen", "committed", "conn", "failure", "high", "in_effect",
@@ -55,48 +55,48 @@ class Block:
         "statement", "thread", "watch",
     )  # fmt: skip
 
-    # Not set before there is one, so that a block without costs nothing; see `describe`.
+    # Set on first use only, so that a block without one costs nothing; see `describe`.
     own_id: str
     stack: list[tuple[CodeType, int]]
     statement: Any
-    """The last one, under way or not."""
+    """The last statement, finished or not."""
     chosen: bool
-    """Set if the block has chosen `autocommit` itself, and so wants transactions as psycopg has them."""
+    """Set if the block has set `autocommit` itself; its transactions then work as in psycopg."""
     in_effect: bool
-    """Whether a statement has taken effect by itself since the last commit() or rollback()."""
+    """Whether a statement has taken effect outside a transaction since the last commit() or rollback()."""
 
     def __init__(self, manual: bool, binding: Binding, place: tuple[CodeType, int]) -> None:
         self.open = True
         self.watch: ref[Any] | None = None
-        """Tells when its Handler is dropped."""
+        """Reports when the Handler is garbage-collected."""
         self.conn: Any = None
-        """The connection that is lent to it, a `PooledConnection`; None while it has none."""
+        """The `PooledConnection` lent to the block, or None."""
         self.lost = False
-        """Whether an open transaction was lost with its connection, and not yet given up."""
+        """Whether an open transaction was lost with its connection and has not been rolled back yet."""
         self.committed = False
-        """Whether a part of it was committed, or may have been; of a manual-commit block only."""
+        """Whether part of a manual-commit block was, or may have been, committed."""
         self.high = False
-        """Whether it may take the group's reserved connections."""
+        """Whether the block may take the group's reserved connections."""
         self.manual = manual
-        """Whether it has transactions that end with it, with commit() or with rollback()."""
+        """Whether its transactions end with commit(), rollback() or the block itself."""
         self.binding = binding
         self.settings = binding.settings
-        """What is bound: the connection's own settings, where it has any, and the block's."""
+        """The settings to bind: the connection's, if any, and the block's."""
         self.in_transaction = binding.set
         self.at_begin = binding.begin_and_set if manual else binding.set
         self.failure: Exception | None = None
-        """The last error of a statement: the cause, where the transaction cannot be committed."""
+        """The last error of a statement: the cause reported if the transaction cannot be committed."""
         self.since = 0.0
         self.thread = get_ident()
         self.place = place
-        """The code and the instruction that entered it; its line is worked out when it is told."""
+        """The code object and instruction that entered the block; the line is computed only when reported."""
 
     @property
     def correlation_id(self) -> str:
-        """The block's correlation id; a block that has none is given one now."""
+        """The block's correlation id, generated on first use."""
         found: str | None = getattr(self, "own_id", None)
         if found is None:
-            with _making_ids:  # the monitor may ask at the same time
+            with _making_ids:  # the monitor thread may ask concurrently
                 found = getattr(self, "own_id", None)
                 if found is None:
                     found = self.own_id = os.urandom(8).hex()
@@ -104,30 +104,30 @@ class Block:
 
     @property
     def nests(self) -> bool:
-        """Whether `transaction()` is a savepoint also if nothing is open: the block's own is opened first."""
+        """Whether `transaction()` opens the block's own transaction first, and so is always a savepoint."""
         return self.manual and not hasattr(self, "chosen")
 
     def choose(self, autocommit: bool) -> None:
-        """Go on in autocommit mode, or with transactions, whatever the group says."""
+        """Switch to autocommit mode or to transactions, overriding the group."""
         if not autocommit and not self.manual and hasattr(self, "statement"):
-            self.committed = True  # as far as it has come, which is not to be repeated
+            self.committed = True  # what has run so far must not be repeated
         self.chosen, self.manual = True, not autocommit
 
     def spans(self) -> bool:
-        """Return whether its transaction goes on after the statement that is under way."""
+        """Return whether the transaction continues after the current statement."""
         owner = self.watch() if self.watch is not None else None
         return self.manual and not getattr(owner, "commits_at_once", False)
 
     def part(self) -> None:
-        """Forget the connection, which was lost, with what its attributes say of a BEGIN."""
+        """Forget a lost connection, and the commands derived from its attributes."""
         self.conn, self.settings, self.in_transaction = None, self.binding.settings, self.binding.set
         self.at_begin = self.binding.begin_and_set if self.manual else self.in_transaction
 
 
 def is_high(priority: str) -> bool:
-    """Tell whether a block of that priority may take the group's reserved connections.
+    """Return whether a block of this priority may take the group's reserved connections.
 
-    :raises ValueError: there is no such priority.
+    :raises ValueError: the priority is unknown.
     """
     if priority not in ("normal", "high"):
         raise ValueError(f"priority={priority!r} is neither 'high' nor 'normal'")

@@ -1,4 +1,4 @@
-"""What a block may leave behind in a session, and what takes it away before the next block."""
+"""Changes that a block may leave in a session, and the cleaning that undoes them before the next block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .state import ConnectionState, own_names
 from .statement_shape import Shape, shape_with_escapes, text_of
 
 _WRITTEN_BY = (b"IntervalStyle", b"standard_conforming_strings")
-"""Settings that the client writes intervals and literals by."""
+"""Settings that determine how the client writes intervals and literals."""
 _SHOWN = (
     *_WRITTEN_BY, b"TimeZone", b"DateStyle", b"search_path", b"application_name", b"session_authorization",
     b"is_superuser", b"default_transaction_read_only",
@@ -32,24 +32,24 @@ _ATTRIBUTES = (
 
 
 class CleanedConnection(ConnectionState):
-    """A connection that finds out what a block has changed, and has it undone."""
+    """A connection that tracks the changes of a block and undoes them."""
 
     @property
     def plain_cleaning(self) -> tuple[Command, ...]:
-        """What cleans the session where nothing that was prepared in it has to go."""
+        """The commands that clean the session if no prepared statement must be dropped."""
         return CLEANING_TO_READ if self.reads else CLEANING
 
     def keep_touched(self) -> None:
-        """Leave the session as a block left it (`reset: never`): only what it may have removed is noted."""
+        """Keep the session as it is (`reset: never`), but forget prepared statements it may have lost."""
         if self.touched:
             self._known.clear()
         self.touched = self.prepares = self.tainted = False
         self.dropping = NOTHING
 
     def touch(self, what: Shape, query: Any) -> Shape:
-        """Note what a statement may leave behind, or in its transaction; return what it is in this session.
+        """Note a statement's effects on the session and the transaction; return its shape in this session.
 
-        :raises NotSupportedError: it would leave something in a session that a pooler gives to others.
+        :raises NotSupportedError: it would change a session that a pooler shares between clients.
         """
         if what.escapes and not self._strings_conform():
             what = shape_with_escapes(query, self)
@@ -61,8 +61,8 @@ class CleanedConnection(ConnectionState):
             self.explicit = False  # it may be PREPARE TRANSACTION
         self.tainted = self.tainted or what.taints
         if what.timeout:
-            # How long a statement may take is the server's to say from here on: no less than that, and where
-            # it is not known there is no bound.
+            # The server now limits statements by the block's own timeout. The client waits at least that
+            # long, and without bound if the value is unknown.
             self.own_timeout = self.altered = True
             allowed = milliseconds(what.allows) or 0.0
             if allowed < 1 or self.patience is None:  # less than a millisecond rounds to 0: no limit
@@ -72,25 +72,25 @@ class CleanedConnection(ConnectionState):
         return what
 
     def _strings_conform(self) -> bool:
-        """Return whether a backslash in a plain string is one, when the next statement is read."""
+        """Return whether a plain string will keep its backslashes when the next statement is parsed."""
         if self.stale:
-            return self.conforms  # after the cleaning it is as at the beginning
+            return self.conforms  # the cleaning restores the initial value
         return self.pgconn.parameter_status(b"standard_conforming_strings") == b"on"
 
     def misleads(self) -> bool:
-        """Return whether a parameter would be written by what a cleaning that rides before it undoes."""
+        """Return whether a parameter would be written by settings that the cleaning before it resets."""
         return tuple(map(self.pgconn.parameter_status, _WRITTEN_BY)) != self.shown[: len(_WRITTEN_BY)]
 
     def _shown(self) -> tuple[bytes | None, ...]:
-        """Return what the server has reported of the session's settings."""
+        """Return the values of the session's settings as reported by the server."""
         return tuple(map(self.pgconn.parameter_status, _SHOWN))
 
     def tidy(self) -> bool:
-        """After a block: put the connection's own attributes back, and ask for a cleaning.
+        """Restore the connection's attributes after a block, and request a cleaning.
 
-        :returns: False where something may be left that cannot be cleaned.
+        :returns: False if something may remain that cannot be cleaned.
         """
-        # What is sent with a cleaning is in the encoding of before it, so that must be the same after it.
+        # A statement sent with a cleaning is encoded before that runs, so the encoding must not change.
         if self.pgconn.parameter_status(b"client_encoding") != self.client_encoding:
             return False
         # A generator left open (`notifies`, `stream`) still holds the lock.
@@ -114,7 +114,7 @@ class CleanedConnection(ConnectionState):
         return True
 
     def follow_settings(self) -> None:
-        """Read values by what the block binds; see `decoding`."""
+        """Decode values by the block's settings; see `decoding`."""
         from .decoding import adapters_for
 
         if self._following is None:
@@ -125,15 +125,15 @@ class CleanedConnection(ConnectionState):
         """Have the session cleaned before its next statement."""
         plain = self.plain_cleaning
         if self.stale and plain[1] in self.cleaning and not (self.prepares or self.dropping):
-            return  # that is due already
+            return  # already due
         own = ((deallocate(self.own_statements), None),) if self.prepares else NOTHING
         self.cleaning = (*self.dropping, *plain[:-1], *own, plain[-1])
         self.stale, self.dropping = True, NOTHING
 
     def forget_statements(self, since: int = 0) -> None:
-        """Forget what is prepared in the session, and have it dropped before the next block.
+        """Forget the session's prepared statements, and have them dropped before the next block.
 
-        :param since: psycopg's number of the first statement to forget; 0 is all, also the preamble's own.
+        :param since: psycopg's number of the first statement to forget; 0 for all, including the preamble's.
         """
         prepared = self._prepared
         stale = {key: name for key, name in prepared._names.items() if int(name[5:]) >= since}
@@ -145,8 +145,8 @@ class CleanedConnection(ConnectionState):
             names += self._known.values()
             self._known.clear()
         if not names or self.local:
-            return  # a pooler's names are its own
-        # Not as a part of the cleaning: that ends a transaction, and this one may go on after a savepoint.
+            return  # a pooler has its own names for them
+        # Not part of the cleaning: that ends a transaction, and this one may continue from a savepoint.
         self.dropping += dropping(names)
         self.altered = True
 
@@ -155,7 +155,7 @@ class CleanedConnection(ConnectionState):
     ) -> tuple[Command, ...] | None:
         """Forget stale prepared statements after such an error, and return what to send before a retry.
 
-        :returns: None if the statement must not be sent again: in a transaction that was open before, and
+        :returns: None if the statement must not be sent again: in a transaction that was already open, or
             after any other error.
         """
         if not is_stale(error):
@@ -171,7 +171,7 @@ class CleanedConnection(ConnectionState):
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Around a pipeline of psycopg, which takes for prepared what the server skips after a failure."""
+        """Wrap a psycopg pipeline: after a failure, forget statements that the server may have skipped."""
         since, outer, self.spoilt = self._prepared._prepared_idx, self.spoilt, False
         try:
             yield
@@ -184,7 +184,7 @@ class CleanedConnection(ConnectionState):
             self.spoilt = self.spoilt or outer
 
     def settle(self) -> None:
-        """Remember the connection's attributes as those that every block finds; once, when it is opened."""
+        """Record the attributes that every block starts with; called once, when the connection is opened."""
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.conforms = self._strings_conform()
@@ -195,17 +195,17 @@ class CleanedConnection(ConnectionState):
         # An isolation_level, read_only or deferrable that `configure` has set is part of each BEGIN.
         self.plain = not self.local and self.speaks_utf8 and self._get_tx_start_command() == b"BEGIN"
         self._own_adapters()
-        # `vars` has made of the values a dictionary that shares its keys with others, in which every look at
-        # an attribute is a search. A dictionary with keys of its own is read by their place.
+        # `vars` has turned the values into a dictionary with shared keys, in which each attribute lookup is a
+        # search. A dictionary with private keys is read by position.
         self.__dict__ = {**vars(self)}
 
     def _own_adapters(self) -> None:
-        """Give the next block a copy of what `configure` registered, so that what it adds ends with it."""
+        """Give the next block a copy of the adapters, so that its own registrations end with it."""
         self.adapters_shared = None
         if self._adapters is not None:
             self._adapters = AdaptersMap(self._adapters)
 
     def share_adapters(self) -> AdaptersMap:
-        """Return the adapters for cursors that have none of their own, made for the first of these."""
+        """Return the adapters shared by cursors that register none, made for the first of them."""
         self.adapters_shared = shared = AdaptersMap(self.adapters)
         return shared

@@ -1,11 +1,10 @@
 """The commands that go before a statement, as text and parameters, and the states that decide which.
 
-That is a cleaning where the last borrower may have left something in the session, `BEGIN` in a
-manual-commit group, and the tenant and local settings, always with `set_config(name, value,
-is_local => true)`. It travels in one pipeline with the statement, with no Sync between. So it costs no
-round trip, and when any part of it fails PostgreSQL skips the rest up to the Sync: the statement did
-not run. And since a local setting ends with its transaction, no tenant is ever left in a session for
-the next block to find.
+They are a cleaning if the last borrower may have changed the session, `BEGIN` in a manual-commit group,
+and the tenant and local settings, always with `set_config(name, value, is_local => true)`. They travel in
+one pipeline with the statement, without a Sync in between. So they cost no round trip, and if one of them
+fails, PostgreSQL skips the rest up to the Sync and the statement does not run. A local setting ends with
+its transaction, so no tenant is left in a session for the next block.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from psycopg import pq, sql
 from .._request.tenant import Bound
 from ..errors import SettingError
 
-# libpq's states as plain numbers, which is what it gives: an enumeration is slower to compare with.
+# libpq returns its states as plain numbers, which compare faster than an enumeration.
 IDLE = int(pq.TransactionStatus.IDLE)
 INTRANS = int(pq.TransactionStatus.INTRANS)
 UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
@@ -34,9 +33,9 @@ NOTHING: tuple[Command, ...] = ()
 BEGIN: tuple[Command, ...] = ((b"BEGIN", None),)
 COMMIT: tuple[Command, ...] = ((b"COMMIT", None),)
 
-# DISCARD ALL without what may stay (plans, psycopg's prepared statements): it is refused in a pipeline.
-# In a transaction of its own, so that nothing of it is undone with the borrower's, and so that the
-# borrower's BEGIN takes no default_transaction_* of the last one's.
+# The steps of DISCARD ALL, which is refused in a pipeline; plans and psycopg's prepared statements stay.
+# A separate transaction: a rollback by the borrower must not undo the cleaning, and the borrower's BEGIN
+# must not take its modes from default_transaction_* settings of the previous borrower.
 CLEANING: tuple[Command, ...] = (
     (b"BEGIN", None),
     (b"SET SESSION AUTHORIZATION DEFAULT", None),
@@ -51,19 +50,19 @@ CLEANING: tuple[Command, ...] = (
 )
 
 FORBID_WRITES = b"SET default_transaction_read_only = on"
-"""What sessions of groups that only read begin with, since a standby may be promoted under them."""
+"""The first command in sessions of read-only groups, since their standby may be promoted meanwhile."""
 
 CLEANING_TO_READ: tuple[Command, ...] = (*CLEANING[:-1], (FORBID_WRITES, None), CLEANING[-1])
-"""The cleaning of such a session: RESET ALL would let it write."""
+"""The cleaning of a read-only session: RESET ALL alone would allow writes."""
 
 GRACE = 1.0
 """Seconds that the client waits beyond the server's own statement_timeout."""
 
 HURRY = 0.05
-"""Seconds that a connect, ping or probe may take in any case, also where a request has no time to wait."""
+"""Minimum timeout (seconds) of a connect, ping or probe, even if the caller's deadline is nearer."""
 
 KEEP = -1.0
-"""The patience of a block that does not set a statement_timeout: the connection's own."""
+"""The patience of a block without a statement_timeout: the connection's own applies."""
 
 
 def set_local(settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
@@ -79,7 +78,7 @@ def set_local(settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
 
 
 def _unencodable(settings: Bound, encoding: str) -> SettingError:
-    """Return the error for settings of which the session's encoding has no form."""
+    """Return the error for settings that the session's encoding cannot represent."""
     for name, value in settings:
         try:
             f"{name}{value}".encode(encoding)
@@ -93,7 +92,7 @@ def _unencodable(settings: Bound, encoding: str) -> SettingError:
 
 
 def deallocate(keep: Sequence[str]) -> bytes:
-    """Return the statement that removes what PREPARE made; psycopg's are made by the protocol."""
+    """Return the statement that drops statements made by PREPARE; psycopg's, made by the protocol, stay."""
     kept = "".join(f" AND name <> {_literal(name)}" for name in keep)
     body = (
         "DECLARE n text; BEGIN FOR n IN SELECT name FROM pg_catalog.pg_prepared_statements "

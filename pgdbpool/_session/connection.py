@@ -1,11 +1,11 @@
 """The connection as a block sees it: it reaches the server only while a block has it.
 
-Its layers, each of which knows those below alone: `state` what is known of it and which thread may use it,
-`cleaning` what a block leaves in the session, `liveness` waits and losses, `exchange` pipelines,
-`transactions` and `two_phase`. Here is how it takes part in psycopg's own cursors and pipelines.
+Each layer uses only the layers below it: `state` (attributes, and the thread that may use them), `cleaning`
+(changes to the session), `liveness` (waits and losses), `exchange` (pipelines), `transactions` and
+`two_phase`. This module hooks into psycopg's own cursors and pipelines.
 
-`restore_attributes` resets what psycopg has no public setter for, and `pipeline` replaces a pipeline's
-`result_queue`; the minor version of psycopg is pinned for that.
+`tidy` resets attributes without a public setter in psycopg, and `pipeline` replaces a pipeline's
+`result_queue`. The minor version of psycopg is pinned for that.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 class _Answers(deque[Any]):
-    """What psycopg waits for in a pipeline; a COMMIT implied by its Sync that fails is one answer more."""
+    """The results psycopg waits for in a pipeline; a failing COMMIT implied by its Sync adds one."""
 
     def popleft(self) -> Any:
-        """Return what the next answer is for, None for an answer of no cursor."""
+        """Return the entry that the next answer belongs to, or None if it belongs to no cursor."""
         return super().popleft() if self else None
 
 
@@ -55,9 +55,9 @@ class PooledConnection(TwoPhaseConnection):
 
     @property
     def info(self) -> ConnectionInfo:
-        """What psycopg tells of the connection; `error_message` also after a failure in a pipeline.
+        """psycopg's connection info; `error_message` is kept after a failure in a pipeline.
 
-        :raises ConnectionLostError: the session was to be cleaned first; see `hand_out`.
+        :raises ConnectionLostError: the session had to be cleaned first; see `hand_out`.
         """
         if self.stale and self.block is not None:  # in `on_checkout`
             self.clean_what_shows()
@@ -66,7 +66,7 @@ class PooledConnection(TwoPhaseConnection):
         return _Info(self.pgconn, text if failed is not None and failed is statement else "")
 
     def _start_query(self) -> PQGen[None]:
-        """Let a cursor take part that the block did not make; every cursor of psycopg comes through here."""
+        """Admit a cursor that the block did not create; every psycopg cursor calls this first."""
         block = self.block
         if self.declared:
             self.declared = False
@@ -85,7 +85,7 @@ class PooledConnection(TwoPhaseConnection):
     def _welcome(self, block: Block, frame: FrameType) -> None:
         mine = self.owner == get_ident()
         if mine and not self.holder and self.step is None:
-            return  # a cursor of the block, which has seen to it
+            return  # the block's own cursor has already sent what is due
         asked = asked_in(frame)
         if mine and not self.holder:
             if not hasattr(asked.cursor, "block"):
@@ -96,7 +96,7 @@ class PooledConnection(TwoPhaseConnection):
             return
         if mine:
             if not hasattr(asked.cursor, "block"):
-                self.check_free()  # it comes into the block's own stream or COPY
+                self.check_free()  # the block's own stream or COPY is still open
             return
         visit: Any = self.visit or Visit(self, block)
         if self.visit is None and not self._pipeline:
@@ -105,7 +105,7 @@ class PooledConnection(TwoPhaseConnection):
 
     @contextmanager
     def _pipeline_nolock(self) -> Iterator[psycopg.Pipeline]:
-        """Send what the block needs first for `executemany`, which makes a pipeline of its own."""
+        """Send the block's due commands before `executemany` opens its pipeline."""
         if self.block is not None and self.owner != get_ident() and not self.riding:
             Visit(self, self.block).begin(named=False)
         with super()._pipeline_nolock() as pipeline:
@@ -113,7 +113,7 @@ class PooledConnection(TwoPhaseConnection):
 
     @contextmanager
     def _wrapped_pipeline(self) -> Iterator[None]:
-        """Send what the block needs first; other threads may take part in the body."""
+        """Send the block's due commands; other threads may take part in the body."""
         counted = False
         try:
             with self.alone():
@@ -129,9 +129,9 @@ class PooledConnection(TwoPhaseConnection):
                 self.pipelines -= 1
 
     def _send_due_of_pipeline(self) -> tuple[Block, bool, bool]:
-        """Send what the block needs before a pipeline; a BEGIN alone comes with the first statement in it.
+        """Send the block's due commands before a pipeline; a BEGIN alone waits for the first statement in it.
 
-        It is so for a block that has chosen to have transactions as psycopg has them: the connection stays
+        This applies to a block that has set `autocommit` itself: as in psycopg, the connection stays
         idle, and its attributes can still be set.
         """
         block = self.block
@@ -144,7 +144,7 @@ class PooledConnection(TwoPhaseConnection):
 
     @contextmanager
     def pipeline(self) -> Iterator[psycopg.Pipeline]:
-        """Switch to pipeline mode; what the block needs first is sent before."""
+        """Switch to pipeline mode, after sending the block's due commands."""
         if self.settled is None:
             with super().pipeline() as pipeline:
                 yield pipeline  # of `configure`
@@ -164,37 +164,37 @@ class PooledConnection(TwoPhaseConnection):
                     raise
                 if not self.pgconn.pipeline_status and not self.closed:
                     raise self.own_error(error)  # noqa: B904  it is the same object
-                # psycopg cannot leave the pipeline, which is how an interruption of its end shows.
+                # psycopg cannot leave the pipeline: its end was interrupted.
                 self.close()
                 self._note_loss(error, ACTIVE)
                 if error.__context__ is not None and not isinstance(error.__context__, psycopg.Error):
                     raise error.__context__ from None
                 if isinstance(error.__context__, psycopg.Error) and error.__context__.sqlstate:
-                    # What the server says at the end of an implicit transaction (a deferred constraint).
+                    # The server's error at the end of an implicit transaction (a deferred constraint).
                     raise errors.as_query_error(error.__context__) from None
                 raise self.own_error(error)  # noqa: B904  it is the same object
 
     def notifies(self, **kwargs: Any) -> Generator[psycopg.Notify]:
-        """Yield notifications; waiting for them is no statement, so it has no deadline of its own."""
+        """Yield notifications; waiting for them is not a statement, so `patience` does not apply."""
         self.check_free()
         left = deadlines.time_left() if deadlines.in_use else None
-        if left is not None:  # it ends with the request's time, as with a timeout of its own
+        if left is not None:  # the request's deadline acts as a timeout
             given = kwargs.get("timeout")
             kwargs["timeout"] = max(0.0, left if given is None else min(given, left))
         with self.alone():
             if self.stale and self.pgconn.transaction_status == IDLE:
-                self.run(self.cleaning)  # what the last block listened to is not this one's
+                self.run(self.cleaning)  # drop the last block's LISTEN
             block, patience = self.block, self.patience
             self.patience, self.holder = None, get_ident()
             try:
                 yield from super().notifies(**kwargs)
             finally:
-                if self.block is block:  # left open, it ends when another may have the connection
+                if self.block is block:  # a generator left open may end when another block has the connection
                     self.patience, self.holder = patience, 0
 
 
 class _Info(psycopg.ConnectionInfo):
-    """What psycopg tells of a connection, and the failure that libpq forgets with the end of a pipeline."""
+    """psycopg's connection info, with the error that libpq forgets when a pipeline ends."""
 
     def __init__(self, pgconn: Any, failure: str) -> None:
         super().__init__(pgconn)
@@ -212,7 +212,7 @@ _classes: dict[tuple[type[Any], type[PooledConnection]], type[PooledConnection]]
 def pooled(
     cls: type[psycopg.Connection[Any]] | None, base: type[PooledConnection] = PooledConnection
 ) -> type[PooledConnection]:
-    """Return the class of a group's connections: with what a class of the application adds."""
+    """Return the class of a group's connections, combined with the application's class, if any."""
     if cls is None:
         return base
     if issubclass(cls, base):

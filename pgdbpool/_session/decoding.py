@@ -1,7 +1,7 @@
-"""How a block reads dates, times and intervals that binds TimeZone, DateStyle or IntervalStyle.
+"""Loaders of dates, times and intervals for blocks that bind TimeZone, DateStyle or IntervalStyle.
 
-The server writes them by what the block has bound, and tells the client of a setting after the transaction
-only, when it is the session's again. So these loaders go by what the preamble has asked the server for.
+The server formats values by the block's settings, but reports a setting to the client only after the
+transaction, when the session's value is back. So these loaders use the settings that the preamble queried.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOADERS: tuple[tuple[str, type[Loader]], ...] = (
 
 
 def _context(context: Any) -> Any:
-    """Return what says how the server wrote a value: outside of a transaction, what held in the last one."""
+    """Return the settings the server formatted a value with: outside a transaction, those of the last one."""
     conn = getattr(context, "connection", None)
     in_force = getattr(conn, "in_force", None)
     if conn is None or in_force is None or conn.pgconn.transaction_status != IDLE:
@@ -43,7 +43,7 @@ def _following(loader: type[Loader]) -> type[Loader]:
 
 
 class _TimedeltaDumper(own.TimedeltaDumper):
-    """Writes an interval with all of its signs, which is the same in each IntervalStyle."""
+    """Writes an interval with all signs, which every IntervalStyle reads alike."""
 
     def dump(self, obj: Any) -> Any:
         return self._dump_sql(self, obj)
@@ -52,7 +52,7 @@ class _TimedeltaDumper(own.TimedeltaDumper):
 def adapters_for(conn: psycopg.Connection[Any]) -> AdaptersMap:
     """Return the connection's adapters with loaders that follow the block's settings.
 
-    What `configure` has registered in place of psycopg's stays.
+    Loaders and dumpers that `configure` registered in place of psycopg's are kept.
     """
     plain, adapters = psycopg.adapters, AdaptersMap(conn.adapters)
     for name, loader in _LOADERS:

@@ -1,4 +1,4 @@
-"""What logs, errors and reports say of a block: its id, where it was entered, its last statement."""
+"""The description of a block in logs, errors and reports: its id, its entry point, its last statement."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .block import Block
 from .statement_text import text_of
 
 DEEPEST = 100
-"""Frames of a stack that are told."""
+"""Maximum number of stack frames reported."""
 
 
 def begin(block: Block, given: str | None, frame: FrameType | None) -> None:
-    """Note of a block that begins its id, and with a frame the stack that leads to it."""
+    """Record a new block's id and, given a frame, the stack that leads to it."""
     found = correlation.current_correlation() if given is None else given
     if found is not None:
         block.own_id = found
@@ -30,7 +30,7 @@ def begin(block: Block, given: str | None, frame: FrameType | None) -> None:
 
 
 def mark(error: BaseException, block: Block) -> None:
-    """Put the id of the block into an error of the package that leaves it."""
+    """Put the block's id into one of the package's errors that leaves the block."""
     if not isinstance(error, Error):
         return
     if error.correlation_id is None:
@@ -42,7 +42,7 @@ def mark(error: BaseException, block: Block) -> None:
 
 
 def told(group: str, endpoint: str, block: Block, seconds: float) -> tuple[str, dict[str, Any]]:
-    """Return what is told of a block that has a connection, in words and as fields of a log record."""
+    """Return the description of a block that has a connection, as text and as fields of a log record."""
     names = thread_names()
     fields = {
         "group": group,
@@ -68,7 +68,7 @@ def _place(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
 
 
 def describe(block: Block, seconds: float, names: dict[int | None, str]) -> str:
-    """Return in words who has a connection, for how long, and what was sent last."""
+    """Return as text which thread has a connection, for how long, and the last statement."""
     place = _place(block, names)
     text = f"thread {place['holder']} for {seconds:.1f} s, from {_frame(*block.place)}"
     if (own_id := getattr(block, "own_id", None)) is not None:
@@ -90,11 +90,11 @@ def _frame(code: CodeType, at: int) -> str:
 
 
 def _line(code: CodeType, at: int) -> int:
-    """Return the line of an instruction, which a frame takes longer to work out than to name."""
+    """Return the line of an instruction; slow, so it is called only for a report."""
     lines = (line for start, end, line in code.co_lines() if start <= at < end)
     return next(lines, None) or code.co_firstlineno
 
 
 def thread_names() -> dict[int | None, str]:
-    """Return the names of the threads that run, by number."""
+    """Return the names of the running threads by identifier."""
     return {thread.ident: thread.name for thread in threading.enumerate()}

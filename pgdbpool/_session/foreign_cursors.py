@@ -1,9 +1,9 @@
-"""A cursor that the block did not make, while it takes part in the block.
+"""A cursor that the block did not create, while it takes part in the block.
 
-That is psycopg's `ClientCursor`, `RawCursor`, `ServerCursor` or a class of the application, made directly or
-through `cursor_factory`. Each of its operations holds psycopg's lock from its beginning to its end, a stream
-and a COPY too. So what the block needs first goes out, in a round trip of its own, when the cursor starts its
-statement, and what was opened for it ends with the lock.
+It is psycopg's `ClientCursor`, `RawCursor`, `ServerCursor` or a class of the application, made directly or
+through `cursor_factory`. Each of its operations, a stream and a COPY too, holds psycopg's lock from start to
+end. So the block's due commands are sent in a separate round trip when the cursor starts its statement, and
+anything opened for the statement ends when the lock is released.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ NAMED = (
 
 
 class Asked(NamedTuple):
-    """What a cursor of psycopg is about to execute."""
+    """The statement that a psycopg cursor is about to execute."""
 
     cursor: Any
     statement: Any
-    """None if it is not known: FETCH from a cursor that another one declared."""
+    """None if unknown: FETCH from a cursor that another cursor declared."""
 
 
 def asked_in(frame: FrameType) -> Asked:
-    """Return what is asked in the frame of psycopg's `BaseCursor._start_query`, which passes nothing on."""
+    """Read the statement from the frame of psycopg's `BaseCursor._start_query`, which does not pass it on."""
     statement = frame.f_locals.get("query")
     if statement is None and frame.f_back is not None:  # a COPY
         statement = frame.f_back.f_locals.get("statement")
@@ -45,7 +45,7 @@ def asked_in(frame: FrameType) -> Asked:
 
 
 class Visit:
-    """One operation of a cursor that the block did not make; the cursor's thread has the turn."""
+    """One operation of a cursor that the block did not create; the cursor's thread has the turn."""
 
     def __init__(self, conn: TransactingConnection, block: Block) -> None:
         self._conn = conn
@@ -57,7 +57,7 @@ class Visit:
         self._until = conn.until
 
     def begin(self, named: bool) -> None:
-        """Send what the block needs first; from here on the connection is busy for its own thread too.
+        """Send the block's due commands; from here on the connection is busy even for its own thread.
 
         :raises psycopg.NotSupportedError: a named cursor would end with the transaction opened for it.
         """
@@ -72,7 +72,7 @@ class Visit:
         conn.visit, conn.holder = self, get_ident()
 
     def note(self, asked: Asked) -> None:
-        """Note what the statement may leave in the session and in the transaction, before it is sent."""
+        """Note the statement's effects on the session and the transaction, before it is sent."""
         conn, block = self._conn, self._block
         if asked.statement is None:
             return
@@ -91,12 +91,12 @@ class Visit:
     def end(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End what was opened for the statement, and note what became of it."""
+        """Release everything opened for the statement, and note its outcome."""
         conn, block = self._conn, self._block
         conn.visit, conn.holder = None, 0
         if conn.block is not block:
-            return  # a generator that was left open: the connection may be another block's
-        conn.until = self._until  # what was left early has bounded its own end alone
+            return  # a generator left open: the connection may belong to another block now
+        conn.until = self._until  # an operation left early set a bound for its own end only
         if conn.closed and self._in_transaction:
             block.lost = True
         with conn.owning():
@@ -105,7 +105,7 @@ class Visit:
             self._conclude(self._what, error is None)
 
     def _conclude(self, what: Shape, well: bool) -> None:
-        """Note what the statement did to the transaction, or did by itself."""
+        """Note the statement's effect on the transaction, or outside one."""
         block = self._block
         if what.ends:
             self._conn.bound, block.committed = False, True

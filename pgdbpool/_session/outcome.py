@@ -1,7 +1,7 @@
-"""Which statements may be a commit under way, and which commit did not wait for its synchronous standby.
+"""Which running statements may be committing, and which commit did not wait for its synchronous standby.
 
-A server that is asked to cancel a COMMIT which waits for its standby commits all the same, on itself alone,
-and answers success with a WARNING. So what may be committing is not cancelled.
+If a COMMIT is cancelled while it waits for its standby, the server commits locally all the same and answers
+success with a WARNING. So a statement that may be committing is never cancelled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _WRITES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|INTO|SHARE|CALL|PROGRAM)\
 _CALL = re.compile(r"((?:[\w$]+\s*\.\s*)*[\w$]+)\s*\(")
 _ENDS = re.compile(r"(?:^|;)\s*(?:COMMIT|END|ROLLBACK|ABORT|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
 
-# What stands before a parenthesis and writes nothing: words of the language, and functions of every server.
+# Words that may precede a parenthesis without writing: keywords, and functions built into every server.
 _WORDS = """
     all and any as between by case copy cross distinct else except exists filter from group having in inner
     intersect interval is join lateral left like ilike limit materialized not offset on or order over
@@ -65,7 +65,7 @@ _HARMLESS = frozenset(_WORDS.split())
 def stopped_waiting(notice: PGresult) -> bool:
     """Return whether the notice says that a commit stopped waiting for its synchronous standby.
 
-    Told by the fields that are not translated: a trigger may raise 01000 too, and the text follows
+    Only untranslated fields are compared: a trigger may raise 01000 too, and the text depends on
     `lc_messages`.
     """
     field = notice.error_field
@@ -77,9 +77,9 @@ def stopped_waiting(notice: PGresult) -> bool:
 
 
 def may_commit(statement: Any, inside: bool) -> bool:
-    """Return whether a statement that is under way may be committing something.
+    """Return whether a running statement may be committing something.
 
-    :param inside: whether it runs in an explicit transaction, which goes on after it.
+    :param inside: whether it runs in an explicit transaction, which continues after it.
     """
     text = _text(statement)
     if text is None:
@@ -89,7 +89,7 @@ def may_commit(statement: Any, inside: bool) -> bool:
 
 
 def _only_reads(code: str) -> bool:
-    """Return whether each of the statements is known to be a read, and all that they call as well."""
+    """Return whether every statement, and every function called, is known to be read-only."""
     parts = [part for part in code.split(";") if part.strip()]
     if not parts or not all(map(_READS.match, parts)) or _WRITES.search(code):
         return False
@@ -105,7 +105,7 @@ def _without_aliases(code: str) -> str:
 
 
 def _text(statement: Any) -> str | None:
-    """Return a statement's text, None where it has none that can be read."""
+    """Return a statement's text, or None if it cannot be read."""
     if isinstance(statement, Composable):
         return statement.as_string(None)
     if isinstance(statement, bytes):

@@ -1,6 +1,7 @@
-"""What a statement would leave in a session that a transaction pooler gives to others.
+"""Statements that change a session behind a transaction pooler.
 
-It stays there after the transaction, for any other client of the pooler. What ends with that passes.
+The change outlives the transaction and reaches other clients of the pooler, so such a statement is refused.
+Changes that end with the transaction are allowed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TABLE = "add ON COMMIT DROP, inside a transaction, or use a group whose server 
 _PREPARED = "leave it to psycopg, with `prepare_threshold` (PgBouncer 1.21 and later)"
 CURSOR = "leave WITH HOLD out, inside a transaction"
 
-# Of code, in which blanks are one each, and stand for comments and strings.
+# Matched against code with single blanks in place of comments and strings.
 _KEPT = (
     (r"^SET (?:SESSION )?(?:ROLE|AUTHORIZATION)\b|^RESET (?:ROLE|SESSION)\b", "the role", _ROLE),
     (r"^SET (?!LOCAL\b|TRANSACTION\b|CONSTRAINTS\b)|^RESET\b", "a setting", _SETTING),
@@ -49,7 +50,7 @@ _LOCALLY = re.compile(r"(?:IS_LOCAL ?(?:=>|:=) ?)?TRUE(?: ?:: ?BOOL(?:EAN)?)?")
 
 @lru_cache(maxsize=256)
 def left_in_session(text: str) -> str | None:
-    """Return what is wrong with a statement behind a transaction pooler, and what to do instead; or None."""
+    """Return why a statement is unsafe behind a transaction pooler, with the remedy; or None."""
     for statement in statements_of(code_of(text)):
         code = " ".join(statement.split()).lstrip("( ").upper()
         for pattern, what, remedy in _PATTERNS:
@@ -66,7 +67,7 @@ def refusal(what: str, remedy: str) -> str:
 
 
 def _arguments(code: str) -> list[str]:
-    """Return the arguments of each set_config; in doubt an empty text."""
+    """Return the arguments of each set_config call; empty if they cannot be parsed."""
     found = []
     for call in _SET_CONFIG.finditer(code):
         depth = 1

@@ -1,8 +1,8 @@
 """Prepared statements that the server no longer has, or whose result has other columns now.
 
-They are forgotten, and a statement outside of a transaction is sent once more. The server finds the fault
-when it takes up the statement or its plan, before it executes it. So all that was done is what rode before
-it, and that was rolled back.
+They are forgotten, and a statement outside a transaction is sent once more. The server detects the fault
+when it looks up the statement or its plan, before executing it. So only the commands sent ahead of it have
+run, and they were rolled back.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _RAISED_BY = {
 
 
 def is_stale(error: psycopg.Error) -> bool:
-    """Return whether the session's prepared statements are not what the client takes them for."""
+    """Return whether the server's prepared statements differ from the client's record of them."""
     function = _RAISED_BY.get(error.sqlstate or "")
     return function is not None and error.diag.source_function == function
 
 
 def dropping(names: Iterable[bytes]) -> tuple[Command, ...]:
-    """Return the commands that drop those of the prepared statements that there are.
+    """Return the commands that drop these prepared statements, skipping any that do not exist.
 
-    In a transaction of their own, as a cleaning is.
+    They run in a separate transaction, as a cleaning does.
     """
     listed = b", ".join(b"'%s'" % name for name in names)
     body = (

@@ -18,16 +18,16 @@ _item = tuple.__getitem__
 class Row(tuple[Any, ...]):
     """A row of a result: ``row[0]``, ``row["name"]``, ``row.name``, ``dict(row)``, unpacking.
 
-    It is a tuple, and equal to one with the same values; ``in`` looks for a column's name. Of several
-    columns with the same name the last one answers to it. As an attribute, a column answers to its name
-    where that is an identifier, does not begin with an underscore, and is no attribute of tuples or of
-    this class (``count``, ``index``, ``keys`` ...).
+    It equals a tuple with the same values; ``in`` looks for a column name. If several columns have the same
+    name, the last one is returned. A column is also an attribute if its name is an identifier, does not
+    begin with an underscore, and is not an attribute of tuples or of this class (``count``, ``index``,
+    ``keys`` ...).
     """
 
     __slots__ = ()
     _names: ClassVar[tuple[str, ...]] = ()
     _at: ClassVar[dict[Any, str]] = {}
-    """The attribute that has the value, by the name and the index of the column."""
+    """The attribute that holds the value, by column name and by index."""
 
     def __getitem__(self, key: Any) -> Any:
         # getattr finds a descriptor written in C, which takes half the time of tuple.__getitem__ from here.
@@ -46,7 +46,7 @@ class Row(tuple[Any, ...]):
         return name in self._names
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the value of the column, or the default where there is no such column."""
+        """Return the value of the column, or the default if the column does not exist."""
         return getattr(self, self._at[name]) if name in self._names else default
 
     def keys(self) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ def _make(names: tuple[str, ...], values: Sequence[Any]) -> Row:
 def row(cursor: Cursor[Any]) -> RowMaker[Row]:
     """Make rows of the class `Row`: the default row factory.
 
-    See https://www.psycopg.org/psycopg3/docs/advanced/rows.html for what a row factory is.
+    See https://www.psycopg.org/psycopg3/docs/advanced/rows.html for row factories.
     """
     result = cursor.pgresult
     if result is None or not result.nfields:

@@ -16,9 +16,9 @@ class Slot:
 
     def __init__(self) -> None:
         self.left = False
-        """Whether its connection is closed, and the server may still be in a commit of the session."""
+        """Whether its connection is closed while the server may still be committing in that session."""
         self.conn: ref[Any] | None = None
-        """Its connection, whoever has that."""
+        """Its connection, idle or in use."""
         self.endpoint: Endpoint | None = None
-        """Where its connection is, or is being opened to."""
+        """The endpoint that its connection is open, or being opened, to."""
         self.lent = False

@@ -1,4 +1,4 @@
-"""Connections of groups with `slow_query`: they time what they send, which costs the others nothing."""
+"""Connections of groups with `slow_query`: they time their statements; other groups pay nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TimedConnection(PooledConnection):
     slow_after: float = float("inf")
     """Seconds."""
     on_slow: Callable[[PooledConnection, Any, float], None]
-    """Is called with the connection, the statement and its seconds."""
+    """Called with the connection, the statement and its duration in seconds."""
 
     def receive(self) -> list[PGresult]:
         """Wait, as any connection, for the answer to a statement that was sent alone."""

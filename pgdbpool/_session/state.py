@@ -1,4 +1,4 @@
-"""What a connection knows of itself and of the block that it is lent to, and which thread may use it."""
+"""The state of a connection, the block it is lent to, and the thread that may use it."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _HELD = HeldLock()
 
 
 class Keeper(Protocol):
-    """What a connection tells the group that it belongs to."""
+    """The part of a group that its connections report to."""
 
     def tolerates(self, conn: Any) -> bool:
         """Count a commit that did not wait for its standby; return whether a log record of it will do."""
 
 
 class ConnectionState(psycopg.Connection[Any]):
-    """A psycopg connection with what its group, its block and its threads have to know of it."""
+    """A psycopg connection with the state that its group, its block and its threads share."""
 
     # What every connection has. In its dictionary these would be too many for the form in which instances
     # share their keys: 1,300 bytes for each connection, and slower to read.
@@ -58,16 +58,16 @@ class ConnectionState(psycopg.Connection[Any]):
     endpoint: Endpoint
     slot: Slot | None
     lent: bool
-    """Whether it is neither the pool's nor in the hands of who takes it from there."""
+    """Whether it is checked out: not idle in the pool and not being taken from it."""
     block: Block | None
     handed_out: bool
-    """Whether its block may keep a reference to it, which is not to reach the next one; see `ended`."""
+    """Whether its block may keep a reference to it, which must not reach the next block; see `ended`."""
     patience: float | None
     """Seconds that one wait for the server may take; None for no bound."""
     until: float | None
-    """When it ends in any case, on the clock of `monotonic`: while it is opened, asked, or left early."""
+    """Latest end of a wait on the clock of `monotonic`: while opening, pinging, or leaving a result early."""
     own_timeout: bool = False
-    """Whether the block has set a statement_timeout by itself."""
+    """Whether the block has changed statement_timeout itself."""
     limited: bool = False
     """Whether a deadline has bound a statement_timeout in the open transaction."""
     annotates: bool
@@ -77,44 +77,44 @@ class ConnectionState(psycopg.Connection[Any]):
     own_name: str = ""
     """The session's application_name."""
     cut_by: str = ""
-    """What has closed the pools under its block."""
+    """The event that closed the pools during its block."""
     taken_away: bool
-    """Whether it was taken from its block, which finds it lost; see `max_hold`."""
+    """Whether it was taken from its block, which will see it as lost; see `max_hold`."""
     ending: bool
-    """Whether a COMMIT or ROLLBACK is under way, whose outcome is worth a wait."""
+    """Whether a COMMIT or ROLLBACK is running, whose outcome is worth waiting for."""
     explicit: bool = False
     """Whether a statement of an autocommit block began the open transaction."""
     declared: bool = False
-    """Whether the statement that psycopg begins is the one that its block knows of."""
+    """Whether the statement psycopg starts is the one recorded in the block."""
     undeclared: Any = NOTHING
-    """The statement that the block knew of when a cursor of another kind executed one."""
+    """The statement recorded in the block when a foreign cursor executed another."""
     unsure: bool = False
-    """Whether a transaction may have ended that the block still takes for open."""
+    """Whether a transaction may have ended that the block still considers open."""
     not_replicated: bool
     """Whether the server has just said that a commit did not wait for its standby."""
     severed: bool = False
-    """Whether another thread cuts it under its block, which can begin nothing more."""
+    """Whether another thread closes it during its block, which cannot begin anything more."""
     left: int = 0
-    """The process of its server, where that may still be committing after the connection was closed."""
+    """The server process that may still be committing after the connection was closed, or 0."""
     keeper: Keeper | None = None
     """Its group, once it is open."""
     used_at: float
     """When the connection was last known to work, on the monotonic clock."""
     expires_at: float
     uses: Tally
-    """Where its group counts how long blocks have it."""
+    """The group's tally of how long blocks have connections."""
     times_lent: int = 0
-    """Blocks that it was lent to, where anybody counts."""
+    """Number of blocks it was lent to, if counted."""
     asked_role: str | None = None
     """The role of a server that does not report it (before PostgreSQL 14), asked once."""
     local: Bound
-    """Settings that every transaction binds, where the session itself can keep none (a pooler)."""
+    """Settings bound in every transaction, because a pooler's session cannot keep them."""
     bound: bool
     """Whether the block's settings are bound in the open transaction."""
     reads: bool
-    """Whether its group is one of servers that take no writes."""
+    """Whether its group is read-only."""
     conforms: bool = True
-    """Whether a backslash in a plain string is one, when the session begins."""
+    """Whether plain strings keep their backslashes when the session begins."""
     touched: bool
     """Whether the block may have left something in the session."""
     altered: bool
@@ -125,14 +125,14 @@ class ConnectionState(psycopg.Connection[Any]):
     """Whether the session is to be cleaned before the next statement."""
     cleaning: tuple[Command, ...] = CLEANING
     in_force: InForce | None = None
-    """What values of the last transaction were written by, if the block binds such a setting."""
+    """The format settings in force in the last transaction, if the block binds one of them."""
     follows: bool
-    """Whether the block does."""
+    """Whether the block binds such a setting."""
     _following: AdaptersMap | None = None
     dropping: tuple[Command, ...] = NOTHING
-    """What drops the prepared statements that were forgotten, in a transaction of its own."""
+    """The commands that drop forgotten prepared statements, in a separate transaction."""
     spoilt: bool = False
-    """Whether a statement of the pipeline that is open has failed: the server skips what follows."""
+    """Whether a statement of the open pipeline has failed, so that the server skips the rest."""
     prepares: bool = False
     named: int
     """How often a preamble was prepared in the session."""
@@ -143,45 +143,45 @@ class ConnectionState(psycopg.Connection[Any]):
     unusable: bool
     """Whether it is abandoned or severed."""
     riding: bool
-    """Whether statements go through that are the pool's own, not a block's."""
+    """Whether the pool's own statements are admitted, without a block."""
     streamed: bool
     """Whether libpq may give the first result of a pipeline row by row, as it did in a stream."""
     pipelines: int = 0
-    """Psycopg's pipelines that are open over it, or are being opened or ended."""
+    """Number of psycopg pipelines that are open, opening or ending."""
     wrapped: bool
-    """Whether the open transaction is there for one statement of an autocommit block, and ends with it."""
+    """Whether the open transaction serves, and ends with, one statement of an autocommit block."""
     implicit: bool = False
-    """Whether the statements of the open pipeline are in no transaction but those that its Syncs end."""
+    """Whether the open pipeline's statements run in the implicit transactions that its Syncs end."""
     failed: tuple[Any, str] = None, ""
-    """The statement of the block that failed last, and what the server said."""
+    """The block's last failed statement, and the server's message."""
     crossed: bool
-    """Whether the open transaction had contexts that were left in the wrong order."""
+    """Whether contexts of the open transaction were exited in the wrong order."""
     visit: Guest | None = None
-    """The operation of a cursor that the block did not make, while it takes part."""
+    """The operation of a foreign cursor, while it takes part."""
     holder: int
     """The thread that has a stream, COPY or notifies() open, which holds psycopg's lock."""
     turn: Lock
-    """Held from looking at what is due before a statement to the end of the statement; see `alone`."""
+    """Held from computing a statement's due commands to the end of the statement; see `alone`."""
     owner: int
-    """The thread that holds it for several steps."""
+    """The thread that holds the turn for several steps."""
     step: Turn | None
-    """How a thread holds it, if not for one statement of a cursor of the block."""
+    """The turn object, unless the turn is held for one statement of the block's cursor."""
     replacing: AbstractContextManager[Any]
-    """Held while a block that has lost it takes another in its place."""
+    """Held while a block replaces the connection after losing it."""
     settled: dict[str, Any] | None
     own_handlers: tuple[tuple[Any, ...], tuple[Any, ...]]
     """The notice and notify handlers that `configure` has added."""
     shown: tuple[bytes | None, ...]
-    """What the server reports of a clean session's settings."""
+    """The settings of a clean session as reported by the server."""
     by_itself: bool
-    """What `autocommit` says outside of a block: what the group does."""
+    """The value of `autocommit` outside a block: the group's mode."""
     adapters_shared: AdaptersMap | None
-    """A copy of the adapters, while nobody can have changed them, for the cursors that change none."""
+    """A copy of the adapters, while they are unchanged, shared by cursors that register none."""
     client_encoding: bytes | None
     speaks_utf8: bool
     plain: bool
-    """Whether a block finds nothing of the connection's own that its BEGIN or settings must say."""
-    _pool: Any = None  # set: psycopg then does not warn when the interpreter drops it open
+    """Whether the connection adds nothing to a block's BEGIN or settings."""
+    _pool: Any = None  # defined, so that psycopg does not warn when an open connection is garbage-collected
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         self.owner, self.holder, self.step, self.replacing = 0, 0, None, RLock()
@@ -203,14 +203,14 @@ class ConnectionState(psycopg.Connection[Any]):
     def watch(self) -> None:
         """Prepare `poll` and `wait_readable`; to be called once, when the connection is open."""
         self._known: dict[bytes, bytes] = {}
-        """The preamble's commands that are prepared, by text."""
-        # One and the same but under gevent: `poll` looks and never waits.
+        """Prepared preamble commands by text."""
+        # The same object except under gevent: `poll` checks and never waits.
         self.poll, self.wait_readable = greenlets.polls(self.pgconn.socket)
         self.used_at = monotonic()
 
     @property  # type: ignore[override]
     def lock(self) -> AbstractContextManager[Any]:
-        """What psycopg holds during each of its steps: nothing more where its thread has the turn already."""
+        """The lock psycopg holds during each step; a no-op if its thread already has the turn."""
         return _HELD if self.owner == get_ident() else PsycopgsLock(self)
 
     @lock.setter
@@ -218,7 +218,7 @@ class ConnectionState(psycopg.Connection[Any]):
         self.turn = lock
 
     def alone(self) -> AbstractContextManager[Any]:
-        """Have the connection for several steps; other threads wait. May be nested."""
+        """Reserve the connection for several steps; other threads wait. Reentrant."""
         return _HELD if self.owner == get_ident() else Turn(self)
 
     def take_back(self) -> None:
@@ -232,7 +232,7 @@ class ConnectionState(psycopg.Connection[Any]):
 
     @contextmanager
     def owning(self) -> Iterator[None]:
-        """Let psycopg's own methods through, which take the lock; to be called with the turn."""
+        """Admit psycopg's own methods, which take the lock; the caller must have the turn."""
         before, self.owner = self.owner, get_ident()
         try:
             yield
@@ -241,7 +241,7 @@ class ConnectionState(psycopg.Connection[Any]):
 
     @contextmanager
     def unbound(self) -> Iterator[None]:
-        """Let statements through that are the pool's own, not a block's."""
+        """Admit the pool's own statements, without a block."""
         self.riding = True
         try:
             yield
@@ -249,7 +249,7 @@ class ConnectionState(psycopg.Connection[Any]):
             self.riding = False
 
     def check_free(self) -> None:
-        """Refuse what would wait for ever on psycopg's lock, which this thread holds itself."""
+        """Refuse a call that would deadlock on psycopg's lock, which this thread already holds."""
         if self.holder == get_ident():
             raise errors.as_query_error(psycopg.ProgrammingError(BUSY))
 
@@ -265,7 +265,7 @@ own_names = {"_pool", "_created_at", "_expire_at", *ConnectionState.__annotation
 
 
 def _notice(wself: ref[ConnectionState], notice: PGresult) -> None:
-    """Take a notice; note that of a commit which did not wait for its standby."""
+    """Handle a notice; record a commit that did not wait for its standby."""
     conn = wself()
     if conn is not None and outcome.stopped_waiting(notice):
         conn.not_replicated = True

@@ -9,7 +9,7 @@ from typing import Any
 from psycopg import sql
 
 LONGEST_STATEMENT = 1000
-"""Characters of a statement that are told."""
+"""Maximum length of a reported statement."""
 _SPACE = re.compile(r"\s+")
 _VALUE = re.compile(r"'[^']*(?:'|$)|\$(\w*)\$.*?(?:\$\1\$|$)")
 
@@ -33,7 +33,7 @@ def text_of(statement: Any) -> str | None:
 
 
 class Filled(sql.SQL):
-    """A statement with its parameters written into it, of which only the statement is told."""
+    """A statement with its parameters written into it; only the statement is reported."""
 
     def __init__(self, text: Any, statement: Any) -> None:
         super().__init__(text)
@@ -53,7 +53,7 @@ def _parts(composable: sql.Composable) -> Iterator[str]:
 
 
 def comment_on(statement: Any, text: str) -> Any:
-    """Return the statement with a comment before it, where it is of a kind that can have one."""
+    """Return the statement with a leading comment, if its type allows one."""
     comment = f"/* {text} */ "
     if isinstance(statement, str):
         return comment + statement

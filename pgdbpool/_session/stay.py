@@ -40,24 +40,24 @@ Answer = TypeVar("Answer")
 
 
 class Lender(Protocol):
-    """What a connection that is out needs of its group."""
+    """The operations of a group that a connection outside its pool uses."""
 
     name: str
 
     def bind(self, tenant: Any, override: bool, settings: Mapping[str, Any] | None) -> Binding:
-        """Return what a unit of work binds."""
+        """Return the binding of a unit of work."""
 
     def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
         """Lend a working connection."""
 
     def discard(self, conn: PooledConnection, reason: str) -> None:
-        """Take a connection back that is not to be used again."""
+        """Take back a connection that must not be used again."""
 
     def checkin(self, conn: PooledConnection) -> None:
         """Take a connection back."""
 
     def take_over(self, conn: PooledConnection, heir: PooledConnection) -> None:
-        """Note that a connection in use goes on in another object."""
+        """Note that a connection in use continues in another object."""
 
     def note_retry(self, block: Block | None, error: errors.Error) -> None:
         """Count a statement that is sent again."""
@@ -87,7 +87,7 @@ class Stay(Block):
         super().__init__(manual, binding, place)
 
     def bind(self) -> Binding:
-        """Return what a unit of work binds that begins now."""
+        """Return the binding of a unit of work that begins now."""
         return self.group.bind(self.tenant, self.override, self.own_settings)
 
     def check_tenant(self) -> None:
@@ -192,7 +192,7 @@ class KeptConnection(PooledConnection):
             stay.in_transaction, stay.at_begin = self._local(stay), self._encode(stay)
 
     def again(self, follow: Callable[[], None], attempt: Callable[[], Answer]) -> Answer:
-        """Do what a cursor is asked for; once more, if it was lost and can have had no effect.
+        """Run a cursor's operation; run it once more if it was lost and cannot have had an effect.
 
         :param follow: lets the cursor go on with the session that the connection has now.
         """
@@ -240,7 +240,7 @@ class KeptConnection(PooledConnection):
     # As the connection's, with the tenant of now.
 
     def send_due(self) -> tuple[Block, bool, bool]:
-        """Send what the unit of work needs first."""
+        """Send the unit of work's due commands."""
         self._renew_within()
         return super().send_due()
 
@@ -250,7 +250,7 @@ class KeptConnection(PooledConnection):
         return super().preamble(block)
 
     def _renew_within(self) -> None:
-        """Take the tenant of now also where the turn is taken already: no other session comes then."""
+        """Bind the current tenant even if the turn is already taken; the session is not replaced then."""
         stay = self.stay
         if self._pipeline or self.riding or self.pgconn.transaction_status != IDLE:
             return
@@ -258,13 +258,13 @@ class KeptConnection(PooledConnection):
             self._rebind(stay, binding)
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        """Return a cursor; of another session where the last one was lost and nothing with it."""
+        """Return a cursor; if the session was lost and held nothing, it is replaced first."""
         if self.closed:
             self.renew()
         return super().cursor(*args, **kwargs)
 
     def transaction(self, savepoint_name: str | None = None, force_rollback: bool = False) -> Any:
-        """Open a transaction, or a savepoint where one is open."""
+        """Open a transaction, or a savepoint inside an open one."""
         self.renew()
         return super().transaction(savepoint_name, force_rollback)
 
@@ -277,7 +277,7 @@ class KeptConnection(PooledConnection):
 
     def close(self) -> None:
         """Give the connection back to its pool, as `Connection.putconn` does."""
-        # The pool and psycopg close it for good, where they find it lost.
+        # The pool and psycopg close a lost connection for good.
         caller = str(sys._getframe(1).f_globals.get("__name__"))
         if caller.startswith(("pgdbpool._", "psycopg.")):
             super().close()
@@ -360,7 +360,7 @@ def keep(conn: PooledConnection) -> KeptConnection:
 
 
 def give_back(conn: PooledConnection) -> None:
-    """Give a connection back to its pool, which rolls back what is open.
+    """Give a connection back to its pool, which rolls back an open transaction.
 
     :raises BlockClosedError: it was given back before.
     """
@@ -373,7 +373,7 @@ def give_back(conn: PooledConnection) -> None:
     except psycopg.Error:
         PooledConnection.close(conn)  # the server rolls back by itself
     finally:
-        conn.touched = True  # what was done over libpq is not known
+        conn.touched = True  # work done directly over libpq is unknown
         conn.__class__ = cls
         stay.group.checkin(conn)
         stay.open = False

@@ -1,4 +1,4 @@
-"""Which thread may use a connection now: threads may share a block, as they may share a connection."""
+"""The turn of a thread on a connection: threads may share a block, as they may share a connection."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Guest(Protocol):
     def end(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End what was opened for the operation."""
+        """Release everything opened for the operation."""
 
 
 class Shared(Protocol):
-    """What a turn needs of its connection."""
+    """The attributes of a connection that a turn uses."""
 
     turn: Lock
     owner: int
@@ -32,7 +32,7 @@ class Shared(Protocol):
 
 
 class Turn:
-    """The turn of one thread for several steps, which `alone` gives; it can be given up from outside.
+    """One thread's turn for several steps, as returned by `alone`; it can be given up from outside.
 
     It is an object, not a generator: the traceback of an exception that came while a generator was entered or
     left would keep the turn for as long as the application keeps the exception.
@@ -51,8 +51,8 @@ class Turn:
         self._lock = lock = conn.turn
         taken: list[bool] = []
         try:
-            # An exception of a signal, or of another thread, comes after a call and not inside it. So the
-            # lock is never taken without a note of it.
+            # An exception raised by a signal or by another thread arrives after a call, not inside it. So
+            # the lock is never taken without being recorded.
             taken.extend(map(lock.acquire, _ONCE))
             self._begin(conn)
         except BaseException:
@@ -63,7 +63,7 @@ class Turn:
             raise
 
     def _begin(self, conn: Shared) -> None:
-        """Note the turn as the thread's own."""
+        """Record this thread as the owner of the turn."""
         conn.step, conn.owner = self, self.thread
 
     def __exit__(
@@ -80,7 +80,7 @@ class Turn:
 
 
 class PsycopgsLock(Turn):
-    """What psycopg takes for the lock of a connection: the connection's turn, and the end of a visit."""
+    """The lock that psycopg sees: it takes the connection's turn, and ends a visit on release."""
 
     __slots__ = ()
 
@@ -102,7 +102,7 @@ class PsycopgsLock(Turn):
 
 
 class HeldLock(nullcontext[None]):
-    """What psycopg takes for the lock in the thread that has the connection's turn already."""
+    """The lock that psycopg sees in the thread that already has the connection's turn."""
 
     def locked(self) -> bool:
         """Return True."""
