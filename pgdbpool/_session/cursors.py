@@ -384,7 +384,7 @@ class CommittingCursor(BlockCursor):
 
 
 def commits_with(what: Shape) -> bool:
-    """Tell whether a COMMIT can ride with the statement."""
+    """Return whether a COMMIT can ride with the statement."""
     return what.number == 1 and not (what.alone or what.controls)
 
 

@@ -63,7 +63,7 @@ class LiveConnection(CleanedConnection):
         return pgconn.status != BAD
 
     def ping(self, timeout: float) -> bool:
-        """Tell whether the server answers an empty query within the timeout (seconds)."""
+        """Return whether the server answers an empty query within the timeout (seconds)."""
         pgconn = self.pgconn
         deadline = monotonic() + timeout
         try:

@@ -264,7 +264,7 @@ def _outside_parentheses(code: str) -> str:
 
 
 def _reaches(text: str) -> bool:
-    """Tell whether the text has a word that may leave something in the session: also if that is in its data.
+    """Return whether the text, its data included, has a word that may leave something in the session.
 
     A long text is looked through in pieces, since no other thread goes on during a search.
     """
