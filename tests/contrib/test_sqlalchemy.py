@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
 from sqlalchemy import event, exc, text
 from sqlalchemy.dialects.postgresql import ARRAY, HSTORE, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
@@ -94,6 +92,13 @@ def test_a_url_names_the_group(start: Any, url: str) -> None:
             assert made.pool.size() == 2
         assert made.pool.checkedout() == 0
         assert "'write': 0 in use, 2 idle" in made.pool.status()
+
+
+def test_the_package_declares_the_dialect() -> None:
+    declared = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    module = "pgdbpool.contrib.sqlalchemy"
+    assert f'"postgresql.pgdbpool" = "{module}:PgDbPoolDialect"' in declared
+    assert sa.make_url("postgresql+pgdbpool://write").get_dialect().__module__.startswith(module)
 
 
 def test_a_url_opens_the_pools_from_a_file_where_none_are_open(
@@ -369,6 +374,10 @@ def test_a_routing_session_reads_elsewhere_until_it_writes(start: Any) -> None:
 
 
 def test_alembic_creates_an_index_concurrently(start: Any) -> None:
+    pytest.importorskip("alembic")
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+
     start()
     made = sa.create_engine("postgresql+pgdbpool://write", poolclass=NullPool)  # as alembic's env.py has it
     with made.connect() as conn:
@@ -385,6 +394,7 @@ def test_alembic_creates_an_index_concurrently(start: Any) -> None:
 
 def test_flask_sqlalchemy_works_with_urls_of_groups(start: Any) -> None:
     flask = pytest.importorskip("flask")
+    pytest.importorskip("flask_sqlalchemy")
     start()
     from flask_sqlalchemy import SQLAlchemy
 
