@@ -11,7 +11,7 @@ class Category(enum.Enum):
     """A sort of failure, by what a program can do about it."""
 
     CONNECTION_LOST = "connection lost"
-    """The session ended under the work: ask again, where that can do no harm."""
+    """The session ended under the work: ask again, if that can do no harm."""
     UNAVAILABLE = "unavailable"
     """No server can serve now: starting, stopping, down, or none of the right role. Come back later."""
     RETRYABLE = "retryable"

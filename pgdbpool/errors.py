@@ -19,7 +19,7 @@ class Error(Exception):
     """The base of everything that the package raises by itself."""
 
     category: Category | None = Category.USAGE
-    """What `classify` says of the class; None where the SQLSTATE says it."""
+    """What `classify` says of the class; None if the SQLSTATE says it."""
     correlation_id: str | None = None
     """That of the block which it came from; see `correlation`."""
 
@@ -350,7 +350,7 @@ def without_frames(error: Exception) -> Exception:
 
 
 def ends_session(error: psycopg.Error) -> bool:
-    """Tell whether the server ended the session with this error (severity FATAL or PANIC, class 08).
+    """Return whether the server ended the session with this error (severity FATAL or PANIC, class 08).
 
     Source: https://www.postgresql.org/docs/current/protocol-error-fields.html (field V).
     """

@@ -62,8 +62,8 @@ HISTOGRAMS = {
 """Of each group, the last two by endpoint too."""
 
 _ENDPOINT = {
-    "lag_bytes": ("endpoint_lag_bytes", "How far a standby is behind; where a group has max_lag."),
-    "lag_seconds": ("endpoint_lag_seconds", "How far a standby is behind; where a group has max_lag."),
+    "lag_bytes": ("endpoint_lag_bytes", "How far a standby is behind; if a group has max_lag."),
+    "lag_seconds": ("endpoint_lag_seconds", "How far a standby is behind; if a group has max_lag."),
     "round_trip": ("endpoint_round_trip_seconds", "A round trip on the network, as the kernel measured it."),
 }
 

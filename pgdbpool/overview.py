@@ -15,7 +15,7 @@ SILENT_AFTER = 5.0
 """Seconds without news after which a threaded process counts as stopped or stuck."""
 
 AT_LEAST = 12
-"""Steps of history that are shown, also where the processes are younger."""
+"""Steps of history that are shown, also if the processes are younger."""
 
 SAME_EVENT = 10.0
 """Seconds within which processes may notice the same thing."""
@@ -26,7 +26,7 @@ _WORST_FIRST = ("down", "probing", "draining", "up")
 def gather(runtime_dir: str | None = None) -> dict[str, Any]:
     """Return the overview of the processes that publish in the directory.
 
-    :param runtime_dir: left out, that of this process's configuration; where it has none, this process
+    :param runtime_dir: left out, that of this process's configuration; if it has none, this process
         alone is shown.
     :raises RuntimeDirError: the directory is missing, or not this user's alone.
     :raises NotInitializedError: it was left out, and `Connection.init` was not called.
@@ -69,7 +69,7 @@ def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], no
 
 
 def quantile(counts: Sequence[int], bounds: Sequence[float], share: float) -> float | None:
-    """Return the end of the bucket that a quantile is in, in seconds; None where there is nothing."""
+    """Return the end of the bucket that a quantile is in, in seconds; None if there is nothing."""
     wanted, seen = share * sum(counts), 0
     for number, bound in zip(counts, (*bounds, *bounds[-1:]), strict=False):
         seen += number

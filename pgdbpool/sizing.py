@@ -226,7 +226,7 @@ def demand(
     Endpoints with the same address are one server. Those behind a pooler are left out: they open
     connections to that. What the pool opens besides, to look at servers, is counted in.
 
-    :param roles: `primary` or `standby` by label, where it is known.
+    :param roles: `primary` or `standby` by label, if it is known.
     """
     weights = {endpoint.label: endpoint.weight for endpoint in config.endpoints}
     known = roles or {}
@@ -263,7 +263,7 @@ def _fitting(group: GroupConfig, roles: Mapping[str, str | None]) -> list[str]:
 
 
 def _observed(config: Config, label: str) -> bool:
-    """Tell whether each process has a connection of its own to look at the endpoint."""
+    """Return whether each process has a connection of its own to look at the endpoint."""
     groups: list[GroupConfig] = list(config.groups.values())
     limited = any(group.max_lag for group in groups)
     return any(

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 SCHEMA = """\
 Prints the JSON Schema of a configuration, with which an editor completes keys, shows what they mean and marks
 what is wrong. Editors with a YAML language server (VS Code with the YAML extension, Neovim, Emacs ...) use
-it where the file says so in its first line:
+it if the file says so in its first line:
 
   pgdbpool config-schema > pgdbpool.schema.json
   sed -i '1i # yaml-language-server: $schema=./pgdbpool.schema.json' pgdbpool.yaml
@@ -23,7 +23,7 @@ The same file is installed with the package; --path says where. `pgdbpool check`
 say.
 """
 DOCS = """\
-Prints what keys of a configuration mean, what they take, and what holds where they are left out: of all, or
+Prints what keys of a configuration mean, what they take, and what holds if they are left out: of all, or
 of those that are named, in full or in part.
 
   pgdbpool config-docs groups.max_lag

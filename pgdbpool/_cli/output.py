@@ -29,7 +29,7 @@ class Commands(Protocol):
 
 
 def colourful(stream: IO[str]) -> bool:
-    """Tell whether colours are wanted: on a terminal, unless NO_COLOR is set."""
+    """Return whether colours are wanted: on a terminal, unless NO_COLOR is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

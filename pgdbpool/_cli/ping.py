@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _served(report: dict[str, Any], one_is_enough: bool) -> bool:
-    """Return whether every group can be served, or one of them where that is enough."""
+    """Return whether every group can be served, or one of them if that is enough."""
     served = [group["status"] != "unhealthy" for group in report["groups"].values()]
     return any(served) if one_is_enough else all(served)
 

@@ -50,7 +50,7 @@ def check_servers(tree: Mapping[Any, Any], report: Report) -> list[dict[str, Any
 
 
 def _service_timeout(fields: Mapping[str, Any]) -> float:
-    """Return the `connect_timeout` of the server's service file, 0 where there is none, or no limit."""
+    """Return the `connect_timeout` of the server's service file, 0 if there is none, or no limit."""
     try:
         params = conninfo_parts(fields["conninfo"]) if fields.get("conninfo") else {}
     except (psycopg.Error, ValueError):
@@ -125,7 +125,7 @@ def parse_conninfo(conninfo: str) -> dict[str, str]:
 
 
 def default_label(params: Mapping[str, Any]) -> str:
-    """Return host:port of a server, with those that libpq takes where they are left out."""
+    """Return host:port of a server, with those that libpq takes if they are left out."""
     host, port = params.get("host") or params.get("hostaddr"), params.get("port")
     if not host and params.get("service"):
         return str(params["service"])
@@ -136,7 +136,7 @@ def default_label(params: Mapping[str, Any]) -> str:
 
 
 def _merge_conninfo(fields: dict[str, Any], path: str, report: Report) -> dict[str, str] | None:
-    """Add what the conninfo says to the fields, and return its parameters; None where it cannot be used."""
+    """Add what the conninfo says to the fields, and return its parameters; None if it cannot be used."""
     where = f"{path}.conninfo"
     try:
         params = parse_conninfo(fields["conninfo"])
@@ -178,7 +178,7 @@ def _merge_parameter(name: str, text: str, fields: dict[str, Any], path: str, re
 
 
 def _unknown_parameter(message: str, conninfo: str) -> str:
-    """Return a hint at the parameter that libpq does not know, where it cannot be a piece of a password."""
+    """Return a hint at the parameter that libpq does not know, if it cannot be a piece of a password."""
     match = re.search(r'"([a-z_]{1,40})"', message)
     tail = conninfo.rpartition("@")[2]
     if not match or "pass" in tail.lower() or not re.search(rf"(^|[\s?&]){match[1]}\s*=", tail):

@@ -133,7 +133,7 @@ def _check_settings(group: Mapping[str, Any], path: str, report: Report) -> None
 
 
 def _rate_limit(entry: object, path: str, report: Report) -> RateLimit | None:
-    """Return what the key `rate_limit` says; None where it says nothing that can be used."""
+    """Return what the key `rate_limit` says; None if it says nothing that can be used."""
     if not isinstance(entry, (Mapping, str)) and entry is not None:
         try:
             entry = {"per_second": RATE_KEYS["per_second"].read(entry)}
@@ -154,7 +154,7 @@ def _rate_limit(entry: object, path: str, report: Report) -> RateLimit | None:
 
 
 def _tenant(entry: object, path: str, report: Report) -> TenantConfig | None:
-    """Return what the key `tenant` says; None where it says nothing that can be used."""
+    """Return what the key `tenant` says; None if it says nothing that can be used."""
     if isinstance(entry, str):
         try:
             entry = {"setting": TENANT_KEYS["setting"].read(entry)}
@@ -209,7 +209,7 @@ def _tenant_settings(value: object, path: str, report: Report) -> dict[str, _Typ
 
 
 def _typed(entry: Mapping[Any, Any], fields: Mapping[str, Any], path: str, report: Report) -> _Typed | None:
-    """Return the type of a tenant's setting with its pattern; None where they are wrong, or not together."""
+    """Return the type of a tenant's setting with its pattern; None if they are wrong, or not together."""
     if refused(entry, fields, "type", "pattern"):
         return None
     kind: TenantType = fields.get("type", "text")

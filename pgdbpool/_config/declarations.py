@@ -64,7 +64,7 @@ def show(value: object, secret: bool = False) -> str:
 
 
 def may_hold_password(text: str) -> bool:
-    """Tell whether a string looks like part of a URI with user:password@, or has password=... in it."""
+    """Return whether a string looks like part of a URI with user:password@, or has password=... in it."""
     return "@" in text or _SECRET_TEXT.search(text) is not None
 
 
@@ -80,7 +80,7 @@ def nearest(word: object, known: Iterable[str]) -> str:
 
 
 def step(key: object) -> str:
-    """Return one step of a path: `.name`, or `['any key']` where a plain name would mislead."""
+    """Return one step of a path: `.name`, or `['any key']` if a plain name would mislead."""
     plain = isinstance(key, str) and re.fullmatch(r"[A-Za-z_][\w-]{0,60}", key, re.ASCII)
     return f".{key}" if plain else f"[{show(key)}]"
 
@@ -135,7 +135,7 @@ class Kind:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What the values are as JSON Schema; nothing where that cannot say it."""
+        """What the values are as JSON Schema; nothing if that cannot say it."""
         return {}
 
     def in_words(self, value: Any) -> str:
@@ -149,8 +149,8 @@ class Kind:
 class Key:
     """The declaration of a key, put on a dataclass field with `Annotated`.
 
-    `name` is the key as users write it where that is not the field's name, `default` the default in words
-    where it is no plain value, `libpq` the connection parameter that carries the value; `nullable` is false
+    `name` is the key as users write it if that is not the field's name, `default` the default in words
+    if it is no plain value, `libpq` the connection parameter that carries the value; `nullable` is false
     where null is not taken for a key left out.
     """
 

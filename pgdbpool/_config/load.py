@@ -7,7 +7,7 @@ set.
 Variable                     Meaning
 ===========================  ==========================================================================
 ``PGDBPOOL_CONFIG``          Path of a YAML file, which then says everything: the other variables count
-                             only where the file names them as ``${VAR}``.
+                             only if the file names them as ``${VAR}``.
 ``DATABASE_URL``             The server of every group that has none of its own: a URI or keyword
                              string of libpq. ``postgresql://`` leaves it all to the ``PG*`` variables.
 ``DATABASE_URL_<GROUP>``     The server of one group; the suffix in lower case is the group's name.

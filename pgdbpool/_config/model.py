@@ -77,7 +77,7 @@ class EndpointConfig:
             Label(),
             "Name of the server in `endpoints` of the groups, in logs and in the status. Two servers never "
             "have the same one.",
-            default="``host:port``, with libpq's own where they are left out",
+            default="``host:port``, with libpq's own if they are left out",
         ),
     ]
     host: Annotated[
@@ -141,7 +141,7 @@ class EndpointConfig:
         Key(
             Seconds(HOUR, likely=LIKELY),
             "Longest time for one connection to be made, name look-up, TLS and login included.",
-            default="``5`` s; ``10`` s where there is one server only",
+            default="``5`` s; ``10`` s if there is one server only",
             libpq="connect_timeout",
         ),
     ] = 5.0
@@ -317,7 +317,7 @@ class TenantConfig:
         Verify,
         Key(
             Word(get_args(Verify), flags=("error", "off")),
-            "What happens at connect where the role bypasses row-level security (a superuser, "
+            "What happens at connect if the role bypasses row-level security (a superuser, "
             "``BYPASSRLS``), so that tenants would mean nothing: ``error`` refuses it, ``warn`` logs it.",
         ),
     ] = "error"
@@ -343,8 +343,7 @@ class RateLimit:
         float,
         Key(
             Seconds(DAY, zero="refused at once"),
-            "Longest wait for a block's turn; where it would be longer, `RateLimitExceeded` is raised at "
-            "once.",
+            "Longest wait for a block's turn; if it would be longer, `RateLimitExceeded` is raised at once.",
         ),
     ] = 1.0
 
@@ -485,7 +484,7 @@ class GroupConfig:
             "Executions of a statement after which it is prepared at the server; null is never. A number "
             "wants a ``pooler`` that knows prepared statements, as PgBouncer 1.21 and later "
             "(``max_prepared_statements``).",
-            default="``5``; null where a server of the group has a ``pooler``",
+            default="``5``; null if a server of the group has a ``pooler``",
         ),
     ] = 5
     row_factory: Annotated[
@@ -548,7 +547,7 @@ class GroupConfig:
         bool,
         Key(
             Flag(),
-            'Whether ``"SQLPrepare"."PrepareQueries"()`` is called on every new connection; refused where a '
+            'Whether ``"SQLPrepare"."PrepareQueries"()`` is called on every new connection; refused if a '
             "server has a ``pooler``.",
         ),
     ] = False
@@ -595,7 +594,7 @@ class GroupConfig:
         float | None,
         Key(
             Seconds(YEAR),
-            "Time after which a block that still has its connection is warned of, once: its thread, where it "
+            "Time after which a block that still has its connection is warned of, once: its thread, if it "
             "was entered, and its last statement.",
             default="never",
         ),
@@ -692,7 +691,7 @@ class Config:
         Key(
             Integer(1, 100_000),
             "Processes that use this configuration at a time, such as ``${WEB_CONCURRENCY}``. With it "
-            "``Connection.init`` warns where the servers do not admit what all of them together can open.",
+            "``Connection.init`` warns if the servers do not admit what all of them together can open.",
             default="not known",
         ),
     ] = None
@@ -715,5 +714,5 @@ def conninfo_parts(conninfo: str) -> dict[str, str]:
 
 
 def _escaped(value: str) -> str:
-    """Return a value for libpq's `options`, where a backslash keeps white space from ending it."""
+    """Return a value for libpq's `options`, if a backslash keeps white space from ending it."""
     return re.sub(r"([\s\\])", r"\\\1", value, flags=re.ASCII)

@@ -69,5 +69,5 @@ def read(known: Mapping[str, Setting], value: object, path: str, report: Report)
 
 
 def refused(entry: object, fields: Mapping[str, Any], *names: str) -> bool:
-    """Tell whether any of these keys cannot be told: its value was refused, or so was the whole entry."""
+    """Return whether any of these keys cannot be told: its value was refused, or so was the whole entry."""
     return not isinstance(entry, Mapping) or any(name in entry and name not in fields for name in names)

@@ -17,7 +17,7 @@ def decoded(options: Iterable[ConninfoOption]) -> dict[str, str]:
 
 
 def service_of(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the service that is given, or ``PGSERVICE``, says; nothing where there is none."""
+    """Return what the service that is given, or ``PGSERVICE``, says; nothing if there is none."""
     name = given.get("service") or os.environ.get("PGSERVICE")
     return with_service({"service": str(name)}) if name else {}
 

@@ -116,7 +116,7 @@ def _wrong_mode(name: str, value: str) -> Iterator[tuple[str, str]]:
 
 
 def _setting(value: object) -> str | None:
-    """Return the value of a server setting as text, or None where it is none."""
+    """Return the value of a server setting as text, or None if it is none."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, int):

@@ -212,7 +212,7 @@ class Directory(Text):
 
 
 def is_text(value: str) -> bool:
-    """Tell whether a string can be sent to PostgreSQL: no NUL, nothing that UTF-8 cannot encode."""
+    """Return whether a string can be sent to PostgreSQL: no NUL, nothing that UTF-8 cannot encode."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -336,7 +336,7 @@ class Subclass(Kind):
 
 
 def _duration(value: object, unit_ms: int) -> int | float | Decimal | None:
-    """Return a duration as a number of units of `unit_ms` milliseconds, or None where it is none."""
+    """Return a duration as a number of units of `unit_ms` milliseconds, or None if it is none."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value if isinstance(value, int) or math.isfinite(value) else None
     match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None

@@ -38,7 +38,7 @@ _PLAIN, _STR, _MERGE = "!plain", "tag:yaml.org,2002:str", "tag:yaml.org,2002:mer
 
 
 def read_yaml(text: str, origin: str, environ: Mapping[str, str], report: Report) -> Mapping[Any, Any]:
-    """Return the tree that a YAML text describes; raises `ConfigError` where it is none at all."""
+    """Return the tree that a YAML text describes; raises `ConfigError` if it is none at all."""
     tree: object = None
     try:
         tree = parse(text, origin, environ, report)
@@ -55,7 +55,7 @@ def read_yaml(text: str, origin: str, environ: Mapping[str, str], report: Report
 
 
 def parse(text: str, origin: str, environ: Mapping[str, str], report: Report) -> object:
-    """Return what a YAML text stands for; raises `Refused` where it is not valid."""
+    """Return what a YAML text stands for; raises `Refused` if it is not valid."""
     try:
         loader = _Loader(text, environ, origin, report)
         try:

@@ -127,7 +127,7 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        """What the body says; raises ValueError where it is no JSON."""
+        """What the body says; raises ValueError if it is no JSON."""
         return json.loads(self.text)
 
 

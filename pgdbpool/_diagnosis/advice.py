@@ -51,7 +51,7 @@ def _servers(config: Config, facts: Facts) -> Iterator[Finding]:
                 "give the address of its REST API in `patroni`, and let this machine ask it",
             )  # fmt: skip
         if not server.reachable:
-            # Serious by itself only where a group is left without a server, which is told there.
+            # Serious by itself only if a group is left without a server, which is told there.
             yield Finding("warning", "unreachable", endpoint.label, server.error or "no answer", _why(server))
             continue
         if server.error:
@@ -118,7 +118,7 @@ def _tls(endpoint: EndpointConfig, server: ServerFacts) -> Iterator[Finding]:
 
 
 def _local(host: str) -> bool:
-    """Tell whether a host is this machine."""
+    """Return whether a host is this machine."""
     if not host or host.startswith(("/", "@")) or host == "localhost":
         return True
     try:

@@ -46,7 +46,7 @@ class BlockCursor(RidingCursor):
     def execute(
         self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool | None = None
     ) -> BlockCursor:
-        """Execute a statement, with the preamble of the block where one is due."""
+        """Execute a statement, with the preamble of the block if one is due."""
         conn, block = self._conn, self.block
         what = shape(query, conn)
         if conn.step is not None:
@@ -105,7 +105,7 @@ class BlockCursor(RidingCursor):
         """Execute in a pipeline, or what cannot ride, or begins or ends a transaction."""
         conn, block = self._conn, self.block
         if what.ends:
-            # Also where it is interrupted at its end: what it chains to has no tenant yet.
+            # Also if it is interrupted at its end: what it chains to has no tenant yet.
             conn.bound, block.committed = False, block.committed or what.commits
             conn.crossed = False
         if conn._pipeline:
@@ -164,7 +164,7 @@ class BlockCursor(RidingCursor):
             conn.unsure = conn.altered = True
 
     def _extended(self, preamble: tuple[Command, ...], what: Shape, autocommit: bool) -> tuple[Command, ...]:
-        """Add to the preamble what a deadline and `annotate` bind, where the statement can ride with it."""
+        """Add to the preamble what a deadline and `annotate` bind, if the statement can ride with it."""
         conn = self._conn
         if deadlines.in_use:
             deadlines.check()
@@ -339,7 +339,7 @@ class CommittingCursor(BlockCursor):
     def execute(
         self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool | None = None
     ) -> CommittingCursor:
-        """Execute and commit a statement that can ride; nothing is committed where it fails.
+        """Execute and commit a statement that can ride; nothing is committed if it fails.
 
         :raises ConnectionLostError: with `maybe_committed`, since the COMMIT was under way.
         """

@@ -241,7 +241,7 @@ class ExchangingConnection(LiveConnection):
         self._notifies_backlog = deque()
 
     def _send_bound(self, sql: bytes, values: Sequence[bytes | None]) -> int:
-        """Queue a command that has parameters, prepared where the session keeps what is; count extra answers.
+        """Queue a command that has parameters, prepared if the session keeps what is; count extra answers.
 
         It is the same for every block, and parsing it would be half of what it costs the server.
         """

@@ -46,7 +46,7 @@ class LiveConnection(CleanedConnection):
     """A connection whose waits are bounded, and which notes in its block what is lost with it."""
 
     def alive(self) -> bool:
-        """Tell, without a round trip, whether the server still holds the other end.
+        """Return whether, without a round trip, the server still holds the other end.
 
         A server that closed, restarted or was killed has sent FIN or RST. Readable is not dead:
         a notice, a parameter status (after a promotion) or a TLS ticket is consumed first.
@@ -120,7 +120,7 @@ class LiveConnection(CleanedConnection):
     def _too_late(self, status: int) -> psycopg.Error:
         """Return the error for a wait that would begin after its time."""
         if self.until is not None and self.closed:  # psycopg asks all the same; what was lost is noted
-            return psycopg.OperationalError("the connection was lost where a stream or COPY was left early")
+            return psycopg.OperationalError("the connection was lost when a stream or COPY was left early")
         # psycopg would still take what has arrived, and a stream that flows would never end.
         return self._unanswered(status)
 
@@ -208,7 +208,7 @@ class LiveConnection(CleanedConnection):
         return error
 
     def own_error(self, error: psycopg.Error, status: int = IDLE) -> errors.DBQueryError:
-        """Make an error a `DBQueryError` too, and close the connection where the session has ended."""
+        """Make an error a `DBQueryError` too, and close the connection if the session has ended."""
         if errors.ends_session(error) or self.taken_away:
             self.close()
         if is_stale(error):
@@ -327,7 +327,7 @@ class LiveConnection(CleanedConnection):
         """End the connection, whatever loop is open over it and holds psycopg's lock for good.
 
         Another thread that is in a statement finds the connection lost, and closes it: psycopg reads what
-        is freed where it is closed under a wait.
+        is freed if it is closed under a wait.
         """
         if self._is_anothers():
             self.sever(monotonic())
@@ -365,7 +365,7 @@ class LiveConnection(CleanedConnection):
                 elif self.pgconn.transaction_status == ACTIVE and (left := deadline - monotonic()) > 0:
                     with suppress(psycopg.Error):
                         self.cancel_safe(timeout=left)
-                if self.pgconn.socket == number:  # raises where it was closed: the number may be another's
+                if self.pgconn.socket == number:  # raises if it was closed: the number may be another's
                     own.shutdown(socket.SHUT_RDWR)
 
     def _await_commit(self, own: socket.socket, deadline: float) -> None:

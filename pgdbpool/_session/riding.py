@@ -252,7 +252,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         prepared = self._conn._prepared
         if (key := prepared.maybe_add_to_cache(query, preparing, name)) is not None:
             prepared.validate(key, preparing, name, answer)
-        if preparing is _SHOULD:  # it is prepared also where it fails itself
+        if preparing is _SHOULD:  # it is prepared also if it fails itself
             self._check_results(answer)
         self._set_results(answer)
 
@@ -265,7 +265,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         prepared = self._conn._prepared
         names: dict[Any, tuple[Prepare, bytes]] = {}
         plan = []
-        for params in sets:  # before anything is sent, since this is where a parameter may be refused
+        for params in sets:  # before anything is sent, since this is if a parameter may be refused
             converted = self._convert_query(query, params)
             key = converted.query, converted.types
             how, name = names.get(key) or self._get_prepared(converted, True)

@@ -1,7 +1,7 @@
 """What can be told from a statement's text: how many it holds, what it may do to the session.
 
 It reads a text as PostgreSQL's lexer does, so the number of statements is exact: with
-`standard_conforming_strings` on, and by `shape_with_escapes` where that is off. It does not parse them: in
+`standard_conforming_strings` on, and by `shape_with_escapes` if that is off. It does not parse them: in
 doubt it says "alone" or "touches", which costs a round trip or a cleaning and is never wrong.
 """
 
@@ -136,7 +136,7 @@ class Shape:
     timeout: bool
     """It may change how long a statement may take."""
     allows: str
-    """How long, in PostgreSQL's words, where the text says so."""
+    """How long, in PostgreSQL's words, if the text says so."""
     changes: bool
     """It may take effect: it is not one that only reads, as far as its words tell."""
     sets: bool
@@ -225,7 +225,7 @@ def _end_of_comment(text: str, at: int) -> int:
 def statements_of(code: str) -> list[str]:
     """Split code at the semicolons between statements.
 
-    Not at those in parentheses (the actions of a rule), nor in the body of a function, where an END that
+    Not at those in parentheses (the actions of a rule), nor in the body of a function, if an END that
     follows a semicolon is the body's.
     """
     if ";" not in code:
@@ -264,7 +264,7 @@ def _outside_parentheses(code: str) -> str:
 
 
 def _reaches(text: str) -> bool:
-    """Return whether the text, its data included, has a word that may leave something in the session.
+    """Return whether the text has a word that may leave something in the session: also if that is in its data.
 
     A long text is looked through in pieces, since no other thread goes on during a search.
     """
@@ -276,7 +276,7 @@ def _reaches(text: str) -> bool:
 
 
 def _allows(text: str) -> str:
-    """Return the value in a SET of statement_timeout; empty where it is none."""
+    """Return the value in a SET of statement_timeout; empty if it is none."""
     parts = [part for part in text.replace("=", " = ").split() if part.upper() not in ("LOCAL", "SESSION")]
     if len(parts) > 3 and parts[1].lower() == "statement_timeout" and parts[2].upper() in ("=", "TO"):
         return "".join(parts[3:]).strip("';")

@@ -234,7 +234,7 @@ class TransactingConnection(ExchangingConnection):
                 if self.block is block:
                     block.failure = errors.without_frames(
                         error
-                    )  # the cause, where it is swallowed and the block then ends
+                    )  # the cause, if it is swallowed and the block then ends
                 raise
             return
         try:
@@ -248,7 +248,7 @@ class TransactingConnection(ExchangingConnection):
             self.commit()
 
     def undo(self) -> None:
-        """Roll back after an error, which is the one to see; where that fails, close."""
+        """Roll back after an error, which is the one to see; if that fails, close."""
         try:
             if self.pgconn.transaction_status == ACTIVE or self.holder or self._is_anothers():
                 self.cut()
@@ -361,7 +361,7 @@ class TransactingConnection(ExchangingConnection):
     def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> Iterator[psycopg.Transaction]:
-        """Open a transaction, or a savepoint where the block has one open already."""
+        """Open a transaction, or a savepoint if the block has one open already."""
         block = self.block
         if block is None:
             if self.settled is not None:

@@ -29,7 +29,7 @@ FIELDS = {
     "reason": "Why, in words of the server, of the network or of the pool.",
     "role": "`primary` or `standby`.",
     "seconds": "How long it took, or has taken so far.",
-    "sqlstate": "The error's, where the server sent one.",
+    "sqlstate": "The error's, if the server sent one.",
     "stack": "Where the block was entered, as a list of strings, the innermost last; with `leak_stack`.",
     "statement": "The text of the last statement, without its parameters.",
     "timeline": "The timeline of the server.",

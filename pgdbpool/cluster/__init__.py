@@ -2,7 +2,7 @@
 
 It belongs to the process that started it and ends with it, even if that is killed. It is made to be thrown
 away (`fsync=off`). With the default `auth="trust"`, every user of this machine may connect as superuser, and
-a superuser may run programs as the user that the servers run as: use `scram-sha-256` where that matters.
+a superuser may run programs as the user that the servers run as: use `scram-sha-256` if that matters.
 """
 
 from __future__ import annotations

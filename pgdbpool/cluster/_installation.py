@@ -181,7 +181,7 @@ def unprivileged_account() -> pwd.struct_passwd:
 
 
 def reachable(path: Path, account: pwd.struct_passwd) -> bool:
-    """Tell whether the user may run or enter `path` and enter everything above it."""
+    """Return whether the user may run or enter `path` and enter everything above it."""
     path = path.resolve()
     for part in (path, *path.parents):
         found = part.stat()

@@ -95,7 +95,7 @@ class Node:
     # Clients
 
     def conninfo(self, **override: Any) -> str:
-        """Return a connection string for the superuser, with the password where the cluster asks for one."""
+        """Return a connection string for the superuser, with the password if the cluster asks for one."""
         parts: dict[str, Any] = {"host": HOST, "port": self.port, "user": self.user, "dbname": self.dbname}
         if self._home.password is not None:
             parts["password"] = self._home.password

@@ -142,7 +142,7 @@ class PgDbPool:
 
     @staticmethod
     def _end(error: BaseException | None) -> None:
-        stack = g.pop("_pgdbpool_stack", None)  # none where an earlier function answered the request
+        stack = g.pop("_pgdbpool_stack", None)  # none if an earlier function answered the request
         if stack is not None:
             stack.close()
 

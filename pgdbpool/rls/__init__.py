@@ -5,7 +5,7 @@
 tells which tables the role may use are protected, which policies there are, and where they do not hold: for
 the role itself, for a command, for a tenant that is not set, around a view, a function or a partition.
 Nothing is changed: it all happens in a read-only transaction that is rolled back. But the session has known
-the settings afterwards, so that they read '' where they read NULL before: close the connection, or lend it
+the settings afterwards, so that they read '' if they read NULL before: close the connection, or lend it
 to those who set the tenant.
 
 What a sound policy looks like (`true` and NULLIF, since a setting reads NULL before it is first set in a
@@ -15,7 +15,7 @@ session, and '' after the transaction that set it):
         USING (tenant_id = NULLIF(current_setting('app.current_tenant_id', true), '')::uuid);
 
 Policies are evaluated with the rights of the role, but a function in one might take back the session user's:
-where the tables' owners are not trusted, connect as the role itself, not as a superuser.
+if the tables' owners are not trusted, connect as the role itself, not as a superuser.
 
 Not seen: foreign tables, which have no row-level security; what a function in C reads; what a view reads
 through a function; what a unique or foreign key tells of rows that one cannot read. Source: https://www.postgresql.org/docs/current/ddl-rowsecurity.html
@@ -140,7 +140,7 @@ def audit(
     `*`: for a table of things that belong to nobody, `rls-disabled:public.countries`.
 
     Policies are tried and rows counted as the role, if the session may become it, for two seconds each. The
-    connection should be a new one, not a pooled one: where the session has had the settings, what functions
+    connection should be a new one, not a pooled one: if the session has had the settings, what functions
     in policies do before that is not tried. Raises ConfigError for a setting, table or role that cannot be
     audited, and psycopg.Error.
     """

@@ -126,7 +126,7 @@ class Table:
 
     @property
     def used(self) -> list[Column]:
-        """The columns that policies refer to by name; all where they refer to none."""
+        """The columns that policies refer to by name; all if they refer to none."""
         return [column for column in self.columns if column.used] or self.columns
 
     @property
@@ -135,7 +135,7 @@ class Table:
         return self.enabled and (self.forced or not self.owned)
 
     def allows(self, privilege: str) -> bool:
-        """Tell whether the role can use a privilege on the table."""
+        """Return whether the role can use a privilege on the table."""
         return self.usable and privilege in self.granted
 
     def examined(self, parts: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
@@ -144,7 +144,7 @@ class Table:
         return [pair for pair in pairs if self.allows(pair[1])] or pairs
 
 
-# A filler is a value that no tenant has: nothing is true, null or empty where the type has a choice.
+# A filler is a value that no tenant has: nothing is true, null or empty if the type has a choice.
 TABLES = """
 WITH RECURSIVE tree (child, ancestor) AS (
     SELECT inhrelid, inhparent FROM pg_inherits
@@ -224,7 +224,7 @@ class Policy:
         return self.using if part == "using" or self.check is None else self.check
 
     def covers(self, command: str, part: str) -> bool:
-        """Tell whether the policy has a word on the rows that a command of the role reads or writes."""
+        """Return whether the policy has a word on the rows that a command of the role reads or writes."""
         return self.applies and self.command in ("ALL", command) and self.expression(part) is not None
 
     def reads(self, text: str | None) -> set[str]:

@@ -42,7 +42,7 @@ TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that the audit has to say; `code` is stable, `remedy` is SQL where there is some."""
+    """One thing that the audit has to say; `code` is stable, `remedy` is SQL if there is some."""
 
     severity: Severity
     code: str

@@ -9,7 +9,7 @@ not taken for a hole.
 An expression is evaluated over rows made up in memory, `jsonb_populate_recordset(NULL::the_table, ...)`: thus
 for tables that are empty, for commands that write, and without the role's own policies in the way. For the
 unset state the setting's name is replaced in the expression by one that nobody ever set. That works in any
-session, but not inside a function or another table's policy: those are evaluated only where the session
+session, but not inside a function or another table's policy: those are evaluated only if the session
 itself has not had the setting, so audit on a fresh connection. The unset state comes first, since the
 other two end it.
 
@@ -55,14 +55,14 @@ class Failure(NamedTuple):
 
 
 Verdict = list[bool] | Failure | None
-"""One answer per row, or an error, or None where it could not be tried."""
+"""One answer per row, or an error, or None if it could not be tried."""
 
 
 @dataclass(slots=True)
 class Behaviour:
     """How one table's policies answered; `rows` are the made-up rows, as column and value.
 
-    The first row is null where it may be, the second nowhere; the others hold a constant that a policy
+    The first row is null if it may be, the second nowhere; the others hold a constant that a policy
     mentions: the tenant that an expression like `coalesce(current_setting(...), '42')` falls back to.
     """
 
@@ -76,12 +76,12 @@ class Behaviour:
         return None if expression is None else self.verdicts.get((state, expression))
 
     def answer(self, state: State, expression: str | None, row: int) -> bool:
-        """Tell whether an expression is known to have been true of a row."""
+        """Return whether an expression is known to have been true of a row."""
         verdict = self.verdict(state, expression)
         return isinstance(verdict, list) and verdict[row]
 
     def fails(self, state: State) -> bool:
-        """Tell whether any expression raises an error in a state."""
+        """Return whether any expression raises an error in a state."""
         return any(isinstance(v, Failure) for (where, _), v in self.verdicts.items() if where == state)
 
     def admits(self, state: State, policies: Sequence[Policy], part: str) -> list[bool] | None:

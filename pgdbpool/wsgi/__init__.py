@@ -53,11 +53,11 @@ class TenantMiddleware:
     `close()`: nothing is left in the thread, or greenlet, for the next request.
 
     :param app: the WSGI application.
-    :param extractor: takes the environ and returns the tenant, or None where the request has none;
+    :param extractor: takes the environ and returns the tenant, or None if the request has none;
         it raises `TenantRefused` for one that is not allowed.
     :param missing: the status line of the answer to a request without a tenant; None lets it pass, and
         a group that requires a tenant then refuses its blocks.
-    :param refused: the status line of the answer where the extractor raises `TenantRefused`.
+    :param refused: the status line of the answer if the extractor raises `TenantRefused`.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class Gate:
 
 
 def is_local(environ: WSGIEnvironment) -> bool:
-    """Tell whether a request comes from this machine, and not through a proxy that says so.
+    """Return whether a request comes from this machine, and not through a proxy that says so.
 
     The name in `Host` has to be a local one too: otherwise any web site could have its own name lead here.
     """
