@@ -264,7 +264,7 @@ def _outside_parentheses(code: str) -> str:
 
 
 def _reaches(text: str) -> bool:
-    """Return whether the text has a word that may leave something in the session: also if that is in its data.
+    """Return whether the text has a word that may leave something in the session, even if only in its data.
 
     A long text is looked through in pieces, since no other thread goes on during a search.
     """
