@@ -53,7 +53,8 @@ class _Kind:
     """What has to be known of a class of connections."""
 
     def __init__(self, cls: type[PooledConnection]) -> None:
-        names = [name for kind in cls.__mro__ for name in getattr(kind, "__slots__", ())]
+        # Each class's own: `getattr` would find those of a layer above again and again.
+        names = [name for kind in cls.__mro__ for name in vars(kind).get("__slots__", ())]
         self.slots = tuple(name for name in names if name not in ("__weakref__", "__dict__"))
         """The attributes that are not in the instance's dictionary."""
         body = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__}

@@ -188,7 +188,7 @@ class KeptConnection(PooledConnection):
             adopt(self, other)
             stay.group.take_over(other, self)
             stay.conn, self.block, self.lent, self.__class__ = self, stay, True, cls
-            self.altered = self.prepares = self.handed_out = True
+            self.altered = self.handed_out = True
             stay.in_transaction, stay.at_begin = self._local(stay), self._encode(stay)
 
     def again(self, follow: Callable[[], None], attempt: Callable[[], Answer]) -> Answer:
@@ -349,7 +349,8 @@ def _bases(cls: type[PooledConnection]) -> tuple[type[Any], ...]:
 
 def keep(conn: PooledConnection) -> KeptConnection:
     """Let a connection that was just lent go out of its pool."""
-    conn.altered = conn.prepares = conn.handed_out = True
+    # Not `touched`, as in `hand_out`: its cursors know what their statements leave in the session.
+    conn.altered = conn.handed_out = True
     if conn.cursor_factory is BlockCursor:
         conn.cursor_factory = StayCursor
     if conn.server_cursor_factory is BlockServerCursor:

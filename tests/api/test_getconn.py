@@ -252,11 +252,17 @@ def test_autocommit_can_be_switched_and_comes_back(start: Any) -> None:
 
 
 def test_what_is_left_in_a_session_is_cleaned_for_the_next(start: Any) -> None:
-    start()
-    with Connection.getconn("auto") as conn:
-        conn.pgconn.exec_(b"SET search_path TO elsewhere")
-    with Handler("auto") as db:
-        assert db.query("SHOW search_path").fetchone()[0] != "elsewhere"
+    for reset in ("auto", "always"):
+        start(reset=reset)
+        with Connection.getconn("auto") as conn:
+            if reset == "auto":
+                conn.execute("SET search_path TO elsewhere")
+                psycopg.ClientCursor(conn).execute("CREATE TEMP TABLE mine ()")
+            else:
+                conn.pgconn.exec_(b"SET search_path TO elsewhere")
+        with Handler("auto") as db:
+            assert db.query("SHOW search_path").fetchone()[0] != "elsewhere"
+            assert db.query("SELECT to_regclass('pg_temp.mine')").fetchone()[0] is None
 
 
 def test_a_leak_names_the_line_that_took_the_connection(start: Any, caplog: Any, mode: str) -> None:
