@@ -268,11 +268,11 @@ class Handler(Queries):
 
     def _handed_out(self) -> PooledConnection:
         try:
-            return self._live().hand_out()
+            return self._live().expose()
         except DBQueryError as error:
             if self._conn is None or not self._conn.closed or isinstance(error, QueryDeadlineError):
                 raise
-        return self._live().hand_out()  # lost while it was being cleaned: nothing of the block was sent
+        return self._live().expose()  # lost while it was being cleaned: nothing of the block was sent
 
     def _opened(self) -> Block:
         block = self._block
@@ -317,7 +317,7 @@ class Handler(Queries):
         if conn is None or conn.closed:
             return
         if conn.pgconn.transaction_status == _ACTIVE or conn.turn.locked():
-            conn.cut()  # interrupted in a statement, or in a loop: its state is unknown
+            conn.force_close()  # interrupted in a statement, or in a loop: its state is unknown
             if not failed:
                 raise TransactionAbortedError("the block ends with a statement under way: connection closed")
         elif failed:

@@ -119,7 +119,7 @@ class ClosingGroup(TellingGroup):
         self._discarded["max_hold"] += 1
         conn.uses.add(seconds)
         text, fields = describe.told(self.name, conn.endpoint.label, block, seconds)
-        conn.sever(deadline)
+        conn.cut_from_other_thread(deadline)
         if conn.block is None:
             conn.close()
         slot, conn.slot = conn.slot, None

@@ -16,7 +16,7 @@ from psycopg.errors import ConnectionTimeout, _WaitTimeout
 from .._servers.credentials import refused
 from .._servers.endpoint import PROBE_TIMEOUT, DialError, Endpoint
 from .._servers.host_names import UnresolvedError, destination, places
-from .._session.commands import FORBID_WRITES, GRACE, HURRY
+from .._session.commands import CLIENT_GRACE, FORBID_WRITES, MIN_TIMEOUT
 from .._session.connection import PooledConnection, pooled
 from .._session.cursors import BlockCursor
 from .._session.server_cursor import BlockServerCursor
@@ -110,7 +110,7 @@ class _Attempt:
     def prepare(self, conn: PooledConnection) -> None:
         """Make a new session the group's, before the application's `configure` sees it."""
         endpoint, group = self._endpoint, self._group
-        conn.until = max(self.deadline, monotonic() + HURRY)
+        conn.until = max(self.deadline, monotonic() + MIN_TIMEOUT)
         conn.endpoint = endpoint
         conn.watch()
         conn._autocommit, conn.by_itself = True, group.autocommit
@@ -128,11 +128,11 @@ class _Attempt:
         """Lift the limits of the set-up, so that blocks can use the connection."""
         group, milliseconds = self._group, self._statement_timeout
         conn.until = None
-        conn.patience = milliseconds / 1000 + GRACE if milliseconds else None
+        conn.patience = milliseconds / 1000 + CLIENT_GRACE if milliseconds else None
         conn.row_factory = row_factory
         conn.cursor_factory = BlockCursor
         conn.server_cursor_factory = BlockServerCursor
-        conn.settle()
+        conn.snapshot_attributes()
         if group.max_lifetime:
             # Jitter, so that connections opened together are not all replaced together.
             conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
@@ -283,7 +283,7 @@ def _is_down(endpoint: Endpoint, error: psycopg.Error, deadline: float, conclusi
         endpoint.note_full()
         return False
     probe = endpoint.probe()
-    probe.run(min(max(deadline - monotonic(), HURRY), PROBE_TIMEOUT))
+    probe.run(min(max(deadline - monotonic(), MIN_TIMEOUT), PROBE_TIMEOUT))
     if probe.sqlstate == "53300":
         endpoint.note_full()
     else:

@@ -100,7 +100,7 @@ class EligibleGroup(ClosingGroup):
         for slot in self._pool.slots():
             conn = slot.conn() if slot.conn is not None else None
             if conn is not None and conn.endpoint is endpoint and conn not in self._borrowed:
-                conn.sever(0.0)
+                conn.cut_from_other_thread(0.0)
 
     def part_with(self, endpoint: Endpoint) -> None:
         """Replace the connections to an endpoint whose new role does not suit the group.

@@ -22,7 +22,7 @@ from .._servers.balance import suits
 from .._servers.endpoint import Endpoint, State
 from .._session import describe
 from .._session.block import Block
-from .._session.commands import HURRY, IDLE
+from .._session.commands import IDLE, MIN_TIMEOUT
 from .._session.connection import PooledConnection
 from .._session.ended import end, succeed
 from .._session.slot import Slot
@@ -256,9 +256,9 @@ class Group(OpeningGroup):
         if now >= conn.expires_at:
             return "expired"
         if conn.turn.locked():
-            conn.cut()  # by a statement of another thread that outlasts the block, or a loop left open
+            conn.force_close()  # a thread's statement outlasts the block, or a loop is open
             return "not clean"
-        if (conn.touched or conn.altered) and not self._tidied(conn):
+        if (conn.touched or conn.altered) and not self._restored(conn):
             return "not clean"
         if conn.endpoint.state is not State.UP:
             return str(conn.endpoint.state.value)
@@ -270,10 +270,10 @@ class Group(OpeningGroup):
             conn.ask_for_cleaning()
         return None
 
-    def _tidied(self, conn: PooledConnection) -> bool:
+    def _restored(self, conn: PooledConnection) -> bool:
         if self.config.reset == "never":
             conn.keep_touched()
-        return conn.tidy()
+        return conn.restore_attributes()
 
     def discard(self, conn: PooledConnection, reason: str) -> None:
         """Take a connection back and close it."""
@@ -393,7 +393,7 @@ class Group(OpeningGroup):
     def _ping(self, conn: PooledConnection, deadline: float) -> str | None:
         """Ping a connection; return why it must not be lent, or None."""
         limit = self.config.ping_timeout
-        timeout = min(limit, max(deadline - monotonic(), HURRY))
+        timeout = min(limit, max(deadline - monotonic(), MIN_TIMEOUT))
         if conn.ping(timeout):
             return None
         if conn.closed:
@@ -418,7 +418,7 @@ class Group(OpeningGroup):
         elif not endpoint.config.pooler and (reason := self._ping(conn, deadline)):
             return reason
         # The server behind a pooler has to be queried, for no longer than a ping may take.
-        conn.until = monotonic() + min(self.config.ping_timeout, max(deadline - monotonic(), HURRY))
+        conn.until = monotonic() + min(self.config.ping_timeout, max(deadline - monotonic(), MIN_TIMEOUT))
         try:
             role = endpoint.note_role(conn, since)
         except psycopg.Error:

@@ -11,7 +11,7 @@ import psycopg
 
 from .._servers.balance import order, suits
 from .._servers.endpoint import DialError, DialInProgress, Endpoint, Role, State
-from .._session.commands import BEGIN, HURRY, set_local
+from .._session.commands import BEGIN, MIN_TIMEOUT, set_local
 from .._session.connection import PooledConnection
 from .._session.slot import Slot
 from .._session.slow_statements import TimedConnection
@@ -96,7 +96,9 @@ class OpeningGroup(EligibleGroup):
         if generation != self._generation:
             conn.expires_at = EXPIRED
         if self._excluded and conn.endpoint in self._excluded and conn.endpoint.outdated:
-            conn.sever(0.0)  # excluded since a moment ago, when `_cut` could not find this connection
+            conn.cut_from_other_thread(
+                0.0
+            )  # excluded since a moment ago, when `_cut` could not find this connection
         self._opened += 1
         return conn
 
@@ -149,7 +151,7 @@ class OpeningGroup(EligibleGroup):
         """Dial one endpoint within its share of the budget; note the failure, if any."""
         failures[endpoint] = None
         full = self._dial_timeout(endpoint)
-        timeout = max(min(budget / left, full), HURRY)
+        timeout = max(min(budget / left, full), MIN_TIMEOUT)
         # A timeout of a request that had hardly any time left is not evidence against the server.
         conclusive = timeout >= 0.9 * min(full / left, DOWN_AFTER)
         look: DialInProgress | None = None
@@ -160,7 +162,7 @@ class OpeningGroup(EligibleGroup):
                 if look is None:
                     if endpoint.state is not State.UP:
                         return None  # found by the other dial
-                    timeout, conclusive = max(deadline - monotonic(), HURRY), False
+                    timeout, conclusive = max(deadline - monotonic(), MIN_TIMEOUT), False
             began = monotonic()
             conn = dial(
                 endpoint, self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind

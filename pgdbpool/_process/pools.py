@@ -368,12 +368,12 @@ class Pools:
         self.close(CUT_WITHIN)  # first, so that no block goes on with another connection
         deadline = monotonic() + CUT_WITHIN
         lent = [conn for group in self.all_groups for conn in group.lent(but)]
-        committing = [conn for conn in lent if conn.begin_sever()]
+        committing = [conn for conn in lent if conn.refuse_from_now_on()]
         for conn in lent:
             if conn not in committing:
-                conn.sever(deadline)
+                conn.cut_from_other_thread(deadline)
         for conn in committing:
-            conn.sever(deadline)
+            conn.cut_from_other_thread(deadline)
 
 
 def _row_factory(config: GroupConfig) -> Any:

@@ -11,7 +11,7 @@ from weakref import ref
 from .._request.tenant import Bound
 from .._util.client_settings import REPORT, is_reported
 from .._util.transaction_modes import modes_of
-from .commands import BEGIN, KEEP, NOTHING, Command, set_local
+from .commands import BEGIN, INHERIT_PATIENCE, NOTHING, Command, set_local
 
 _REPORT: tuple[Command, ...] = ((REPORT, ()),)
 
@@ -21,7 +21,7 @@ class Binding:
 
     __slots__ = ("begin_and_set", "modes", "patience", "report", "set", "settings", "special")
 
-    def __init__(self, settings: Bound, patience: float | None = KEEP) -> None:
+    def __init__(self, settings: Bound, patience: float | None = INHERIT_PATIENCE) -> None:
         self.settings = settings
         self.patience = patience
         """Seconds that the client waits for a statement; None for no bound."""
@@ -29,7 +29,7 @@ class Binding:
         """The transaction modes among the settings; BEGIN must state them."""
         self.report = _REPORT if is_reported(name for name, _ in settings) else NOTHING
         """The query for the settings that decoding depends on, if the block binds one of them."""
-        self.special = patience != KEEP or bool(self.report)
+        self.special = patience != INHERIT_PATIENCE or bool(self.report)
         """Whether the connection's own attributes change for the block."""
         self.set = set_local(settings) + self.report
         self.begin_and_set = BEGIN + self.set

@@ -12,11 +12,11 @@ from psycopg.adapt import AdaptersMap
 
 from .. import errors
 from .._request.tenant import milliseconds
-from .commands import CLEANING, CLEANING_TO_READ, GRACE, IDLE, INERROR, NOTHING, Command, deallocate
+from .commands import CLEANING, CLEANING_TO_READ, CLIENT_GRACE, IDLE, INERROR, NOTHING, Command, deallocate
 from .pooler_safety import left_in_session
 from .prepared import ROLLBACK, dropping, is_stale
 from .state import ConnectionState, own_names
-from .statement_shape import Shape, shape_with_escapes, text_of
+from .statement_shape import StatementTraits, shape_with_escapes, text_of
 
 _WRITTEN_BY = (b"IntervalStyle", b"standard_conforming_strings")
 """Settings that determine how the client writes intervals and literals."""
@@ -46,7 +46,7 @@ class CleanedConnection(ConnectionState):
         self.touched = self.prepares = self.tainted = False
         self.dropping = NOTHING
 
-    def touch(self, what: Shape, query: Any) -> Shape:
+    def touch(self, what: StatementTraits, query: Any) -> StatementTraits:
         """Note a statement's effects on the session and the transaction; return its shape in this session.
 
         :raises NotSupportedError: it would change a session that a pooler shares between clients.
@@ -68,7 +68,7 @@ class CleanedConnection(ConnectionState):
             if allowed < 1 or self.patience is None:  # less than a millisecond rounds to 0: no limit
                 self.patience = None
             else:
-                self.patience = max(self.patience, allowed / 1000 + GRACE)
+                self.patience = max(self.patience, allowed / 1000 + CLIENT_GRACE)
         return what
 
     def _strings_conform(self) -> bool:
@@ -85,7 +85,7 @@ class CleanedConnection(ConnectionState):
         """Return the values of the session's settings as reported by the server."""
         return tuple(map(self.pgconn.parameter_status, _SHOWN))
 
-    def tidy(self) -> bool:
+    def restore_attributes(self) -> bool:
         """Restore the connection's attributes after a block, and request a cleaning.
 
         :returns: False if something may remain that cannot be cleaned.
@@ -183,7 +183,7 @@ class CleanedConnection(ConnectionState):
                 self.forget_statements(since)
             self.spoilt = self.spoilt or outer
 
-    def settle(self) -> None:
+    def snapshot_attributes(self) -> None:
         """Record the attributes that every block starts with; called once, when the connection is opened."""
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"

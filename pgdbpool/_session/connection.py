@@ -4,8 +4,8 @@ Each layer uses only the layers below it: `state` (attributes, and the thread th
 (changes to the session), `liveness` (waits and losses), `exchange` (pipelines), `transactions` and
 `two_phase`. This module hooks into psycopg's own cursors and pipelines.
 
-`tidy` resets attributes without a public setter in psycopg, and `pipeline` replaces a pipeline's
-`result_queue`. The minor version of psycopg is pinned for that.
+`restore_attributes` resets attributes that psycopg has no public setter for, and `pipeline` replaces a
+pipeline's `result_queue`. The minor version of psycopg is pinned for that.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PooledConnection(TwoPhaseConnection):
     def info(self) -> ConnectionInfo:
         """psycopg's connection info; `error_message` is kept after a failure in a pipeline.
 
-        :raises ConnectionLostError: the session had to be cleaned first; see `hand_out`.
+        :raises ConnectionLostError: the session had to be cleaned first; see `expose`.
         """
         if self.stale and self.block is not None:  # in `on_checkout`
             self.clean_what_shows()
@@ -90,7 +90,7 @@ class PooledConnection(TwoPhaseConnection):
         if mine and not self.holder:
             if not hasattr(asked.cursor, "block"):
                 # The end of this thread's turn was interrupted: the statement would go without the tenant.
-                self.cut()
+                self.force_close()
                 self._note_loss(psycopg.OperationalError(BUSY), ACTIVE)
                 self._check_connection_ok()
             return

@@ -18,7 +18,7 @@ from .._request import deadline as deadlines
 from .commands import ACTIVE, COMMIT, IDLE, NOTHING, Command
 from .connection import PooledConnection
 from .riding import RidingCursor, gone
-from .statement_shape import Shape, shape
+from .statement_shape import StatementTraits, shape
 from .statement_text import comment_on
 from .transactions import ENDS_INSIDE, FAILED
 
@@ -84,14 +84,14 @@ class BlockCursor(RidingCursor):
             raise gone(self.block)
         self._conn.end_wrapped()
 
-    def _note(self, what: Shape, query: Any) -> Shape:
+    def _note(self, what: StatementTraits, query: Any) -> StatementTraits:
         """Note what a statement leaves behind, or ends; return what it is in this session."""
         what = self._conn.touch(what, query)
         if what.controls:
             self._begin_control(what)
         return what
 
-    def _rides(self, what: Shape, preamble: tuple[Command, ...], autocommit: bool) -> bool:
+    def _rides(self, what: StatementTraits, preamble: tuple[Command, ...], autocommit: bool) -> bool:
         """Return whether the statement goes with its preamble, which may be empty, in one round trip."""
         if what.number == 1 and not preamble:
             return True
@@ -99,7 +99,7 @@ class BlockCursor(RidingCursor):
         return not (what.number > 1 or what.alone or refused_in_transaction)
 
     def _execute_uncommon(
-        self, what: Shape, preamble: tuple[Command, ...], autocommit: bool, query: Any, params: Any,
+        self, what: StatementTraits, preamble: tuple[Command, ...], autocommit: bool, query: Any, params: Any,
         prepare: bool | None, binary: bool | None,
     ) -> None:  # fmt: skip
         """Execute in a pipeline, or what cannot ride, or begins or ends a transaction."""
@@ -123,7 +123,7 @@ class BlockCursor(RidingCursor):
         if what.controls:
             self._end_control(what)
 
-    def _end_control(self, what: Shape) -> None:
+    def _end_control(self, what: StatementTraits) -> None:
         """After a statement that began or ended a transaction."""
         conn, block = self._conn, self.block
         if not conn._pipeline:
@@ -135,7 +135,7 @@ class BlockCursor(RidingCursor):
                 raise errors.TransactionAbortedError(FAILED) from block.failure
 
     def _note_failure(
-        self, error: psycopg.Error, what: Shape, autocommit: bool, rode: bool, touched: bool
+        self, error: psycopg.Error, what: StatementTraits, autocommit: bool, rode: bool, touched: bool
     ) -> None:
         """Note in the block, and in the error, what a failed statement means."""
         conn, block = self._conn, self.block
@@ -154,7 +154,7 @@ class BlockCursor(RidingCursor):
             conn.close()
             block.lost = not autocommit
 
-    def _begin_control(self, what: Shape) -> None:
+    def _begin_control(self, what: StatementTraits) -> None:
         """Before a statement that begins or ends a transaction: what was known of the open one may end."""
         conn, block = self._conn, self.block
         if block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
@@ -163,7 +163,9 @@ class BlockCursor(RidingCursor):
         if what.ends and (conn._pipeline or conn._num_transactions):
             conn.unsure = conn.altered = True
 
-    def _extended(self, preamble: tuple[Command, ...], what: Shape, autocommit: bool) -> tuple[Command, ...]:
+    def _extended(
+        self, preamble: tuple[Command, ...], what: StatementTraits, autocommit: bool
+    ) -> tuple[Command, ...]:
         """Add to the preamble what a deadline and `annotate` bind, if the statement can ride with it."""
         conn = self._conn
         if deadlines.in_use:
@@ -304,9 +306,9 @@ class BlockCursor(RidingCursor):
         # psycopg itself asks for it too, and does nothing to it.
         if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "psycopg":
             return self._conn
-        return self._conn.hand_out()
+        return self._conn.expose()
 
-    def _own(self, query: Any) -> Shape:
+    def _own(self, query: Any) -> StatementTraits:
         """Return what a statement is, once it may be sent; the caller has the turn."""
         conn = self._conn
         if conn.block is not self.block:
@@ -383,7 +385,7 @@ class CommittingCursor(BlockCursor):
             raise errors.TransactionAbortedError(FAILED)
 
 
-def commits_with(what: Shape) -> bool:
+def commits_with(what: StatementTraits) -> bool:
     """Return whether a COMMIT can ride with the statement."""
     return what.number == 1 and not (what.alone or what.controls)
 

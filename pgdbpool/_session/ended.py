@@ -37,7 +37,7 @@ class Ended:
         raise errors.BlockClosedError(OUTSIDE)
 
     # psycopg's objects come through `wait`, those of the pool through `exchange` and `receive`.
-    wait = exchange = receive = hand_out = _refuse
+    wait = exchange = receive = expose = _refuse
     cursor = execute = pipeline = transaction = notifies = __enter__ = _refuse
     commit = rollback = close = cancel = cancel_safe = _try_cancel = _refuse
     _set_autocommit = _set_isolation_level = _set_read_only = _set_deferrable = _refuse
@@ -99,7 +99,7 @@ def succeed(conn: PooledConnection) -> PooledConnection | None:
 def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
     """Give all that a connection has, its session too, to another object of its class."""
     replacing = getattr(heir, "replacing", None)
-    heir.__dict__ = {**conn.__dict__}  # not `update`: see `settle`
+    heir.__dict__ = {**conn.__dict__}  # not `update`: see `snapshot_attributes`
     for name in _kind(type(conn)).slots:
         if hasattr(conn, name):
             setattr(heir, name, getattr(conn, name))

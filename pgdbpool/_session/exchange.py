@@ -18,7 +18,7 @@ from .. import errors
 from .._request import correlation as tracing
 from .._request import deadline as deadlines
 from .._util.client_settings import InForce
-from .commands import BAD, GRACE, IDLE, INTRANS, NOTHING, Command, set_local
+from .commands import BAD, CLIENT_GRACE, IDLE, INTRANS, NOTHING, Command, set_local
 from .liveness import LiveConnection
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class ExchangingConnection(LiveConnection):
                     raise self._unanswered()
                 if left <= 0:  # this process may have stood still while the answer came
                     late = late or monotonic()
-                    if monotonic() > late + GRACE:  # it does not stop sending
+                    if monotonic() > late + CLIENT_GRACE:  # it does not stop sending
                         raise self._unanswered()
             pgconn.consume_input()
             if not pgconn.is_busy():
@@ -330,7 +330,7 @@ class ExchangingConnection(LiveConnection):
         left = deadlines.time_left()
         if self.own_timeout or status not in (IDLE, INTRANS):
             return preamble
-        usual = None if self.patience is None else self.patience - GRACE
+        usual = None if self.patience is None else self.patience - CLIENT_GRACE
         allowed = usual
         if left is not None and (usual is None or left < usual):
             self.limited, allowed = True, left - min(MARGIN, left / 2)
@@ -355,7 +355,7 @@ class ExchangingConnection(LiveConnection):
         name = tracing.application_name(self.own_name, block.correlation_id)
         return preamble + set_local((("application_name", name),))
 
-    def hand_out(self: Own) -> Own:
+    def expose(self: Own) -> Own:
         """Give the connection itself to the block, which may then do anything with it.
 
         :raises ConnectionLostError: the session was to be cleaned first, and the connection is closed now.

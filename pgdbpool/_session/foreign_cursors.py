@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psycopg
 
 from .. import errors
-from .statement_shape import Shape, shape
+from .statement_shape import StatementTraits, shape
 from .transactions import ENDS_INSIDE, FAILED, TransactingConnection
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Visit:
         self._conn = conn
         self._block = block
         self._cursor: Any = None
-        self._what: Shape | None = None
+        self._what: StatementTraits | None = None
         self._to_end = ExitStack()
         self._in_transaction = True
         self._until = conn.until
@@ -104,7 +104,7 @@ class Visit:
         if self._what is not None:
             self._conclude(self._what, error is None)
 
-    def _conclude(self, what: Shape, well: bool) -> None:
+    def _conclude(self, what: StatementTraits, well: bool) -> None:
         """Note the statement's effect on the transaction, or outside one."""
         block = self._block
         if what.ends:

@@ -21,7 +21,7 @@ from .._request import deadline as deadlines
 from .._util import greenlets
 from . import outcome
 from .cleaning import CleanedConnection
-from .commands import ACTIVE, BAD, GRACE, HURRY, IDLE, OPEN, OVER
+from .commands import ACTIVE, BAD, CLIENT_GRACE, IDLE, MIN_TIMEOUT, OPEN, OVER
 from .prepared import is_stale
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class LiveConnection(CleanedConnection):
         rest = deadlines.time_left()
         if rest is None or self.block is None:  # opening a connection has a bound that knows of it
             return patience
-        rest = max(rest, GRACE if self.ending else 0.0)
+        rest = max(rest, CLIENT_GRACE if self.ending else 0.0)
         return rest if patience is None else min(patience, rest)
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
@@ -271,7 +271,11 @@ class LiveConnection(CleanedConnection):
         left = self._within_deadline(self.patience)
         try:
             if not self.may_commit():
-                self.cancel_safe(timeout=max(HURRY, min(timeout, GRACE, GRACE if left is None else left)))
+                self.cancel_safe(
+                    timeout=max(
+                        MIN_TIMEOUT, min(timeout, CLIENT_GRACE, CLIENT_GRACE if left is None else left)
+                    )
+                )
             elif not self.holder or issubclass(sys.exc_info()[0] or Exception, INTERRUPTIONS):
                 self.close()
         except (psycopg.Error, OSError) as error:
@@ -280,7 +284,7 @@ class LiveConnection(CleanedConnection):
             self._note_loss(error, status)
         else:
             if self.holder:  # which puts it back
-                self.until = min(monotonic() + GRACE, self.until or inf)
+                self.until = min(monotonic() + CLIENT_GRACE, self.until or inf)
 
     def _check_connection_ok(self) -> None:
         """Raise if nothing can be sent; psycopg asks before it makes a cursor or sends a command of its own.
@@ -318,19 +322,19 @@ class LiveConnection(CleanedConnection):
     def retire(self) -> None:
         """Close the connection and give its slot back."""
         if self._is_anothers():
-            self.cut()
+            self.force_close()
         else:
             self.close()
         self.slot = None
 
-    def cut(self) -> None:
+    def force_close(self) -> None:
         """End the connection, whatever loop is open over it and holds psycopg's lock for good.
 
         Another thread that is in a statement finds the connection lost, and closes it: psycopg reads what
         is freed if it is closed under a wait.
         """
         if self._is_anothers():
-            self.sever(monotonic())
+            self.cut_from_other_thread(monotonic())
             self.expires_at = -inf
             return
         self.close()
@@ -340,7 +344,7 @@ class LiveConnection(CleanedConnection):
         elif self.turn.locked():
             self.turn, self.holder, self.owner = Lock(), 0, 0
 
-    def begin_sever(self) -> bool:
+    def refuse_from_now_on(self) -> bool:
         """Let the block begin nothing more on the connection; return whether it may be committing.
 
         Before anything is cancelled: what is sent after this is refused before its outcome is told.
@@ -348,13 +352,13 @@ class LiveConnection(CleanedConnection):
         self.severed = self.unusable = True
         return not self.abandoned and self.pgconn.transaction_status == ACTIVE and self.may_commit()
 
-    def sever(self, deadline: float) -> None:
+    def cut_from_other_thread(self, deadline: float) -> None:
         """Cut the connection under its block, from any thread, within the deadline; the block finds it lost.
 
         What runs is cancelled. What may be committing is waited for instead, and then left to the server. To
         close the connection would take its socket's number from under a wait for it.
         """
-        committing = self.begin_sever()
+        committing = self.refuse_from_now_on()
         if self.abandoned:
             return
         with suppress(psycopg.Error, OSError):

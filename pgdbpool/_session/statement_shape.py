@@ -112,7 +112,7 @@ _QUOTES = re.compile(r"set_config|pg_settings", re.I)
 
 
 @dataclass(frozen=True, slots=True)  # slots are read faster than a tuple's names
-class Shape:
+class StatementTraits:
     """What a statement's text says about it."""
 
     number: int
@@ -150,11 +150,11 @@ class Shape:
 
 
 @lru_cache(maxsize=2048)
-def _known(text: str) -> Shape:
+def _known(text: str) -> StatementTraits:
     return _analyse(text)
 
 
-def _analyse(text: str, escaping: bool = False) -> Shape:
+def _analyse(text: str, escaping: bool = False) -> StatementTraits:
     if "\0" in text:  # psycopg would send what stands before it
         raise as_query_error(
             psycopg.ProgrammingError("the statement's text contains a NUL: nothing was sent")
@@ -173,7 +173,7 @@ def _analyse(text: str, escaping: bool = False) -> Shape:
     escapes = not escaping and "\\" in text and "'" in text
     alone, utility = not _ALONE.isdisjoint(words), not _UTILITY.isdisjoint(words)
     controls = any(word in _ENDS or word in _BEGINS for word in words)
-    return Shape(
+    return StatementTraits(
         number=max(1, len(words)),
         alone=alone,
         utility=utility,
@@ -283,7 +283,7 @@ def _allows(text: str) -> str:
     return ""
 
 
-UNKNOWN = Shape(
+UNKNOWN = StatementTraits(
     number=1, alone=False, utility=False, ends=False, commits=False, controls=False,
     touches=True, prepares=False, taints=False, timeout=False, allows="", changes=True, sets=False,
     escapes=False, special=True, uncommon=False,
@@ -291,7 +291,7 @@ UNKNOWN = Shape(
 """Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
 
 
-def shape(query: Any, conn: psycopg.Connection[Any]) -> Shape:
+def shape(query: Any, conn: psycopg.Connection[Any]) -> StatementTraits:
     """Return what the text of a statement says; remembered, since programs repeat themselves."""
     if not isinstance(query, str):  # first, since that is what it mostly is
         text = text_of(query, conn)
@@ -302,7 +302,7 @@ def shape(query: Any, conn: psycopg.Connection[Any]) -> Shape:
     return _known(query) if len(query) <= 4096 else _analyse(query)
 
 
-def shape_with_escapes(query: Any, conn: psycopg.Connection[Any]) -> Shape:
+def shape_with_escapes(query: Any, conn: psycopg.Connection[Any]) -> StatementTraits:
     """Return what the text of a statement says where `standard_conforming_strings` is off."""
     text = text_of(query, conn)
     return UNKNOWN if text is None else _analyse(text, escaping=True)

@@ -16,7 +16,18 @@ from .. import errors
 from .._request import deadline as deadlines
 from .._util.transaction_modes import Modes
 from .block import Block
-from .commands import ACTIVE, IDLE, INERROR, INTRANS, KEEP, NOTHING, OVER, UNKNOWN, Command, set_local
+from .commands import (
+    ACTIVE,
+    IDLE,
+    INERROR,
+    INHERIT_PATIENCE,
+    INTRANS,
+    NOTHING,
+    OVER,
+    UNKNOWN,
+    Command,
+    set_local,
+)
 from .exchange import ExchangingConnection
 from .state import BUSY, OUTSIDE
 
@@ -136,7 +147,7 @@ class TransactingConnection(ExchangingConnection):
             block.in_transaction, block.at_begin = self._local(block), self._encode(block)
         if binding.special:
             self.altered = True
-            if binding.patience != KEEP:
+            if binding.patience != INHERIT_PATIENCE:
                 self.patience = binding.patience
             if binding.report:
                 self.follow_settings()
@@ -251,7 +262,7 @@ class TransactingConnection(ExchangingConnection):
         """Roll back after an error, which is the one to see; if that fails, close."""
         try:
             if self.pgconn.transaction_status == ACTIVE or self.holder or self._is_anothers():
-                self.cut()
+                self.force_close()
             elif not self.closed:
                 self.rollback()
         except psycopg.Error:
@@ -383,7 +394,7 @@ class TransactingConnection(ExchangingConnection):
                     self.ending = True
                     if self.holder == get_ident():
                         # An exception has left a loop, and keeps its generator alive.
-                        self.cut()
+                        self.force_close()
                         self._note_loss(psycopg.OperationalError(BUSY), ACTIVE)
                 if deadlines.in_use:
                     deadlines.check()  # it is rolled back then

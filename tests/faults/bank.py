@@ -52,11 +52,11 @@ SETTINGS = {
     "log_line_prefix": "%m [%p] %v %x ",
     "synchronous_standby_names": "ANY 1 (node1, node2)",  # each one's only standby is the other
 }
-CHECKOUT, QUERY, GRACE = 4.0, 2.0, 1.0
+CHECKOUT, QUERY, CLIENT_GRACE = 4.0, 2.0, 1.0
 """The groups' `timeout` and `query_timeout`, and what the pool waits longer than that, in seconds."""
 SLACK = 3.0
 """What a busy machine may take longer."""
-ANSWER = QUERY + GRACE
+ANSWER = QUERY + CLIENT_GRACE
 BOUNDS = {
     "checkout": CHECKOUT,
     "query": ANSWER + CHECKOUT + ANSWER,  # the first of a transaction may go to another connection

@@ -71,7 +71,7 @@ def test_a_hurried_ping_is_no_evidence_and_costs_what_it_may(
     proxy = proxy_to(known_cluster.standbys[0])
     start([server(known_cluster.standbys[0], port=proxy.port)], ping="always", ping_timeout=5)
     with monkeypatch.context() as patched:
-        patched.setattr(group, "HURRY", 5)  # that long on a machine that is busy
+        patched.setattr(group, "MIN_TIMEOUT", 5)  # that long on a machine that is busy
         with Handler("g", timeout=timeout) as db:  # a ping has its moment, also with no time to wait
             assert db.query("SELECT 1").fetchone()[0] == 1
     proxy.stall()

@@ -240,7 +240,7 @@ def test_a_hung_server_costs_no_more_than_what_is_left(
     start: Any, known_cluster: Any, proxy_to: Any, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (exchange, liveness):
-        monkeypatch.setattr(module, "GRACE", 20.0)  # none of it is added
+        monkeypatch.setattr(module, "CLIENT_GRACE", 20.0)  # none of it is added
     proxy = proxy_to(known_cluster.primary)
     start({"port": proxy.port, "query_timeout": "30s"})
     began = time.monotonic()
