@@ -54,14 +54,16 @@ _NOTHING = (
 
 
 def load(
-    source: Mapping[Any, Any] | str | os.PathLike[str] | IO[str] | IO[bytes] | None = None,
+    source: Config | Mapping[Any, Any] | str | os.PathLike[str] | IO[str] | IO[bytes] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Config:
     """Return the configuration of a dict, of a YAML file (its path, or open), or else of the environment.
 
     Raises `ConfigError` with every problem at once, and nothing else, for whatever is wrong with the input.
-    The source is not modified, and no server is connected to.
+    The source is not modified, and no server is connected to. A `Config` is returned as it is.
     """
+    if isinstance(source, Config):
+        return source
     report = Report()
     if isinstance(source, Mapping):
         origin, tree = "dict", source

@@ -1,0 +1,82 @@
+"""Django's system checks of the settings of a database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from django.core import checks
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.db.backends.base.validation import BaseDatabaseValidation
+from django.db.utils import Error
+
+from ...errors import ConfigError
+from ...errors import Error as PoolError
+from ._groups import own_options
+
+_NOT_WITH_A_FILE = ("HOST", "PORT", "USER", "PASSWORD")
+
+
+def contradictions(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what cannot be meant in a database's settings, each with the remedy."""
+    return list(_contradictions(settings))
+
+
+def _age(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if settings["CONN_MAX_AGE"] != 0:
+        yield (
+            "CONN_MAX_AGE keeps a connection from the pool.",
+            "Remove it; `max_lifetime` of the group replaces old connections.",
+        )
+
+
+def _contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    options = settings["OPTIONS"]
+    if options.get("pool"):
+        yield (
+            "OPTIONS['pool'] is a second pool.",
+            "Remove it; `connection_count` and `min_size` are the sizes of the group.",
+        )
+    if options.get("config") is None:
+        if "group" in options:
+            yield (
+                "OPTIONS['group'] names a group of no configuration.",
+                "Set OPTIONS['config'], or remove it.",
+            )
+        return
+    if wrong := [name for name in _NOT_WITH_A_FILE if settings.get(name)]:
+        yield (f"{', '.join(wrong)} can't be set beside OPTIONS['config'].", "Set them in its `db`.")
+    if wrong := sorted(own_options(options) - {"config", "group"}):
+        yield (f"OPTIONS has {', '.join(wrong)} beside `config`.", "Set them in the file's group.")
+
+
+def check_settings(app_configs: Any = None, **kwargs: Any) -> list[checks.CheckMessage]:
+    """Report what cannot be meant in the settings of the databases that use this backend."""
+    found: list[checks.CheckMessage] = []
+    for alias in connections:
+        if connections.settings[alias]["ENGINE"] == __package__:
+            given = connections[alias].settings_dict
+            found += [
+                checks.Error(f"DATABASES[{alias!r}]: {what}", hint=remedy, id="pgdbpool.E001")
+                for what, remedy in (*_age(given), *_contradictions(given))
+            ]
+    return found
+
+
+checks.register(check_settings)
+
+
+class DatabaseValidation(BaseDatabaseValidation):  # type: ignore[misc]
+    """What `manage.py check --database` does."""
+
+    def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
+        """Report whether the group lends a connection that answers."""
+        try:
+            with self.connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+        except (Error, PoolError, ConfigError, ImproperlyConfigured) as error:
+            return [checks.Error(f"{self.connection.alias}: {error}", id="pgdbpool.E002")]
+        finally:
+            self.connection.close()
+        return []

@@ -1,0 +1,101 @@
+"""The backend: Django's own of PostgreSQL, with connections of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db.backends.postgresql import base
+from django.db.backends.postgresql.psycopg_any import IsolationLevel
+from psycopg.rows import tuple_row
+
+from ..._api.connection import Connection
+from . import _checks, _groups, schemas
+from ._cursors import Cursor, ServerBindingCursor, ServerSideCursor
+
+
+class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
+    """A database of Django's settings, as a group of the pools."""
+
+    validation_class = _checks.DatabaseValidation
+    group: str | None = None
+    """The group that the last connection came from."""
+
+    def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
+        if settings_dict["OPTIONS"].get("config") is not None and settings_dict["NAME"] == "":
+            settings_dict["NAME"] = _groups.named_database(settings_dict) or ""
+        super().__init__(settings_dict, alias)
+
+    @property
+    def pool(self) -> None:
+        """None: this backend's pool is not one of Django's."""
+        return None
+
+    def close_pool(self) -> None:
+        """Close the idle connections to the database, which may be dropped then."""
+        if database := self.settings_dict["NAME"]:
+            _groups.forget(database)
+
+    def get_connection_params(self) -> dict[str, Any]:
+        """Return what is set in a connection: cursors, adapters, when statements are prepared."""
+        if problems := _checks.contradictions(self.settings_dict):
+            raise ImproperlyConfigured("\n".join(f"{what} {remedy}" for what, remedy in problems))
+        params: dict[str, Any] = super().get_connection_params()
+        if params["cursor_factory"] is base.Cursor:
+            params["cursor_factory"] = Cursor
+        elif params["cursor_factory"] is base.ServerBindingCursor:
+            params["cursor_factory"] = ServerBindingCursor
+        own = _groups.own_options(self.settings_dict["OPTIONS"])
+        return {name: value for name, value in params.items() if name not in own}
+
+    def get_new_connection(self, conn_params: Mapping[str, Any]) -> Any:
+        """Take a connection out of the group."""
+        level = self._isolation_level()
+        self.group = _groups.group_of(self.alias, self.settings_dict, self.timezone_name)
+        connection = Connection.getconn(self.group, skip=("django",))
+        try:
+            connection.row_factory = tuple_row
+            connection.cursor_factory = conn_params["cursor_factory"]
+            connection.prepare_threshold = conn_params["prepare_threshold"]
+            connection._adapters = base.get_adapters_template(base.settings.USE_TZ, self.timezone)
+            if level is not None:
+                connection.isolation_level = level
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _isolation_level(self) -> Any:
+        given = self.settings_dict["OPTIONS"].get("isolation_level")
+        try:
+            level = None if given is None else IsolationLevel(given)
+        except ValueError:
+            raise ImproperlyConfigured(
+                f"Invalid transaction isolation level {given} specified. Use one of the "
+                "psycopg.IsolationLevel values."
+            ) from None
+        self.isolation_level = IsolationLevel.READ_COMMITTED if level is None else level
+        return level
+
+    def close_if_health_check_failed(self) -> None:
+        """Check a connection that outlasts a request; the group lends working connections only."""
+        if self.settings_dict["CONN_MAX_AGE"] != 0:
+            super().close_if_health_check_failed()
+
+    def create_cursor(self, name: str | None = None) -> Any:
+        """Return a cursor; with a name it is one at the server."""
+        if not self.connection.closed:
+            schemas.follow(self.connection)
+        if name and self.settings_dict["OPTIONS"].get("server_side_binding") is not True:
+            cursor: Any = ServerSideCursor(
+                self.connection, name=name, scrollable=False, withhold=self.connection.autocommit
+            )
+            self._set_timezone(cursor)
+            return cursor
+        return super().create_cursor(name)
+
+    def _set_timezone(self, cursor: Any) -> None:
+        loader = self.connection.adapters.get_loader(base.TIMESTAMPTZ_OID, base.Format.TEXT)
+        if self.timezone != loader.timezone:
+            base.register_tzloader(self.timezone, cursor)

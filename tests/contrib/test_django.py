@@ -1,0 +1,317 @@
+"""Django's backend over the pool: its connections are those of a group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proxy import HOST
+from support import config, kill_backends, server
+
+pytest.importorskip("django")
+
+from django import db as django_db
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections, transaction
+from django.db.transaction import TransactionManagementError
+from django.db.utils import IntegrityError, OperationalError
+from django.utils.functional import empty
+
+import pgdbpool
+from pgdbpool import Connection
+from pgdbpool.contrib.django import _checks
+from pgdbpool.contrib.django.middleware import TenantMiddleware
+from pgdbpool.contrib.django.routers import ReadWriteRouter
+from pgdbpool.contrib.django.schemas import schema
+
+ENGINE = "pgdbpool.contrib.django"
+TENANT = {"setting": "app.tenant", "verify": "off", "required": False}
+PID = "SELECT pg_backend_pid()"
+
+
+def forget_connections() -> None:
+    for alias in ("default", "replica"):
+        if hasattr(connections._connections, alias):
+            getattr(connections._connections, alias).close()
+            delattr(connections._connections, alias)
+
+
+@pytest.fixture(autouse=True)
+def outside_of_any_project() -> Iterator[None]:
+    """Give Django settings for the test, and what it had before it afterwards."""
+    before, known = settings._wrapped, (connections._settings, vars(connections).get("settings"))
+    forget_connections()
+    settings._wrapped = empty
+    settings.configure(USE_TZ=True)
+    yield
+    forget_connections()
+    settings._wrapped = before
+    connections._settings = known[0]
+    vars(connections).pop("settings", None)
+    if known[1] is not None:
+        connections.settings = known[1]
+    Connection.reset()
+
+
+def use(**databases: dict[str, Any]) -> None:
+    """Let these be `DATABASES`."""
+    connections._settings = databases
+    vars(connections).pop("settings", None)
+
+
+@pytest.fixture
+def by_itself(known_cluster: Any, proxy_to: Any) -> Callable[..., Any]:
+    """A function that makes `default` a database without a file, behind a proxy that it returns."""
+    proxy = proxy_to(known_cluster.primary)
+
+    def make(**keys: Any) -> Any:
+        given = {"ENGINE": ENGINE, "HOST": HOST, "PORT": proxy.port, "USER": "postgres"}
+        use(default={**given, "NAME": "postgres", **keys})
+        return proxy
+
+    return make
+
+
+@pytest.fixture
+def from_file(known_cluster: Any, mode: str, proxy_to: Any, tmp_path: Path) -> Callable[..., Any]:
+    """A function that makes `default` a group of a file, with the keys that it is given."""
+    proxy = proxy_to(known_cluster.primary)
+    file = tmp_path / "pgdbpool.yaml"
+
+    def make(**keys: Any) -> Any:
+        entry = server(known_cluster.primary, port=proxy.port, options={"TimeZone": "UTC"})
+        tree = config([entry], mode, write={"connection_count": 2, "timeout": 2, "autocommit": False, **keys})
+        file.write_text(json.dumps(tree))
+        use(default={"ENGINE": ENGINE, "OPTIONS": {"config": file, "group": "write"}})
+        return proxy
+
+    return make
+
+
+def run(statement: str) -> None:
+    with connections["default"].cursor() as cursor:
+        cursor.execute(statement)
+
+
+def value(statement: str, alias: str = "default") -> Any:
+    with connections[alias].cursor() as cursor:
+        cursor.execute(statement)
+        return cursor.fetchone()[0]
+
+
+def test_a_group_of_a_file_is_a_database(from_file: Any) -> None:
+    from_file()
+    assert value("SELECT 1") == 1
+    assert Connection.status().groups["write"].in_use == 1
+    connections["default"].close()
+    assert Connection.status().groups["write"].in_use == 0
+    assert connections["default"].settings_dict["NAME"] == "postgres"
+
+
+def test_settings_alone_make_a_group(by_itself: Any) -> None:
+    by_itself(OPTIONS={"connection_count": 3, "application_name": "shop"})
+    assert value("SHOW application_name") == "shop"
+    assert Connection.get_max_pool_size("default") == 3
+    assert value("SHOW timezone") == "UTC"
+
+
+def test_a_server_that_is_listed_twice_is_refused(by_itself: Any) -> None:
+    proxy = by_itself()
+    connections.settings["default"]["HOST"] = f"{HOST},{HOST}"
+    connections.settings["default"]["PORT"] = f"{proxy.port},{proxy.port}"
+    with pytest.raises(ImproperlyConfigured, match="label"):
+        value("SELECT 1")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_request_of_n_statements_takes_n(from_file: Any, n: int, kept: bool) -> None:
+    proxy = from_file()
+    value("SELECT 1")
+    if not kept:
+        connections["default"].close()
+    proxy.reset_counts()
+    for _ in range(n):
+        value("SELECT 1")
+    assert proxy.syncs == n
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("tenant", [None, "a"])
+def test_a_transaction_of_n_statements_takes_n_and_one(from_file: Any, n: int, tenant: Any) -> None:
+    proxy = from_file(**({"tenant": TENANT} if tenant else {}))
+    value("SELECT 1")
+    connections["default"].close()
+    proxy.reset_counts()
+    with pgdbpool.tenant(tenant), transaction.atomic():
+        for _ in range(n):
+            assert value("SELECT coalesce(current_setting('app.tenant', true), '')") == (tenant or "")
+    assert proxy.syncs == n + 1
+
+
+def test_a_tenant_is_each_transactions_own(from_file: Any) -> None:
+    from_file(tenant=TENANT)
+    for tenant in ("a", "b", "a"):
+        with pgdbpool.tenant(tenant):
+            assert value("SELECT current_setting('app.tenant')") == tenant
+            with transaction.atomic():
+                assert value("SELECT current_setting('app.tenant')") == tenant
+    assert value("SELECT current_setting('app.tenant')") == ""
+
+
+def test_a_schema_is_a_tenant(from_file: Any, known_cluster: Any) -> None:
+    with known_cluster.primary.connect() as admin:
+        for name in ("a", "b"):
+            admin.execute(f"CREATE SCHEMA {name}; CREATE TABLE {name}.names AS SELECT '{name}' AS name")
+    from_file()
+    for name in ("a", "b", "a"):
+        with schema(name):
+            assert value("SELECT name FROM names") == name
+            with transaction.atomic():
+                assert value("SELECT name FROM names") == name
+                with schema("b" if name == "a" else "a"):
+                    with pytest.raises(TransactionManagementError, match="keeps its schema"):
+                        value("SELECT name FROM names")
+    assert value("SHOW search_path") == '"$user", public'
+    with pytest.raises(ValueError, match="not the name of a schema"), schema("a; b"):
+        pass
+
+
+def test_the_middleware_binds_the_tenant_of_a_request(from_file: Any) -> None:
+    from_file(tenant=TENANT)
+    settings.PGDBPOOL_TENANT = "operator.itemgetter"
+    assert TenantMiddleware(lambda request: None).extract
+    settings.PGDBPOOL_TENANT = lambda request: request["tenant"]
+    answer = TenantMiddleware(lambda request: value("SELECT current_setting('app.tenant')"))
+    assert [answer({"tenant": tenant}) for tenant in ("a", "b")] == ["a", "b"]
+    settings.PGDBPOOL_TENANT = None
+    with pytest.raises(ImproperlyConfigured, match="PGDBPOOL_TENANT"):
+        TenantMiddleware(lambda request: None)
+
+
+def test_atomic_rolls_back_and_savepoints_too(from_file: Any) -> None:
+    from_file()
+    run("CREATE TABLE t (id int PRIMARY KEY)")
+    done: list[str] = []
+    with transaction.atomic():
+        value("INSERT INTO t VALUES (1) RETURNING id")
+        transaction.on_commit(lambda: done.append("committed"))
+        with pytest.raises(IntegrityError), transaction.atomic():
+            value("INSERT INTO t VALUES (1) RETURNING id")
+        value("INSERT INTO t VALUES (2) RETURNING id")
+    with pytest.raises(ZeroDivisionError), transaction.atomic():
+        value("INSERT INTO t VALUES (3) RETURNING id")
+        raise ZeroDivisionError
+    assert value("SELECT array_agg(id) FROM t") == [1, 2]
+    assert done == ["committed"]
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_cursor_at_the_server_reads_in_chunks(from_file: Any, atomic: bool) -> None:
+    from_file()
+    connection = connections["default"]
+    connection.ensure_connection()
+    if atomic:
+        with transaction.atomic(), connection.chunked_cursor() as cursor:
+            cursor.execute("SELECT generate_series(1, %s)", [5])
+            assert len(cursor.fetchmany(2)) == 2
+    else:
+        with connection.chunked_cursor() as cursor:
+            cursor.execute("SELECT generate_series(1, %s)", [5])
+            assert [len(cursor.fetchmany(2)) for _ in range(3)] == [2, 2, 1]
+
+
+def test_a_killed_connection_costs_a_request_nothing(from_file: Any, known_cluster: Any) -> None:
+    from_file()
+    first = value(PID)
+    connections["default"].close()
+    with known_cluster.primary.connect() as admin:
+        kill_backends(admin)
+    assert value(PID) != first
+
+
+def test_a_connection_lost_in_a_transaction_is_djangos_error(from_file: Any, known_cluster: Any) -> None:
+    from_file()
+    with pytest.raises(OperationalError), transaction.atomic():
+        value("SELECT 1")
+        with known_cluster.primary.connect() as admin:
+            kill_backends(admin)
+        value("SELECT 1")
+    connections["default"].close_if_unusable_or_obsolete()
+    assert value("SELECT 1") == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "settings"])
+def test_a_test_database_is_made_used_and_dropped(request: Any, known_cluster: Any, kind: str) -> None:
+    request.getfixturevalue("by_itself")(OPTIONS={}) if kind == "settings" else _file(request)
+    connection = connections["default"]
+    creation = connection.creation
+    with connection._nodb_cursor() as cursor:
+        cursor.execute("CREATE DATABASE test_postgres")
+    connection.close()
+    before, connection.settings_dict["NAME"] = connection.settings_dict["NAME"], "test_postgres"
+    assert value("SELECT current_database()") == "test_postgres"
+    connection.close()
+    creation._destroy_test_db("test_postgres", 0)
+    connection.settings_dict["NAME"] = before
+    assert value("SELECT current_database()") == "postgres"
+
+
+def _file(request: Any) -> None:
+    request.getfixturevalue("from_file")()
+
+
+@pytest.fixture
+def mode(request: Any) -> str:
+    return "threaded"
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"),
+    [
+        ({"CONN_MAX_AGE": 60}, "max_lifetime"),
+        ({"OPTIONS": {"pool": True}}, "connection_count"),
+        ({"OPTIONS": {"group": "read"}}, "config"),
+        ({"OPTIONS": {"config": "x.yaml", "group": "read"}, "HOST": "db"}, "HOST"),
+        ({"OPTIONS": {"config": "x.yaml", "group": "read", "min_size": 1}}, "min_size"),
+    ],
+)
+def test_settings_that_contradict_are_refused_with_the_remedy(keys: Any, remedy: str) -> None:
+    use(default={"ENGINE": ENGINE, "NAME": "postgres", **keys})
+    (found,) = _checks.check_settings()
+    assert remedy in f"{found.msg} {found.hint}"
+    assert found.id == "pgdbpool.E001"
+    if "CONN_MAX_AGE" not in keys:
+        with pytest.raises(ImproperlyConfigured, match=remedy):
+            value("SELECT 1")
+
+
+def test_a_group_that_is_not_there_is_named(from_file: Any) -> None:
+    from_file()
+    connections.settings["default"]["OPTIONS"]["group"] = "writes"
+    with pytest.raises(ImproperlyConfigured, match=r"'writes'.*'write'"):
+        value("SELECT 1")
+
+
+def test_the_check_of_a_database_asks_it(by_itself: Any) -> None:
+    proxy = by_itself()
+    assert connections["default"].validation.check() == []
+    proxy.stop()
+    connections["default"].close_pool()
+    (found,) = connections["default"].validation.check()
+    assert found.id == "pgdbpool.E002"
+
+
+def test_reads_go_to_the_replica_but_in_a_transaction(from_file: Any) -> None:
+    from_file()
+    router = ReadWriteRouter()
+    assert (router.db_for_read(None), router.db_for_write(None)) == ("replica", "default")
+    with transaction.atomic():
+        assert router.db_for_read(None) == "default"
+    assert router.allow_relation(None, None)
+    assert [router.allow_migrate(alias, "shop") for alias in ("default", "replica")] == [True, False]
+    assert django_db.router is not router
