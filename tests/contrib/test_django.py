@@ -119,6 +119,13 @@ def test_settings_alone_make_a_group(by_itself: Any) -> None:
     assert value("SHOW timezone") == "UTC"
 
 
+def test_a_host_may_list_servers(by_itself: Any, known_cluster: Any) -> None:
+    ports = [node.port for node in known_cluster.nodes]
+    by_itself(HOST=",".join([HOST] * 3), PORT=",".join(map(str, ports)), OPTIONS={"target": "primary"})
+    assert value("SELECT pg_is_in_recovery()") is False
+    assert len(Connection.status().endpoints) == 3
+
+
 def test_a_server_that_is_listed_twice_is_refused(by_itself: Any) -> None:
     proxy = by_itself()
     connections.settings["default"]["HOST"] = f"{HOST},{HOST}"
