@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING
 
 from .._servers.endpoint import Endpoint
 from .._session import describe
@@ -14,10 +13,6 @@ from .._session.slot import Slot
 from .._util import log_events as events
 from .left_sessions import LeftSession
 from .telling import TellingGroup, Warn
-
-if TYPE_CHECKING:
-    pass
-
 
 EXPIRED = float("-inf")
 """The expiry time of a connection that is to be replaced, whatever its age."""

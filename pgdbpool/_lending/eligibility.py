@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .._servers.balance import Candidate, suits, worth_moving
 from .._servers.endpoint import Endpoint, State
 from .._session.commands import IDLE
 from .._session.connection import PooledConnection
 from .._util import log_events as events
 from .closing import ClosingGroup
-
-if TYPE_CHECKING:
-    pass
-
 
 REBALANCE_INTERVAL = 0.2
 """Minimum seconds between two connections that are closed at release to rebalance the endpoints."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import psycopg
@@ -29,10 +29,6 @@ from ..errors import (
 from .closing import EXPIRED
 from .dialling import connect, dial
 from .eligibility import EligibleGroup
-
-if TYPE_CHECKING:
-    pass
-
 
 DOWN_AFTER = 1.0
 """Seconds without an answer to a connect after which a server counts as down, unless less was allowed."""
