@@ -253,8 +253,10 @@ def test_a_connection_lost_in_a_transaction_is_djangos_error(from_file: Any, kno
 
 
 @pytest.mark.parametrize("kind", ["file", "settings"])
-def test_a_test_database_is_made_used_and_dropped(request: Any, known_cluster: Any, kind: str) -> None:
-    request.getfixturevalue("by_itself")(OPTIONS={}) if kind == "settings" else _file(request)
+def test_a_test_database_is_made_used_and_dropped(
+    from_file: Any, by_itself: Any, known_cluster: Any, kind: str
+) -> None:
+    by_itself(OPTIONS={}) if kind == "settings" else from_file()
     connection = connections["default"]
     creation = connection.creation
     with connection._nodb_cursor() as cursor:
@@ -266,15 +268,6 @@ def test_a_test_database_is_made_used_and_dropped(request: Any, known_cluster: A
     creation._destroy_test_db("test_postgres", 0)
     connection.settings_dict["NAME"] = before
     assert value("SELECT current_database()") == "postgres"
-
-
-def _file(request: Any) -> None:
-    request.getfixturevalue("from_file")()
-
-
-@pytest.fixture
-def mode(request: Any) -> str:
-    return "threaded"
 
 
 @pytest.mark.parametrize(

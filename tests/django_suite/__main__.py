@@ -21,7 +21,7 @@ from pgdbpool.cluster import Cluster
 ENGINES = ("django.db.backends.postgresql", "pgdbpool.contrib.django")
 PART = (
     "backends", "basic", "transactions", "transaction_hooks", "queries", "select_for_update", "servers",
-    "multiple_database", "test_runner", "migrations", "postgres_tests",
+    "multiple_database", "test_runner", "migrations",
 )  # fmt: skip
 # What tests the inside of Django's own backend, each with the reason.
 EXCEPTIONS = {
