@@ -15,7 +15,7 @@ TEXT = """\
 Reads a configuration as the application would, connects to every endpoint of every group, and prints what it
 finds: which server can be reached, with which role, how far it is behind, how long a connection and a round
 trip take, and how many connections this configuration can open there. Below the table it lists what should be
-mended, each with its remedy. Nothing is changed.
+fixed, each with its remedy. Nothing is changed.
 
   pgdbpool check pgdbpool.yaml
   pgdbpool check pgdbpool.yaml --processes 8     do 8 processes fit into max_connections?

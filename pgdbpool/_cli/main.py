@@ -82,7 +82,7 @@ and `config`, the same configuration with its password.
 RLS = """\
 Looks for ways in which the role that a group logs in as could get at rows of another tenant: tables without
 row-level security, policies that ignore the tenant or open without one, roles, views and functions that
-bypass it. Each finding comes with the SQL that mends it. Nothing is changed.
+bypass it. Each finding comes with the SQL that fixes it. Nothing is changed.
 
   pgdbpool rls pgdbpool.yaml write
   pgdbpool rls pgdbpool.yaml write public.accounts --json
@@ -108,7 +108,7 @@ def main(
         parser.error("a sync worker has one thread: leave --threads out, or use --worker-class gthread")
     if getattr(options, "check", False) and options.json:
         parser.error("--check prints its steps for people: leave --json out")
-    logging.getLogger("pgdbpool").addHandler(logging.NullHandler())  # commands say themselves what is wrong
+    logging.getLogger("pgdbpool").addHandler(logging.NullHandler())  # commands report errors themselves
     try:
         with stopping_on_signals():
             return command(options)

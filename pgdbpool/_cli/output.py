@@ -18,7 +18,7 @@ COLOURS = {
     **dict.fromkeys(("degraded", "warning", "draining"), WARN),
 }
 EXIT = {"ok": 0, "healthy": 0, "broken": 1, "unhealthy": 1, "degraded": 3}
-"""Exit status by what was found."""
+"""Exit status by the worst finding."""
 
 
 class Commands(Protocol):
@@ -52,7 +52,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """Print findings with their remedies; what is the same for several servers once."""
+    """Print findings with their remedies; those common to several servers once."""
     same: dict[tuple[str, str, str, str], list[str]] = {}
     for found in findings:
         same.setdefault((found.severity, found.code, found.message, found.remedy), []).append(found.subject)
@@ -69,7 +69,7 @@ def show_json(value: Any) -> None:
 
 
 class Progress:
-    """One line on standard error that says what is under way, on a terminal alone."""
+    """One line on standard error of progress, on a terminal alone."""
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

@@ -85,7 +85,7 @@ def runtime_dir(place: Any) -> str:
 
 
 def text(view: Mapping[str, Any]) -> str:
-    """Return what is shown."""
+    """Return the text to show."""
     if not view["processes"]:
         return "no process publishes its status here"
     parts = [_endpoints(view), _groups(view), _processes(view)]

@@ -114,7 +114,7 @@ def _check_pooled_server(
 
 def parse_conninfo(conninfo: str) -> dict[str, str]:
     """Return the parameters of a URI or keyword string; raises `Refused` without quoting it."""
-    # Such a password would end at the slash, and what was read of it would pass for a host, port or database.
+    # Such a password would end at the slash, and its rest would pass for a host, port or database.
     if re.match(r"postgres(ql)?://[^/?]*/[^?]*@", conninfo):
         raise Refused(("", "has an @ after a slash; in a password, / is written %2F, and elsewhere @ is %40"))
     try:

@@ -107,7 +107,7 @@ def _check_endpoints(
 
 
 def check_pooler(group: dict[str, Any], servers: list[dict[str, Any]], path: str, report: Report) -> None:
-    """Leave out what a transaction pooler may not keep; report what it cannot."""
+    """Set the default that a transaction pooler needs, and report keys that it cannot serve."""
     pooled = [server.get("label") for server in servers if server.get("pooler")]
     through = [label for label in group["endpoints"] if label is not None and label in pooled]
     if not through:

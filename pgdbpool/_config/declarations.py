@@ -89,7 +89,7 @@ def step(key: object) -> str:
 class Kind:
     """A sort of value: `allowed` says it in words, `check` returns a value as the package uses it.
 
-    Each kind declares what it is made of as a dataclass does. To make it one would write and compile code
+    Each kind declares its fields as a dataclass does. To make it one would write and compile code
     for each, which was a fifth of the time that importing the package takes.
     """
 
@@ -97,7 +97,7 @@ class Kind:
     secret: ClassVar[bool] = False
     mapping: ClassVar[bool] = False  # a variable gives it as YAML: {key: value}
     _names: ClassVar[dict[str, None]] = {}
-    """What it is made of, in order: what its base is made of first."""
+    """Its fields in order, those of its base first."""
 
     def __init_subclass__(cls) -> None:
         own = {name: None for name, hint in get_annotations(cls).items() if not hint.startswith("ClassVar")}
@@ -117,7 +117,7 @@ class Kind:
         raise NotImplementedError
 
     def check(self, value: object) -> Any:
-        """Return the value, normalised; raises `Refused` with what is allowed instead."""
+        """Return the value, normalised; raises `Refused` with the allowed values."""
         raise NotImplementedError
 
     def doubt(self, value: object) -> str:

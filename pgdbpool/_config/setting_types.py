@@ -107,7 +107,7 @@ def twice(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _wrong_mode(name: str, value: str) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with the value of a mode of transactions."""
+    """Yield the problems of the value of a mode of transactions."""
     if is_mode(name):
         try:
             mode_value(name, value)

@@ -95,7 +95,7 @@ class Word(Kind):
 
 
 class Integer(Kind):
-    """A whole number; `unit` and `zero` say what it counts and what 0 means."""
+    """A whole number; `unit` and `zero` give its unit and the meaning of 0."""
 
     low: int
     high: int

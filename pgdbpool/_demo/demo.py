@@ -213,7 +213,7 @@ class Server:
         """Raise DemoError if gunicorn has ended."""
         if self._process is None or self._process.poll() is not None:
             status = self._process.returncode if self._process else "not started"
-            raise DemoError(f"gunicorn ended by itself (status {status}): see what it wrote")
+            raise DemoError(f"gunicorn ended by itself (status {status}): see its output")
 
     def wait_healthy(self, timeout: float = 20.0) -> None:
         """Wait until the application says that it is healthy; raises DemoError."""
@@ -262,7 +262,7 @@ class Server:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # what is left of its group: workers
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the rest of its group: workers
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout)
         process.stdin.close()

@@ -1,4 +1,4 @@
-"""The demo's tour: what it does to the cluster, and what the application must show meanwhile."""
+"""The demo's tour: faults of the cluster, and how the application must behave meanwhile."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StepFailed(AssertionError):
 
 
 def expect(holds: object, failure: str) -> None:
-    """Raise StepFailed with what was seen, unless it holds."""
+    """Raise StepFailed with the observation, unless it holds."""
     if not holds:
         raise StepFailed(failure)
 
@@ -49,7 +49,7 @@ def wait_for(condition: Callable[[], bool], timeout: float, failure: Callable[[]
 
 @dataclass(frozen=True)
 class Read:
-    """One read of a client: when it was sent, who answered, and what was wrong with it, if anything."""
+    """One read of a client: when it was sent, who answered, and the error, if any."""
 
     at: float
     server: str
@@ -116,7 +116,7 @@ def in_words(counts: Counter[str]) -> str:
 
 
 class Tour:
-    """The steps, in order; each returns what it showed or raises StepFailed."""
+    """The steps, in order; each returns its result or raises StepFailed."""
 
     def __init__(self, cluster: Cluster, server: Server) -> None:
         self.cluster = cluster
@@ -143,7 +143,7 @@ class Tour:
         ]
 
     def introduce(self, seconds: float) -> str:
-        """Say what was started."""
+        """Print the started programs."""
         [(version,)] = self.cluster.primary.execute("SHOW server_version")
         return (
             f"PostgreSQL {version}: {self.primary} primary, {', '.join(sorted(self.standbys))} standby; "
@@ -310,7 +310,7 @@ class Tour:
 
 
 def check(options: Options) -> bool:
-    """Run the tour and print a line for each step; return whether all showed what they should."""
+    """Run the tour and print a line for each step; return whether all passed."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
         name = "start"

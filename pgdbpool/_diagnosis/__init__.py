@@ -1,4 +1,4 @@
-"""What `pgdbpool check` and `ping` find out about servers, and what they advise.
+"""The findings of `pgdbpool check` and `ping` about servers, and their advice.
 
 Nothing here is needed to serve a request.
 """

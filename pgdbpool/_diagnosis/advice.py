@@ -69,20 +69,20 @@ def _why(server: ServerFacts) -> str:
     """Return what to do about a server that gives no connection."""
     text = (server.error or "").lower()
     for words, remedy in (
-        (("password", "authentication", "pg_hba"), "mend `user`, `pass` or `pass_file`, or pg_hba.conf"),
+        (("password", "authentication", "pg_hba"), "fix `user`, `pass` or `pass_file`, or pg_hba.conf"),
         (
             ("too many", "remaining connection slots"),
             "see `pgdbpool size`; raise max_connections or the limit",
         ),
-        (("does not exist",), "mend `name` or `user`, or create what is missing"),
-        (("ssl", "certificate"), "mend `ssl` and `sslrootcert`, or the server's certificate"),
-        (("translate host name", "resolve", "name or service"), "mend `host`, or the name's DNS entry"),
+        (("does not exist",), "fix `name` or `user`, or create the missing object"),
+        (("ssl", "certificate"), "fix `ssl` and `sslrootcert`, or the server's certificate"),
+        (("translate host name", "resolve", "name or service"), "fix `host`, or the name's DNS entry"),
         (("no answer", "timeout"), "see whether a firewall drops packets, and whether the server hangs"),
         (("starting up", "shutting down", "recovery"), "wait until it has started"),
     ):
         if any(word in text for word in words):
             return remedy
-    return "start the server, or mend `host` and `port`"
+    return "start the server, or fix `host` and `port`"
 
 
 def _sizes(facts: Facts, server: ServerFacts) -> Iterator[Finding]:
@@ -193,12 +193,14 @@ def _groups(config: Config, facts: Facts) -> Iterator[Finding]:
             reasons = "; ".join(f"{label}: {text}" for label, text in group.errors.items())
             yield Finding(
                 "error", "no-server", name, f"no server takes its connections: {reasons}",
-                "mend one of the servers, or `endpoints` and `target` of the group",
+                "fix one of the servers, or `endpoints` and `target` of the group",
             )  # fmt: skip
         for label, text in group.errors.items():
             server = facts.endpoints[label]
             if group.served_by and server.reachable and "the target is" not in text:
-                yield Finding("warning", "refused", name, f"not by {label}: {text}", "mend what it says")
+                yield Finding(
+                    "warning", "refused", name, f"not by {label}: {text}", "fix the reported problem"
+                )
         for finding in group.rls:
             severity: Any = finding.severity
             if declared.tenant is not None and declared.tenant.verify != "error" and severity == "error":
@@ -218,7 +220,7 @@ def _groups(config: Config, facts: Facts) -> Iterator[Finding]:
 
 
 def _primaries(facts: Facts) -> Iterator[Finding]:
-    """Find primaries that were promoted from the same data: what is written to one is lost to the other."""
+    """Find primaries that were promoted from the same data: writes to one are lost to the other."""
     kin: dict[str, list[ServerFacts]] = {}
     for server in facts.endpoints.values():
         if server.role == "primary" and server.system:

@@ -47,7 +47,7 @@ FACTS = b"""
 
 @dataclass
 class ServerFacts:
-    """What is known of one endpoint; None is what could not be asked."""
+    """The facts about one endpoint; None if they could not be asked."""
 
     label: str
     reachable: bool = False
@@ -67,7 +67,7 @@ class ServerFacts:
     round_trip_seconds: float | None = None
     max_connections: int | None = None
     usable: int | None = None
-    """`max_connections` less what is reserved, or less by a CONNECTION LIMIT."""
+    """`max_connections` less the reserved connections, or less by a CONNECTION LIMIT."""
     in_use: int | None = None
     """Sessions that it has from anybody."""
     opens: int | None = None
@@ -83,7 +83,7 @@ class ServerFacts:
 
 @dataclass
 class GroupFacts:
-    """What is known of one group."""
+    """The facts about one group."""
 
     name: str
     target: str
@@ -96,7 +96,7 @@ class GroupFacts:
 
 @dataclass
 class Facts:
-    """What was found out about a configuration."""
+    """The facts about a configuration."""
 
     processes: int | None
     endpoints: dict[str, ServerFacts]
@@ -122,11 +122,11 @@ class Facts:
 def inspect(
     config: Config, *, processes: int | None = None, progress: Callable[[str], None] = lambda text: None
 ) -> Facts:
-    """Connect to every endpoint of every group, one after the other, and return what is found.
+    """Connect to every endpoint of every group, one after the other, and return the facts.
 
     Each connection has its connect timeout, each question the same time.
 
-    :param processes: how many use the configuration, in place of what it says itself.
+    :param processes: how many use the configuration, in place of its own number.
     :param progress: is told what comes next.
     """
     processes = processes or config.processes
@@ -169,7 +169,7 @@ def _visit(
     findings: list[Finding],
     sights: dict[str, ServerReport],
 ) -> str | None:
-    """Connect as the group does, and ask what is not known yet; return why that did not work."""
+    """Connect as the group does, and ask for missing facts; return why that failed."""
     timeout = group.connect_timeout or endpoint.config.connect_timeout
     began = monotonic()
     try:
@@ -201,7 +201,7 @@ def _visit(
 
 
 def _ask(conn: PooledConnection, facts: ServerFacts, sights: dict[str, ServerReport]) -> None:
-    """Ask a server for all that does not depend on the group; what it does not tell is left out."""
+    """Ask a server for all that does not depend on the group; missing answers are left out."""
     times = []
     for _ in range(ROUND_TRIPS):
         began = monotonic()

@@ -79,13 +79,13 @@ class BlockCursor(RidingCursor):
         return self
 
     def _take_up(self) -> None:
-        """Refuse what has no connection any more; end a transaction whose end was interrupted."""
+        """Refuse a cursor without a connection; end a transaction whose end was interrupted."""
         if self._conn.block is not self.block:
             raise gone(self.block)
         self._conn.end_wrapped()
 
     def _note(self, what: StatementTraits, query: Any) -> StatementTraits:
-        """Note what a statement leaves behind, or ends; return what it is in this session."""
+        """Note what a statement leaves behind, or ends; return its traits in this session."""
         what = self._conn.touch(what, query)
         if what.controls:
             self._begin_control(what)
@@ -155,7 +155,7 @@ class BlockCursor(RidingCursor):
             block.lost = not autocommit
 
     def _begin_control(self, what: StatementTraits) -> None:
-        """Before a statement that begins or ends a transaction: what was known of the open one may end."""
+        """Before a statement that begins or ends a transaction: the open one may end."""
         conn, block = self._conn, self.block
         if block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
@@ -196,7 +196,7 @@ class BlockCursor(RidingCursor):
         touched: bool,
         single: bool,
     ) -> None:
-        """Note in the block, and in the error, what was lost with the connection."""
+        """Note the loss of the connection in the block and in the error."""
         block = self.block
         block.failure = errors.without_frames(error)
         if isinstance(error, errors.NotReplicatedError):

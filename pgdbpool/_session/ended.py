@@ -1,9 +1,9 @@
-"""What is left of a connection in the hands of a block that has ended.
+"""The remains of a connection in the hands of a block that has ended.
 
 The session goes on to the next block in another object: `succeed` makes that one, and leaves the old object
 without the session. So a reference that a block has kept, also through a cursor, a transaction, a pipeline or
 a COPY, reaches no later block. It is done at the block's end, for connections that were handed out: no other
-block pays for it. What is kept of libpq itself (`connection.pgconn`) is not guarded.
+block pays for it. A reference to libpq itself (`connection.pgconn`) is not guarded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Ended:
 
 
 class _Kind:
-    """What has to be known of a class of connections."""
+    """The facts about a class of connections."""
 
     def __init__(self, cls: type[PooledConnection]) -> None:
         # Each class's own: `getattr` would find those of a layer above again and again.

@@ -42,7 +42,7 @@ Own = TypeVar("Own", bound="ExchangingConnection")
 
 
 class ExchangingConnection(LiveConnection):
-    """A connection that sends what is due together with a statement."""
+    """A connection that sends pending commands together with a statement."""
 
     def run(self, commands: Sequence[Command]) -> None:
         """Send commands in one round trip of their own; the first that fails is raised.
@@ -241,9 +241,9 @@ class ExchangingConnection(LiveConnection):
         self._notifies_backlog = deque()
 
     def _send_bound(self, sql: bytes, values: Sequence[bytes | None]) -> int:
-        """Queue a command that has parameters, prepared if the session keeps what is; count extra answers.
+        """Queue a command that has parameters, prepared if the session keeps statements; count extra answers.
 
-        It is the same for every block, and parsing it would be half of what it costs the server.
+        It is the same for every block, and parsing it would be half of its cost for the server.
         """
         if self.touched or self.local or self._prepared.prepare_threshold is None:
             self.pgconn.send_query_params(sql, values)
@@ -263,7 +263,7 @@ class ExchangingConnection(LiveConnection):
     def _deallocate(self, name: bytes | None) -> PQGen[None]:
         if name is None:  # psycopg forgets all that is prepared, after a ROLLBACK or DROP
             self._known.clear()
-            self._prepared._names.clear()  # in a pipeline, what it has prepared since goes too
+            self._prepared._names.clear()  # in a pipeline, later prepared statements go too
         return super()._deallocate(name)
 
     def _check(self, outcomes: list[list[PGresult]]) -> None:
@@ -296,7 +296,7 @@ class ExchangingConnection(LiveConnection):
     def _flush(self, deadline: float | None, many: int) -> float | None:
         """Send what does not fit into the socket's buffer, and take what the server sends meanwhile.
 
-        :returns: the deadline of what is waited for next.
+        :returns: the deadline of the next wait.
         """
         poller = select.poll()
         poller.register(self.pgconn.socket, select.POLLIN | select.POLLOUT)
@@ -322,7 +322,7 @@ class ExchangingConnection(LiveConnection):
     def limit(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
         """Add the statement_timeout that the current deadline leaves to what goes before a statement.
 
-        A little less than what is left, so that the server's answer is there before the client gives up.
+        A little less than the remaining time: the server's answer must be there before the client gives up.
         """
         status = self.pgconn.transaction_status
         if status == IDLE:
@@ -366,7 +366,7 @@ class ExchangingConnection(LiveConnection):
         return self
 
     def clean_what_shows(self) -> None:
-        """Clean the session now, not with the first statement, if the client shows what is to be cleaned.
+        """Clean the session now, not with the first statement, if the client shows settings that need it.
 
         Code decides by it: whether to send SET TIME ZONE, how to write a date. It takes a round trip, after a
         block that has changed such a setting.

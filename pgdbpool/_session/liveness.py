@@ -43,7 +43,7 @@ _check_ok = psycopg.Connection._check_connection_ok
 
 
 class LiveConnection(CleanedConnection):
-    """A connection whose waits are bounded, and which notes in its block what is lost with it."""
+    """A connection whose waits are bounded, and which notes losses in its block."""
 
     def alive(self) -> bool:
         """Return whether, without a round trip, the server still holds the other end.
@@ -57,7 +57,7 @@ class LiveConnection(CleanedConnection):
                 if not self.poll(0):
                     break
                 pgconn.consume_input()
-                pgconn.is_busy()  # parses what was read
+                pgconn.is_busy()  # parses the input
         except psycopg.OperationalError:
             return False
         return pgconn.status != BAD
@@ -119,9 +119,9 @@ class LiveConnection(CleanedConnection):
 
     def _too_late(self, status: int) -> psycopg.Error:
         """Return the error for a wait that would begin after its time."""
-        if self.until is not None and self.closed:  # psycopg asks all the same; what was lost is noted
+        if self.until is not None and self.closed:  # psycopg asks all the same; the loss is noted
             return psycopg.OperationalError("the connection was lost when a stream or COPY was left early")
-        # psycopg would still take what has arrived, and a stream that flows would never end.
+        # psycopg would still take data that has arrived, and a stream that flows would never end.
         return self._unanswered(status)
 
     def _interrupted(self, interruption: BaseException, status: int) -> None:
@@ -164,7 +164,7 @@ class LiveConnection(CleanedConnection):
         raise self.own_error(psycopg.OperationalError(_SEVERED), status)
 
     def may_commit(self) -> bool:
-        """Return whether what is under way may be committing, so that it must not be cancelled.
+        """Return whether the current statement may be committing, so that it must not be cancelled.
 
         A read of which nothing is to be committed may be cancelled, and a statement inside of a transaction.
         """
@@ -247,7 +247,7 @@ class LiveConnection(CleanedConnection):
         return errors.DBQueryError
 
     def _note_loss(self, error: BaseException, status: int) -> None:
-        """Where the connection was lost, note in the block what was lost with it."""
+        """If the connection was lost, note the consequences in the block."""
         block = self.block
         if block is None or not self.closed or status in OVER:  # unknown: it was lost before
             return
@@ -264,9 +264,9 @@ class LiveConnection(CleanedConnection):
         self.close()
 
     def _try_cancel(self, *, timeout: float = 5.0) -> None:
-        """Cancel what is left early: a stream, COPY. psycopg then takes what is on its way, for a second.
+        """Cancel a stream or COPY that is left early. psycopg then reads pending data, for a second.
 
-        What may be a commit is not cancelled: a stream or COPY may end in that second, else it is closed.
+        A possible commit is not cancelled: a stream or COPY may end in that second, else it is closed.
         """
         left = self._within_deadline(self.patience)
         try:
@@ -304,7 +304,7 @@ class LiveConnection(CleanedConnection):
         finally:
             self.holder, self.until = 0, until
             if self.pgconn.transaction_status == ACTIVE and not self._pipeline:
-                # Interrupted again, while psycopg was ending what was under way.
+                # Interrupted again, while psycopg was ending the operation.
                 self.close()
                 self._note_loss(psycopg.OperationalError("interrupted in a stream or COPY"), ACTIVE)
 
@@ -314,7 +314,7 @@ class LiveConnection(CleanedConnection):
             return
         status = self.pgconn.transaction_status
         if self.block is not None and status in OPEN:
-            self.block.lost = True  # by the block itself: it must not commit what it does from now on alone
+            self.block.lost = True  # by the block itself: it must not commit its later work alone
         elif status == ACTIVE and not self.left and self.may_commit():
             self.left = self.pgconn.backend_pid
         super().close()
@@ -347,7 +347,7 @@ class LiveConnection(CleanedConnection):
     def refuse_from_now_on(self) -> bool:
         """Let the block begin nothing more on the connection; return whether it may be committing.
 
-        Before anything is cancelled: what is sent after this is refused before its outcome is told.
+        Before anything is cancelled: a statement sent after this is refused before its outcome is reported.
         """
         self.severed = self.unusable = True
         return not self.abandoned and self.pgconn.transaction_status == ACTIVE and self.may_commit()
@@ -355,8 +355,8 @@ class LiveConnection(CleanedConnection):
     def cut_from_other_thread(self, deadline: float) -> None:
         """Cut the connection under its block, from any thread, within the deadline; the block finds it lost.
 
-        What runs is cancelled. What may be committing is waited for instead, and then left to the server. To
-        close the connection would take its socket's number from under a wait for it.
+        A running statement is cancelled. A possible commit is waited for, and then left to the server.
+        To close the connection would take its socket's number from under a wait for it.
         """
         committing = self.refuse_from_now_on()
         if self.abandoned:
@@ -373,7 +373,7 @@ class LiveConnection(CleanedConnection):
                     own.shutdown(socket.SHUT_RDWR)
 
     def _await_commit(self, own: socket.socket, deadline: float) -> None:
-        """Wait until what may be committing is over; at the deadline note what it leaves at the server."""
+        """Wait until a possible commit is over; at the deadline note the session that stays at the server."""
         block = self.block
         # A signal handler may have come between its thread and the answer, which then stays in the socket.
         here = block is not None and block.thread == get_ident()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
 MOST_PARAMETERS = 65_535
-"""What the protocol takes for one statement: libpq refuses more, in the midst of what is being sent."""
+"""The protocol's limit for one statement: libpq refuses more while it is already sending."""
 
 FLUSH_EVERY = 4
 """Statements of `executemany` after which their answers are asked for: the server keeps them otherwise."""

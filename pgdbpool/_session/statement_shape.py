@@ -1,4 +1,4 @@
-"""What can be told from a statement's text: how many it holds, what it may do to the session.
+"""Facts from a statement's text: how many statements it holds, how it may affect the session.
 
 It reads a text as PostgreSQL's lexer does, so the number of statements is exact: with
 `standard_conforming_strings` on, and by `shape_with_escapes` if that is off. It does not parse them: in
@@ -288,12 +288,12 @@ UNKNOWN = StatementTraits(
     touches=True, prepares=False, taints=False, timeout=False, allows="", changes=True, sets=False,
     escapes=False, special=True, uncommon=False,
 )  # fmt: skip
-"""Of what is no text, a template string: psycopg binds it at the server, so it is one statement."""
+"""Of a template string, which is not text: psycopg binds it at the server, so it is one statement."""
 
 
 def shape(query: Any, conn: psycopg.Connection[Any]) -> StatementTraits:
     """Return what the text of a statement says; remembered, since programs repeat themselves."""
-    if not isinstance(query, str):  # first, since that is what it mostly is
+    if not isinstance(query, str):  # first, since it mostly is
         text = text_of(query, conn)
         if text is None:
             return UNKNOWN

@@ -140,7 +140,7 @@ class TransactingConnection(ExchangingConnection):
             yield from self._pipeline._sync_gen()
 
     def lend_to(self, block: Block) -> None:
-        """Take over a connection: what it must bind by itself goes before the block's settings."""
+        """Lend the connection to the block: its own local settings go before the block's."""
         binding = block.binding
         if not self.plain or binding.modes is not None:
             block.settings = self.local + binding.settings
@@ -271,7 +271,7 @@ class TransactingConnection(ExchangingConnection):
     def end_wrapped(self) -> None:
         """End a transaction around one statement whose end was interrupted; the caller has the turn.
 
-        What follows would run in it, with what was done to its settings.
+        Later statements would run in it, with its changed settings.
 
         :raises ConnectionLostError: it could not be ended; nothing was sent.
         """
@@ -360,7 +360,7 @@ class TransactingConnection(ExchangingConnection):
             raise
 
     def give_up(self) -> None:
-        """Roll back what is open, after an exception; what was prepared is the server's, and stays."""
+        """Roll back after an exception; a prepared transaction belongs to the server, and stays."""
         if self._tpc is None:
             self.rollback()
         elif self._tpc[1]:
@@ -434,7 +434,7 @@ class TransactingConnection(ExchangingConnection):
     def _note_crossed(self, block: Block, error: OutOfOrderTransactionNesting, outermost: bool) -> None:
         """Note that contexts of transactions were left in the wrong order.
 
-        psycopg leaves the transaction open with what was done in it, which must not be committed just because
+        psycopg leaves the transaction open with its changes, which must not be committed just because
         the block ends. If one was interrupted on its way in, the block goes on with another.
         """
         self.crossed = self.block is block

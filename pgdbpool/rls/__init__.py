@@ -1,4 +1,4 @@
-"""Whether row-level security really keeps tenants apart: an audit of what is declared and of how it behaves.
+"""Whether row-level security really keeps tenants apart: an audit of the declarations and of the behaviour.
 
     audit(conn, ["app.current_tenant_id"], role="app")
 
@@ -85,7 +85,7 @@ class TableReport:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What was looked at and what was found, the worst first; `str()` is a report."""
+    """The audited objects and the findings, worst first; `str()` is a report."""
 
     role: str
     settings: tuple[str, ...]

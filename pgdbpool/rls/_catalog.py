@@ -388,7 +388,7 @@ class SourceFact:
     used_by: list[str]
 
 
-# A body in quotes leaves no dependencies: what it calls is found by name.
+# A body in quotes leaves no dependencies: its callees are found by name.
 SOURCES = """
 WITH things AS (
     SELECT 'pg_proc'::regclass AS class, f.oid, f.oid::regprocedure::text AS name, f.proname::text AS plain,

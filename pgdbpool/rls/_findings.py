@@ -76,7 +76,7 @@ def on_role(facts: Sequence[RoleFact]) -> Iterator[Finding]:
 def on_table(
     role: str, table: Table, policies: Sequence[Policy], parents: Sequence[str], named: bool
 ) -> Iterator[Finding]:
-    """Find what is wrong with a table, apart from its policies' expressions; `parents` are protected ones."""
+    """Find problems of a table, apart from its policies' expressions; `parents` are protected ones."""
     it = table.name
     commands = [command for command in COMMANDS if table.allows(command)]
     rights = f"{role} has {', '.join(commands) or 'no rights'} on it"
@@ -243,7 +243,7 @@ _READS_ANY = re.compile(r"current_setting\s*\(\s*(?![\s']|e')", re.I)
 
 
 def on_sources(facts: Sequence[SourceFact], settings: Sequence[str]) -> Iterator[Finding]:
-    """Find IMMUTABLE functions that read the tenant, themselves or through what they call."""
+    """Find IMMUTABLE functions that read the tenant, themselves or through functions that they call."""
     names = [name.lower() for name in settings]
     readers = [fact for fact in facts if _reads(fact.source.lower(), names)]
     found = {id(fact) for fact in readers}
@@ -273,7 +273,7 @@ def _reads(source: str, names: Sequence[str]) -> bool:
 
 
 def on_foreign(role: str, tables: Sequence[ForeignFact]) -> Iterator[Finding]:
-    """Find foreign tables that the role may use: no policy of this server binds what is read through them."""
+    """Find foreign tables that the role may use: no policy of this server binds reads through them."""
     for table in tables:
         rights = ", ".join(table.granted)
         message = (

@@ -188,7 +188,7 @@ class HealthApp:
     def _ready(self) -> tuple[bool, dict[str, Any]]:
         last = self._fresh()
         if last is None:
-            with self._asking:  # one asks, and the others take what it found
+            with self._asking:  # one asks, and the others take its answer
                 last = self._fresh()
                 if last is None:
                     good, report = self._ask()

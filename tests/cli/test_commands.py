@@ -166,7 +166,7 @@ def test_check_of_a_wrong_password_and_an_unknown_database(
     path = write([server(known_cluster.primary, name="nowhere")])
     status, text = run("check", path)
     assert status == 1
-    assert "mend `name` or `user`" in text
+    assert "fix `name` or `user`" in text
 
 
 def test_check_names_roles_that_see_other_tenants(known_cluster: Cluster, run: Run, write: Any) -> None:
