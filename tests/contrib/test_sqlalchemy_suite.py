@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.sqlalchemy_suite.__main__ import read, run_in, tell, url, worse
@@ -14,6 +16,7 @@ from tests.sqlalchemy_suite.differences import DIFFERENCES
 PART = "IsolationLevelTest or ServerSideCursorsTest or InsertBehaviorTest"
 
 
+@pytest.mark.slow
 def test_a_part_of_the_compliance_suite_passes(known_cluster: Any, mode: str, tmp_path: Path) -> None:
     with known_cluster.primary.connect() as admin:
         admin.execute("CREATE SCHEMA test_schema")

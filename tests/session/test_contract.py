@@ -24,7 +24,8 @@ from pgdbpool import Connection, Handler
 from pgdbpool.cluster import Cluster
 
 SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
-VERSIONS = [18, 16, *([15] if SYSTEM_15.is_dir() else [])]
+OLDER = [16, *([15] if SYSTEM_15.is_dir() else [])]
+VERSIONS = [18, *(pytest.param(version, marks=pytest.mark.slow) for version in OLDER)]
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"pg{version}")
