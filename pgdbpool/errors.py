@@ -123,7 +123,7 @@ class DBConnectionError(Error, psycopg.OperationalError):
         self.group = group
         self.endpoints: dict[str, str] = dict(endpoints or {})
         self.refused = False
-        """Whether a server that is up refused what is configured, which does not pass by itself."""
+        """Whether a server that is up refused the configuration, which does not pass by itself."""
 
 
 class DBOfflineError(DBConnectionError):
@@ -265,7 +265,7 @@ class NotReplicatedError(ConnectionLostError):
 
 
 class ResultError(DBQueryError, psycopg.DataError):
-    """A one-shot's statement was executed and committed, but Python cannot hold what it returned.
+    """A one-shot's statement was executed and committed, but Python cannot hold its result.
 
     Its cause is what a loader or the row factory raised. Do not repeat it: it would be there twice.
     """
@@ -299,7 +299,7 @@ class QueryDeadlineError(ConnectionLostError):
 class HoldExceededError(QueryDeadlineError):
     """The block had its connection for longer than the group's `max_hold`: it was taken away.
 
-    What it was doing was cancelled. An open transaction was rolled back; an autocommit statement that was
+    Its statement was cancelled. An open transaction was rolled back; an autocommit statement that was
     under way may have taken effect.
     """
 

@@ -1,4 +1,4 @@
-"""How many connections: what the servers admit, what a configuration can open, and what it should.
+"""How many connections servers admit, a configuration can open, and it should open.
 
 >>> found = recommend({"read": ["db"], "write": ["db"]}, {"db": Server(100)}, processes=4, threads=8)
 >>> found.groups["read"].connection_count, found.fits
@@ -70,7 +70,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class GroupSize:
-    """What is recommended for a group in each process, and what kept it from being more."""
+    """The recommendation for a group in each process, and the reason why it is not higher."""
 
     connection_count: int
     limited_by: str
@@ -273,7 +273,7 @@ def _observed(config: Config, label: str) -> bool:
 
 
 def ask(conn: PooledConnection, cores: int | None = None) -> Server:
-    """Ask a server what it admits, in one round trip; raises psycopg.Error."""
+    """Ask a server for its limits, in one round trip; raises psycopg.Error."""
     most, reserved, role, database = (None if value is None else int(value) for value in answer(conn, LIMITS))
     return Server(most or 0, reserved or 0, cores, role, database)
 

@@ -69,7 +69,7 @@ class Borrowing:
 
     @classmethod
     def putconn(cls, conn: Any) -> None:
-        """Give a connection back that `getconn` returned; what is open in it is rolled back.
+        """Give a connection back that `getconn` returned; an open transaction is rolled back.
 
         :raises BlockClosedError: it was given back before.
         :raises ValueError: it is not one that `getconn` returned.

@@ -39,7 +39,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
     _abandoned: list[Pools] = []
     """A parent's, kept so that nothing of them is collected, and so touched, in a child."""
     _lock = threading.RLock()
-    """Re-entrant, since a signal handler may close what it interrupts the opening of."""
+    """Re-entrant, since a signal handler may close pools whose opening it interrupts."""
     _all: weakref.WeakSet[Pools] = weakref.WeakSet()
     _closed = False
     _closed_by = ""
@@ -125,7 +125,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def install_signal_handlers(cls, *signals: int, timeout: float = 5.0) -> None:
-        """Make signals, SIGTERM and SIGINT if none are named, end the pools before they do what they did.
+        """Make signals, SIGTERM and SIGINT if none are named, end the pools before their old handlers run.
 
         From the first signal on new blocks are refused, and those that are open have `timeout` seconds to
         end. Then the pools are closed and the earlier handler is called, or the process ends if there

@@ -188,7 +188,7 @@ class Handler(Queries):
     def commit(self) -> None:
         """Commit the open transaction, if any; the next statement opens another.
 
-        In an autocommit block there is none, and what it did is committed already: nothing happens.
+        In an autocommit block there is none, and its statements are committed already: nothing happens.
 
         :raises TransactionAbortedError: a statement had failed, or the transaction was lost with
             its connection: nothing was committed.

@@ -57,7 +57,7 @@ class OneShots:
             for a `Handler`.
         :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
             another: the statement may or may not have taken effect.
-        :raises ResultError: Python cannot hold what was returned, or the row factory failed; the effect
+        :raises ResultError: Python cannot hold the result, or the row factory failed; the effect
             of the statement is committed. After a statement that only reads, the error itself.
         """
         with _OneShot(cls.group(group), **block) as one:

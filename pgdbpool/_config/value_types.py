@@ -144,7 +144,7 @@ class Number(Kind):
 
 
 class Seconds(Kind):
-    """A duration in seconds; 0 is allowed where `zero` says what it means."""
+    """A duration in seconds; 0 is allowed if `zero` gives its meaning."""
 
     high: int
     zero: str = ""

@@ -3,7 +3,7 @@
 `ThreadedPool` is psycopg_pool's ConnectionPool with three things changed: the request that finds a
 free slot connects (psycopg_pool grows one connection at a time in a worker, and backs off for
 minutes whatever the demand), a slot that becomes free goes to the first in the queue (psycopg_pool
-leaves it waiting), and an interrupted waiter gives back what it was handed. It relies on
+leaves it waiting), and an interrupted waiter gives its connection back. It relies on
 `_pool`, `_waiting`, `_lock` (a re-entrant one), `_tasks`, `_nconns`, `_nconns_min`, `_closed`, `_opened`,
 `_close_connection`, `_start_workers`, `_start_initial_tasks` and `MaintenanceTask`, so its minor version is
 pinned.

@@ -68,7 +68,7 @@ class _Visit:
         return not self.failure or self.busy
 
     def end(self, waited: float | None, deadline: float) -> None:
-        """Note what came of it, and give back what it was lent.
+        """Note the result, and give the borrowed connection back.
 
         :param waited: how long there was no answer, where time is up.
         """

@@ -124,7 +124,7 @@ class Pools:
     def apply(self, config: Config) -> list[Group]:
         """Take over a changed configuration; return the groups that are to be closed.
 
-        What is new is complete before the first connection can be made to it.
+        New parts are complete before the first connection can be made to it.
         """
         old, endpoints = self.endpoints, {}
         for entry in config.endpoints:
@@ -362,7 +362,7 @@ class Pools:
     def terminate(self, by: str, but: int = 0) -> None:
         """Close all connections now, except those in use by that thread.
 
-        What may be committing has until the end of the time; other statements are cancelled first.
+        A possible commit has until the end of the time; other statements are cancelled first.
         """
         self.blame(by, but)
         self.close(CUT_WITHIN)  # first, so that no block goes on with another connection

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class ReloadMethods:
     """The methods of `Connection` that change the configuration of the pools in use.
 
-    They wait for no server. Blocks that are open go on with what they have; a process that is forked later
+    They wait for no server. Blocks that are open keep their connections; a process that is forked later
     has the changed configuration too. A change by a signal handler that interrupts another one takes effect
     when that one has, and so after the handler.
     """

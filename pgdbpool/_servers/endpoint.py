@@ -331,7 +331,7 @@ class Endpoint:
         return role if role is self.role and (conn.reads or read_only == self.read_only) else None
 
     def note_role(self, conn: ServerSession, since: float) -> Role:
-        """Learn the server's role from what it reported on the connection, at no round trip.
+        """Learn the server's role from its report on the connection, at no round trip.
 
         :param since: when the connection's last message was asked for, at the earliest.
         :returns: the known role, which differs from the connection's if that report is older.

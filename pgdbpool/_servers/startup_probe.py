@@ -254,7 +254,7 @@ class StartupProbe:
     It uses TLS as libpq would, according to `sslmode` and `sslnegotiation`, and tries all addresses at the
     same time, so that a silent one costs nothing.
 
-    It never blocks: `step()` does only what is possible now, so that a lock-free pool can probe a server
+    It never blocks: `step()` does only the possible work, so that a lock-free pool can probe a server
     during a checkout. For the same reason a callable for the user is not called here.
 
     :param user: the last known user; any user will do, since the server answers before it checks.

@@ -110,7 +110,7 @@ class Block:
     def choose(self, autocommit: bool) -> None:
         """Switch to autocommit mode or to transactions, overriding the group."""
         if not autocommit and not self.manual and hasattr(self, "statement"):
-            self.committed = True  # what has run so far must not be repeated
+            self.committed = True  # statements so far must not be repeated
         self.chosen, self.manual = True, not autocommit
 
     def spans(self) -> bool:

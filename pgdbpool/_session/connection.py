@@ -85,7 +85,7 @@ class PooledConnection(TwoPhaseConnection):
     def _welcome(self, block: Block, frame: FrameType) -> None:
         mine = self.owner == get_ident()
         if mine and not self.holder and self.step is None:
-            return  # the block's own cursor has already sent what is due
+            return  # the block's own cursor has already sent the preamble
         asked = asked_in(frame)
         if mine and not self.holder:
             if not hasattr(asked.cursor, "block"):

@@ -51,7 +51,7 @@ class BlockCursor(RidingCursor):
         what = shape(query, conn)
         if conn.step is not None:
             conn.take_back()
-        # From here on no other thread's statement comes between what is due, what is sent and what is noted.
+        # From here on no other thread's statement comes between the preamble, the statement and its notes.
         with conn.turn:
             if conn.block is not block or conn.wrapped:
                 self._take_up()
@@ -105,7 +105,7 @@ class BlockCursor(RidingCursor):
         """Execute in a pipeline, or what cannot ride, or begins or ends a transaction."""
         conn, block = self._conn, self.block
         if what.ends:
-            # Also if it is interrupted at its end: what it chains to has no tenant yet.
+            # Also if it is interrupted at its end: the chained transaction has no tenant yet.
             conn.bound, block.committed = False, block.committed or what.commits
             conn.crossed = False
         if conn._pipeline:

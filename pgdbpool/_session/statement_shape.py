@@ -17,9 +17,9 @@ from psycopg.sql import Composable
 
 from ..errors import as_query_error
 
-# As PostgreSQL's lexer reads them. A constant that goes on in a later line is one; a constant with a doubled
-# quote reads as two here, which covers the same text. What has no end takes the rest, so that no text is read
-# twice: PostgreSQL refuses it.
+# As PostgreSQL's lexer reads them. A constant that goes on in a later line is one; a constant with a
+# doubled quote reads as two here, which covers the same text. Without an end it takes the rest, so that no
+# text is read twice: PostgreSQL refuses it.
 # https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 _OPAQUE = re.compile(
     r"""  (?<![\w$\x80-\U0010ffff])[eE]           # a string with backslash escapes, in all of its lines

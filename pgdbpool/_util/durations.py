@@ -15,7 +15,7 @@ BATCH = 256
 class Tally:
     """A histogram of durations: they are kept in a list, and counted in batches.
 
-    To append is a tenth of what it takes to find a bucket, and in a sorted list there are only as many places
+    To append takes a tenth of the time to find a bucket, and in a sorted list there are only as many places
     to find as there are buckets.
     """
 

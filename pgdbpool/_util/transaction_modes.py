@@ -61,7 +61,7 @@ def is_mode(name: str) -> bool:
 def mode_value(name: str, text: str) -> str:
     """Return the value of a mode's setting as PostgreSQL shows it.
 
-    :raises ValueError: with what it may be.
+    :raises ValueError: with the allowed values.
     """
     kind = _KINDS[_MODES[canonical(name)]]
     small = " ".join(text.split()).lower()

@@ -109,7 +109,7 @@ class Home:
         os.replace(partial, path)
 
     def make_data(self, path: Path) -> None:
-        """Make an empty data directory in place of what may be at `path`."""
+        """Make an empty data directory at `path`, in place of an earlier one."""
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(mode=0o700)
         give(path, self.installation.account)

@@ -210,7 +210,7 @@ class Node:
     def rejoin(self, primary: Node, timeout: float = 30.0) -> None:
         """Make this node a running standby of `primary`, whatever it was before; raises ClusterError.
 
-        What it wrote that `primary` does not know is lost: by pg_rewind, or by a base backup if that fails.
+        Its writes that `primary` does not know are lost: by pg_rewind, or by a base backup if that fails.
         """
         if primary is self:
             raise ClusterError(f"{self.name} cannot become a standby of itself")

@@ -228,7 +228,7 @@ class Policy:
         return self.applies and self.command in ("ALL", command) and self.expression(part) is not None
 
     def reads(self, text: str | None) -> set[str]:
-        """Return the settings that an expression of the policy reads, itself or through what it names."""
+        """Return the settings that an expression of the policy reads, itself or through objects it names."""
         return read_settings(text) | self.reads_through(text) if text is not None else set()
 
     def reads_through(self, text: str) -> set[str]:
@@ -237,8 +237,9 @@ class Policy:
 
 
 # `reach` follows an expression to the functions, views and tables it names, a function with a parsed body
-# and a view to what they name, and a table to the policies on reading it: `EXISTS (SELECT FROM orders ...)`
-# reads the tenant if the policies of orders do. `via` is the name in the expression that led there.
+# and a view to the objects they name, and a table to the policies on reading it: `EXISTS (SELECT FROM
+# orders ...)` reads the tenant if the policies of orders do. `via` is the name in the expression that led
+# there.
 POLICIES = """
 WITH RECURSIVE reach (policy, via, class, object) AS (
     SELECT p.oid, NULL::text COLLATE "C", 'pg_policy'::regclass::oid, p.oid FROM pg_policy p

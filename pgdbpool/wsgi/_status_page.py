@@ -92,7 +92,7 @@ class StatusApp:
     def _may_act(self, environ: WSGIEnvironment) -> bool:
         return self._actions(environ) if callable(self._actions) else self._actions
 
-    # What is where.
+    # The pages by path.
 
     def _route(self, environ: WSGIEnvironment) -> None:
         """Raise the answer."""

@@ -31,7 +31,7 @@ MAINTENANCE = "postgres"
 
 Key = tuple[Any, ...]
 _made: dict[Key, str] = {}
-"""The groups that were added for a database, by what they were made of."""
+"""The groups that were added for a database, by the settings that made them."""
 
 
 def own_options(options: Mapping[str, Any]) -> set[str]:

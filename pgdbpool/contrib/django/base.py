@@ -38,7 +38,7 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             _groups.forget(database)
 
     def get_connection_params(self) -> dict[str, Any]:
-        """Return what is set in a connection: cursors, adapters, when statements are prepared."""
+        """Return the settings of a connection: cursors, adapters, when statements are prepared."""
         if problems := _checks.contradictions(self.settings_dict):
             raise ImproperlyConfigured("\n".join(f"{what} {remedy}" for what, remedy in problems))
         params: dict[str, Any] = super().get_connection_params()

@@ -11,7 +11,7 @@ from django.db import transaction
 class ReadWriteRouter:
     """Read from the alias in `settings.PGDBPOOL_REPLICA` (``replica``), and write to ``default``.
 
-    A read inside a transaction of ``default`` stays there, so that it sees what was written.
+    A read inside a transaction of ``default`` stays there, so that it sees its own writes.
     """
 
     def db_for_read(self, model: Any, **hints: Any) -> str:

@@ -27,7 +27,7 @@ registry.register("postgresql.pgdbpool", "pgdbpool.contrib.sqlalchemy", "PgDbPoo
 def engine(group: str, **options: Any) -> Engine:
     """Return an engine whose pool is the group.
 
-    :param options: what `sqlalchemy.create_engine` takes, but for what is the group's to say.
+    :param options: arguments of `sqlalchemy.create_engine`, except those that the group decides.
     :raises sqlalchemy.exc.ArgumentError: an option contradicts the group; names the key to set instead.
     """
     return create_engine(URL.create("postgresql+pgdbpool", host=group), **options)
