@@ -203,9 +203,11 @@ def test_what_was_set_up_in_a_lost_session_is_not_forgotten_in_silence(
     with known_cluster.primary.connect() as admin, Connection.getconn("auto") as conn:
         conn.execute("SET search_path TO elsewhere")
         kill_backends(admin, conn.info.backend_pid)
-        for _ in range(2):
-            with pytest.raises(pgdbpool.ConnectionLostError, match="set up in its session"):
-                conn.execute("SELECT 1")
+        # The server's last word may be there before the end of the stream: then the statement finds it.
+        with pytest.raises(pgdbpool.ConnectionLostError, match=r"set up in its session|terminating"):
+            conn.execute("SELECT 1")
+        with pytest.raises(pgdbpool.ConnectionLostError, match="set up in its session"):
+            conn.execute("SELECT 1")
         assert conn.closed
     assert in_use("auto") == 0
 
