@@ -13,7 +13,21 @@ from .cursors import BlockClientCursor, BlockCursor
 from .server_cursor import BlockServerCursor
 
 
-class StayCursor(BlockCursor):
+class _Following:
+    """A cursor whose connection may go on with another session."""
+
+    __slots__ = ()
+    _conn: Any
+    _pgconn: Any
+    _last_query: Any
+
+    def _follow(self) -> None:
+        """Go on with the session that the connection has now."""
+        if self._pgconn is not self._conn.pgconn:
+            self._pgconn, self._last_query = self._conn.pgconn, None
+
+
+class StayCursor(_Following, BlockCursor):
     """A cursor whose statements begin units of work, each with the tenant that is current then."""
 
     __slots__ = ()
@@ -47,11 +61,6 @@ class StayCursor(BlockCursor):
         with super().copy(statement, params, writer=writer) as copy:
             yield copy
 
-    def _follow(self) -> None:
-        """Go on with the session that the connection has now."""
-        if self._pgconn is not self._conn.pgconn:
-            self._pgconn, self._last_query = self._conn.pgconn, None
-
 
 class StayClientCursor(StayCursor, BlockClientCursor):
     """Such a cursor that binds parameters at the client."""
@@ -59,7 +68,7 @@ class StayClientCursor(StayCursor, BlockClientCursor):
     __slots__ = ()
 
 
-class StayServerCursor(BlockServerCursor):
+class StayServerCursor(_Following, BlockServerCursor):
     """Such a cursor at the server."""
 
     __slots__ = ()
@@ -68,7 +77,6 @@ class StayServerCursor(BlockServerCursor):
     def execute(self, query: Any, params: Any = None, **kwargs: Any) -> StayServerCursor:
         """Declare the cursor for the query."""
         self._conn.renew()
-        if self._pgconn is not self._conn.pgconn:
-            self._pgconn, self._last_query = self._conn.pgconn, None
+        self._follow()
         super().execute(query, params, **kwargs)
         return self
