@@ -50,7 +50,7 @@ NotReplicated = Literal["error", "warn"]
 HOUR, DAY, YEAR = 3600, 86_400, 31_536_000
 CONNECTION_COUNT = 10
 LIKELY = 600
-"""Seconds above which nobody waits for a connection; see `Seconds`."""
+"""Seconds above which no caller would wait for a connection; see `Seconds`."""
 
 NO_SERVICE: Mapping[str, str] = MappingProxyType({})
 
@@ -60,7 +60,7 @@ KEEPALIVES: dict[str, str | int] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-"""What finds a network that is gone where nothing else does; Linux alone takes 15 minutes to 2 hours."""
+"""These find a dead network when nothing else does; Linux by itself takes 15 minutes to 2 hours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +98,8 @@ class EndpointConfig:
         str | Callable[[], str] | None,
         Key(
             ProvidedSecret(or_empty=True),
-            "Password; a function without parameters is called for each new connection, and once more where "
-            "the server refuses what it gave. Better places for a fixed one are `pass_file`, ``${VARIABLE}`` "
+            "Password; a function without parameters is called for each new connection, and again if "
+            "the server refuses the result. Better places for a fixed one are `pass_file`, ``${VARIABLE}`` "
             "and libpq's password file.",
             name="pass",
             libpq="password",
@@ -109,7 +109,7 @@ class EndpointConfig:
         str | None,
         Key(
             File(),
-            "File with the password alone, read anew when it has changed; the newline at its end is dropped.",
+            "File with only the password, read again when it has changed; the newline at its end is dropped.",
         ),
     ] = None
     conninfo: Annotated[
@@ -124,24 +124,24 @@ class EndpointConfig:
         SslMode | None,
         Key(
             Word(get_args(SslMode), flags=("require", "disable")),
-            "Use of TLS, in libpq's words. Only ``verify-full`` makes sure of the server's identity.",
+            "Use of TLS, in libpq's words. Only ``verify-full`` verifies the server's identity.",
             name="ssl",
             libpq="sslmode",
         ),
     ] = None
     sslrootcert: Annotated[
         str | None,
-        Key(File(word="system"), "Certificates of the authorities that are trusted.", libpq="sslrootcert"),
+        Key(File(word="system"), "Certificates of the trusted authorities.", libpq="sslrootcert"),
     ] = None
     sslcert: Annotated[str | None, Key(File(), "Certificate of the client.", libpq="sslcert")] = None
     sslkey: Annotated[str | None, Key(File(), "Private key of the client.", libpq="sslkey")] = None
-    sslcrl: Annotated[str | None, Key(File(), "Certificates that were revoked.", libpq="sslcrl")] = None
+    sslcrl: Annotated[str | None, Key(File(), "Revoked certificates.", libpq="sslcrl")] = None
     connect_timeout: Annotated[
         float,
         Key(
             Seconds(HOUR, likely=LIKELY),
-            "Longest time for one connection to be made, name look-up, TLS and login included.",
-            default="``5`` s; ``10`` s if there is one server only",
+            "Longest time to open one connection, name resolution, TLS and login included.",
+            default="``5`` s; ``10`` s with only one server",
             libpq="connect_timeout",
         ),
     ] = 5.0
@@ -174,9 +174,9 @@ class EndpointConfig:
         Key(
             Word(get_args(Pooler)),
             "``transaction`` for a proxy, such as PgBouncer, that gives each transaction another session: "
-            "then nothing counts on the session. `query_timeout` is bound for each transaction, `options` "
+            "then nothing depends on the session. `query_timeout` is bound for each transaction, `options` "
             "and `session_tmp_buffer` are refused, and ``PGOPTIONS`` is left out. PgBouncer in session mode "
-            "wants it too, since it refuses ``options`` at start-up; a proxy that only passes bytes on does "
+            "needs it too, since it refuses ``options`` at start-up; a proxy that only forwards bytes does "
             "not.",
         ),
     ] = None
@@ -204,7 +204,7 @@ class EndpointConfig:
         int | None,
         Key(
             Seconds(32_767, zero="the system's", whole=True),
-            "Time between keepalives that are not answered.",
+            "Time between unanswered keepalives.",
             default=f"``{KEEPALIVES['keepalives_interval']}`` s",
             libpq="keepalives_interval",
         ),
@@ -233,8 +233,8 @@ class EndpointConfig:
 
         A service's own keepalives go before the defaults of this package.
 
-        Parts left out are absent, so that libpq's own defaults hold for them; so are those that a function
-        gives.
+        Parts left out are absent, so that libpq's own defaults hold for them; so are those that a
+        function provides.
         """
         params: dict[str, str | int] = {**conninfo_parts(self.conninfo)} if self.conninfo else {}
         params.pop("options", None)
@@ -278,20 +278,23 @@ class TenantSetting:
         str,
         Key(
             TenantName(),
-            "Setting that says who the tenant is. Policies read it: "
+            "Setting that holds the tenant. Policies read it: "
             "``NULLIF(current_setting('app.current_tenant_id', true), '')``.",
             default="required, unless there are `settings`",
         ),
     ]
     type: Annotated[
         TenantType,
-        Key(Word(get_args(TenantType)), "What its value is; any other is refused before anything is sent."),
+        Key(
+            Word(get_args(TenantType)),
+            "Type of its value; any other value is refused before anything is sent.",
+        ),
     ] = "text"
     pattern: Annotated[
         str | None,
         Key(
             Pattern(),
-            "Regular expression, Python's, that the whole value matches; with ``type: regex`` only.",
+            "Python regular expression that the whole value must match; only with ``type: regex``.",
             nullable=False,
         ),
     ] = None
@@ -299,7 +302,7 @@ class TenantSetting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantConfig:
-    """On whose behalf blocks run: setting names with the types and patterns of their values, in order."""
+    """The tenant of blocks: setting names with the types and patterns of their values, in order."""
 
     settings: Annotated[
         Mapping[str, tuple[TenantType, str | None]],
@@ -307,7 +310,7 @@ class TenantConfig:
             Section("a non-empty mapping of setting names to types or to {type: ..., pattern: ...}"),
             "Several settings, in place of `setting`, `type` and `pattern`: "
             "``{app.tenant_id: uuid, app.region: {type: regex, pattern: '[a-z]{2}'}}``.",
-            default="the one of `setting`",
+            default="the one in `setting`",
         ),
     ] = field(hash=False)
     required: Annotated[
@@ -318,7 +321,7 @@ class TenantConfig:
         Key(
             Word(get_args(Verify), flags=("error", "off")),
             "What happens at connect if the role bypasses row-level security (a superuser, "
-            "``BYPASSRLS``), so that tenants would mean nothing: ``error`` refuses it, ``warn`` logs it.",
+            "``BYPASSRLS``), so that tenants would have no effect: ``error`` refuses it, ``warn`` logs it.",
         ),
     ] = "error"
 
@@ -343,7 +346,7 @@ class RateLimit:
         float,
         Key(
             Seconds(DAY, zero="refused at once"),
-            "Longest wait for a block's turn; if it would be longer, `RateLimitExceeded` is raised at once.",
+            "Longest wait for a block's turn; a longer one raises `RateLimitExceeded` at once.",
         ),
     ] = 1.0
 
@@ -355,7 +358,7 @@ class GroupConfig:
     name: str
     connection_count: Annotated[
         int,
-        Key(Integer(1, 10_000), "Most connections that the group has open, over all its servers."),
+        Key(Integer(1, 10_000), "Maximum number of open connections of the group, over all its servers."),
     ] = CONNECTION_COUNT
     min_size: Annotated[
         int,
@@ -369,7 +372,7 @@ class GroupConfig:
         bool,
         Key(
             Flag(),
-            "Whether each statement is a transaction of its own; otherwise a block is one transaction, from "
+            "Whether each statement is a separate transaction; otherwise a block is one transaction, from "
             "its first statement to `commit()` or the block's end. A block can change it for itself: "
             "``db.connection.autocommit``.",
         ),
@@ -381,7 +384,7 @@ class GroupConfig:
         Target,
         Key(
             Word(get_args(Target)),
-            "Which servers take the group's connections, by the role that they have at the time.",
+            "Which servers take the group's connections, by their current role.",
         ),
     ] = "any"
     max_lag: Annotated[
@@ -397,22 +400,22 @@ class GroupConfig:
     ] = None
     balance: Annotated[
         Balance,
-        Key(Word(get_args(Balance)), "How the next connection's server is chosen; weights count in each."),
+        Key(Word(get_args(Balance)), "How the next connection's server is chosen; each honours weights."),
     ] = "round-robin"
     timeout: Annotated[float, Key(Seconds(DAY, likely=LIKELY), "Longest wait for a connection.")] = 10.0
     max_waiting: Annotated[
         int,
         Key(
             Integer(0, 1_000_000, zero="no bound"),
-            "Most threads that wait for a connection at a time; one more is refused at once.",
+            "Maximum number of threads that wait for a connection; one more is refused at once.",
         ),
     ] = 0
     reserved: Annotated[
         int,
         Key(
             Integer(0, 9999, zero="none"),
-            "Connections that only ``Handler(name, priority='high')`` may take when no more are left; below "
-            "`connection_count`.",
+            "Connections that only ``Handler(name, priority='high')`` may take when no others are left; "
+            "fewer than `connection_count`.",
         ),
     ] = 0
     rate_limit: Annotated[
@@ -474,7 +477,7 @@ class GroupConfig:
         float,
         Key(
             Seconds(HOUR, likely=LIKELY),
-            "Longest wait for the answer; after it a new connection tells whether the server is down.",
+            "Longest wait for the answer; after it a new connection shows whether the server is down.",
         ),
     ] = 2.0
     prepare_threshold: Annotated[
@@ -482,7 +485,7 @@ class GroupConfig:
         Key(
             Integer(0, 1_000_000, zero="at the first"),
             "Executions of a statement after which it is prepared at the server; null is never. A number "
-            "wants a ``pooler`` that knows prepared statements, as PgBouncer 1.21 and later "
+            "requires a ``pooler`` that supports prepared statements, as PgBouncer 1.21 and later "
             "(``max_prepared_statements``).",
             default="``5``; null if a server of the group has a ``pooler``",
         ),
@@ -491,7 +494,7 @@ class GroupConfig:
         RowFactory | Callable[..., Any],
         Key(
             Factory(get_args(RowFactory)),
-            "What a row is: ``row`` answers to index and column name; a name or a callable is a row factory "
+            "Type of rows: ``row`` answers to index and column name; a name or a callable is a row factory "
             "of psycopg.",
         ),
     ] = "row"
@@ -499,7 +502,7 @@ class GroupConfig:
         type[psycopg.Connection[Any]] | None,
         Key(
             Subclass(psycopg.Connection),
-            "Class of the connections: what it adds to psycopg's is there on ``db.connection``.",
+            "Class of the connections: its additions to psycopg's are available on ``db.connection``.",
             default="psycopg's",
         ),
     ] = None
@@ -507,8 +510,8 @@ class GroupConfig:
         Callable[[Any], object] | None,
         Key(
             Factory(()),
-            "Called with each new connection before it is lent, such as to register types. What it sets on "
-            "the connection holds in every block, but ``autocommit`` is the group's. If it fails, the "
+            "Called with each new connection before it is lent, for example to register types. Attributes it "
+            "sets on the connection hold in every block, except ``autocommit``. If it fails, the "
             "connection is closed and counts as one that could not be opened.",
         ),
     ] = None
@@ -516,7 +519,7 @@ class GroupConfig:
         Callable[[Any], object] | None,
         Key(
             Factory(()),
-            "Called with the connection as a block gets it. Where it fails, the block raises `HookError` and "
+            "Called with the connection as a block gets it. If it fails, the block raises `HookError` and "
             "the connection is replaced.",
         ),
     ] = None
@@ -524,7 +527,7 @@ class GroupConfig:
         Callable[[Any], object] | None,
         Key(
             Factory(()),
-            "Called with the connection as a block gives it back. Where it fails, the connection is "
+            "Called with the connection as a block gives it back. If it fails, the connection is "
             "replaced, and the block does not notice.",
         ),
     ] = None
@@ -532,15 +535,15 @@ class GroupConfig:
         Callable[[Any, str], object] | None,
         Key(
             Factory(()),
-            "Called with a connection that is about to be closed, and the reason. That it fails is logged.",
+            "Called with a connection that is about to be closed, and the reason. A failure is logged.",
         ),
     ] = None
     on_failover: Annotated[
         Callable[[str, str], object] | None,
         Key(
             Factory(()),
-            "Called with the labels of the old server and the new one when another one takes the group's "
-            "writes; for the targets ``primary`` and ``read-write``. That it fails is logged.",
+            "Called with the labels of the old server and the new one when another server takes the group's "
+            "writes; for the targets ``primary`` and ``read-write``. A failure is logged.",
         ),
     ] = None
     sqlprepare: Annotated[
@@ -555,7 +558,7 @@ class GroupConfig:
         TenantConfig | None,
         Key(
             Section("a mapping, or the name of a setting, such as app.current_tenant_id"),
-            "On whose behalf blocks run: a setting that row-level security reads, bound for each block. Its "
+            "The tenant of blocks: a setting that row-level security reads, bound for each block. Its "
             "keys are below; a name alone is short for ``{setting: name}``.",
             default="none",
             nullable=False,
@@ -565,7 +568,7 @@ class GroupConfig:
         Mapping[str, str],
         Key(
             ServerSettings(),
-            "Server settings that are bound for each block, and end with it; those of the block win. "
+            "Server settings that are bound for each block, and end with it; the block's override them. "
             "``default_transaction_isolation``, ``default_transaction_read_only`` and "
             "``default_transaction_deferrable`` are part of each transaction's BEGIN.",
             default="none",
@@ -576,7 +579,7 @@ class GroupConfig:
         Key(
             Word(get_args(Reset)),
             "When a session is cleaned, with the next borrower's first statement: ``auto`` if the last one "
-            "may have left something in it, ``always``, or ``never``.",
+            "may have changed it, ``always``, or ``never``.",
         ),
     ] = "auto"
 
@@ -584,9 +587,9 @@ class GroupConfig:
         NotReplicated,
         Key(
             Word(get_args(NotReplicated)),
-            "What happens if a commit stops waiting for its synchronous standby, and so is on the primary "
-            "and perhaps nowhere else: ``error`` raises `NotReplicatedError`, ``warn`` logs it. It is raised "
-            "in any case while the pools are being closed.",
+            "Reaction to a commit that stopped waiting for its synchronous standby, and so is on the primary "
+            "and perhaps nowhere else: ``error`` raises `NotReplicatedError`, ``warn`` logs it. It is always "
+            "raised while the pools are being closed.",
         ),
     ] = "error"
 
@@ -594,8 +597,8 @@ class GroupConfig:
         float | None,
         Key(
             Seconds(YEAR),
-            "Time after which a block that still has its connection is warned of, once: its thread, if it "
-            "was entered, and its last statement.",
+            "Time after which a block that still has its connection causes one warning, with its thread, the "
+            "place where it was entered, and its last statement.",
             default="never",
         ),
     ] = None
@@ -603,16 +606,16 @@ class GroupConfig:
         bool,
         Key(
             Flag(),
-            "Whether what is told of a block has the whole stack of where it was entered, which takes some "
-            "microseconds for each block.",
+            "Whether reports of a block include the whole stack of its entry, which takes some microseconds "
+            "for each block.",
         ),
     ] = False
     max_hold: Annotated[
         float | None,
         Key(
             Seconds(YEAR),
-            "Time after which a block loses its connection: what it runs is cancelled, and raises "
-            "`HoldExceededError`. In the non-threaded model the next checkout of the process looks.",
+            "Time after which a block loses its connection: its statement is cancelled, and raises "
+            "`HoldExceededError`. In the non-threaded model the next checkout of the process checks this.",
             default="none",
         ),
     ] = None
@@ -620,7 +623,7 @@ class GroupConfig:
         float | None,
         Key(
             Seconds(YEAR),
-            "Time from which on a block is logged at its end as slow.",
+            "Duration from which a block is logged at its end as slow.",
             default="never",
         ),
     ] = None
@@ -628,7 +631,7 @@ class GroupConfig:
         float | None,
         Key(
             Seconds(YEAR),
-            "Time from which on a statement, or a COMMIT, is logged as slow, without its parameters.",
+            "Duration from which a statement, or a COMMIT, is logged as slow, without its parameters.",
             default="never",
         ),
     ] = None
@@ -643,7 +646,7 @@ class GroupConfig:
 
     @property
     def writes(self) -> bool:
-        """Whether the group wants servers that take writes."""
+        """Whether the group requires servers that take writes."""
         return self.target in ("primary", "read-write")
 
 
@@ -656,7 +659,7 @@ class Config:
         Key(
             Word(get_args(Model), other=(("lock-free", "non-threaded"),)),
             "``threaded`` for servers that run requests in threads; ``non-threaded``, which takes no lock "
-            "and has no thread of its own, for those that run one request at a time in a process.",
+            "and starts no pool thread, for those that run one request at a time in a process.",
         ),
     ] = "threaded"
     endpoints: Annotated[
@@ -681,8 +684,8 @@ class Config:
         Key(
             Directory(),
             "Directory in which each process publishes its status about once a second, for the status page, "
-            "``pgdbpool status`` and metrics: one for each application, of its user alone (mode 700). It is "
-            "made where only itself is missing.",
+            "``pgdbpool status`` and metrics: one for each application, owned by its user (mode 700). It is "
+            "created if its parent exists.",
             default="nothing is published",
         ),
     ] = None
@@ -690,8 +693,8 @@ class Config:
         int | None,
         Key(
             Integer(1, 100_000),
-            "Processes that use this configuration at a time, such as ``${WEB_CONCURRENCY}``. With it "
-            "``Connection.init`` warns if the servers do not admit what all of them together can open.",
+            "Number of processes that use this configuration, for example ``${WEB_CONCURRENCY}``. With it, "
+            "``Connection.init`` warns if all of them together can open more than the servers admit.",
             default="not known",
         ),
     ] = None
