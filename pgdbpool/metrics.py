@@ -22,7 +22,7 @@ except ImportError as error:  # the module's own name would only puzzle
 
 from .errors import NotInitializedError, RuntimeDirError
 from .overview import gather
-from .wsgi._access import Answer, Gate, Permission
+from .wsgi._access import AccessCheck, HTTPResponse, Permission
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -115,17 +115,17 @@ class MetricsApp:
         token: str | None = None,
         runtime_dir: str | None = None,
     ) -> None:
-        self._gate = Gate(authorize, token)
+        self._access = AccessCheck(authorize, token)
         self._registry = CollectorRegistry()
         self._registry.register(PoolCollector(runtime_dir))
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         status, headers = HTTPStatus.OK, []
         try:
-            self._gate.admit(environ)
+            self._access.admit(environ)
             encode, kind = choose_encoder(environ.get("HTTP_ACCEPT", ""))
             body = encode(self._registry)
-        except Answer as answer:
+        except HTTPResponse as answer:
             status, headers = answer.status, [*answer.headers]
             body, kind = str(answer).encode(), "text/plain; charset=utf-8"
         except (RuntimeDirError, OSError) as error:

@@ -131,7 +131,7 @@ class Answer:
         return json.loads(self.text)
 
 
-class Server:
+class Gunicorn:
     """The example under gunicorn, a child of ours; a context manager that starts and ends it.
 
     `port` 0 is a free one. Its log goes to `log`, or to our standard error. Raises DemoError.
@@ -177,7 +177,7 @@ class Server:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Gunicorn:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pgdbpool._demo.gunicorn_child", *self._arguments],
@@ -283,13 +283,13 @@ class Options:
 
 
 @contextlib.contextmanager
-def started(options: Options, log: IO[bytes] | None = None) -> Iterator[tuple[Cluster, Server]]:
+def started(options: Options, log: IO[bytes] | None = None) -> Iterator[tuple[Cluster, Gunicorn]]:
     """Start the cluster and the example; end both, whatever happens. Raises ClusterError or DemoError."""
     # With a password, since whoever may log in as superuser may run programs as the servers' user.
     cluster = Cluster(options.standbys, options.version, auth="scram-sha-256")
     with cluster:
         create_database(cluster)
-        server = Server(
+        server = Gunicorn(
             write_config(cluster),
             port=options.port,
             workers=options.workers,
@@ -349,7 +349,7 @@ def facts_of_servers(cluster: Cluster) -> list[dict[str, Any]]:
     ]
 
 
-def facts(cluster: Cluster, server: Server) -> dict[str, Any]:
+def facts(cluster: Cluster, server: Gunicorn) -> dict[str, Any]:
     """Return what runs where, as for JSON; the password is in the configuration's file alone."""
     return {
         "status": "running",
@@ -360,7 +360,7 @@ def facts(cluster: Cluster, server: Server) -> dict[str, Any]:
     }
 
 
-def introduction(cluster: Cluster, server: Server) -> str:
+def introduction(cluster: Cluster, server: Gunicorn) -> str:
     """Say what runs where, and what to try."""
     nodes = "\n".join(f"  {n.name}  {n.role:7}  {n.label}  process {n.pid}" for n in cluster.nodes)
     victim = cluster.standbys[0]

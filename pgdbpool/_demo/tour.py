@@ -19,7 +19,7 @@ from typing import Any
 
 from ..cluster import Cluster, ClusterError, Node
 from ..cluster._watchdog import processes, tree
-from .demo import DATABASE, Answer, DemoError, Options, Server, say, started
+from .demo import DATABASE, Answer, DemoError, Gunicorn, Options, say, started
 
 CLIENTS = 8
 TRANSFERS = 200
@@ -60,7 +60,7 @@ class Read:
 class Readers:
     """Clients that read the accounts without a pause, within a `with` block."""
 
-    def __init__(self, server: Server, clients: int = CLIENTS) -> None:
+    def __init__(self, server: Gunicorn, clients: int = CLIENTS) -> None:
         self.reads: list[Read] = []
         self._server = server
         self._end = threading.Event()
@@ -87,7 +87,7 @@ class Readers:
             self.reads.append(read_accounts(self._server))
 
 
-def read_accounts(server: Server) -> Read:
+def read_accounts(server: Gunicorn) -> Read:
     """Read all accounts."""
     at = time.monotonic()
     try:
@@ -118,7 +118,7 @@ def in_words(counts: Counter[str]) -> str:
 class Tour:
     """The steps, in order; each returns its result or raises StepFailed."""
 
-    def __init__(self, cluster: Cluster, server: Server) -> None:
+    def __init__(self, cluster: Cluster, server: Gunicorn) -> None:
         self.cluster = cluster
         self.server = server
         self.primary = cluster.primary.name

@@ -21,7 +21,7 @@ TOKEN_LENGTH = 16
 PROXIED = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_HOST", "HTTP_X_REAL_IP", "HTTP_VIA")
 
 
-class Answer(Exception):
+class HTTPResponse(Exception):
     """Ends a request with this status and text."""
 
     def __init__(
@@ -33,7 +33,7 @@ class Answer(Exception):
         self.kind = kind
 
 
-class Gate:
+class AccessCheck:
     """Lets requests pass that a function of the environ admits, or that bring a token, or local ones.
 
     :raises ValueError: `authorize` and `token` are both given, or the token is too short.
@@ -52,12 +52,12 @@ class Gate:
         if self._token is not None:
             if not hmac.compare_digest(_given_token(environ).encode(), self._token.encode()):
                 ask = ("WWW-Authenticate", 'Basic realm="pgdbpool", charset="UTF-8"')
-                raise Answer(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong", ask)
+                raise HTTPResponse(HTTPStatus.UNAUTHORIZED, "the token is missing or wrong", ask)
         elif self._authorize is not None:
             if not self._authorize(environ):
-                raise Answer(HTTPStatus.FORBIDDEN, "you may not see this")
+                raise HTTPResponse(HTTPStatus.FORBIDDEN, "you may not see this")
         elif not is_local(environ):
-            raise Answer(
+            raise HTTPResponse(
                 HTTPStatus.FORBIDDEN,
                 "this answers its own machine alone: give the application a token or authorize",
             )

@@ -18,7 +18,7 @@ from .._status.runtime_dir import RuntimeDir
 from ..errors import NotInitializedError, RuntimeDirError
 from ..overview import gather
 from ..wsgi import _status_html as statushtml
-from ._access import Answer, Gate, Permission
+from ._access import AccessCheck, HTTPResponse, Permission
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -67,18 +67,18 @@ class StatusApp:
         actions: bool | Permission = False,
         runtime_dir: str | None = None,
     ) -> None:
-        self._gate = Gate(authorize, token)
+        self._access = AccessCheck(authorize, token)
         self._actions = actions
         self._runtime_dir = runtime_dir
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
-            self._gate.admit(environ)
+            self._access.admit(environ)
             self._route(environ)
-        except Answer as found:
+        except HTTPResponse as found:
             answer = found
         except (RuntimeDirError, NotInitializedError, OSError) as error:
-            answer = Answer(HTTPStatus.SERVICE_UNAVAILABLE, f"there is no status to show: {error}")
+            answer = HTTPResponse(HTTPStatus.SERVICE_UNAVAILABLE, f"there is no status to show: {error}")
         body = str(answer).encode()
         headers = [
             *HEADERS,
@@ -100,27 +100,29 @@ class StatusApp:
         if not path and environ.get("SCRIPT_NAME"):
             # Links on the page are relative, so that no proxy in front can break them.
             here = environ["SCRIPT_NAME"].rpartition("/")[2]
-            raise Answer(HTTPStatus.FOUND, "", ("Location", f"{here}/"))
+            raise HTTPResponse(HTTPStatus.FOUND, "", ("Location", f"{here}/"))
         name = path.lstrip("/")
         wanted = "POST" if name in ("drain", "undrain") else "GET"
         if name not in ("", "status.json", "page.json", "drain", "undrain", *ASSETS):
-            raise Answer(HTTPStatus.NOT_FOUND, "there is nothing at this address")
+            raise HTTPResponse(HTTPStatus.NOT_FOUND, "there is nothing at this address")
         if method != wanted and not (method == "HEAD" and wanted == "GET"):
-            raise Answer(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", ("Allow", wanted))
+            raise HTTPResponse(
+                HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", ("Allow", wanted)
+            )
         if name in ASSETS:
-            raise Answer(HTTPStatus.OK, asset(name), kind=ASSETS[name])
+            raise HTTPResponse(HTTPStatus.OK, asset(name), kind=ASSETS[name])
         if wanted == "POST":
             self._act(environ, drain=name == "drain")
         view = gather(self._runtime_dir)
         if name == "status.json":
-            raise Answer(HTTPStatus.OK, json.dumps(view), kind="application/json")
+            raise HTTPResponse(HTTPStatus.OK, json.dumps(view), kind="application/json")
         directory = self._directory()
         form = self._form_token(directory) if directory is not None and self._may_act(environ) else None
         if name == "page.json":
             sections = statushtml.sections(view, form, alone=directory is None)
-            raise Answer(HTTPStatus.OK, json.dumps(sections), kind="application/json")
+            raise HTTPResponse(HTTPStatus.OK, json.dumps(sections), kind="application/json")
         text = statushtml.page(view, form, alone=directory is None)
-        raise Answer(HTTPStatus.OK, text, kind="text/html")
+        raise HTTPResponse(HTTPStatus.OK, text, kind="text/html")
 
     def _directory(self) -> str | None:
         return self._runtime_dir or Connection.runtime_dir()
@@ -130,24 +132,24 @@ class StatusApp:
     def _act(self, environ: WSGIEnvironment, *, drain: bool) -> None:
         directory = self._directory()
         if directory is None or not self._may_act(environ):
-            raise Answer(HTTPStatus.FORBIDDEN, "endpoints cannot be drained here: see `actions`")
+            raise HTTPResponse(HTTPStatus.FORBIDDEN, "endpoints cannot be drained here: see `actions`")
         form = _form(environ)
         if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") != "same-origin" or not self._is_ours(
             directory, form.get("form", "")
         ):
-            raise Answer(HTTPStatus.FORBIDDEN, "this did not come from the page: load it again")
+            raise HTTPResponse(HTTPStatus.FORBIDDEN, "this did not come from the page: load it again")
         label = form.get("endpoint", "")
         view = gather(self._runtime_dir)
         if label not in (endpoint["label"] for endpoint in view["endpoints"]):
-            raise Answer(HTTPStatus.NOT_FOUND, f"there is no endpoint {label!r}")
+            raise HTTPResponse(HTTPStatus.NOT_FOUND, f"there is no endpoint {label!r}")
         if drain and (group := _stranded(view, label)):
-            raise Answer(
+            raise HTTPResponse(
                 HTTPStatus.CONFLICT,
                 f"{label} is not drained: the group {group!r} has no other endpoint that is up",
             )
         with RuntimeDir(directory) as room:
             room.command(label, drain=drain)
-        raise Answer(HTTPStatus.SEE_OTHER, "", ("Location", "./"))
+        raise HTTPResponse(HTTPStatus.SEE_OTHER, "", ("Location", "./"))
 
     def _form_token(self, directory: str, at: int | None = None) -> str:
         """Return what a form of the page carries: nobody who cannot read the page knows it."""
@@ -167,11 +169,11 @@ class StatusApp:
 def _form(environ: WSGIEnvironment) -> dict[str, str]:
     length = environ.get("CONTENT_LENGTH") or "0"
     if not length.isdecimal() or int(length) > BODY_LIMIT:
-        raise Answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "this did not come from the page")
+        raise HTTPResponse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "this did not come from the page")
     try:
         text = environ["wsgi.input"].read(int(length)).decode("ascii")
     except UnicodeDecodeError:
-        raise Answer(HTTPStatus.BAD_REQUEST, "this did not come from the page") from None
+        raise HTTPResponse(HTTPStatus.BAD_REQUEST, "this did not come from the page") from None
     return {name: values[0] for name, values in parse_qs(text).items()}
 
 

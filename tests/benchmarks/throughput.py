@@ -97,7 +97,7 @@ def _example(bench: Bench) -> dict[str, Any]:
         config = demo.write_config(cluster)
         kinds: tuple[demo.WorkerClass, ...] = ("sync", "gthread")
         servers = {
-            kind: stack.enter_context(demo.Server(config, workers=WORKERS, worker_class=kind))
+            kind: stack.enter_context(demo.Gunicorn(config, workers=WORKERS, worker_class=kind))
             for kind in kinds
         }
         rounds = bench.rounds(1, 3)
