@@ -16,16 +16,16 @@ from ._error_categories import Category, by_class, by_sqlstate
 
 
 class Error(Exception):
-    """The base of everything that the package raises by itself."""
+    """The base class of the package's own errors."""
 
     category: Category | None = Category.USAGE
-    """What `classify` says of the class; None if the SQLSTATE says it."""
+    """The class's result of `classify`; None if the SQLSTATE decides it."""
     correlation_id: str | None = None
-    """That of the block which it came from; see `correlation`."""
+    """The id of the block that raised it; see `correlation`."""
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong in a configuration: the path of the key and what to do about it."""
+    """One problem of a configuration: the path of the key, and a message with the remedy."""
 
     path: str
     message: str
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
 
 class ConfigError(Error, ValueError):
-    """The configuration cannot be used; `problems` lists everything that is wrong in it."""
+    """The configuration is not valid; `problems` lists every problem."""
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
@@ -58,7 +58,7 @@ class UnknownEndpointError(Error, LookupError):
 
 
 class ThreadingModelError(Error, RuntimeError):
-    """Two threads used a lock-free pool at once, or the process's threads are not what the pools need.
+    """Two threads used a lock-free pool at once, or the process's threads do not suit the pools.
 
     That is a monkey patch of gevent that came too late, or `install_signal_handlers` outside the main thread.
     """
@@ -92,8 +92,8 @@ class UnsafeRoleError(Error):
 class CredentialError(Error):
     """The function that gives a server's user or password failed: nothing was sent.
 
-    It arrives as the reason, and the cause, of a `DBConnectionError`. What the function raised is named by
-    its class and place alone, since its text may hold a secret.
+    It arrives as the reason, and the cause, of a `DBConnectionError`. The function's exception is given
+    only by its class and place, since its text may hold a secret.
     """
 
     category = Category.UNAVAILABLE
@@ -102,8 +102,8 @@ class CredentialError(Error):
 class HookError(Error, RuntimeError):
     """A hook of a group failed: `configure` of a new connection, or `on_checkout` of a block.
 
-    Of `configure` it is the reason, and the cause, of a `DBConnectionError`. Its own cause is what the hook
-    raised.
+    From `configure` it is the reason, and the cause, of a `DBConnectionError`. Its own cause is the hook's
+    exception.
     """
 
 
@@ -112,7 +112,7 @@ class BlockClosedError(Error, psycopg.InterfaceError):
 
 
 class DBConnectionError(Error, psycopg.OperationalError):
-    """No connection could be had; `endpoints` gives each endpoint's own last error by label."""
+    """No connection could be opened; `endpoints` gives each endpoint's own last error by label."""
 
     category = Category.UNAVAILABLE
 
@@ -143,7 +143,7 @@ class ServerFullError(DBConnectionError):
 
 
 class PoolTimeout(DBConnectionError):
-    """No connection became free within `timeout`; `holders` says who has them."""
+    """No connection became free within `timeout`; `holders` describes the blocks that have them."""
 
     category = Category.RESOURCE
 
@@ -194,7 +194,7 @@ class RuntimeDirError(Error):
 class DBQueryError(Error):
     """A statement failed; the instance is also psycopg's own class, with `sqlstate` and `diag`.
 
-    `maybe_executed`: the connection was lost while an autocommit statement was under way,
+    `maybe_executed`: the connection was lost while an autocommit statement was in progress,
     so it may or may not have taken effect. `maybe_committed`: the same of a COMMIT.
     """
 
@@ -249,7 +249,7 @@ class IdleSessionTimeoutError(ConnectionLostError):
 
 
 class NotCleanError(ConnectionLostError):
-    """What an earlier block left in the session could not be cleaned: nothing was sent after it."""
+    """Changes of an earlier block to the session could not be cleaned: nothing was sent after that."""
 
     repeatable = True
 
@@ -257,8 +257,8 @@ class NotCleanError(ConnectionLostError):
 class NotReplicatedError(ConnectionLostError):
     """The transaction is committed on its server, and perhaps nowhere else: after a failover it may be gone.
 
-    The wait for the synchronous standby was cancelled, as by an administrator's `pg_cancel_backend`.
-    The connection is as good as before. Do not repeat the work: it is there, as long as the server is.
+    The wait for the synchronous standby was cancelled, for example by an administrator's `pg_cancel_backend`.
+    The connection stays usable. Do not repeat the work: it is on its server.
     """
 
     maybe_committed = True
@@ -267,7 +267,7 @@ class NotReplicatedError(ConnectionLostError):
 class ResultError(DBQueryError, psycopg.DataError):
     """A one-shot's statement was executed and committed, but Python cannot hold its result.
 
-    Its cause is what a loader or the row factory raised. Do not repeat it: it would be there twice.
+    Its cause is the exception of a loader or the row factory. Do not repeat it: it would take effect twice.
     """
 
     maybe_executed = True
@@ -283,7 +283,7 @@ class ReadOnlyServerError(DBQueryError, pg.ReadOnlySqlTransaction):
 
 
 class TransactionAbortedError(DBQueryError, pg.InFailedSqlTransaction):
-    """COMMIT was asked of a transaction that had failed: it is rolled back, nothing was committed."""
+    """COMMIT of a transaction that had failed: it is rolled back, nothing was committed."""
 
 
 class QueryDeadlineError(ConnectionLostError):
@@ -337,13 +337,13 @@ def as_query_error(error: psycopg.Error, own: type[DBQueryError] = DBQueryError)
 
 
 def without_frames(error: Exception) -> Exception:
-    """Return a copy of an error to keep for later, when what the frames of its traceback hold may be gone.
+    """Return a copy of an error to keep for later, without the frames of its traceback.
 
     A block that kept the error itself would hold its own Handler, which could not be dropped then.
     """
     try:
         twin = type(error).__new__(type(error), *error.args)
-    except TypeError:  # an application's own, with a constructor of its own
+    except TypeError:  # an application's class, with another constructor
         return psycopg.Error(f"{type(error).__name__}: {error}")
     twin.__dict__.update(error.__dict__)
     return twin
@@ -355,7 +355,7 @@ def ends_session(error: psycopg.Error) -> bool:
     Source: https://www.postgresql.org/docs/current/protocol-error-fields.html (field V).
     """
     severity = error.diag.severity_nonlocalized
-    if severity is not None:  # the server's word: an ERROR of class 08 is that of a foreign server
+    if severity is not None:  # decides: an ERROR of class 08 comes from a foreign server
         return severity in ("FATAL", "PANIC")
     return (error.sqlstate or "").startswith("08")
 
@@ -378,7 +378,7 @@ def end_of_session(error: psycopg.Error) -> type[ConnectionLostError]:
 
 
 def is_poolers_refusal(error: psycopg.Error) -> bool:
-    """Return whether a pooler never passed the statement on: it has waited for a server in vain already."""
+    """Return whether a pooler never passed the statement on: it had no server for it."""
     return error.sqlstate == "08P01" and str(error).startswith(_POOLERS_REFUSALS)
 
 
@@ -388,9 +388,9 @@ def undone(error: psycopg.Error) -> bool:
 
 
 def classify(error: BaseException) -> Category:
-    """Return what sort of failure an error is: by the package's own class, else by SQLSTATE, else by class.
+    """Return the category of a failure: by the package's own class, else by SQLSTATE, else by class.
 
-    A `TransactionAbortedError` or `HookError` is what its cause is.
+    A `TransactionAbortedError` or `HookError` has the category of its cause.
     """
     if isinstance(error, (TransactionAbortedError, HookError)) and isinstance(error.__cause__, psycopg.Error):
         return classify(error.__cause__)

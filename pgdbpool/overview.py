@@ -1,4 +1,4 @@
-"""One view of all processes of an application: what the status page, the command and metrics show."""
+"""One view of all processes of an application, for the status page, the command and metrics."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _WORST_FIRST = ("down", "probing", "draining", "up")
 def gather(runtime_dir: str | None = None) -> dict[str, Any]:
     """Return the overview of the processes that publish in the directory.
 
-    :param runtime_dir: left out, that of this process's configuration; if it has none, this process
-        alone is shown.
-    :raises RuntimeDirError: the directory is missing, or not this user's alone.
+    :param runtime_dir: left out, that of this process's configuration; if it has none, only
+        this process is shown.
+    :raises RuntimeDirError: the directory is missing, or others can use it.
     :raises NotInitializedError: it was left out, and `Connection.init` was not called.
     """
     own = runtime_dir is None
@@ -44,7 +44,7 @@ def gather(runtime_dir: str | None = None) -> dict[str, Any]:
 
 
 def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """Combine the snapshots of processes, and what those counted that are gone, as they are at a moment."""
+    """Combine the snapshots of running processes with the counters of exited ones, at a moment."""
     forking = _forking(snapshots)
     processes = [_process(snapshot, now, forking) for snapshot in snapshots]
     endpoints, groups = _endpoints(snapshots, now, forking), _groups(snapshots, gone, now, forking)
@@ -102,7 +102,7 @@ def _process(snapshot: Mapping[str, Any], now: float, forking: set[int]) -> dict
         "started": snapshot["started"],
         "forks": forks,
         "age": age,
-        # A lock-free one tells nothing while it has no requests, and uWSGI's master runs no Python.
+        # A lock-free one publishes nothing while it has no requests, and uWSGI's master runs no Python.
         "silent": status["type"] == "threaded" and not forks and age > SILENT_AFTER,
         "in_use": sum(group["in_use"] for group in status["groups"].values()),
         "connections": sum(group["size"] for group in status["groups"].values()),
@@ -188,7 +188,7 @@ def _groups(
 
 
 def _events(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the events of all processes, newest first; what several noticed together is one."""
+    """Return the events of all processes, newest first; several reports of the same event are merged."""
     merged: list[dict[str, Any]] = []
     latest: dict[tuple[str, str], dict[str, Any]] = {}
     events = [(event, snapshot["status"]["pid"]) for snapshot in snapshots for event in snapshot["events"]]

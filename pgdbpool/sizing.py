@@ -28,7 +28,7 @@ HEADROOM = 0.1
 """Share of a server's connections that is left to others: administrators, backups, migrations."""
 
 BUSY = 0.5
-"""Share of a block's time in which the server works for it, where nothing else is known."""
+"""Share of a block's time in which the server works for it, unless it is measured."""
 
 LIMITS = b"""
     SELECT pg_catalog.current_setting('max_connections')::int,
@@ -41,7 +41,7 @@ LIMITS = b"""
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What a server admits and has."""
+    """The limits and the cores of a server."""
 
     max_connections: int
     reserved: int = 3
@@ -59,11 +59,11 @@ class Server:
             ("cores", self.cores, 1),
         ):
             if value is not None and value < least:
-                raise ValueError(f"{name}={value!r} is no number of a server's: it is at least {least}")
+                raise ValueError(f"{name}={value!r} is not valid for a server: it is at least {least}")
 
     @property
     def usable(self) -> int:
-        """Connections that it admits from the role, if nobody else has any."""
+        """Connections that it admits for the role, if no other client has any."""
         limits = (self.max_connections - self.reserved, self.role_limit, self.database_limit)
         return max(0, min(limit for limit in limits if limit is not None))
 
@@ -103,18 +103,18 @@ def recommend(
     headroom: float = HEADROOM,
     busy: float = BUSY,
 ) -> Recommendation:
-    """Recommend each group's `connection_count` for processes of so many threads.
+    """Recommend each group's `connection_count` for processes with `threads` threads each.
 
-    A group needs no more connections than the process has threads. All that may be opened has room on each
-    server, also when it is the only one that is left; beyond what keeps the server's cores at work (twice
-    as many connections as cores, and one) more of them would only wait for each other.
+    A group needs no more connections than the process has threads. All connections have room on each server,
+    even when it is the only one left. A server's cores are busy with twice as many connections as cores,
+    and one; more of them would only wait for each other.
 
     :param groups: the servers that each group uses, by name.
-    :param servers: what each of them admits, by the same names.
-    :param threads: threads of a process, or greenlets, that have a block open at a time.
+    :param servers: the limits of each server, by the same names.
+    :param threads: threads of a process, or greenlets, that have a block open at the same time.
     :param headroom: share of a server's connections that is left to others.
     :param busy: share of a block's time in which the server works for it; the rest is the application's.
-    :raises ValueError: a number that cannot be, or a group with an unknown server or with none.
+    :raises ValueError: an invalid number, or a group with an unknown server or with none.
     """
     _check_sizes(groups, servers, processes, threads, headroom, busy)
     room: dict[str, dict[str, int]] = {}
@@ -126,7 +126,7 @@ def recommend(
     counts = dict.fromkeys(groups, 1)
     limited: dict[str, str] = {}
     while open_groups := [group for group in groups if group not in limited]:
-        for group in open_groups:  # in turn, so that what there is goes round
+        for group in open_groups:  # in turn, so that the room is shared evenly
             reason = "threads" if counts[group] >= threads else _full(group, groups, counts, room)
             if reason:
                 limited[group] = reason
@@ -162,13 +162,13 @@ def _check_sizes(
     headroom: float,
     busy: float,
 ) -> None:
-    """Refuse numbers that cannot be, and groups without a known server; raises ValueError."""
+    """Refuse invalid numbers, and groups without a known server; raises ValueError."""
     if processes < 1 or threads < 1:
         raise ValueError(f"processes={processes!r} and threads={threads!r} must be at least 1")
     if not 0 <= headroom < 1 or not 0 < busy <= 1:
         raise ValueError(f"headroom={headroom!r} must be from 0 to below 1, busy={busy!r} above 0 to 1")
     if not groups:
-        raise ValueError("there is no group to recommend anything for")
+        raise ValueError("no group to recommend anything for")
     for group, names in groups.items():
         unknown = ", ".join(sorted(repr(name) for name in names if name not in servers))
         if unknown or not names:
@@ -181,7 +181,7 @@ def _full(
     counts: Mapping[str, int],
     room: Mapping[str, Mapping[str, int]],
 ) -> str:
-    """Return what leaves no room for one more connection of the group, if anything does."""
+    """Return the limit that leaves no room for one more connection of the group, if any."""
     for name in groups[group]:
         total = sum(count for other, count in counts.items() if name in groups[other])
         for what, limit in sorted(room[name].items(), key=lambda item: item[1]):
@@ -204,7 +204,7 @@ class Demand:
     """`connection_count` of the groups that use it, in each process."""
 
     def verdict(self, server: Server, processes: int) -> str:
-        """Return in words what does not fit into the server, or nothing."""
+        """Return why the connections do not fit into the server, or nothing."""
         if self.most <= server.usable:
             return ""
         parts = " + ".join(f"{count} of {name}" for name, count in self.parts.items())
@@ -221,10 +221,10 @@ class Demand:
 def demand(
     config: Config, processes: int, roles: Mapping[str, str | None] | None = None
 ) -> dict[str, Demand]:
-    """Return what so many processes can open with a configuration, for each endpoint by label.
+    """Return the connections that these processes can open, for each endpoint by label.
 
-    Endpoints with the same address are one server. Those behind a pooler are left out: they open
-    connections to that. What the pool opens besides, to look at servers, is counted in.
+    Endpoints with the same address are one server. Those behind a pooler are left out: their
+    connections go to the pooler. The observer's connections are included.
 
     :param roles: `primary` or `standby` by label, if it is known.
     """
@@ -263,7 +263,7 @@ def _fitting(group: GroupConfig, roles: Mapping[str, str | None]) -> list[str]:
 
 
 def _observed(config: Config, label: str) -> bool:
-    """Return whether each process has a connection of its own to look at the endpoint."""
+    """Return whether each process has a separate connection to observe the endpoint."""
     groups: list[GroupConfig] = list(config.groups.values())
     limited = any(group.max_lag for group in groups)
     return any(

@@ -21,9 +21,9 @@ fixed, each with its remedy. Nothing is changed.
   pgdbpool check pgdbpool.yaml --processes 8     do 8 processes fit into max_connections?
   pgdbpool check pgdbpool.yaml --json | jq .status
 
-The columns: CONNECT is the time for a new connection, login included; ROUND TRIP that of one question. OPENS
-is what all processes can open there, with every server up and with this one alone left, of what it admits
-this role; IN USE counts everybody's sessions now.
+The columns: CONNECT is the time for a new connection, login included; ROUND TRIP that of one query. OPENS is
+the number of connections that all processes can open there, with every server up and with this one alone
+left, of the number that it admits for this role; IN USE counts the current sessions of all clients.
 """
 EXITS = """\
 0 all is well, or there are hints (info) only; 3 every group has a server, and there are
@@ -35,10 +35,10 @@ there is another error; 2 wrong arguments.
 def add(commands: output.Commands) -> None:
     """Add the sub-command."""
     parser = output.new_parser(
-        commands, "check", run, brief="look at a configuration and its servers", text=TEXT, exits=EXITS
+        commands, "check", run, brief="check a configuration and its servers", text=TEXT, exits=EXITS
     )
     parser.add_argument(
-        "config", metavar="CONFIG", nargs="?", help="the pgdbpool.yaml (what the environment says)"
+        "config", metavar="CONFIG", nargs="?", help="the pgdbpool.yaml (default: the environment)"
     )
     parser.add_argument(
         "--processes", type=output.whole(1, 100_000), metavar="N",

@@ -1,4 +1,4 @@
-"""`pgdbpool config-schema` and `pgdbpool config-docs`: what a configuration may say."""
+"""`pgdbpool config-schema` and `pgdbpool config-docs`: the keys of a configuration."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .._config.json_schema import PUBLISHED, Entry, reference, schema
 from ..errors import ConfigError
 
 SCHEMA = """\
-Prints the JSON Schema of a configuration, with which an editor completes keys, shows what they mean and marks
-what is wrong. Editors with a YAML language server (VS Code with the YAML extension, Neovim, Emacs ...) use
-it if the file says so in its first line:
+Prints the JSON Schema of a configuration, with which an editor completes keys, shows their meaning and marks
+errors. Editors with a YAML language server (VS Code with the YAML extension, Neovim, Emacs ...) use
+it if the first line of the file names it:
 
   pgdbpool config-schema > pgdbpool.schema.json
   sed -i '1i # yaml-language-server: $schema=./pgdbpool.schema.json' pgdbpool.yaml
 
 The same file is installed with the package; --path says where. `pgdbpool check` finds more than a schema can
-say.
+express.
 """
 DOCS = """\
-Prints what keys of a configuration mean, what they take, and what holds if they are left out: of all, or
-of those that are named, in full or in part.
+Prints the meaning, the values and the default of each key of a configuration, or only of the keys that are
+named, in full or in part.
 
   pgdbpool config-docs groups.max_lag
   pgdbpool config-docs timeout
   pgdbpool config-docs --json | jq '.[] | select(.part == "Groups") | .key'
 """
 DONE = "0 done; 2 wrong arguments.\n"
-FOUND = "0 done; 1 there is no such key; 2 wrong arguments.\n"
+FOUND = "0 done; 1 unknown key; 2 wrong arguments.\n"
 
 
 def add(commands: output.Commands) -> None:
@@ -40,16 +40,16 @@ def add(commands: output.Commands) -> None:
         commands, "config-schema", run_schema, brief="print the JSON Schema of a configuration", text=SCHEMA,
         exits=DONE,
     )  # fmt: skip
-    parser.add_argument("--path", action="store_true", help="print where the installed file is")
+    parser.add_argument("--path", action="store_true", help="print the path of the installed file")
     parser = output.new_parser(
-        commands, "config-docs", run_docs, brief="print what the keys of a configuration mean", text=DOCS,
+        commands, "config-docs", run_docs, brief="print the meaning of a configuration's keys", text=DOCS,
         exits=FOUND,
     )  # fmt: skip
     parser.add_argument("keys", metavar="KEY", nargs="*", help="such as groups.max_lag, or part of it")
 
 
 def run_schema(options: argparse.Namespace) -> int:
-    """Print the schema, or where it is."""
+    """Print the schema, or its path."""
     if not options.path:
         output.show_json(schema())
     elif options.json:

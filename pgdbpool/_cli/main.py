@@ -22,16 +22,16 @@ on free ports of this machine and throw away at the end:
 
   pgdbpool demo            an application in front of a primary and two standbys, to play with
   pgdbpool demo --check    the same, shown step by step in some seconds
-  pgdbpool cluster         the servers alone, with a pgdbpool.yaml for them, to develop against
+  pgdbpool cluster         only the servers, with a pgdbpool.yaml for them, to develop against
 
-And these look at your own:
+And these examine your own:
 
   pgdbpool check           is the configuration right, and are its servers?
   pgdbpool ping            can every group be served right now?
   pgdbpool size            how many connections should each group have?
-  pgdbpool rls             what could get at rows of another tenant
+  pgdbpool rls             which roles, tables or functions expose another tenant's rows
   pgdbpool status          the pools of running processes
-  pgdbpool config-docs     what a key means, and what it takes
+  pgdbpool config-docs     the meaning and the values of each key
   pgdbpool config-schema   the JSON Schema of a configuration, for editors
 
 `pgdbpool COMMAND --help` has examples.
@@ -76,7 +76,7 @@ def main(
         _show_error(options, error)
         print(f"pgdbpool: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # who reads our output has gone, as in `pgdbpool demo | head -3`
+    except BrokenPipeError:  # the reader of our output has exited, as in `pgdbpool demo | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
 

@@ -1,4 +1,4 @@
-"""What commands print: tables, colours and progress on a terminal, JSON for programs."""
+"""The output of commands: tables, colours and progress on a terminal, JSON for programs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def colourful(stream: IO[str]) -> bool:
 
 
 def paint(text: str, colour: str | None = None) -> str:
-    """Return text in a colour, that of the word itself by default, where standard output has colours."""
+    """Return text in a colour, that of the word itself by default, if standard output has colours."""
     code = COLOURS.get(text.strip()) if colour is None else colour
     return f"\033[{code}m{text}\033[0m" if code and colourful(sys.stdout) else text
 
@@ -69,7 +69,7 @@ def show_json(value: Any) -> None:
 
 
 class Progress:
-    """One line on standard error of progress, on a terminal alone."""
+    """One line on standard error of progress, on terminals only."""
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

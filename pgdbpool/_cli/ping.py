@@ -10,8 +10,8 @@ from .._api.connection import Connection
 from .._cli import output
 
 TEXT = """\
-Asks every server of a configuration at the same time, and tells whether each group can be served: what
-`Connection.health()` tells in an application. With --wait, asks until it can, which is for start-up scripts.
+Asks every server of a configuration at the same time, and reports whether each group can be served, as
+`Connection.health()` does in an application. With --wait, it asks until they can, for start-up scripts.
 A server that is down does not matter as long as every group has another; with --strict it does. With --any
 one group that can be served is enough.
 
@@ -31,7 +31,7 @@ def add(commands: output.Commands) -> None:
         commands, "ping", run, brief="ask whether every group can be served", text=TEXT, exits=EXITS
     )
     parser.add_argument(
-        "config", metavar="CONFIG", nargs="?", help="the pgdbpool.yaml (what the environment says)"
+        "config", metavar="CONFIG", nargs="?", help="the pgdbpool.yaml (default: the environment)"
     )
     parser.add_argument(
         "--group", action="append", metavar="GROUP", help="this group only; may be given several times"
@@ -41,7 +41,7 @@ def add(commands: output.Commands) -> None:
     )
     parser.add_argument("--any", action="store_true", help="one group that can be served is enough")
     parser.add_argument("--strict", action="store_true", help="exit with 3 if anything is down")
-    parser.add_argument("--wait", type=output.seconds, metavar="S", help="go on asking for so many seconds")
+    parser.add_argument("--wait", type=output.seconds, metavar="S", help="keep asking for S seconds")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ def _served(report: dict[str, Any], one_is_enough: bool) -> bool:
 
 
 def _chosen(report: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
-    """Return the report for some groups alone."""
+    """Return the report for some groups only."""
     if names is None:
         return report
     groups = {name: report["groups"][name] for name in names}

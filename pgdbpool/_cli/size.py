@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from .._config.model import Config
 
 TEXT = """\
-Recommends the `connection_count` of each group, so that all processes together have room on each server, also
-on one that alone is left. With CONFIG it asks the servers what they admit, and compares with what the
-configuration says; without, say so yourself:
+Recommends the `connection_count` of each group, so that all processes together have room on each server, even
+if only that one is left. With CONFIG it asks the servers how many connections they admit, and compares that
+with the configuration; without it, give the numbers yourself:
 
   pgdbpool size pgdbpool.yaml --processes 4 --threads 8
   pgdbpool size pgdbpool.yaml --processes 4 --threads 8 --cores 16
   pgdbpool size --processes 4 --threads 8 --max-connections 100 --groups read,write
 
-A group needs no more connections than a process has threads, or greenlets, that have a block open at a time.
---cores, of a database server, tells how many connections keep it at work; beyond that they wait for each
+A group needs no more connections than a process has threads, or greenlets, with a block open at the same
+time. --cores, of a database server, determines how many connections keep it busy; more would wait for each
 other. --busy is the share of a block's time in which the server works for it.
 """
 EXITS = """\
-0 what the configuration says has room, or there is none and what is recommended has; 1 it
-has no room, or a server cannot be asked; 2 wrong arguments.
+0 the configured sizes fit, or without CONFIG the recommended ones; 1 they do not fit, or a
+server cannot be asked; 2 wrong arguments.
 """
 
 
@@ -57,7 +57,7 @@ def add(commands: output.Commands) -> None:
     parser.add_argument("--busy", type=_share, default=BUSY, metavar="SHARE", help=f"from 0 to 1 ({BUSY})")
     parser.add_argument(
         "--headroom", type=_share, default=HEADROOM, metavar="SHARE",
-        help=f"of what a server admits, for others ({HEADROOM})",
+        help=f"of a server's connections, for others ({HEADROOM})",
     )  # fmt: skip
     parser.add_argument(
         "--max-connections", type=number, metavar="N", help="of each server, in place of asking it"
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _servers(config: Config, options: argparse.Namespace) -> dict[str, Server]:
-    """Return what the servers of groups admit, asked, or as the arguments say."""
+    """Return the limits of the groups' servers, from the servers or from the arguments."""
     used = {label for group in config.groups.values() for label in group.endpoints}
     if options.max_connections is not None:
         stated = Server(options.max_connections, options.reserved, options.cores)
@@ -122,7 +122,7 @@ def _servers(config: Config, options: argparse.Namespace) -> dict[str, Server]:
         if label in used and (label in pooled or server.pooler):
             problems.append(Problem(label, "is behind a pooler, whose max_client_conn counts"))
         elif label in used and server.limits is None:
-            problems.append(Problem(label, server.error or "does not tell what it admits"))
+            problems.append(Problem(label, server.error or "does not report how many connections it admits"))
         elif label in used and server.limits is not None:
             known = server.limits
             servers[label] = Server(
@@ -151,7 +151,7 @@ def _show(found: Recommendation, now: dict[str, int], over: list[str]) -> None:
     for name, size in found.groups.items():
         print(f"  {name}: {{connection_count: {size.connection_count}}}")
     for name in over:
-        print(f"\n{output.paint('error')} {name} does not admit what the configuration can open")
+        print(f"\n{output.paint('error')} {name} admits fewer connections than the configuration can open")
     if not found.fits:
         print(
             f"\n{output.paint('error')} not even one connection for each group and process has room: raise "

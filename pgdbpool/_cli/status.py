@@ -18,11 +18,11 @@ from ..overview import gather, quantile
 
 OK, FAILED, DEGRADED = 0, 1, 3
 EVENTS = 5
-"""Events that are shown, of those that the page shows."""
+"""Number of events to show, of those on the page."""
 
 TEXT = """\
 Shows the pools of all processes that publish their status: those of one application, which all have the
-same `runtime_dir`. It reads what they write once a second, and connects to no server.
+same `runtime_dir`. It reads the files they write once a second, and connects to no server.
 
   pgdbpool status /run/shop              the directory itself
   pgdbpool status pgdbpool.yaml          the configuration that names it
@@ -65,9 +65,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def runtime_dir(place: Any) -> str:
-    """Return the directory that is meant: itself, or that of a configuration.
+    """Return the given directory, or that of a given configuration.
 
-    :raises ConfigError: there is none of that name, or the configuration names none.
+    :raises ConfigError: it does not exist, or the configuration names none.
     """
     if place is None and (variable := os.environ.get("PGDBPOOL_RUNTIME_DIR")):
         return variable
@@ -79,7 +79,7 @@ def runtime_dir(place: Any) -> str:
     if (found := config.runtime_dir) is None:
         raise ConfigError(
             f"{config.origin} has no runtime_dir, so its processes publish nothing: "
-            "set it to a directory of theirs alone, such as /run/shop"
+            "set it to a directory that only they use, such as /run/shop"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The checks of `db`: where each server is, who logs in, and what a session starts with."""
+"""The checks of `db`: the address, the login and the session options of each server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BY_PARAMETER = {setting.key.libpq: setting for setting in ENDPOINT_KEYS.values(
 
 
 def check_servers(tree: Mapping[Any, Any], report: Report) -> list[dict[str, Any]]:
-    """Return the fields of each server; one without a label is one whose label could not be told."""
+    """Return the fields of each server; one whose label is not known has none."""
     allowed = CONFIG_KEYS["db"].key.kind.allowed
     value = tree.get("db")
     if "db" not in tree:
@@ -101,7 +101,7 @@ def _read_pass_file(fields: dict[str, Any], path: str, report: Report) -> None:
 def _check_pooled_server(
     fields: Mapping[str, Any], params: Mapping[str, str], path: str, report: Report
 ) -> None:
-    """Report what a session cannot start with behind a transaction pooler."""
+    """Report keys that have no effect behind a transaction pooler."""
     why = "cannot pass a transaction pooler"
     remedy = "write them as settings of the groups, or ALTER ROLE ... SET them at the server"
     if fields.get("options"):
@@ -125,7 +125,7 @@ def parse_conninfo(conninfo: str) -> dict[str, str]:
 
 
 def default_label(params: Mapping[str, Any]) -> str:
-    """Return host:port of a server, with those that libpq takes if they are left out."""
+    """Return host:port of a server, with libpq's defaults for missing parts."""
     host, port = params.get("host") or params.get("hostaddr"), params.get("port")
     if not host and params.get("service"):
         return str(params["service"])
@@ -136,7 +136,7 @@ def default_label(params: Mapping[str, Any]) -> str:
 
 
 def _merge_conninfo(fields: dict[str, Any], path: str, report: Report) -> dict[str, str] | None:
-    """Add what the conninfo says to the fields, and return its parameters; None if it cannot be used."""
+    """Add the conninfo's parts to the fields, and return its parameters; None if it is not valid."""
     where = f"{path}.conninfo"
     try:
         params = parse_conninfo(fields["conninfo"])
@@ -157,7 +157,7 @@ def _merge_conninfo(fields: dict[str, Any], path: str, report: Report) -> dict[s
 
 
 def _merge_parameter(name: str, text: str, fields: dict[str, Any], path: str, report: Report) -> None:
-    """Add one parameter of a conninfo to the fields, unless another value is given there."""
+    """Add one parameter of a conninfo to the fields, unless they already have another value."""
     setting = _BY_PARAMETER[name]
     kind = setting.key.kind
     digits = not kind.text and re.fullmatch(r"-?[0-9]{1,18}", text)
@@ -165,7 +165,7 @@ def _merge_parameter(name: str, text: str, fields: dict[str, Any], path: str, re
         value = kind.read(int(text) if digits else text)
     except Refused as error:
         message = error.problems[0][1]
-        if name == "port" and not digits:  # what follows a colon may be a password
+        if name == "port" and not digits:  # the text after a colon may be a password
             message = f"must be {kind.allowed}"
         report.add(f"{path}.conninfo", f"its {name} {message}")
         return

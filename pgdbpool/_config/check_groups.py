@@ -83,7 +83,7 @@ def _group(entry: object, servers: list[dict[str, Any]], path: str, report: Repo
 
 
 def check_sizes(group: dict[str, Any], path: str, report: Report) -> None:
-    """Report sizes that do not fit together; those that are left out get their defaults."""
+    """Report sizes that contradict each other; missing ones get their defaults."""
     count = group.setdefault("connection_count", CONNECTION_COUNT)
     if group.setdefault("min_size", count) > count:
         message = f"must be at most connection_count ({count}), not {group['min_size']}"
@@ -133,7 +133,7 @@ def _check_settings(group: Mapping[str, Any], path: str, report: Report) -> None
 
 
 def _rate_limit(entry: object, path: str, report: Report) -> RateLimit | None:
-    """Return what the key `rate_limit` says; None if it says nothing that can be used."""
+    """Return the value of the key `rate_limit`; None if it is not valid."""
     if not isinstance(entry, (Mapping, str)) and entry is not None:
         try:
             entry = {"per_second": RATE_KEYS["per_second"].read(entry)}
@@ -154,7 +154,7 @@ def _rate_limit(entry: object, path: str, report: Report) -> RateLimit | None:
 
 
 def _tenant(entry: object, path: str, report: Report) -> TenantConfig | None:
-    """Return what the key `tenant` says; None if it says nothing that can be used."""
+    """Return the value of the key `tenant`; None if it is not valid."""
     if isinstance(entry, str):
         try:
             entry = {"setting": TENANT_KEYS["setting"].read(entry)}

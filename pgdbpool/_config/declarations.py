@@ -1,4 +1,4 @@
-"""What declares a key of the configuration: a `Key` on a dataclass field, with the `Kind` of value it takes.
+"""The declaration of a key: a `Key` on a dataclass field, with the `Kind` of value it takes.
 
 Loading, error messages and the reference page read the same declaration, so they cannot disagree.
 """
@@ -25,7 +25,7 @@ _SECRET_TEXT = re.compile(r"(pass\w{0,20}|pwd|secret|key)\s{0,5}=|(pass(word)?|p
 
 
 class Refused(ValueError):
-    """A value is not what its key takes; `problems` are pairs of a place below the key and a message."""
+    """A key does not accept the value; `problems` are pairs of a place below the key and a message."""
 
     def __init__(self, *problems: tuple[str, str]) -> None:
         super().__init__(*problems)
@@ -34,7 +34,7 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in a source's tree for a value that could not be had, such as an unset variable."""
+    """Stands in a source's tree for a value that could not be read, such as an unset variable."""
 
     reason: str
 
@@ -87,13 +87,13 @@ def step(key: object) -> str:
 
 @dataclass_transform(eq_default=False)
 class Kind:
-    """A sort of value: `allowed` says it in words, `check` returns a value as the package uses it.
+    """A kind of value: `allowed` describes it, `check` returns a value as the package uses it.
 
     Each kind declares its fields as a dataclass does. To make it one would write and compile code
     for each, which was a fifth of the time that importing the package takes.
     """
 
-    text: ClassVar[bool] = False  # text is never taken for a number or a boolean, whatever it looks like
+    text: ClassVar[bool] = False  # whether text is kept, even if it looks like a number or a boolean
     secret: ClassVar[bool] = False
     mapping: ClassVar[bool] = False  # a variable gives it as YAML: {key: value}
     _names: ClassVar[dict[str, None]] = {}
@@ -121,7 +121,7 @@ class Kind:
         raise NotImplementedError
 
     def doubt(self, value: object) -> str:
-        """Return why a value that was taken can hardly be meant, with the remedy; mostly nothing."""
+        """Return why an accepted value is hardly intended, with the remedy; usually nothing."""
         return ""
 
     def read(self, value: object) -> Any:
@@ -135,7 +135,7 @@ class Kind:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What the values are as JSON Schema; nothing if that cannot say it."""
+        """The JSON Schema of the values; empty if it cannot express them."""
         return {}
 
     def in_words(self, value: Any) -> str:
@@ -151,7 +151,7 @@ class Key:
 
     `name` is the key as users write it if that is not the field's name, `default` the default in words
     if it is no plain value, `libpq` the connection parameter that carries the value; `nullable` is false
-    where null is not taken for a key left out.
+    if null does not count as a missing key.
     """
 
     kind: Kind

@@ -1,4 +1,4 @@
-"""What other pools, drivers and servers call the keys of a configuration, for the hint at the right one."""
+"""The names of the keys in other pools, drivers and servers, for the hint at the right one."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The configuration as JSON Schema and as a reference, both from the one declaration in `config.py`.
+"""The configuration as JSON Schema and as a reference, both from the one declaration in `model.py`.
 
 An editor with a YAML language server completes and checks a `pgdbpool.yaml` that has this line:
 
     # yaml-language-server: $schema=./pgdbpool.schema.json
 
-The schema says less than `sources.load`: not what keys say together, nor whether a file exists.
+The schema checks less than `load`: not how keys depend on each other, nor whether a file exists.
 """
 
 from __future__ import annotations

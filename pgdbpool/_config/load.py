@@ -1,4 +1,4 @@
-"""Where a configuration comes from: a dict, a YAML file, or the environment.
+"""The sources of a configuration: a dict, a YAML file, or the environment.
 
 A dict is taken as it is. Without a dict or a file, the environment is read; an empty variable counts as not
 set.
@@ -6,9 +6,9 @@ set.
 ===========================  ==========================================================================
 Variable                     Meaning
 ===========================  ==========================================================================
-``PGDBPOOL_CONFIG``          Path of a YAML file, which then says everything: the other variables count
+``PGDBPOOL_CONFIG``          Path of a YAML file, which then holds everything: the other variables count
                              only if the file names them as ``${VAR}``.
-``DATABASE_URL``             The server of every group that has none of its own: a URI or keyword
+``DATABASE_URL``             The server of every group that has no other: a URI or keyword
                              string of libpq. ``postgresql://`` leaves it all to the ``PG*`` variables.
 ``DATABASE_URL_<GROUP>``     The server of one group; the suffix in lower case is the group's name.
 ``PGDBPOOL_GROUPS``          The groups, separated by commas. If not set, there is a group for each
@@ -59,7 +59,7 @@ def load(
 ) -> Config:
     """Return the configuration of a dict, of a YAML file (its path, or open), or else of the environment.
 
-    Raises `ConfigError` with every problem at once, and nothing else, for whatever is wrong with the input.
+    Raises `ConfigError` with every problem at once, and nothing else, for any invalid input.
     The source is not modified, and no server is connected to. A `Config` is returned as it is.
     """
     if isinstance(source, Config):
@@ -86,7 +86,7 @@ def load(
 def build(tree: Mapping[Any, Any], origin: str, report: Report) -> Config:
     """Return the configuration that a tree of plain values describes; the tree is not modified.
 
-    Raises `ConfigError` with all problems, those that the report holds already included.
+    Raises `ConfigError` with all problems, including those already in the report.
     """
     top = read(CONFIG_KEYS, tree, "", report)
     servers = check_servers(tree, report)
@@ -125,7 +125,7 @@ def _read_text(source: object, report: Report, variable: str = "") -> tuple[str,
         if isinstance(source, str) and "\n" in source:
             problem += "; a string is the path of a file, wrap a text in io.StringIO"
     if len(text) > _SIZE_LIMIT:
-        problem = f"is longer than {_SIZE_LIMIT} characters, so it is no configuration"
+        problem = f"is longer than {_SIZE_LIMIT} characters, so it is not a configuration"
     if problem:
         report.add(variable or name, f"names the file {name}, which {problem}" if variable else problem)
         raise report.error(name)
@@ -247,7 +247,7 @@ def _meant(variable: str, known: set[str]) -> str:
 
 
 def _value(key: str, text: str, variable: str, environ: Mapping[str, str], report: Report) -> object:
-    """Return what a variable says of a key; raises `Refused` for a mapping that is not valid YAML."""
+    """Return the value that a variable gives to a key; raises `Refused` for invalid YAML."""
     from .yaml_file import parse, retype
 
     if GROUP_KEYS[key].key.kind.mapping and text.lstrip().startswith("{"):

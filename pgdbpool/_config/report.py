@@ -1,4 +1,4 @@
-"""What the checks of a configuration share: the report of problems, and the reading of a mapping's keys."""
+"""Shared by the checks of a configuration: the report of problems, and the reading of a mapping's keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Report:
         self.names: dict[str, str] = {}
         self.deprecated: list[str] = []
         self.doubtful: list[str] = []
-        """Values that can be used and can hardly be meant."""
+        """Values that are valid but hardly intended."""
         self._problems: dict[Problem, None] = {}
 
     def add(self, path: str, message: str) -> None:
@@ -69,5 +69,5 @@ def read(known: Mapping[str, Setting], value: object, path: str, report: Report)
 
 
 def refused(entry: object, fields: Mapping[str, Any], *names: str) -> bool:
-    """Return whether any of these keys cannot be told: its value was refused, or so was the whole entry."""
+    """Return whether any of these keys has no usable value: it was refused, or the whole entry was."""
     return not isinstance(entry, Mapping) or any(name in entry and name not in fields for name in names)

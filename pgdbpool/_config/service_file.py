@@ -1,4 +1,4 @@
-"""What a connection service file of libpq says (https://www.postgresql.org/docs/current/libpq-pgservice.html)."""
+"""The contents of a connection service file of libpq (https://www.postgresql.org/docs/current/libpq-pgservice.html)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from psycopg.pq import ConninfoOption, PGconn
 
 def decoded(options: Iterable[ConninfoOption]) -> dict[str, str]:
     """Return those of libpq's parameters that have a value."""
-    # Some are not in UTF-8, perhaps: none of those that count here.
+    # Some may not be in UTF-8, but none of those used here.
     return {o.keyword.decode(): o.val.decode(errors="surrogateescape") for o in options if o.val}
 
 
 def service_of(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the service that is given, or ``PGSERVICE``, says; nothing if there is none."""
+    """Return the parameters of the given service, or of ``PGSERVICE``; nothing without one."""
     name = given.get("service") or os.environ.get("PGSERVICE")
     return with_service({"service": str(name)}) if name else {}
 

@@ -56,7 +56,7 @@ class ServerSettings(Kind):
 
 
 class TenantName(Text):
-    """The name of a setting of the application's own, which PostgreSQL takes without knowing it."""
+    """The name of an application's setting, which PostgreSQL accepts without knowing it."""
 
     @property
     def allowed(self) -> str:
@@ -85,7 +85,7 @@ class Pattern(Text):
         return "a regular expression"
 
     def check(self, value: object) -> Any:
-        if isinstance(value, (list, Mapping)):  # what YAML makes of [a-z] and {2}
+        if isinstance(value, (list, Mapping)):  # YAML reads [a-z] and {2} so
             raise self.refuse(value, "; quote it")
         pattern = super().check(value)
         try:
@@ -116,7 +116,7 @@ def _wrong_mode(name: str, value: str) -> Iterator[tuple[str, str]]:
 
 
 def _setting(value: object) -> str | None:
-    """Return the value of a server setting as text, or None if it is none."""
+    """Return the value of a server setting as text, or None if it is not valid."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Kinds of values that are text: names, hosts, files, and what functions provide."""
+"""Kinds of values that are text: names, hosts, files, and the results of functions."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Host(Text):
             name = both["host"].strip("[]")
             raise self.refuse(value, f"; the port has its own key: host: {show(name)}, port: {both['port']}")
         if not host.startswith(("/", "@")) and len(host.split()) > 1:
-            raise self.refuse(value, "; it is one word, and the other parameters have keys of their own")
+            raise self.refuse(value, "; it is one word, and the other parameters have separate keys")
         if "@" in host[1:]:  # the first character marks an abstract socket
             raise self.refuse(value, "; an @ in the password of a URI is written %40")
         return host
@@ -190,14 +190,14 @@ class File(Text):
             return path
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
-            raise self.refuse(value, ", which is no file")
+            raise self.refuse(value, ", which is not a file")
         if not os.access(path, os.R_OK):
             raise self.refuse(value, ", which this process may not read")
         return path
 
 
 class Directory(Text):
-    """The absolute path of a directory, which need not be there yet; `~` is the home directory."""
+    """The absolute path of a directory, which need not exist yet; `~` is the home directory."""
 
     @property
     def allowed(self) -> str:

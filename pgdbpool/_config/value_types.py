@@ -24,7 +24,7 @@ DURATION_EXAMPLES = 'a string such as "500ms", "5s", "2min", "1h"'
 
 
 class Section(Kind):
-    """A mapping or list that has keys of its own, which are read one by one elsewhere."""
+    """A mapping or list with separate keys, which are read one by one elsewhere."""
 
     shape: str
     mapping: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class Section(Kind):
 
 
 class Ignored(Kind):
-    """Accepted from version 1 whatever it holds, and without effect."""
+    """Accepted from version 1 with any value, and without effect."""
 
     @property
     def allowed(self) -> str:
@@ -336,7 +336,7 @@ class Subclass(Kind):
 
 
 def _duration(value: object, unit_ms: int) -> int | float | Decimal | None:
-    """Return a duration as a number of units of `unit_ms` milliseconds, or None if it is none."""
+    """Return a duration as a number of units of `unit_ms` milliseconds, or None if it is not a duration."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value if isinstance(value, int) or math.isfinite(value) else None
     match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None

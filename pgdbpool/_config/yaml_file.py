@@ -2,12 +2,12 @@
 
 Values, but not keys, may have ``${VAR}`` and ``${VAR:-default}`` in them, filled in from the environment; the
 default also stands in for an empty variable, and ``$${`` is a literal ``${``. A value that is one ``${...}``
-as a whole is read again as a YAML scalar, so that ``port: ${PORT}`` is a number. Within ``{ }``, YAML wants
+as a whole is read again as a YAML scalar, so that ``port: ${PORT}`` is a number. Within ``{ }``, YAML needs
 quotes around it: ``{port: "${PORT}"}``.
 
 Keys that take text (`pass`, `user`, `name`, `host`, `label` and the like) keep it as it is written:
 ``pass: 0123`` and ``pass: ${PASS}`` are never numbers. Elsewhere numbers are decimal, and dates are text. A
-key that stands twice in one mapping is an error.
+key that occurs twice in one mapping is an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PLAIN, _STR, _MERGE = "!plain", "tag:yaml.org,2002:str", "tag:yaml.org,2002:mer
 
 
 def read_yaml(text: str, origin: str, environ: Mapping[str, str], report: Report) -> Mapping[Any, Any]:
-    """Return the tree that a YAML text describes; raises `ConfigError` if it is none at all."""
+    """Return the tree that a YAML text describes; raises `ConfigError` if it is not YAML."""
     tree: object = None
     try:
         tree = parse(text, origin, environ, report)
@@ -55,7 +55,7 @@ def read_yaml(text: str, origin: str, environ: Mapping[str, str], report: Report
 
 
 def parse(text: str, origin: str, environ: Mapping[str, str], report: Report) -> object:
-    """Return what a YAML text stands for; raises `Refused` if it is not valid."""
+    """Return the value of a YAML text; raises `Refused` if it is not valid."""
     try:
         loader = _Loader(text, environ, origin, report)
         try:
@@ -77,7 +77,7 @@ def parse(text: str, origin: str, environ: Mapping[str, str], report: Report) ->
 
 
 def retype(text: str) -> object:
-    """Return what a plain scalar stands for: null, a boolean, a decimal number, or the text itself.
+    """Return the value of a plain scalar: null, a boolean, a decimal number, or the text itself.
 
     YAML 1.1's octal and sexagesimal numbers stay text, and so are refused: 010 is not 8, and 1:30 is not 90.
     """
@@ -113,7 +113,7 @@ def expand(text: str, environ: Mapping[str, str]) -> str | Unreadable:
 
 
 def _unquoted(match: re.Match[str]) -> str:
-    """Hide what a parser quotes, which may be a password, unless it is one character or a token's name."""
+    """Hide a parser's quotation, which may be a password, unless it is a character or a token's name."""
     inner = match[1][1:-1]
     return match[0] if re.fullmatch(r".|\\.|<[a-z ]+>", inner) else "'***'"
 

@@ -29,12 +29,12 @@ HOST = "127.0.0.1"
 DATABASE = "bank"
 WorkerClass = Literal["sync", "gthread"]
 RESTART_AFTER = 10.0
-"""Seconds after which the demo starts a server again that somebody killed."""
+"""Seconds after which the demo restarts a killed server."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DemoError(RuntimeError):
-    """The demo cannot go on; the message says why and what helps."""
+    """The demo cannot go on; the message gives reason and remedy."""
 
 
 class MissingExtra(DemoError):
@@ -127,7 +127,7 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        """What the body says; raises ValueError if it is no JSON."""
+        """The body as JSON; raises ValueError if it is not."""
         return json.loads(self.text)
 
 
@@ -150,7 +150,7 @@ class Gunicorn:
         threads = threads if worker_class == "gthread" else 1
         self.description = f"{worker_class}, workers: {workers}, threads in each: {threads}"
         self._log = log
-        # Bound here and handed on, so that a taken port is found first and nobody takes a free one meanwhile.
+        # Bound here and handed on, so a taken port is found first, and no other program takes a free one.
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -205,7 +205,7 @@ class Gunicorn:
 
     @property
     def pid(self) -> int:
-        """The process id of gunicorn, which leads a process group of its own."""
+        """The process id of gunicorn, which leads its own process group."""
         assert self._process is not None
         return self._process.pid
 
@@ -240,7 +240,7 @@ class Gunicorn:
         headers: Mapping[str, str] | None = None,
         timeout: float = 15.0,
     ) -> Answer:
-        """Send one request on a connection of its own; raises OSError or HTTPException."""
+        """Send one request on a separate connection; raises OSError or HTTPException."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=max(timeout, 0.1))
         all_headers = dict(headers or {})
         body = None
@@ -270,7 +270,7 @@ class Gunicorn:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     standbys: int = 2
     version: int | None = None
@@ -285,7 +285,7 @@ class Options:
 @contextlib.contextmanager
 def started(options: Options, log: IO[bytes] | None = None) -> Iterator[tuple[Cluster, Gunicorn]]:
     """Start the cluster and the example; end both, whatever happens. Raises ClusterError or DemoError."""
-    # With a password, since whoever may log in as superuser may run programs as the servers' user.
+    # With a password, since a superuser of the database may run programs as the servers' user.
     cluster = Cluster(options.standbys, options.version, auth="scram-sha-256")
     with cluster:
         create_database(cluster)
@@ -324,7 +324,7 @@ def say(text: str, to: IO[str] | None = None) -> None:
 
 
 def look_after(node: Node, down_since: dict[Node, float], tell: Callable[[str], None] = say) -> None:
-    """Tell of a server that was killed, and start it again after a while."""
+    """Report a killed server, and start it again after a while."""
     if node.running:
         return
     now = time.monotonic()
@@ -343,14 +343,14 @@ def look_after(node: Node, down_since: dict[Node, float], tell: Callable[[str], 
 
 
 def facts_of_servers(cluster: Cluster) -> list[dict[str, Any]]:
-    """Return which servers run where, as for JSON."""
+    """Return the name, role, address and process of each server, ready for JSON."""
     return [
         {"name": n.name, "role": n.role, "host": n.host, "port": n.port, "pid": n.pid} for n in cluster.nodes
     ]
 
 
 def facts(cluster: Cluster, server: Gunicorn) -> dict[str, Any]:
-    """Return what runs where, as for JSON; the password is in the configuration's file alone."""
+    """Return the address and process of each server, ready for JSON; only the file has the password."""
     return {
         "status": "running",
         "url": server.url,
@@ -361,7 +361,7 @@ def facts(cluster: Cluster, server: Gunicorn) -> dict[str, Any]:
 
 
 def introduction(cluster: Cluster, server: Gunicorn) -> str:
-    """Say what runs where, and what to try."""
+    """Return the introduction: what runs at which address, and what to try."""
     nodes = "\n".join(f"  {n.name}  {n.role:7}  {n.label}  process {n.pid}" for n in cluster.nodes)
     victim = cluster.standbys[0]
     url = server.url

@@ -1,6 +1,6 @@
 """gunicorn as a child that does not outlive the demo: `python -m` with gunicorn's arguments.
 
-Standard input is the lifeline: its other end is held by the demo alone, so it ends with the demo, even if
+Standard input is the lifeline: only the demo holds its other end, so it ends with the demo, even if
 that is killed.
 """
 

@@ -1,4 +1,4 @@
-"""The demo's tour: faults of the cluster, and how the application must behave meanwhile."""
+"""The demo's tour: faults of the cluster, and how the application must behave during them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BACK_WITHIN = 10.0
 
 
 class StepFailed(AssertionError):
-    """A step showed something else than it should."""
+    """A step did not show the expected result."""
 
 
 def expect(holds: object, failure: str) -> None:
@@ -49,7 +49,7 @@ def wait_for(condition: Callable[[], bool], timeout: float, failure: Callable[[]
 
 @dataclass(frozen=True)
 class Read:
-    """One read of a client: when it was sent, who answered, and the error, if any."""
+    """One read of a client: when it was sent, the server that answered, and the error, if any."""
 
     at: float
     server: str
@@ -151,7 +151,7 @@ class Tour:
         )
 
     def transfers(self) -> str:
-        """Transfer between all accounts from several clients at a time."""
+        """Transfer between all accounts from several clients at once."""
         began = time.monotonic()
 
         def transfer(number: int) -> Answer:
@@ -196,7 +196,7 @@ class Tour:
         return f"{READS} by {CLIENTS} clients: {in_words(counts)}; the sum is {self.total} in each"
 
     def refusals(self) -> str:
-        """Ask for what cannot be done."""
+        """Send requests that must be refused."""
         wanted: list[tuple[int, str, dict[str, Any]]] = [
             (409, "too little money", {"source": 1, "target": 2, "amount": "99999"}),
             (404, "unknown account", {"source": 1, "target": 99, "amount": "1"}),
@@ -240,7 +240,7 @@ class Tour:
         )
 
     def health(self) -> str:
-        """See that the application knows it, and goes on."""
+        """Check that the application notices it, and goes on."""
         seen: dict[str, Any] = {}
 
         def known() -> bool:
@@ -254,7 +254,7 @@ class Tour:
         return f"200, {self.victim.name} is {seen['state']}: {reason}"
 
     def back(self) -> str:
-        """Start it again, and see it get its share."""
+        """Start it again, and check that it gets its share."""
         window = 200
 
         def share(reads: list[Read]) -> float:
@@ -283,7 +283,7 @@ class Tour:
         )
 
     def ended(self) -> str:
-        """See that nothing is left; to be called when all was stopped."""
+        """Check that nothing is left; to be called when everything was stopped."""
         left = [
             process.pid
             for process in processes()

@@ -1,4 +1,4 @@
-"""What the facts about a configuration's servers mean, and what to do about it."""
+"""The findings from the facts about a configuration's servers, with their remedies."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _RANK = {"error": 0, "warning": 1, "info": 2}
 
 
 def status(findings: list[Finding]) -> str:
-    """Return `broken` where something does not work, `degraded` where something may not, or `ok`."""
+    """Return `broken` if something does not work, `degraded` if something may not, or `ok`."""
     worst = min((_RANK[finding.severity] for finding in findings), default=2)
     return (BROKEN, DEGRADED, OK)[worst]
 
 
 def advise(config: Config, facts: Facts) -> list[Finding]:
-    """Return what there is to say, the worst first; every finding has a remedy."""
+    """Return the findings, the worst first; each has a remedy."""
     found = [*_driver(facts), *_servers(config, facts), *_groups(config, facts), *_primaries(facts)]
     return sorted(found, key=lambda finding: (_RANK[finding.severity], finding.code, finding.subject))
 
@@ -51,7 +51,7 @@ def _servers(config: Config, facts: Facts) -> Iterator[Finding]:
                 "give the address of its REST API in `patroni`, and let this machine ask it",
             )  # fmt: skip
         if not server.reachable:
-            # Serious by itself only if a group is left without a server, which is told there.
+            # Serious by itself only if a group is left without a server, which is reported there.
             yield Finding("warning", "unreachable", endpoint.label, server.error or "no answer", _why(server))
             continue
         if server.error:
@@ -66,7 +66,7 @@ def _servers(config: Config, facts: Facts) -> Iterator[Finding]:
 
 
 def _why(server: ServerFacts) -> str:
-    """Return what to do about a server that gives no connection."""
+    """Return the remedy for a server to which no connection can be opened."""
     text = (server.error or "").lower()
     for words, remedy in (
         (("password", "authentication", "pg_hba"), "fix `user`, `pass` or `pass_file`, or pg_hba.conf"),
@@ -138,7 +138,7 @@ def _pooler(endpoint: EndpointConfig, server: ServerFacts, users: list[GroupConf
         )  # fmt: skip
     elif endpoint.pooler and not server.pooler:
         yield Finding(
-            "info", "no-pooler", label, "there is no pooler before the server, and the configuration has one",
+            "info", "no-pooler", label, "no pooler stands before the server, but the configuration has one",
             "remove `pooler`: each transaction then binds less",
         )  # fmt: skip
     if (server.pooler or endpoint.pooler) and preparing:

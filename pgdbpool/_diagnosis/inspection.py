@@ -1,6 +1,6 @@
-"""What the servers of a configuration are and say, asked once: the facts that `pgdbpool check` prints.
+"""Queries the servers of a configuration once, for the facts that `pgdbpool check` prints.
 
-Every endpoint is dialled as each of its groups would. What the facts mean is in `advice.py`.
+Every endpoint is dialled as each of its groups would. `advice.py` draws conclusions from them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .._session.connection import PooledConnection
 
 ROUND_TRIPS = 5
-"""Questions whose median is the round-trip time."""
+"""Queries whose median is the round-trip time."""
 
 FACTS = b"""
     SELECT pg_catalog.current_setting('server_version'),
@@ -53,10 +53,10 @@ class ServerFacts:
     reachable: bool = False
     error: str | None = None
     down: bool = False
-    """Whether the error means that the server is not there, rather than that it refuses this login."""
+    """Whether the error means that the server cannot be reached, rather than that it refuses this login."""
     tls: str | None = None
     pooler: bool = False
-    """Whether something between client and server gives out sessions of its own."""
+    """Whether a pooler between client and server hands out its own sessions."""
     version: str | None = None
     role: str | None = None
     timeline: int | None = None
@@ -69,11 +69,11 @@ class ServerFacts:
     usable: int | None = None
     """`max_connections` less the reserved connections, or less by a CONNECTION LIMIT."""
     in_use: int | None = None
-    """Sessions that it has from anybody."""
+    """Sessions of all clients."""
     opens: int | None = None
     """Connections that all processes can open to it, with every server up."""
     opens_at_most: int | None = None
-    """... and when it alone is left."""
+    """... and when it is the only one left."""
     patroni: bool | None = None
     """Whether its Patroni answers, if it has one."""
     settings: dict[str, str | None] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class GroupFacts:
     connection_count: int
     served_by: list[str] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
-    """Why not by another endpoint of its own, by label."""
+    """Why its other endpoints do not serve it, by label."""
     rls: list[Finding] = field(default_factory=list)
 
 
@@ -124,10 +124,10 @@ def inspect(
 ) -> Facts:
     """Connect to every endpoint of every group, one after the other, and return the facts.
 
-    Each connection has its connect timeout, each question the same time.
+    Each connection has its connect timeout, each query the same time.
 
-    :param processes: how many use the configuration, in place of its own number.
-    :param progress: is told what comes next.
+    :param processes: how many use the configuration, in place of the configured number.
+    :param progress: is called with the name of the next step.
     """
     processes = processes or config.processes
     endpoints = {each.label: Endpoint(each) for each in config.endpoints}

@@ -145,7 +145,7 @@ class Cluster:
         watchdog.remove_cluster(str(self._directory), self._uid)
         for node in self.nodes:
             node.release()
-        if self._watchdog is not None:  # the last to go: if we are killed before, it goes on from here
+        if self._watchdog is not None:  # ended last: if we are killed before, it continues from here
             self._watchdog.kill()
             self._watchdog.wait(10)
         self._owner = None
@@ -159,9 +159,9 @@ class Cluster:
                 node.follow(primary)
 
     def wait_in_sync(self, timeout: float = 30.0) -> None:
-        """Wait until each running standby streams and has replayed what the primary has written by now.
+        """Wait until each running standby streams and has replayed everything the primary has written so far.
 
-        Paused standbys are left out. Raises ClusterError, or psycopg.OperationalError if the primary is away.
+        Paused standbys are left out. Raises ClusterError, or psycopg.OperationalError if the primary is down.
         """
         position = self.primary.position()
         for node in self.standbys:
@@ -174,7 +174,7 @@ class Cluster:
         self._uid = installation.uid
         self._owner = os.getpid()
         arguments = [watchdog.__file__, str(directory), str(self._uid), str(self._owner)]
-        python = sys.executable or shutil.which("python3") or "python3"  # there is no name if we are embedded
+        python = sys.executable or shutil.which("python3") or "python3"  # an embedded interpreter has no name
         self._watchdog = subprocess.Popen(
             [python, "-I", "-S", *arguments],
             stdin=subprocess.DEVNULL,

@@ -22,7 +22,7 @@ CACHE = Path("/var/cache/pgdbpool")
 
 
 class ClusterError(RuntimeError):
-    """An embedded cluster could not be started, changed or reached; the message says why and what helps."""
+    """An embedded cluster could not be started, changed or reached; the message gives reason and remedy."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Installation:
 
 @dataclass(frozen=True)
 class Home:
-    """What the nodes of one cluster share: the programs, a private directory, settings and the password.
+    """Shared by the nodes of one cluster: the programs, a private directory, settings and the password.
 
     The directory is root's if the cluster is: the servers' user may not replace a part of a path that root
     writes to. Files are made in it and moved to their place, which follows no link.
@@ -116,7 +116,7 @@ class Home:
 
 
 def make_directory(installation: Installation) -> Path:
-    """Make a private directory that the servers' user can enter; raises ClusterError if there is no place."""
+    """Make a private directory that the servers' user can enter; raises ClusterError if none can be made."""
     account = installation.account
     if account is None:
         return Path(tempfile.mkdtemp(prefix="pgdbpool-")).resolve()

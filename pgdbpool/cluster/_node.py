@@ -47,8 +47,8 @@ class Node:
         self._upstream = upstream
         self._process: subprocess.Popen[bytes] | None = None
         self._paused = False
-        # To clients, a port that is bound and not listened to is as closed as any. But nobody else gets it
-        # while the server is down, and no client connects to itself. Only Linux lets the server bind it then.
+        # To clients, a bound port without a listener is as closed as any. But no other program gets it while
+        # the server is down, and no client connects to itself. Only Linux lets the server bind it then.
         self._reservation = socket.socket()
         self._reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reservation.bind((HOST, 0))
@@ -106,7 +106,7 @@ class Node:
         return psycopg.connect(self.conninfo(), **{"autocommit": True, "connect_timeout": 5} | kwargs)
 
     def execute(self, sql: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> list[TupleRow]:
-        """Run one statement on a connection of its own, for a minute at most, and return its rows, if any."""
+        """Run one statement on a separate connection, for a minute at most, and return its rows, if any."""
         with self.connect(options="-c statement_timeout=60s") as connection:
             cursor = connection.execute(sql.encode(), params)
             return cursor.fetchall() if cursor.description else []
@@ -173,7 +173,7 @@ class Node:
         self._paused = True
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Resume a paused server."""
         if self.paused:
             watchdog.send(signal.SIGCONT, watchdog.tree(self.pid))
         self._paused = False
@@ -208,7 +208,7 @@ class Node:
             watchdog.send(signal.SIGHUP, [self.pid])
 
     def rejoin(self, primary: Node, timeout: float = 30.0) -> None:
-        """Make this node a running standby of `primary`, whatever it was before; raises ClusterError.
+        """Make this node, in any role, a running standby of `primary`; raises ClusterError.
 
         Its writes that `primary` does not know are lost: by pg_rewind, or by a base backup if that fails.
         """
@@ -235,8 +235,8 @@ class Node:
     def wait_replayed(self, lsn: str, timeline: int, timeout: float = 30.0) -> None:
         """Wait until this standby streams `timeline` from its upstream and has replayed `lsn`.
 
-        Raises ClusterError if it does not get there in time. It never will if it has replayed what its
-        upstream never had, as after the promotion of a standby that was behind: let it rejoin.
+        Raises ClusterError if it does not get there in time. It never will if it has replayed records that
+        its upstream never had, as after the promotion of a standby that was behind: let it rejoin.
         """
         deadline = time.monotonic() + timeout
         self.wait_ready(timeout)
@@ -266,7 +266,7 @@ class Node:
             parts["passfile"] = self._home.passfile
         return make_conninfo("", **parts)
 
-    # What the cluster needs
+    # For the cluster
 
     def initialize(self, auth: str) -> None:
         """Make the data of a new primary; raises ClusterError."""

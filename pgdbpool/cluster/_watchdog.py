@@ -131,7 +131,7 @@ def remove_cluster(base: str, uid: int, timeout: float = 3.0) -> None:
 def watch(base: str, uid: int, parent: int) -> None:
     """Wait for the end of the process `parent`, our parent, however it comes, then remove its cluster."""
     # A pipe's write end would stay open in forked workers, and a pid may belong to another process by now:
-    # who our own parent is, is always true.
+    # our own parent's id is always right.
     while os.getppid() == parent:
         time.sleep(0.2)
     remove_cluster(base, uid)

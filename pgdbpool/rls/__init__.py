@@ -2,13 +2,13 @@
 
     audit(conn, ["app.current_tenant_id"], role="app")
 
-tells which tables the role may use are protected, which policies there are, and where they do not hold: for
+reports which tables that the role may use are protected, their policies, and the ways around them: for
 the role itself, for a command, for a tenant that is not set, around a view, a function or a partition.
-Nothing is changed: it all happens in a read-only transaction that is rolled back. But the session has known
-the settings afterwards, so that they read '' if they read NULL before: close the connection, or lend it
-to those who set the tenant.
+Nothing is changed: it all happens in a read-only transaction that is rolled back. But the session knows the
+settings afterwards, so they read '' if they read NULL before: close the connection, or lend it only to
+blocks that set the tenant.
 
-What a sound policy looks like (`true` and NULLIF, since a setting reads NULL before it is first set in a
+A sound policy (with `true` and NULLIF, since a setting reads NULL before it is first set in a
 session, and '' after the transaction that set it):
 
     CREATE POLICY tenant ON orders
@@ -17,8 +17,8 @@ session, and '' after the transaction that set it):
 Policies are evaluated with the rights of the role, but a function in one might take back the session user's:
 if the tables' owners are not trusted, connect as the role itself, not as a superuser.
 
-Not seen: foreign tables, which have no row-level security; what a function in C reads; what a view reads
-through a function; what a unique or foreign key tells of rows that one cannot read. Source: https://www.postgresql.org/docs/current/ddl-rowsecurity.html
+Not seen: foreign tables, which have no row-level security; reads by a function in C; reads by a view
+through a function; hidden rows that a unique or foreign key reveals. Source: https://www.postgresql.org/docs/current/ddl-rowsecurity.html
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Audit:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error and no warning."""
+        """Whether no finding is an error or a warning."""
         return all(finding.severity == "info" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Audit:
 
 
 def role_findings(conn: psycopg.Connection[Any], role: str | None = None) -> tuple[Finding, ...]:
-    """Return what lets the role (default: the current one) past policies, in one query and round trip.
+    """Return the facts that let the role (default: the current one) past policies, in one round trip.
 
     That is: a superuser, BYPASSRLS, the owner's rights on tables without FORCE, SET ROLE to such roles. On a
     connection that is not in autocommit mode it is part of the caller's transaction.
@@ -132,17 +132,17 @@ def audit(
     *,
     ignore: Iterable[str] = (),
 ) -> Audit:
-    """Look for ways in which the role (default: the current one) gets at rows of another tenant.
+    """Look for ways in which the role (default: the current one) reaches rows of another tenant.
 
     `settings` are the group's tenant settings. `tables` are names as in the catalog, `schema.table` or found
     in the search path, their partitions included; None is every table outside the system's schemas and
     extensions that the role has privileges on. `ignore` leaves out findings by `code` or `code:subject`, with
-    `*`: for a table of things that belong to nobody, `rls-disabled:public.countries`.
+    `*`: for a table that belongs to no tenant, `rls-disabled:public.countries`.
 
     Policies are tried and rows counted as the role, if the session may become it, for two seconds each. The
-    connection should be a new one, not a pooled one: if the session has had the settings, what functions
-    in policies do before that is not tried. Raises ConfigError for a setting, table or role that cannot be
-    audited, and psycopg.Error.
+    connection should be a new one, not a pooled one: if the session has had the settings, functions in
+    policies are not tried as they behave before that. Raises ConfigError for a setting, table or role that
+    cannot be audited, and psycopg.Error.
     """
     _check_settings(settings)
     with conn.transaction(force_rollback=True):
@@ -174,7 +174,7 @@ def audit(
             parents = [known[a].name for a in table.ancestors if a in known and known[a].enabled]
             found += findings.on_table(me.subject, table, policies[oid], parents, tables is not None)
             found += findings.on_policies(table, policies[oid], settings)
-        if me.superuser:  # of whom privileges say nothing
+        if me.superuser:  # whose privileges mean nothing
             found = [finding for finding in found if finding.code not in findings.OF_PRIVILEGES]
         met = {oid: [policy for policy in those if policy.applies] for oid, those in policies.items()}
         guarded_by = {oid: (chosen[oid], those) for oid, those in met.items() if those}
@@ -204,7 +204,7 @@ def _behaviour(
     for oid, (table, policies) in usable.items():
         tried = list(findings.on_behaviour(me.subject, table, policies, settings, behaviours[oid]))
         yield from tried
-        if behaviours[oid].fails("nobody"):  # then what opens could not be told from what is meant for all
+        if behaviours[oid].fails("nobody"):  # then holes could not be told from rows meant for all
             said = {(finding.code, finding.subject) for finding in tried}
             for finding in findings.on_text(table, policies, settings):
                 if (finding.code, finding.subject) not in said:
@@ -212,7 +212,7 @@ def _behaviour(
 
 
 def _choose(known: Mapping[int, Table], names: Sequence[str] | None, path: Sequence[str]) -> dict[int, Table]:
-    """Return the tables to audit by oid; raises ConfigError for a name that is none."""
+    """Return the tables to audit by oid; raises ConfigError for an unknown name."""
     if names is None:
         return {oid: t for oid, t in known.items() if t.usable and t.granted and not t.extension}
     found = {name: catalog.resolve(name, list(known.values()), path) for name in names}

@@ -1,4 +1,4 @@
-"""What the catalogs say about a role, the tables it may use, their policies, and the ways around them.
+"""The catalogs' facts about a role, the tables it may use, their policies, and the ways around them.
 
 Each query is one noun of the audit. All but `ROLE` run with `search_path = pg_catalog`, so that every
 name and expression they return is qualified, and quoted where SQL needs quotes.
@@ -27,7 +27,7 @@ def read_settings(text: str) -> set[str]:
 
 
 def fetch(conn: psycopg.Connection[Any], kind: type[T], query: str, **params: object) -> list[T]:
-    """Run a query of this module and return its rows, whatever the connection's own cursors are."""
+    """Run a query of this module and return its rows, with plain cursors, whatever the connection's are."""
     with psycopg.Cursor(conn, row_factory=class_row(kind)) as cursor:
         return cursor.execute(query.encode(), params, prepare=False).fetchall()
 
@@ -46,8 +46,8 @@ class RoleFact:
 
 
 # The row of the kind `role` comes always, unless there is no such role.
-# Owner is whoever has the owner's privileges (pg_has_role USAGE). SET ROLE: before version 16 each member
-# may, since then a grant may leave it out, and ADMIN OPTION is enough to grant it to oneself.
+# Each role with the owner's privileges (pg_has_role USAGE) counts as owner. SET ROLE: before version 16
+# each member may, since then a grant may leave it out, and ADMIN OPTION is enough to grant it to oneself.
 ROLE = """
 WITH me AS MATERIALIZED (
     SELECT * FROM pg_roles WHERE rolname = coalesce(%(role)s::text, current_user)
@@ -112,7 +112,7 @@ class Table:
     granted: list[str]
     """The privileges that the role has on the table or on a column of it."""
     grantees: dict[str, list[str]]
-    """Through whom the role has each privilege: itself, a role it inherits from, PUBLIC."""
+    """The role through which it has each privilege: itself, a role it inherits from, PUBLIC."""
     ancestors: list[int]
     extension: bool
     pages: float
@@ -217,14 +217,14 @@ class Policy:
     using: str | None
     check: str | None
     sources: list[tuple[str, str]]
-    """What the expressions call or query, as (name, SQL text), with whatever that depends on."""
+    """The objects that the expressions call or query, as (name, SQL text), with their dependencies."""
 
     def expression(self, part: str) -> str | None:
         """Return the condition on rows that are read (`using`) or written (`check`)."""
         return self.using if part == "using" or self.check is None else self.check
 
     def covers(self, command: str, part: str) -> bool:
-        """Return whether the policy has a word on the rows that a command of the role reads or writes."""
+        """Return whether the policy applies to the rows that a command of the role reads or writes."""
         return self.applies and self.command in ("ALL", command) and self.expression(part) is not None
 
     def reads(self, text: str | None) -> set[str]:
@@ -296,10 +296,10 @@ class ViewFact:
     table: str
     snapshot: bool
     grantees: list[str]
-    """Through whom the role may use the view."""
+    """The role through which it may use the view."""
 
 
-# A view's tables are read with the rights of its owner, or with security_invoker of whoever reads it, which
+# A view's tables are read with the rights of its owner, or with security_invoker of its reader, which
 # for a view in a view is again the outer one's owner. Policies apply to that user, not to the session's.
 # Source: https://www.postgresql.org/docs/current/sql-createview.html
 VIEWS = """

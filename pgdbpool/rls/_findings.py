@@ -1,4 +1,4 @@
-"""The rules of the audit: from what the catalogs and the probes say to findings.
+"""The rules of the audit, which turn the results of catalogs and probes into findings.
 
 Source: https://www.postgresql.org/docs/current/ddl-rowsecurity.html,
 https://www.postgresql.org/docs/current/sql-createpolicy.html and
@@ -42,7 +42,7 @@ TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that the audit has to say; `code` is stable, `remedy` is SQL if there is some."""
+    """One finding of the audit; `code` is stable, `remedy` is SQL if there is some."""
 
     severity: Severity
     code: str
@@ -53,7 +53,7 @@ class Finding:
 
 
 def on_role(facts: Sequence[RoleFact]) -> Iterator[Finding]:
-    """Find what lets the role past every policy, or past those of a table."""
+    """Find facts that let the role past every policy, or past those of a table."""
     role = facts[0].subject
     for fact in facts:
         it = fact.subject
@@ -81,7 +81,9 @@ def on_table(
     commands = [command for command in COMMANDS if table.allows(command)]
     rights = f"{role} has {', '.join(commands) or 'no rights'} on it"
     if not table.enabled and parents and commands:
-        message = f"{rights}, and policies of {parents[0]} do not apply to who names its part instead of it"
+        message = (
+            f"{rights}, and policies of {parents[0]} do not apply to queries that name its part instead of it"
+        )
         yield Finding("error", "partition-unprotected", it, message, _revoke(role, table, "ALL"))
     elif not table.enabled and not parents and (commands or named):
         but = f", though it has the policies {', '.join(p.name for p in policies)}" if policies else ""
@@ -109,7 +111,7 @@ def _on_rights(role: str, table: Table) -> Iterator[Finding]:
         yield Finding("error", "truncate-granted", it, message, _revoke(role, table, "TRUNCATE"))
     for privilege, why in (
         ("REFERENCES", "a foreign key tells which values exist"),
-        ("TRIGGER", "a trigger sees the rows of whoever writes them"),
+        ("TRIGGER", "a trigger sees the rows that other roles write"),
     ):
         if table.allows(privilege):
             message = f"{role} has {privilege} on it, to which no policy applies: {why}"
@@ -155,7 +157,7 @@ def on_policies(table: Table, policies: Sequence[Policy], settings: Sequence[str
                 code = "policy-ignores-setting" if part == "using" else "check-ignores-setting"
                 message = (
                     f"{WORDS[part]} ({policy.expression(part)}) does not read {' or '.join(settings)}, and "
-                    f"policies are joined by OR: it opens {', '.join(found)} whatever the others say"
+                    f"policies are joined by OR: it opens {', '.join(found)} regardless of the others"
                 )
                 remedy = f"DROP POLICY {policy.name} ON {table.name};"
                 if part == "check" and policy.reads(policy.using) & names:
@@ -196,7 +198,7 @@ def on_behaviour(
 
 
 def on_text(table: Table, policies: Sequence[Policy], settings: Sequence[str]) -> Iterator[Finding]:
-    """Find in the text of policies what their behaviour could not be asked for."""
+    """Find problems in the text of policies whose behaviour could not be tried."""
     for policy in policies:
         for expression in filter(None, (policy.using, policy.check)):
             for pattern, code, message in TEXTS:
@@ -222,7 +224,7 @@ def on_views(role: str, views: Sequence[ViewFact]) -> Iterator[Finding]:
 
 
 def on_functions(role: str, functions: Sequence[FunctionFact]) -> Iterator[Finding]:
-    """Find functions that run with the rights of an owner whom no policy binds, or that can be misled."""
+    """Find functions that run with the rights of an owner not bound by any policy, or that can be misled."""
     for function in functions:
         it, owner = function.name, function.owner
         if function.why:
@@ -232,7 +234,7 @@ def on_functions(role: str, functions: Sequence[FunctionFact]) -> Iterator[Findi
             remedy = f"ALTER ROUTINE {it} SECURITY INVOKER;"
             yield Finding(severity, "definer-bypasses-rls", it, message, remedy)
         if function.open_path and not function.extension:
-            message = f"it runs as {owner}, but looks names up where its caller says: set its search_path"
+            message = f"it runs as {owner}, but looks names up in its caller's schemas: set its search_path"
             remedy = f"ALTER ROUTINE {it} SET search_path = {function.schema}, pg_temp;"
             yield Finding("warning", "definer-search-path", it, message, remedy)
 
@@ -285,7 +287,7 @@ def on_foreign(role: str, tables: Sequence[ForeignFact]) -> Iterator[Finding]:
 
 
 def applied(policies: Sequence[Policy], command: str, part: str) -> list[Policy]:
-    """Return the policies that have a word on the rows that a command of the role reads or writes."""
+    """Return the policies that apply to the rows that a command of the role reads or writes."""
     return [policy for policy in policies if policy.covers(command, part)]
 
 
@@ -302,7 +304,7 @@ class _Opening(NamedTuple):
 
 
 def _openings(table: Table, policies: Sequence[Policy], found: Behaviour) -> Iterator[_Opening]:
-    """Yield each made-up row that a command reaches without a tenant, and does not as nobody."""
+    """Yield each made-up row that a command reaches without a tenant but not as `nobody`."""
     for part, command in table.examined(PARTS):
         those = applied(policies, command, part)
         nobody = found.admits("nobody", those, part)
@@ -319,7 +321,7 @@ def _openings(table: Table, policies: Sequence[Policy], found: Behaviour) -> Ite
 def _loose(
     table: Table, policies: Sequence[Policy], policy: Policy, settings: Sequence[str], found: Behaviour
 ) -> Iterator[str]:
-    """Yield the commands for which a policy that reads the tenant admits the row that is nobody's."""
+    """Yield the commands for which a policy that reads the tenant admits the row of no tenant."""
     names = {name.lower() for name in settings}
     for part, command in table.examined(PARTS):
         those, expression = applied(policies, command, part), policy.expression(part)

@@ -1,14 +1,14 @@
-"""What policies do when the tenant is not set: each expression is evaluated, not read.
+"""Tries policies without a tenant: each expression is evaluated, not read.
 
-A setting has three states that matter. *Unset*: nobody in this session ever set it, and
+A setting has three states that matter. *Unset*: this session never set it, and
 `current_setting(x, true)` is NULL. *Empty*: it was set for a transaction that has ended; the session then
 knows its name, the value is '', and nothing makes it unset again, neither RESET nor DISCARD ALL. *Nobody*:
-a tenant without rows, which is what the other two are compared with, so that rows meant for everyone are
+a tenant without rows, with which the other two are compared, so that rows meant for everyone are
 not taken for a hole.
 
 An expression is evaluated over rows made up in memory, `jsonb_populate_recordset(NULL::the_table, ...)`: thus
 for tables that are empty, for commands that write, and without the role's own policies in the way. For the
-unset state the setting's name is replaced in the expression by one that nobody ever set. That works in any
+unset state the setting's name is replaced in the expression by one that was never set. That works in any
 session, but not inside a function or another table's policy: those are evaluated only if the session
 itself has not had the setting, so audit on a fresh connection. The unset state comes first, since the
 other two end it.
@@ -50,7 +50,7 @@ class Failure(NamedTuple):
 
     @property
     def of_the_probe(self) -> bool:
-        """Whether it is the probe that forbids what the expression does: to take long, or to write."""
+        """Whether the probe itself forbids the expression to take so long, or to write."""
         return self.sqlstate in ("57014", "25006")
 
 
@@ -69,7 +69,7 @@ class Behaviour:
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdicts: dict[tuple[State, str], Verdict] = field(default_factory=dict)
     visible: dict[State, int] = field(default_factory=dict)
-    """How many rows the role could really read, of those looked at."""
+    """How many rows the role could really read, of those sampled."""
 
     def verdict(self, state: State, expression: str | None) -> Verdict:
         """Return what an expression answered in a state."""
@@ -85,10 +85,10 @@ class Behaviour:
         return any(isinstance(v, Failure) for (where, _), v in self.verdicts.items() if where == state)
 
     def admits(self, state: State, policies: Sequence[Policy], part: str) -> list[bool] | None:
-        """Tell for each row whether these policies together admit it; None if that is not known.
+        """Return for each row whether these policies together admit it; None if that is not known.
 
         Permissive ones are joined by OR, restrictive ones by AND. An error of any is one of the statement,
-        which then admits nothing; but as nobody, the error may be about the value that was made up.
+        which then admits nothing; but as nobody, the error may be about the made-up value.
         """
         verdicts = [(policy, self.verdict(state, policy.expression(part))) for policy in policies]
         unknown = (type(None), Failure) if state == "nobody" else (type(None),)
@@ -163,7 +163,7 @@ class Probe:
         try:
             [(found.visible[state],)] = self._in_state(values, query, [])
         except psycopg.Error as error:
-            _failure(error)  # an expression's error is its verdict already, and a timeout is no evidence
+            _failure(error)  # an expression's error is its verdict already, and a timeout is not evidence
 
     def _rows(self, table: Table, policies: Sequence[Policy]) -> list[dict[str, Any]]:
         text = " ".join(filter(None, itertools.chain.from_iterable((p.using, p.check) for p in policies)))
@@ -227,7 +227,7 @@ def _no_placeholders(text: str) -> str:
 
 
 def _failure(error: psycopg.Error) -> Failure:
-    """Return what the server said of an expression; raises the error again if it ended the session."""
+    """Return the server's error for an expression; raises the error again if it ended the session."""
     if error.sqlstate is None or error.sqlstate.startswith(("08", "57P")):
         raise error
     return Failure(error.sqlstate, error.diag.message_primary or str(error))

@@ -1,4 +1,4 @@
-"""For WSGI: a request's tenant and deadline, bound for all that runs on its behalf, and answers to probes."""
+"""For WSGI: a request's tenant and deadline, bound for all of its code, and answers to probes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TenantMiddleware:
     ) -> None:
         for name, status in (("missing", missing), ("refused", refused)):
             if status is not None and not re.fullmatch(r"4[0-9]{2} .+", status):
-                raise ValueError(f"{name}={status!r} is no 4xx status line, such as '403 Forbidden'")
+                raise ValueError(f"{name}={status!r} is not a 4xx status line, such as '403 Forbidden'")
         self._app = app
         self._extractor = extractor
         self._missing = missing
@@ -89,9 +89,9 @@ class TenantMiddleware:
 
 
 class DeadlineMiddleware:
-    """Gives each request, its response body included, so many seconds; see `pgdbpool.deadline`.
+    """Limits the time of each request, its response body included; see `pgdbpool.deadline`.
 
-    :param app: the WSGI application. `DeadlineExceeded` is its own to answer, as any error of the database.
+    :param app: the WSGI application. It answers `DeadlineExceeded` itself, as any error of the database.
     :param seconds: the time of a request, or a function of the environ that returns it, None for no
         deadline.
     """
@@ -100,7 +100,7 @@ class DeadlineMiddleware:
         self, app: WSGIApplication, seconds: float | Callable[[WSGIEnvironment], float | None]
     ) -> None:
         if not callable(seconds) and not seconds > 0:
-            raise ValueError(f"seconds={seconds!r} is no time for a request")
+            raise ValueError(f"seconds={seconds!r} is not a time for a request")
         self._app = app
         self._seconds = seconds
 
@@ -114,13 +114,13 @@ class DeadlineMiddleware:
 
 
 def mount(app: WSGIApplication, path: str, mounted: WSGIApplication) -> WSGIApplication:
-    """Return an application that answers below the path with the mounted one, and else with the other.
+    """Return an application that answers below the path with the mounted one, and otherwise with the other.
 
     :param path: such as ``/-/pools``; it begins with a slash and does not end with one.
     :raises ValueError: it does not.
     """
     if not re.fullmatch(r"(/[^/]+)+", path):
-        raise ValueError(f"path={path!r} is no place to mount at: write it as '/-/pools'")
+        raise ValueError(f"path={path!r} is not a path to mount at: write it as '/-/pools'")
 
     def both(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         asked = environ.get("PATH_INFO", "")
@@ -136,13 +136,13 @@ class HealthApp:
     """Answers probes of an orchestrator or a load balancer with 200 or 503 and JSON, see :doc:`guide/health`.
 
     A path that ends in `/live` asks whether the process is worth keeping: no server is asked. Any other asks
-    whether it can serve requests: servers are, at most once in `max_age` seconds however many ask.
+    whether it can serve requests: servers are asked, at most once in `max_age` seconds for all probes.
 
     :param timeout: seconds that all servers together have for their answers.
-    :param groups: those that must be served for a 200; all if it is None.
-    :param max_age: seconds for which an answer is given again.
-    :param details: whether the answer has what `Connection.health` found: labels of servers, and errors.
-        Leave it out where anybody can ask.
+    :param groups: the groups that must be served for a 200; None means all.
+    :param max_age: seconds for which an answer is reused.
+    :param details: whether the answer includes the report of `Connection.health`: labels of servers, and
+        errors. Leave it out if the path is public.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class HealthApp:
     def _ready(self) -> tuple[bool, dict[str, Any]]:
         last = self._fresh()
         if last is None:
-            with self._asking:  # one asks, and the others take its answer
+            with self._asking:  # one request asks the servers, and the others take its answer
                 last = self._fresh()
                 if last is None:
                     good, report = self._ask()

@@ -1,4 +1,4 @@
-"""Who may see what an application tells of its pools: those who are asked for a token, or this machine."""
+"""Access to the pages about an application's pools: by a token, or from this machine only."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class HTTPResponse(Exception):
 
 
 class AccessCheck:
-    """Lets requests pass that a function of the environ admits, or that bring a token, or local ones.
+    """Admits requests that a function of the environ admits, or that bring a token, or local ones.
 
     :raises ValueError: `authorize` and `token` are both given, or the token is too short.
     """
 
     def __init__(self, authorize: Permission | None, token: str | None) -> None:
         if authorize is not None and token is not None:
-            raise ValueError("give authorize or token: with both it is not clear who is to decide")
+            raise ValueError("give authorize or token: with both it is not clear which decides")
         if token is not None and len(token) < TOKEN_LENGTH:
             raise ValueError(f"the token has {len(token)} characters: give {TOKEN_LENGTH} at least")
         self._authorize = authorize
@@ -59,14 +59,14 @@ class AccessCheck:
         elif not is_local(environ):
             raise HTTPResponse(
                 HTTPStatus.FORBIDDEN,
-                "this answers its own machine alone: give the application a token or authorize",
+                "this answers only its own machine: give the application a token or authorize",
             )
 
 
 def is_local(environ: WSGIEnvironment) -> bool:
-    """Return whether a request comes from this machine, and not through a proxy that says so.
+    """Return whether a request comes from this machine, and not through a proxy that shows in a header.
 
-    The name in `Host` has to be a local one too: otherwise any web site could have its own name lead here.
+    The name in `Host` has to be a local one too: otherwise any web site could point its own name here.
     """
     host = environ.get("HTTP_HOST", "").lower()
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

@@ -44,8 +44,8 @@ PAGE = """<!doctype html>
 def page(view: Mapping[str, Any], form: str | None, *, alone: bool) -> str:
     """Return the whole page.
 
-    :param form: what the forms carry that drain and undrain; None leaves them out.
-    :param alone: whether this process alone is shown, since none publishes.
+    :param form: the secret in the drain and undrain forms; None leaves the forms out.
+    :param alone: whether only this process is shown, since none publishes.
     """
     parts = sections(view, form, alone=alone)
     title = parts.pop("title")
@@ -90,7 +90,7 @@ def _summary(view: Mapping[str, Any], alone: bool) -> str:
     busy = sum(group["in_use"] for group in view["groups"])
     waiting = sum(group["waiting"] for group in view["groups"])
     note = (
-        '<p class="note">This process alone is shown: configure <code>runtime_dir</code> to see all.</p>'
+        '<p class="note">Only this process is shown: configure <code>runtime_dir</code> to see all.</p>'
         if alone
         else ""
     )

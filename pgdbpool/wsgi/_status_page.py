@@ -1,4 +1,4 @@
-"""The status page as a WSGI application: who may see it, its addresses, drain and undrain."""
+"""The status page as a WSGI application: access, its addresses, drain and undrain."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ ASSETS = {"status.css": "text/css", "status.js": "text/javascript"}
 
 
 class StatusApp:
-    """The status page of all processes that publish in the `runtime_dir`; of this one alone without it.
+    """The status page of all processes that publish in the `runtime_dir`; without it, of this one only.
 
-    Mount it with `pgdbpool.wsgi.mount`, or with whatever a framework has for that. Its addresses are the
+    Mount it with `pgdbpool.wsgi.mount`, or by a framework's own means. Its addresses are the
     page itself, `status.json` with the same for programs, and `drain` and `undrain`.
 
-    Without `authorize` and `token` it answers requests from this machine alone, and none that came through
-    a proxy, as far as their headers tell: give one of the two before anybody else can reach it.
+    Without `authorize` and `token` it answers only requests from this machine, and none whose headers show
+    a proxy: give one of the two before others can reach it.
 
-    :param authorize: takes the environ and tells whether the request may see the page.
-    :param token: what a browser asks for as the password, of any user name; a program sends it as
+    :param authorize: takes the environ and returns whether the request may see the page.
+    :param token: the password that a browser asks for, with any user name; a program sends it as
         ``Authorization: Bearer ...``. At least 16 characters.
     :param actions: whether endpoints can be drained from the page: true, or a function of the environ.
         That needs the `runtime_dir`.
@@ -78,7 +78,7 @@ class StatusApp:
         except HTTPResponse as found:
             answer = found
         except (RuntimeDirError, NotInitializedError, OSError) as error:
-            answer = HTTPResponse(HTTPStatus.SERVICE_UNAVAILABLE, f"there is no status to show: {error}")
+            answer = HTTPResponse(HTTPStatus.SERVICE_UNAVAILABLE, f"no status to show: {error}")
         body = str(answer).encode()
         headers = [
             *HEADERS,
@@ -152,7 +152,7 @@ class StatusApp:
         raise HTTPResponse(HTTPStatus.SEE_OTHER, "", ("Location", "./"))
 
     def _form_token(self, directory: str, at: int | None = None) -> str:
-        """Return what a form of the page carries: nobody who cannot read the page knows it."""
+        """Return the secret of the page's forms: only a reader of the page knows it."""
         hour = int(time.time() // 3600 * 3600) if at is None else at
         with RuntimeDir(directory) as room:
             secret = room.secret()

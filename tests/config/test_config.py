@@ -612,8 +612,8 @@ def test_a_function_for_the_login_is_given_or_named(key: str) -> None:
 
 def test_a_password_file_that_is_missing_or_one_password_too_many(tmp_path: Path) -> None:
     path = tmp_path / "password"
-    assert "which is no file" in db_problem("pass_file", pass_file=str(path))
-    assert "which is no file" in db_problem("pass_file", pass_file=str(tmp_path))
+    assert "which is not a file" in db_problem("pass_file", pass_file=str(path))
+    assert "which is not a file" in db_problem("pass_file", pass_file=str(tmp_path))
     path.write_text("pw")
     assert "keep one of the two" in db_problem("pass_file", pass_file=str(path), **{"pass": SECRET})
     uri = f"postgresql://u:{SECRET}@h"
@@ -625,7 +625,7 @@ def test_files_of_tls_exist_and_home_is_expanded(tmp_path: Path, monkeypatch: py
     (tmp_path / "x.crt").write_text("")
     for key in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
         assert endpoint(**{key: "~/x.crt"}).conninfo_params()[key] == str(tmp_path / "x.crt")
-        assert "which is no file" in db_problem(key, **{key: "~/y.crt"})
+        assert "which is not a file" in db_problem(key, **{key: "~/y.crt"})
     assert endpoint(sslrootcert="system").sslrootcert == "system"
     assert endpoint(ssl="verify-full").sslrootcert is None
 

@@ -344,7 +344,7 @@ HOLES: dict[str, tuple[str, list[tuple[str, str, str]], str]] = {
     "partition": (
         "GRANT SELECT ON events_2020 TO app",
         [("error", "partition-unprotected", "shop.events_2020")],
-        "policies of shop.events do not apply to who names its part",
+        "policies of shop.events do not apply to queries that name its part",
     ),
     "child": (
         "CREATE TABLE old_orders () INHERITS (orders); GRANT DELETE ON old_orders TO PUBLIC",

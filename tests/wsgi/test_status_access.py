@@ -106,7 +106,7 @@ def test_what_cannot_be_safe_is_refused() -> None:
         StatusApp(token="short")
     with pytest.raises(ValueError, match="authorize or token"):
         StatusApp(token=TOKEN, authorize=lambda environ: True)
-    with pytest.raises(ValueError, match="no place to mount at"):
+    with pytest.raises(ValueError, match="not a path to mount at"):
         mount(StatusApp(), "pools/", StatusApp())
 
 
