@@ -68,16 +68,6 @@ def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], no
     }
 
 
-def quantile(counts: Sequence[int], bounds: Sequence[float], share: float) -> float | None:
-    """Return the end of the bucket that a quantile is in, in seconds; None if there is nothing."""
-    wanted, seen = share * sum(counts), 0
-    for number, bound in zip(counts, (*bounds, *bounds[-1:]), strict=False):
-        seen += number
-        if number and seen >= wanted:
-            return bound
-    return None
-
-
 def _forking(snapshots: Sequence[Mapping[str, Any]]) -> set[int]:
     """Return the processes that serve nothing: others were forked from them, and they had no block."""
     parents = {snapshot.get("parent") for snapshot in snapshots}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from ._util.durations import BUCKETS, Tally
+from ._util.durations import BUCKETS, Tally, quantile
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,7 @@ class Histogram:
 
         Durations above the last bound count as that bound.
         """
-        wanted, seen = share * self.count, 0
-        for bound, number in zip((*self.bounds, self.bounds[-1]), self.counts, strict=True):
-            seen += number
-            if number and seen >= wanted:
-                return bound
-        return None
+        return quantile(self.counts, self.bounds, share)
 
 
 @dataclass(frozen=True, slots=True)

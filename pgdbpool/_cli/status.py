@@ -13,8 +13,9 @@ from typing import Any
 
 from .._cli import output
 from .._config.load import load
+from .._util.durations import quantile
 from ..errors import ConfigError
-from ..overview import gather, quantile
+from ..overview import gather
 
 OK, FAILED, DEGRADED = 0, 1, 3
 EVENTS = 5

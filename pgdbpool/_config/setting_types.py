@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from .._util.client_settings import SETTING_NAME
 from .._util.transaction_modes import canonical, is_mode, mode_value
 from .declarations import Kind, Refused, Unreadable, show, step
 from .text_types import Text, is_text
 
-_SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", re.ASCII)
 _PART_LIMIT = 63
 _SECRET_NAME = re.compile(r"pass|pwd|secret|token|credential|key$", re.IGNORECASE)
 
@@ -29,7 +29,7 @@ class ServerSettings(Kind):
     def schema(self) -> dict[str, Any]:
         return {
             "type": "object",
-            "propertyNames": {"pattern": f"^{_SETTING_NAME.pattern}$"},
+            "propertyNames": {"pattern": f"^{SETTING_NAME.pattern}$"},
             "additionalProperties": {"type": ["string", "number", "boolean"]},
         }
 
@@ -39,7 +39,7 @@ class ServerSettings(Kind):
         settings: dict[str, str] = {}
         problems: list[tuple[str, str]] = []
         for name, item in value.items():
-            if not isinstance(name, str) or not _SETTING_NAME.fullmatch(name):
+            if not isinstance(name, str) or not SETTING_NAME.fullmatch(name):
                 problems.append((step(name), "is not the name of a server setting, such as work_mem"))
             elif isinstance(item, Unreadable):
                 problems.append((step(name), item.reason))
@@ -70,7 +70,7 @@ class TenantName(Text):
         return {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)+$"}
 
     def check(self, value: object) -> Any:
-        if isinstance(value, str) and _SETTING_NAME.fullmatch(value):
+        if isinstance(value, str) and SETTING_NAME.fullmatch(value):
             parts = value.split(".")
             if len(parts) > 1 and max(map(len, parts)) <= _PART_LIMIT:
                 return str.__str__(value)

@@ -22,7 +22,7 @@ from .._servers.balance import suits
 from .._servers.driver import Driver, driver
 from .._servers.endpoint import DialError, Endpoint, Role
 from .._servers.replication import QUERY, Lag, ServerReport, behind
-from .._servers.replication import parse as parse_sight
+from .._servers.replication import parse as parse_report
 from .._session.commands import BEGIN, set_local
 from ..errors import UnsafeRoleError, one_line
 from ..rls import Finding, role_findings
@@ -133,7 +133,7 @@ def inspect(
     endpoints = {each.label: Endpoint(each) for each in config.endpoints}
     servers = {label: ServerFacts(label) for label in endpoints}
     groups = {g.name: GroupFacts(g.name, g.target, g.connection_count) for g in config.groups.values()}
-    sights: dict[str, ServerReport] = {}
+    reports: dict[str, ServerReport] = {}
     for number, (label, endpoint) in enumerate(endpoints.items(), 1):
         users = [group for group in config.groups.values() if label in group.endpoints]
         for group in users or [next(iter(config.groups.values()))]:  # one that no group uses is asked too
@@ -142,7 +142,7 @@ def inspect(
             if facts.down:
                 groups[group.name].errors[label] = facts.error or ""
                 continue
-            error = _visit(endpoint, group, facts, groups[group.name].rls, sights)
+            error = _visit(endpoint, group, facts, groups[group.name].rls, reports)
             if not users:
                 continue
             if error is None and endpoint.role and not suits(group.target, endpoint.role, endpoint.read_only):
@@ -153,7 +153,7 @@ def inspect(
                 groups[group.name].errors[label] = error
         if url := endpoint.config.patroni:
             servers[label].patroni = patroni.ask(url).heard
-    _compare(servers, sights)
+    _compare(servers, reports)
     if processes is not None:
         roles = {label: facts.role for label, facts in servers.items()}
         for label, need in sizing.demand(config, processes, roles).items():
@@ -167,7 +167,7 @@ def _visit(
     group: GroupConfig,
     facts: ServerFacts,
     findings: list[Finding],
-    sights: dict[str, ServerReport],
+    reports: dict[str, ServerReport],
 ) -> str | None:
     """Connect as the group does, and ask for missing facts; return why that failed."""
     timeout = group.connect_timeout or endpoint.config.connect_timeout
@@ -186,7 +186,7 @@ def _visit(
             facts.reachable, facts.error = True, None
             facts.connect_seconds = connected
             facts.role = endpoint.role.value if endpoint.role else None
-            _ask(conn, facts, sights)
+            _ask(conn, facts, reports)
         if group.tenant is not None:
             conn.run(BEGIN + set_local(bind_settings(group.settings)))  # `role` may be among them
             findings += [f for f in role_findings(conn) if f not in findings]
@@ -200,7 +200,7 @@ def _visit(
     return None
 
 
-def _ask(conn: PooledConnection, facts: ServerFacts, sights: dict[str, ServerReport]) -> None:
+def _ask(conn: PooledConnection, facts: ServerFacts, reports: dict[str, ServerReport]) -> None:
     """Ask a server for all that does not depend on the group; missing answers are left out."""
     times = []
     for _ in range(ROUND_TRIPS):
@@ -223,22 +223,22 @@ def _ask(conn: PooledConnection, facts: ServerFacts, sights: dict[str, ServerRep
             facts.tls = tls
         facts.limits = sizing.ask(conn)
         facts.max_connections, facts.usable = facts.limits.max_connections, facts.limits.usable
-        sight = parse_sight(sizing.answer(conn, QUERY), monotonic())
-        facts.timeline, facts.system = sight.timeline or facts.timeline, sight.system
-        sights[facts.label] = sight
+        report = parse_report(sizing.answer(conn, QUERY), monotonic())
+        facts.timeline, facts.system = report.timeline or facts.timeline, report.system
+        reports[facts.label] = report
     except psycopg.Error as error:
         if conn.closed:
             raise
         facts.error = one_line(error)
 
 
-def _compare(servers: dict[str, ServerFacts], sights: dict[str, ServerReport]) -> None:
+def _compare(servers: dict[str, ServerFacts], reports: dict[str, ServerReport]) -> None:
     """Work out how far each standby is behind its primary."""
-    primaries = [sight for sight in sights.values() if not sight.standby]
-    for label, sight in sights.items():
+    primaries = [report for report in reports.values() if not report.standby]
+    for label, report in reports.items():
         if servers[label].role != Role.STANDBY.value:
             continue
-        lags: list[Lag] = [lag for primary in primaries if (lag := behind(primary, sight)) is not None]
+        lags: list[Lag] = [lag for primary in primaries if (lag := behind(primary, report)) is not None]
         if lags:
             lag = max(lags)
             servers[label].lag_bytes, servers[label].lag_seconds = lag

@@ -150,12 +150,12 @@ class OpeningGroup(EligibleGroup):
         timeout = max(min(budget / left, full), MIN_TIMEOUT)
         # A timeout of a request that had hardly any time left is not evidence against the server.
         conclusive = timeout >= 0.9 * min(full / left, DOWN_AFTER)
-        look: DialInProgress | None = None
+        in_progress: DialInProgress | None = None
         try:
             if endpoint.doubtful and not self.lock_free:
                 deadline = monotonic() + timeout
-                look = self._look(endpoint, timeout)
-                if look is None:
+                in_progress = self._dial_or_wait(endpoint, timeout)
+                if in_progress is None:
                     if endpoint.state is not State.UP:
                         return None  # found by the other dial
                     timeout, conclusive = max(deadline - monotonic(), MIN_TIMEOUT), False
@@ -173,8 +173,8 @@ class OpeningGroup(EligibleGroup):
             failures[endpoint] = error
             return None
         finally:
-            if look is not None:
-                endpoint.end_look(look)
+            if in_progress is not None:
+                endpoint.end_dial(in_progress)
         if (
             endpoint.role is not None
             and suits(self.config.target, endpoint.role, endpoint.read_only)
@@ -185,12 +185,12 @@ class OpeningGroup(EligibleGroup):
         conn.close()
         return None
 
-    def _look(self, endpoint: Endpoint, timeout: float) -> DialInProgress | None:
+    def _dial_or_wait(self, endpoint: Endpoint, timeout: float) -> DialInProgress | None:
         """Dial a suspect endpoint, or wait for the thread that already is, so it is dialled only once."""
         with self._lock:
-            other = endpoint.look()
+            other = endpoint.dial_in_progress()
             if other is None:
-                return endpoint.begin_look()
+                return endpoint.begin_dial()
             over = other.over
             del other
         over.wait(timeout)
@@ -204,7 +204,7 @@ class OpeningGroup(EligibleGroup):
             now = monotonic()
             left = [e for e in best if e not in tried and e.full_until <= now]
             # Prefer endpoints that have answered, and that no other thread is dialling.
-            left.sort(key=lambda endpoint: (endpoint.silent, endpoint.look() is not None))
+            left.sort(key=lambda endpoint: (endpoint.silent, endpoint.dial_in_progress() is not None))
             if left:
                 slot.endpoint = chosen = left[0]
                 if chosen.full_pause:  # one request at a time checks whether it has room

@@ -40,7 +40,7 @@ class _Visit:
         self.pooled = self._lent is not None
         pgconn = self._lent[1].pgconn if self._lent else None
         group = users_of(endpoint)[0]
-        self.look = StatusQuery(partial(endpoint.conninfo, group.config), endpoint.arrive, pgconn)
+        self.query = StatusQuery(partial(endpoint.conninfo, group.config), endpoint.arrive, pgconn)
 
     def _borrow(self) -> tuple[Group, PooledConnection] | None:
         for group in users_of(self.endpoint):
@@ -51,15 +51,15 @@ class _Visit:
         return None
 
     @property
-    def sight(self) -> ServerReport | None:
+    def server_report(self) -> ServerReport | None:
         """What the server said of itself, if it did."""
-        return self.look.sight
+        return self.query.report
 
     @property
     def role(self) -> Role | None:
         """The role that it has now, or was last known to have."""
-        if self.sight is not None:
-            return Role.STANDBY if self.sight.standby else Role.PRIMARY
+        if self.server_report is not None:
+            return Role.STANDBY if self.server_report.standby else Role.PRIMARY
         return self.endpoint.role
 
     @property
@@ -73,13 +73,13 @@ class _Visit:
         :param waited: how long there was no answer, where time is up.
         """
         self.over = True
-        look, endpoint = self.look, self.endpoint
+        query, endpoint = self.query, self.endpoint
         if waited is not None:
-            self.failure = f"no {look.missing or 'answer'} within {waited:.3g} s"
-        elif not look.answered:
-            self.failure = look.failure or "no answer"
+            self.failure = f"no {query.missing or 'answer'} within {waited:.3g} s"
+        elif not query.answered:
+            self.failure = query.failure or "no answer"
         if self.failure or not self.pooled:
-            look.close()
+            query.close()
         self._give_back(waited)
         if self.failure:
             # Refused, while blocks have connections: by a server that has no more of them, perhaps.
@@ -88,8 +88,8 @@ class _Visit:
                 probe.run(max(deadline - monotonic(), 0.0))
                 self.busy = probe.accepting
         elif endpoint.state is not State.DRAINING:
-            if self.sight is not None:
-                endpoint.note_report(self.sight, look.asked_at or self.began)
+            if self.server_report is not None:
+                endpoint.note_report(self.server_report, query.asked_at or self.began)
             endpoint.mark_up()
 
     def _give_back(self, waited: float | None) -> None:
@@ -107,23 +107,23 @@ class _Visit:
     def abandon(self) -> None:
         """Give up if the examination was interrupted."""
         if not self.over:
-            self.look.close()
+            self.query.close()
             if self._lent is not None:
                 self._lent[0].give_back(self._lent[1], "interrupted")
 
     def report(self, unwanted: str | None, primaries: list[ServerReport]) -> dict[str, Any]:
         """Return the endpoint's part of the report; `unwanted` says why a group does without it."""
-        endpoint, sight, asked = self.endpoint, self.sight, self.look.asked_at
+        endpoint, report, asked = self.endpoint, self.server_report, self.query.asked_at
         lag: Lag | None = endpoint.lag
-        if sight is not None and sight.standby and lag is None:
-            lag = next((found for primary in primaries if (found := behind(primary, sight))), None)
+        if report is not None and report.standby and lag is None:
+            lag = next((found for primary in primaries if (found := behind(primary, report))), None)
         status = UNHEALTHY if not self.serves else DEGRADED if self.failure or unwanted else HEALTHY
         return {
             "status": status,
             "reachable": not self.failure,
             "state": endpoint.state.value,
             "role": self.role.value if self.role else None,
-            "latency": _rounded(sight.at - asked if sight is not None and asked is not None else None),
+            "latency": _rounded(report.at - asked if report is not None and asked is not None else None),
             "connect_latency": _rounded(None if self.pooled or asked is None else asked - self.began),
             "lag_bytes": lag.bytes if lag else None,
             "lag_seconds": _rounded(lag.seconds if lag else None),
@@ -147,7 +147,11 @@ def examine(groups: Mapping[str, Group], endpoints: Mapping[str, Endpoint], time
         for visit in visits.values():
             visit.abandon()
     in_groups = {name: _group(group, visits) for name, group in groups.items()}
-    primaries = [v.sight for v in visits.values() if v.sight is not None and not v.sight.standby]
+    primaries = [
+        v.server_report
+        for v in visits.values()
+        if v.server_report is not None and not v.server_report.standby
+    ]
     in_endpoints = {label: visit.report(_unwanted(visit), primaries) for label, visit in visits.items()}
     every = {part["status"] for part in (*in_groups.values(), *in_endpoints.values())}
     served = all(part["status"] != UNHEALTHY for part in in_groups.values())
@@ -164,17 +168,17 @@ def _wait(visits: list[_Visit], began: float, deadline: float) -> None:
     """Go on with all visits until they are over, or time is up."""
     while flying := [visit for visit in visits if not visit.over]:
         for visit in flying:
-            if visit.look.step():
+            if visit.query.step():
                 visit.end(None, deadline)
             elif monotonic() >= deadline:
                 visit.end(deadline - began, deadline)
         poller = select.poll()  # under gevent, other greenlets run meanwhile
         flying = [visit for visit in flying if not visit.over]
         for visit in flying:
-            visit.look.register(poller)
+            visit.query.register(poller)
         if flying:
             left = max(deadline - monotonic(), 0.0)
-            asking = any(visit.look.missing for visit in flying)
+            asking = any(visit.query.missing for visit in flying)
             poller.poll((min(left, ASK_AGAIN) if asking else left) * 1000)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from .observer import LOOK_TIMEOUT, StatusQuery
+from .observer import STATUS_TIMEOUT, StatusQuery
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -102,7 +102,7 @@ class LeftSessionWatch:
             question = _Question(
                 {session.pid for _, session in left}, conninfo, endpoint, self._kept.pop(endpoint, None)
             )
-            self._questions[endpoint] = question, now + LOOK_TIMEOUT
+            self._questions[endpoint] = question, now + STATUS_TIMEOUT
         question, deadline = self._questions[endpoint]
         if not question.step() and now < deadline:
             return

@@ -39,7 +39,7 @@ SLOWLY = (10.0, 20.0)
 LAG_EVERY = (0.4, 0.6)
 """Seconds between two queries of servers whose lag counts."""
 
-LOOK_TIMEOUT = 2.0
+STATUS_TIMEOUT = 2.0
 """Seconds that a server has for its answer."""
 
 
@@ -69,7 +69,7 @@ class StatusQuery:
         self._arrival: ConnectParameters | None = None
         self.missing = ""
         """The lookup that it waits for, which a poller cannot see: the server's address, user or password."""
-        self.sight: ServerReport | None = None
+        self.report: ServerReport | None = None
         self.failure = ""
         self.asked_at: float | None = None
         """When it had a connection, and asked."""
@@ -109,7 +109,7 @@ class StatusQuery:
 
     def take(self, result: PGresult) -> None:
         """Take the answer to the question."""
-        self.sight = read(result, monotonic())
+        self.report = read(result, monotonic())
 
     def close(self) -> None:
         """Give up, and close the connection."""
@@ -182,7 +182,7 @@ class Observer:
         self._clock = clock
         self._due = dict.fromkeys(self._login, (0.0, 0.0))
         """When to query next: at the latest, and at the earliest, for groups without a writer."""
-        self._looks: dict[Endpoint, tuple[StatusQuery, float]] = {}
+        self._queries: dict[Endpoint, tuple[StatusQuery, float]] = {}
         """Queries in progress, each with the time by which the server must respond."""
         self._kept: dict[Endpoint, pq.abc.PGconn] = {}
         self._histories: dict[str, PrimaryHistory] = {}
@@ -208,48 +208,48 @@ class Observer:
         now = self._clock()
         for endpoint in list(self._due):
             self._step(endpoint, now)
-        if self._looks:
+        if self._queries:
             return 0.01
         return max(0.01, min(map(self._due_at, self._due), default=now + 1.0) - now)
 
     def close(self) -> None:
         """Stop, and close the connections."""
         self._due.clear()
-        for look, _ in self._looks.values():
-            look.close()
+        for query, _ in self._queries.values():
+            query.close()
         for pgconn in self._kept.values():
             pgconn.finish()
-        self._looks.clear()
+        self._queries.clear()
         self._kept.clear()
 
     def _step(self, endpoint: Endpoint, now: float) -> None:
-        if endpoint not in self._looks:
+        if endpoint not in self._queries:
             if now < self._due_at(endpoint):
                 return
             if endpoint.state is not State.UP:  # that is the prober's
                 self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
                 return
             kept = self._kept.pop(endpoint, None)
-            look = StatusQuery(partial(self._conninfo, endpoint), endpoint.arrive, kept)
-            self._looks[endpoint] = look, now + LOOK_TIMEOUT
-        look, deadline = self._looks[endpoint]
-        moves = look.moves
-        if not look.step():
-            if look.moves > moves:  # in lock-free mode it may be long until the next step
-                self._looks[endpoint] = look, now + LOOK_TIMEOUT
+            query = StatusQuery(partial(self._conninfo, endpoint), endpoint.arrive, kept)
+            self._queries[endpoint] = query, now + STATUS_TIMEOUT
+        query, deadline = self._queries[endpoint]
+        moves = query.moves
+        if not query.step():
+            if query.moves > moves:  # in lock-free mode it may be long until the next step
+                self._queries[endpoint] = query, now + STATUS_TIMEOUT
                 return
             if now < deadline:
                 return
-        del self._looks[endpoint]
+        del self._queries[endpoint]
         latest = LAG_EVERY if self._limited else SLOWLY
         self._due[endpoint] = now + random.uniform(*latest), now + random.uniform(*QUICKLY)
-        sight, pgconn = look.sight, look.pgconn
-        if sight is None or pgconn is None or not self._limited:
-            look.close()
+        report, pgconn = query.report, query.pgconn
+        if report is None or pgconn is None or not self._limited:
+            query.close()
         else:
             self._kept[endpoint] = pgconn
-        if sight is None:
-            reason = look.failure or f"no {look.missing or 'answer'}"
+        if report is None:
+            reason = query.failure or f"no {query.missing or 'answer'}"
             events.ENDPOINT_SILENT(
                 "endpoint %s: status query failed: %s",
                 endpoint.label,
@@ -258,9 +258,9 @@ class Observer:
                 reason=reason,
             )
             return
-        endpoint.note_report(sight, look.asked_at or sight.at)
+        endpoint.note_report(report, query.asked_at or report.at)
         if self._limited:
-            self._measure(endpoint, sight)
+            self._measure(endpoint, report)
 
     def _conninfo(self, endpoint: Endpoint, given: Mapping[str, str]) -> str:
         own = endpoint.conninfo(self._login[endpoint].config, given)
@@ -272,18 +272,18 @@ class Observer:
         waits = any(not group.has_writer() for group in self._writing.get(endpoint, ()))
         return earliest if waits else latest
 
-    def _measure(self, endpoint: Endpoint, sight: ServerReport) -> None:
+    def _measure(self, endpoint: Endpoint, report: ServerReport) -> None:
         """Recompute replication lag after a new report."""
-        history = self._histories.setdefault(sight.system, PrimaryHistory())
-        if sight.standby:
-            self._standbys[endpoint] = sight
+        history = self._histories.setdefault(report.system, PrimaryHistory())
+        if report.standby:
+            self._standbys[endpoint] = report
         else:
             self._standbys.pop(endpoint, None)
             endpoint.lag = None
-            if sight.position is not None and not endpoint.outdated:
-                history.note(sight.at, sight.position)
+            if report.position is not None and not endpoint.outdated:
+                history.note(report.at, report.position)
         for standby, seen in self._standbys.items():
-            if seen.system == sight.system and standby.role is Role.STANDBY:
+            if seen.system == report.system and standby.role is Role.STANDBY:
                 standby.lag = history.lag(seen)
                 for group in self._limiting.get(standby, ()):
                     group.note_lag(standby)

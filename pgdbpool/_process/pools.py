@@ -20,7 +20,7 @@ from ..errors import one_line
 from . import fork
 from .background import Monitor
 from .left_session_watch import LeftSessionWatch
-from .observer import LOOK_TIMEOUT, Observer
+from .observer import STATUS_TIMEOUT, Observer
 
 if TYPE_CHECKING:
     from .._config.model import Config, EndpointConfig, GroupConfig
@@ -303,7 +303,7 @@ class Pools:
     def _await_lag(self) -> None:
         """Wait until the lag of the standbys is known that a group limits."""
         limited = [e for g in self.groups.values() if g.config.max_lag for e in g.endpoints]
-        deadline = monotonic() + LOOK_TIMEOUT
+        deadline = monotonic() + STATUS_TIMEOUT
         while monotonic() < deadline and any(
             e.state is State.UP and e.role is not Role.PRIMARY and e.lag is None for e in limited
         ):

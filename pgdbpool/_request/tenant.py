@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from .._util.client_settings import why_refused
+from .._util.client_settings import SETTING_NAME, why_refused
 from .._util.scoped_value import Binding, Scope, Variable, current
 from .._util.transaction_modes import canonical, is_mode, mode_value
 from ..errors import SettingError, TenantConflictError, TenantRequiredError
@@ -24,8 +24,6 @@ Bound = tuple[tuple[str, str], ...]
 """Settings and their values, in order."""
 
 _current: Variable[Any] = ContextVar("pgdbpool_tenant", default=None)
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(?:\.[A-Za-z_][A-Za-z0-9_$]*)*")
 
 
 def tenant(value: Any) -> Scope[Any]:
@@ -126,7 +124,7 @@ def bind_settings(settings: Mapping[str, Any]) -> Bound:
     :raises SettingError: a name is not a valid server setting name, or a value is neither text nor a number.
     """
     for name, value in settings.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not SETTING_NAME.fullmatch(name):
             raise SettingError(
                 f"{_shown(name)} is not a valid server setting name, such as statement_timeout or app.x"
             )

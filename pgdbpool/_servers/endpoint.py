@@ -82,7 +82,7 @@ class DialError(Exception):
 
 
 class DialInProgress:
-    """A dial in progress to a suspect endpoint; it ends with `Endpoint.end_look`, or with the object.
+    """A dial in progress to a suspect endpoint; it ends with `Endpoint.end_dial`, or with the object.
 
     Waiters hold only its latch, so they are released even if the dialling thread is interrupted and this
     object is collected.
@@ -179,7 +179,7 @@ class Endpoint:
         """Seconds between two connects while the server is full; 0 if it is not."""
         self.full_until = 0.0
         """When the next connect to the full server is due."""
-        self.look: Callable[[], DialInProgress | None] = no_dial
+        self.dial_in_progress: Callable[[], DialInProgress | None] = no_dial
         """Returns the dial in progress while the endpoint is doubtful, if there is one."""
         self.groups: Sequence[User] = ()
         """The groups that use it; see `users_of`."""
@@ -296,16 +296,16 @@ class Endpoint:
         )
         self.state = State.DRAINING  # so that no probe or connect in progress marks it as up
 
-    def begin_look(self) -> DialInProgress:
+    def begin_dial(self) -> DialInProgress:
         """Make the caller the one that dials a doubtful endpoint."""
-        look = DialInProgress()
-        self.look = ref(look)
-        return look
+        dial = DialInProgress()
+        self.dial_in_progress = ref(dial)
+        return dial
 
-    def end_look(self, look: DialInProgress) -> None:
+    def end_dial(self, dial: DialInProgress) -> None:
         """End a dial and release the threads that wait for its result."""
-        self.look = no_dial
-        look.end()
+        self.dial_in_progress = no_dial
+        dial.end()
 
     def note_error(self, reason: str) -> None:
         """Remember an error as evidence for messages and the status."""

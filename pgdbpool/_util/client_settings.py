@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
+
+SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*")
+"""The name of a server setting, also of an application's own: app.tenant."""
 
 REPORTED = (b"TimeZone", b"DateStyle", b"IntervalStyle")
 """What psycopg reads and writes dates, times and intervals by."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from threading import Lock
 
 BUCKETS = tuple(2**power / 1_000_000 for power in range(4, 27))
@@ -54,3 +55,16 @@ class Tally:
         """Return how many there are for each bucket, and their sum."""
         self.count()
         return self._counts[:], self._sum
+
+
+def quantile(counts: Sequence[int], bounds: Sequence[float], share: float) -> float | None:
+    """Return the end of the bucket that a quantile is in, in seconds; None if nothing was measured.
+
+    Durations above the last bound count as that bound.
+    """
+    wanted, seen = share * sum(counts), 0
+    for number, bound in zip(counts, (*bounds, *bounds[-1:]), strict=False):
+        seen += number
+        if number and seen >= wanted:
+            return bound
+    return None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..overview import quantile
+from .._util.durations import quantile
 
 SHARES = (0.5, 0.95, 0.99)
 """Of the waits, the percentiles that are shown."""

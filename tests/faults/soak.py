@@ -345,8 +345,8 @@ def run(plan: Plan) -> Report:
 
 def sample_at_pause(report: Report, process: subprocess.Popen[bytes], cluster: Cluster) -> None:
     """Have the process pause, note what it has, and let it go on."""
-    # A lock-free process that pauses while it asks a server something has that connection until it goes on: the
-    # first sample, which the others are compared with, is one that two pauses agree on.
+    # A lock-free process that pauses while it asks a server something has that connection until it goes on.
+    # So two pauses must agree on the first sample, which the others are compared with.
     expected = report.samples[0].exact if report.samples else None
     for again in range(PAUSES if expected else 2 * PAUSES):
         if again:

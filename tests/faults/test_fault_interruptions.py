@@ -119,15 +119,15 @@ def test_transactions_that_are_ended_crosswise_leave_nothing_to_commit(
     exact("manual")
 
 
-def test_who_waits_for_an_interrupted_look_at_a_server_goes_on_at_once(pools: None, mode: str) -> None:
+def test_who_waits_for_an_interrupted_dial_goes_on_at_once(pools: None, mode: str) -> None:
     if mode != "threaded":
         pytest.skip("nobody waits for another in lock-free mode")
     group = Connection.group("manual")
     endpoint = group.endpoints[0]
-    looks = [endpoint.begin_look()]
-    waiter = threading.Thread(target=group._look, args=(endpoint, 60))
+    dials = [endpoint.begin_dial()]
+    waiter = threading.Thread(target=group._dial_or_wait, args=(endpoint, 60))
     waiter.start()
-    looks.clear()  # as the frames of the interrupted one do
+    dials.clear()  # as the frames of the interrupted one do
     waiter.join(10)
     assert not waiter.is_alive()
 
@@ -175,28 +175,28 @@ def test_an_error_in_a_loop_ends_the_transaction_around_it(pools: None, group: s
         exact(group)
 
 
-def test_who_is_interrupted_when_a_look_ends_keeps_nobody_else_waiting(pools: None, mode: str) -> None:
+def test_who_is_interrupted_when_a_dial_ends_keeps_nobody_else_waiting(pools: None, mode: str) -> None:
     if mode == "non-threaded":
         pytest.skip("nobody waits for another in lock-free mode")
     group = Connection.group("auto")
     endpoint = group.endpoints[0]
-    look = endpoint.begin_look()
+    dial = endpoint.begin_dial()
 
     def wait() -> None:
         with suppress(Interruption):
-            group._look(endpoint, 60)
+            group._dial_or_wait(endpoint, 60)
 
     waiters = [threading.Thread(target=wait) for _ in range(4)]
     for waiter in waiters:
         waiter.start()
-    waiting = type(look.over).wait.__code__
+    waiting = type(dial.over).wait.__code__
     for waiter in waiters:
         wait_for(lambda waiter=waiter: sys._current_frames()[waiter.ident].f_code is waiting)
     for waiter in waiters[:3]:  # raised as soon as it has the lock that it waits for
         assert waiter.ident is not None
         number, kind = ctypes.c_ulong(waiter.ident), ctypes.py_object(Interruption)
         wait_for(lambda number=number, kind=kind: ctypes.pythonapi.PyThreadState_SetAsyncExc(number, kind))
-    endpoint.end_look(look)
+    endpoint.end_dial(dial)
     for waiter in waiters:
         waiter.join(10)
     assert [waiter.is_alive() for waiter in waiters] == [False] * 4
