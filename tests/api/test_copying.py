@@ -82,7 +82,7 @@ def test_records_are_copied_and_counted(admin: Any, group: str) -> None:
     assert len(rows(admin)) == 1004
 
 
-def test_postgresql_reads_each_value_as_what_its_column_is(admin: Any) -> None:
+def test_postgresql_reads_each_value_by_its_columns_type(admin: Any) -> None:
     admin.execute(
         "CREATE TABLE typed"
         " (a smallint, b numeric, c timestamptz, d int[], e jsonb, f bytea, g bool, h uuid);"
@@ -100,7 +100,7 @@ def test_postgresql_reads_each_value_as_what_its_column_is(admin: Any) -> None:
 
 
 @GROUPS
-def test_only_what_meets_a_condition_is_copied(admin: Any, group: str) -> None:
+def test_only_rows_that_meet_a_condition_are_copied(admin: Any, group: str) -> None:
     records = [(i, "100%") for i in range(10)]
     with Handler(group) as db:
         where = "i % 2 = 0 AND v LIKE '%\\%'"
@@ -124,7 +124,7 @@ class Words:
 @pytest.mark.parametrize(
     "kind", ["path", "str", "binary", "text", "own", "bytes", "memoryview", "list", "generator"]
 )
-def test_data_comes_from_whatever_gives_it(tmp_path: Path, admin: Any, group: str, kind: str) -> None:
+def test_data_comes_from_every_kind_of_source(tmp_path: Path, admin: Any, group: str, kind: str) -> None:
     data = "1,a\n2,é\n"
     path = tmp_path / "data.csv"
     path.write_text(data, encoding="utf-8")
@@ -194,7 +194,7 @@ def test_options_reach_postgresql(admin: Any) -> None:
 @pytest.mark.parametrize(
     "kind", ["path", "str", "binary", "text", "bytesio", "stringio", "callable", "temporary"]
 )
-def test_data_goes_to_whatever_takes_it(tmp_path: Path, admin: Any, group: str, kind: str) -> None:
+def test_data_goes_to_every_kind_of_sink(tmp_path: Path, admin: Any, group: str, kind: str) -> None:
     admin.execute("INSERT INTO t VALUES (1, 'a'), (2, 'é')")
     path = tmp_path / "out"
     parts: list[bytes] = []
@@ -268,7 +268,7 @@ BAD_NAMES: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", BAD_NAMES, ids=str)
-def test_what_is_no_name_is_refused_before_anything_is_sent(admin: Any, bad: dict[str, Any]) -> None:
+def test_invalid_names_are_refused_before_anything_is_sent(admin: Any, bad: dict[str, Any]) -> None:
     given = {"table": "t", **bad}
     with Handler("manual") as db:
         for call in (
@@ -328,7 +328,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=str)
-def test_what_is_no_option_is_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused_by_name_and_value(options: dict[str, Any], message: str) -> None:
     with Handler("manual") as db:
         for call in (
             lambda: db.copy_to_table("t", b"", **options),
@@ -399,7 +399,7 @@ def use(group: str) -> dict[str, Any]:
 
 
 @ALL_GROUPS
-def test_what_breaks_on_the_way_leaves_a_session_that_is_known(admin: Any, group: str) -> None:
+def test_an_error_on_the_way_leaves_a_session_in_a_known_state(admin: Any, group: str) -> None:
     with Handler(group, **use(group)) as db:
         pid = db.fetchval("SELECT pg_backend_pid()")
         for call in (
@@ -420,7 +420,7 @@ def test_what_breaks_on_the_way_leaves_a_session_that_is_known(admin: Any, group
 
 
 @ALL_GROUPS
-def test_what_postgresql_refuses_on_the_way_leaves_nothing(admin: Any, group: str) -> None:
+def test_rows_refused_by_postgresql_on_the_way_leave_nothing(admin: Any, group: str) -> None:
     with Handler(group, **use(group)) as db:
         for call, error in (
             (
@@ -447,7 +447,7 @@ def test_what_postgresql_refuses_on_the_way_leaves_nothing(admin: Any, group: st
 
 
 @GROUPS
-def test_what_is_no_record_or_data_is_said_by_its_number_or_kind(admin: Any, group: str) -> None:
+def test_invalid_records_and_data_are_named_by_number_or_kind(admin: Any, group: str) -> None:
     with Handler(group) as db:
         for call, message in (
             (lambda: db.copy_records_to_table("t", [(1, "a", ""), "ab"]), "record 2 is a str"),
@@ -485,7 +485,7 @@ def test_a_swallowed_failure_is_the_cause_at_the_end_of_the_block(admin: Any) ->
 
 
 @ALL_GROUPS
-def test_a_connection_lost_on_the_way_is_told_and_replaced(admin: Any, group: str) -> None:
+def test_a_connection_lost_on_the_way_is_reported_and_replaced(admin: Any, group: str) -> None:
     def lost(pid: int) -> Iterator[Any]:
         yield (1, "a")
         admin.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))

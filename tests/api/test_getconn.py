@@ -66,7 +66,7 @@ def test_a_connection_goes_back_and_is_lent_again(start: Any, group: str, end: s
     assert pids[0] == pids[1]
 
 
-def test_what_was_given_back_refuses_and_says_so(start: Any) -> None:
+def test_a_returned_connection_refuses_and_says_so(start: Any) -> None:
     start()
     conn = Connection.getconn("manual")
     cursor = conn.cursor()
@@ -84,7 +84,7 @@ def test_what_was_given_back_refuses_and_says_so(start: Any) -> None:
         assert db.query("SELECT 1").fetchone()[0] == 1
 
 
-def test_only_what_getconn_returned_can_be_put_back(start: Any) -> None:
+def test_only_a_connection_of_getconn_can_be_put_back(start: Any) -> None:
     start()
     with Handler("auto") as db, pytest.raises(ValueError, match="not taken with Connection"):
         Connection.putconn(db.connection)
@@ -196,9 +196,7 @@ def test_a_connection_that_was_lost_idle_is_replaced(start: Any, known_cluster: 
         assert not hasattr(db.connection, "mine")
 
 
-def test_what_was_set_up_in_a_lost_session_is_not_forgotten_in_silence(
-    start: Any, known_cluster: Cluster
-) -> None:
+def test_the_state_of_a_lost_session_is_not_dropped_silently(start: Any, known_cluster: Cluster) -> None:
     start()
     with known_cluster.primary.connect() as admin, Connection.getconn("auto") as conn:
         conn.execute("SET search_path TO elsewhere")
@@ -253,7 +251,7 @@ def test_autocommit_can_be_switched_and_comes_back(start: Any) -> None:
         assert conn.execute("SHOW transaction_isolation").fetchone() == ("read committed",)
 
 
-def test_what_is_left_in_a_session_is_cleaned_for_the_next(start: Any) -> None:
+def test_session_state_is_cleaned_for_the_next_block(start: Any) -> None:
     for reset in ("auto", "always"):
         start(reset=reset)
         with Connection.getconn("auto") as conn:
@@ -293,7 +291,7 @@ def test_frames_of_named_packages_are_not_the_callers(start: Any) -> None:
     conn.close()
 
 
-def test_an_exhausted_group_says_who_has_its_connections(start: Any) -> None:
+def test_an_exhausted_group_names_its_holders(start: Any) -> None:
     start(timeout=0.05)
     with Connection.getconn("auto"), pytest.raises(pgdbpool.PoolTimeout, match="test_getconn"):
         Connection.getconn("auto")

@@ -78,7 +78,7 @@ MANUAL = pytest.mark.parametrize("group", ["manual", "manual_t"])
 
 
 @GROUPS
-def test_each_returns_what_a_handlers_method_returns_and_commits(start: Any, admin: Any, group: str) -> None:
+def test_each_returns_the_same_as_a_handlers_method_and_commits(start: Any, admin: Any, group: str) -> None:
     start()
     insert = "INSERT INTO t VALUES (%s) RETURNING i, i * 2 AS twice"
     assert Connection.fetch(group, insert, (1,), **use(group)) == [(1, 2)]
@@ -153,7 +153,7 @@ def test_a_constraint_that_fails_at_the_commit_is_raised(start: Any, admin: Any,
 
 
 @GROUPS
-def test_what_cannot_ride_goes_the_ordinary_way(start: Any, admin: Any, group: str) -> None:
+def test_statements_that_cannot_ride_go_the_ordinary_way(start: Any, admin: Any, group: str) -> None:
     start()
     several = "INSERT INTO t VALUES (%s); INSERT INTO t VALUES (%s) RETURNING i"
     assert Connection.fetch(group, several, (1, 2), **use(group)) == [(2,)]
@@ -172,7 +172,7 @@ def test_what_cannot_ride_goes_the_ordinary_way(start: Any, admin: Any, group: s
     assert at_rest(group)
 
 
-def test_what_is_refused_inside_a_transaction_works_in_an_autocommit_group(start: Any) -> None:
+def test_statements_refused_inside_a_transaction_work_in_an_autocommit_group(start: Any) -> None:
     start()
     assert Connection.execute("auto", "VACUUM t") == "VACUUM"
     with pytest.raises(psycopg.errors.ActiveSqlTransaction):
@@ -201,7 +201,7 @@ def test_it_has_the_tenant_that_it_names_or_the_current_one(start: Any, admin: A
 
 
 @GROUPS
-def test_settings_are_its_own_and_where_they_fail_nothing_runs(start: Any, admin: Any, group: str) -> None:
+def test_settings_are_its_own_and_if_they_fail_nothing_runs(start: Any, admin: Any, group: str) -> None:
     start()
     mine: Any = {**use(group), "settings": {"work_mem": "5MB"}}
     assert Connection.fetchval(group, "SHOW work_mem", **mine) == "5MB"
@@ -215,7 +215,7 @@ def test_settings_are_its_own_and_where_they_fail_nothing_runs(start: Any, admin
     assert at_rest(group)
 
 
-def test_mistakes_are_told_as_by_a_handler(start: Any) -> None:
+def test_mistakes_are_reported_as_by_a_handler(start: Any) -> None:
     with pytest.raises(pgdbpool.NotInitializedError):
         Connection.fetch("auto", "SELECT 1")
     start()
@@ -228,7 +228,7 @@ def test_mistakes_are_told_as_by_a_handler(start: Any) -> None:
 
 
 @GROUPS
-def test_a_wrong_column_is_told_after_the_commit(start: Any, admin: Any, group: str) -> None:
+def test_a_wrong_column_is_reported_after_the_commit(start: Any, admin: Any, group: str) -> None:
     start()
     with pytest.raises(KeyError, match="no column 'j'"):
         Connection.fetchval(group, "INSERT INTO t VALUES (1) RETURNING i", None, "j", **use(group))
@@ -328,7 +328,7 @@ def test_a_lost_statement_of_an_autocommit_group_may_have_taken_effect(
 
 
 @GROUPS
-def test_connections_that_died_while_idle_are_no_loss(start: Any, admin: Any, group: str) -> None:
+def test_connections_that_died_while_idle_cost_no_error(start: Any, admin: Any, group: str) -> None:
     start()
     kill_backends(admin)
     assert Connection.fetchval(group, "INSERT INTO t VALUES (1) RETURNING i", **use(group)) == 1
@@ -379,7 +379,7 @@ def failing(cursor: Any) -> Any:
 
 @pytest.mark.parametrize("group", ["auto", "manual", "auto_t", "manual_t"])
 @pytest.mark.parametrize("way", ["fetch", "fetchrow", "fetchval"])
-def test_a_result_that_python_cannot_hold_is_said_to_be_committed(
+def test_the_error_of_a_result_that_python_cannot_hold_says_committed(
     start: Any, admin: Any, group: str, way: str
 ) -> None:
     start()
@@ -393,7 +393,7 @@ def test_a_result_that_python_cannot_hold_is_said_to_be_committed(
 
 
 @pytest.mark.parametrize("group", ["auto", "manual"])
-def test_a_row_factory_that_fails_is_said_to_come_after_the_commit(
+def test_the_error_of_a_row_factory_says_that_the_commit_came_before(
     start: Any, admin: Any, group: str
 ) -> None:
     start(row_factory=failing)
@@ -408,7 +408,7 @@ def test_a_row_factory_that_fails_is_said_to_come_after_the_commit(
         Connection.fetch(group, "SELECT 1")
 
 
-def test_where_the_commit_did_not_ride_nothing_is_committed(start: Any, admin: Any) -> None:
+def test_if_the_commit_did_not_ride_nothing_is_committed(start: Any, admin: Any) -> None:
     start()
     admin.execute("""
         CREATE PROCEDURE enter(OUT endless timestamp) LANGUAGE plpgsql

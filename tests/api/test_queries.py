@@ -242,7 +242,7 @@ def test_a_bad_set_of_parameters_sends_nothing_and_keeps_the_connection(
 
 
 @pytest.mark.parametrize("method", ["executemany", "fetchmany"])
-def test_what_cannot_ride_is_executed_many_times_as_well(start: Any, admin: Any, method: str) -> None:
+def test_executemany_works_for_statements_that_cannot_ride(start: Any, admin: Any, method: str) -> None:
     start()
     admin.execute("CREATE PROCEDURE add(n int) LANGUAGE sql AS 'INSERT INTO t VALUES (n)'")
     for group in ("auto", "manual"):
@@ -287,7 +287,7 @@ def test_a_failure_of_many_that_is_swallowed_raises_at_the_end(start: Any, admin
 
 @GROUPS
 @pytest.mark.parametrize("method", ["fetch", "fetchrow", "fetchval", "execute"])
-def test_each_raises_what_query_raises(start: Any, group: str, method: str) -> None:
+def test_each_raises_the_errors_of_query(start: Any, group: str, method: str) -> None:
     start()
     with pytest.raises(psycopg.errors.DivisionByZero) as caught, Handler(group) as db:
         getattr(db, method)("SELECT 1 / 0")
@@ -302,7 +302,7 @@ def test_each_raises_what_query_raises(start: Any, group: str, method: str) -> N
         assert getattr(db, method)("SELECT 1")
 
 
-def test_the_first_statement_is_sent_again_where_that_does_no_harm(start: Any, admin: Any) -> None:
+def test_the_first_statement_is_sent_again_if_that_does_no_harm(start: Any, admin: Any) -> None:
     start()
     with Handler("manual") as db:
         db.fetchval("SELECT pg_backend_pid()")

@@ -125,7 +125,7 @@ def serialization_failure(db: Handler, _: int = 0) -> None:
     db.query("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
 
 
-def test_the_end_of_a_functions_body_is_no_commit(start: Any, mode: str, admin: Any) -> None:
+def test_the_end_of_a_functions_body_is_not_a_commit(start: Any, mode: str, admin: Any) -> None:
     start(mode, settings={"work_mem": "5MB"})
     body = "BEGIN ATOMIC SELECT CASE 1 WHEN 1 THEN 2 END; SELECT 3; END"
 
@@ -206,7 +206,7 @@ def test_work_that_has_committed_a_part_is_not_repeated(
     assert values(admin)[1] == 1 + 3
 
 
-def test_an_autocommit_block_is_repeated_only_where_it_may_be(start: Any, mode: str, admin: Any) -> None:
+def test_an_autocommit_block_is_repeated_only_if_allowed(start: Any, mode: str, admin: Any) -> None:
     start(mode)
 
     def work(db: Handler, n: int) -> int:

@@ -137,7 +137,7 @@ def test_the_cluster_tells_scripts_what_runs_where(room: Path) -> None:
         assert command.process.wait(15) == 0
 
 
-def test_psycopg_in_python_in_place_of_its_c_code_is_told_of(room: Path) -> None:
+def test_psycopg_in_python_in_place_of_its_c_code_is_reported(room: Path) -> None:
     code = """
 import sys, logging
 sys.modules["psycopg_binary.pq"] = sys.modules["psycopg_c"] = None

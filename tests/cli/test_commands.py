@@ -121,7 +121,7 @@ def test_check_without_a_primary_is_broken(known_cluster: Cluster, run: Run, wri
     assert report["groups"]["read"]["served_by"]
 
 
-def test_check_of_what_is_no_configuration(run: Run, tmp_path: Path, capsys: Any) -> None:
+def test_check_of_a_file_that_is_not_a_configuration(run: Run, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "pgdbpool.yaml"
     path.write_text("db: {host: a, prot: 1}\ngroups: {g: {timeout: soon}}\n")
     assert main(["check", str(path)]) == 1
@@ -181,14 +181,14 @@ def test_check_names_roles_that_see_other_tenants(known_cluster: Cluster, run: R
     assert run("check", write([server(known_cluster.primary)], **tenants))[0] == 3
 
 
-def test_check_tells_two_primaries(known_cluster: Cluster, run: Run, write: Any) -> None:
+def test_check_reports_two_primaries(known_cluster: Cluster, run: Run, write: Any) -> None:
     known_cluster.standbys[0].promote()
     status, text = run("check", write(known_cluster.nodes), "--json")
     (finding,) = [f for f in json.loads(text)["findings"] if f["code"] == "two-primaries"]
     assert (status, finding["subject"]) == (1, known_cluster.nodes[0].label)
 
 
-def test_check_does_not_advise_what_is_set_already(known_cluster: Cluster, run: Run, write: Any) -> None:
+def test_check_does_not_advise_existing_settings(known_cluster: Cluster, run: Run, write: Any) -> None:
     options = {"client_connection_check_interval": "2s", "idle_in_transaction_session_timeout": "60s"}
     path = write([server(known_cluster.primary, options=options)])
     assert json.loads(run("check", path, "--json")[1])["findings"] == []
@@ -204,7 +204,7 @@ def test_check_of_statements_without_a_bound_and_of_an_unused_server(
     assert codes(json.loads(text)) >= {"query_timeout", "unused-endpoint"}
 
 
-def test_check_tells_of_a_patroni_that_does_not_answer(known_cluster: Cluster, run: Run, write: Any) -> None:
+def test_check_reports_a_patroni_that_does_not_answer(known_cluster: Cluster, run: Run, write: Any) -> None:
     first, *others = known_cluster.nodes
     path = write([server(first, patroni=f"http://127.0.0.1:{closed_port()}"), *others])
     status, text = run("check", path, "--json")
@@ -227,7 +227,7 @@ def test_check_sees_a_pooler(known_cluster: Cluster, run: Run, write: Any) -> No
 
 
 @pytest.mark.skipif(not DEBIAN_15.exists(), reason="the packaged servers have no TLS")
-def test_check_tells_tls(run: Run, write: Any) -> None:
+def test_check_reports_tls(run: Run, write: Any) -> None:
     with Cluster(standbys=0, bin_dir=DEBIAN_15, tls=True) as cluster:
         tls = {"ssl": "verify-full", "sslrootcert": str(cluster.tls_certificate)}
         status, text = run("check", write([server(cluster.primary, **tls)]))

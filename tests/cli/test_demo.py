@@ -165,7 +165,7 @@ def test_a_signal_while_it_starts_leaves_nothing(room: Path) -> None:
     assert "Traceback" not in demo.output
 
 
-def test_a_standby_killed_by_hand_is_told_of_and_reads_go_on(room: Path) -> None:
+def test_a_standby_killed_by_hand_is_reported_and_reads_go_on(room: Path) -> None:
     with Running("demo", room=room) as demo:
         said = demo.wait_for_output("Ctrl-C stops everything")
         [url] = re.findall(r"runs at +(\S+)/$", said, re.MULTILINE)

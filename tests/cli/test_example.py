@@ -354,7 +354,7 @@ def test_amounts_are_exact_in_json_and_in_a_form(app: App, body: Any, said: str)
         ("source=1&target=&amount=1", "target must be"),
     ],
 )
-def test_bad_input_is_400_with_what_is_wrong(app: App, nodes: list[Node], body: Any, error: str) -> None:
+def test_bad_input_is_400_with_the_reason(app: App, nodes: list[Node], body: Any, error: str) -> None:
     before = total(nodes[0])
     answer = app("POST", "/transfers", body)
     assert answer.status == 400
@@ -363,7 +363,7 @@ def test_bad_input_is_400_with_what_is_wrong(app: App, nodes: list[Node], body: 
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"amount":' + b"9" * 6000 + b"}"])
-def test_a_body_that_is_no_json_is_400(app: App, body: bytes) -> None:
+def test_a_body_that_is_not_json_is_400(app: App, body: bytes) -> None:
     answer = app("POST", "/transfers", body, kind="application/json; charset=utf-8")
     assert (answer.status, "cannot be read" in answer.error) == (400, True)
 
@@ -465,7 +465,7 @@ def test_a_wrong_key_is_400(app: App, key: str) -> None:
 # The page.
 
 
-def test_the_page_escapes_what_came_from_outside(app: App, nodes: list[Node], cluster: Cluster) -> None:
+def test_the_page_escapes_text_from_outside(app: App, nodes: list[Node], cluster: Cluster) -> None:
     name = '<script>alert("x")</script>'
     rows(nodes[0], "INSERT INTO accounts VALUES (66, %s, 0) RETURNING id", name)
     try:
@@ -482,7 +482,7 @@ def test_the_page_escapes_what_came_from_outside(app: App, nodes: list[Node], cl
     assert '<p class="result">&lt;b&gt;paid&lt;/b&gt;</p>' in page.text
 
 
-def test_the_page_says_who_it_was_read_from(app: App) -> None:
+def test_the_page_names_the_process_that_served_it(app: App) -> None:
     assert re.search(r"Read from node[23] by process \d+", app("GET", "/", headers=BROWSER).text)
 
 

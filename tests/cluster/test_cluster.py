@@ -282,7 +282,7 @@ def test_two_primaries_can_be_had(known_cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("end", [Node.kill, Node.stop, Node.resume], ids=["killed", "stopped", "running"])
-def test_an_old_primary_rejoins_and_loses_what_it_alone_wrote(
+def test_an_old_primary_rejoins_and_loses_its_own_writes(
     known_cluster: Cluster, end: Callable[[Node], None]
 ) -> None:
     old, new, _ = known_cluster.nodes
@@ -580,7 +580,7 @@ def test_root_refuses_a_cache_that_others_could_have_changed(
 
 
 @as_root
-def test_root_says_so_if_nobody_else_can_run_the_programs_given(tmp_path: Path) -> None:
+def test_root_reports_programs_that_no_other_user_can_run(tmp_path: Path) -> None:
     (tmp_path / "initdb").touch(mode=0o700)
     with pytest.raises(ClusterError, match=r"cannot run .*initdb: install it where others can"):
         install.find_installation(None, tmp_path)

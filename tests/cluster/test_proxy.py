@@ -131,7 +131,7 @@ def test_messages_are_counted_however_tcp_cuts_them(size: int) -> None:
     assert sum(counts) == 3
 
 
-def test_nothing_is_counted_in_what_is_encrypted() -> None:
+def test_nothing_is_counted_on_encrypted_connections() -> None:
     frontend = Frontend()
     assert frontend.feed(struct.pack("!ii", 8, 80877103)) == 0
     frontend.answered(b"S")

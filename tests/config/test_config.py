@@ -220,7 +220,7 @@ def test_defaults() -> None:
     )
 
 
-def test_the_connect_timeout_is_5_seconds_and_10_where_there_is_one_server_only() -> None:
+def test_the_connect_timeout_is_5_seconds_and_10_with_a_single_server() -> None:
     assert config(db=[{"host": "a"}, {"host": "b"}]).endpoints[0].connect_timeout == 5.0
     assert config(db=[{"host": "a"}]).endpoints[0].connect_timeout == 10.0
     assert config(db={"host": "a"}).endpoints[0].connect_timeout == 10.0
@@ -323,7 +323,7 @@ def test_no_other_connect_timeout_is_taken(given: object) -> None:
     assert "must be seconds above 0 up to 3600" in db_problem("connect_timeout", connect_timeout=given)
 
 
-def test_zero_switches_off_what_can_be_switched_off() -> None:
+def test_zero_switches_optional_limits_off() -> None:
     pool = group(
         max_lifetime=0, max_idle=0, max_waiting=0, ping_after=0, query_timeout=0, prepare_threshold=0
     )
@@ -389,7 +389,7 @@ def test_prepare_threshold_may_be_null_which_is_never() -> None:
     assert from_yaml("{db: {}, groups: {g: {prepare_threshold: null}}}").groups["g"].prepare_threshold is None
 
 
-def test_null_is_taken_only_where_leaving_out_means_something() -> None:
+def test_null_is_accepted_only_if_leaving_out_means_something() -> None:
     assert endpoint(host=None, port=None, user=None, session_tmp_buffer=None).label == "[local]:5432"
     assert group(connect_timeout=None, query_timeout=None) == group()
     assert "not None" in group_problem("timeout", timeout=None)
@@ -899,7 +899,7 @@ def test_nothing_is_given_at_start_up_through_a_pooler(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_libpq_sends_no_options_where_they_are_empty(
+def test_libpq_sends_no_options_if_they_are_empty(
     known_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = known_cluster.primary
@@ -912,7 +912,7 @@ def test_libpq_sends_no_options_where_they_are_empty(
             assert conn.execute("SHOW geqo").fetchone() == (geqo,)
 
 
-def test_what_a_session_starts_with_is_refused_for_a_pooler() -> None:
+def test_startup_settings_are_refused_for_a_pooler() -> None:
     keys = {
         "pooler": "transaction",
         "conninfo": "options='-c jit=off'",
@@ -930,7 +930,7 @@ def test_what_a_session_starts_with_is_refused_for_a_pooler() -> None:
     assert endpoint(pooler="transaction", options={}, session_tmp_buffer=None).pooler == "transaction"
 
 
-def test_a_group_prepares_nothing_through_a_pooler_unless_told_to() -> None:
+def test_a_group_prepares_nothing_through_a_pooler_by_default() -> None:
     servers = [{"label": "direct"}, {"label": "pooled", "pooler": "transaction"}]
     groups = {
         "all": {},
@@ -1048,7 +1048,7 @@ def test_a_server_takes_the_options_as_they_were_written(known_cluster: Cluster)
 # Problems.
 
 
-def test_every_problem_is_told_at_once_on_a_line_of_its_own() -> None:
+def test_all_problems_are_reported_together_a_line_each() -> None:
     error = refusal(
         {
             "tpye": "threaded",
@@ -1075,21 +1075,21 @@ def test_every_problem_is_told_at_once_on_a_line_of_its_own() -> None:
     assert lines == [f"  {problem.path}: {problem.message}" for problem in error.problems]
 
 
-def test_an_unknown_key_is_told_with_the_nearest_known_one() -> None:
+def test_an_unknown_key_is_reported_with_the_nearest_known_one() -> None:
     assert db_problem("hots", hots="h") == "unknown key; did you mean 'host'?"
     assert group_problem("min_sizes", min_sizes=1) == "unknown key; did you mean 'min_size'?"
     assert problems({"db": {}, "group": {}})["group"] == "unknown key; did you mean 'groups'?"
     assert db_problem("xyzzy", xyzzy=1).startswith("unknown key; known are label, host, port, name, user")
 
 
-def test_a_wrong_word_is_told_with_the_nearest_allowed_one() -> None:
+def test_a_wrong_word_is_reported_with_the_nearest_allowed_one() -> None:
     assert group_problem("ping", ping="allways").endswith("not 'allways'; did you mean 'always'?")
     assert problems({"type": "lockfree", "db": {}, "groups": {"g": {}}})["type"].endswith(
         "did you mean 'lock-free'?"
     )
 
 
-def test_a_number_in_quotes_is_told_as_such() -> None:
+def test_a_number_in_quotes_is_reported_as_such() -> None:
     assert db_problem("port", port="5432").endswith("not '5432'; write it without quotes")
 
 
@@ -1104,7 +1104,7 @@ def test_a_wrong_value_is_shown_in_short() -> None:
     assert group_problem("timeout", timeout="x" * 61).endswith(f"not '{'x' * 56}...")
 
 
-def test_containers_where_a_plain_value_belongs_and_the_other_way_round() -> None:
+def test_containers_in_place_of_plain_values_and_the_other_way_round() -> None:
     assert "must be a mapping, not 'h'" in problems({"db": ["h"], "groups": {"g": {}}})["db[0]"]
     assert "not 5" in problems({"db": 5, "groups": {"g": {}}})["db"]
     assert "not ['g']" not in problems({"db": {}, "groups": ["g"]})["groups"]
@@ -1234,7 +1234,7 @@ def test_a_file_that_cannot_be_read(source: object, message: str) -> None:
         ("!!python/object/apply:os.system [x]", "line 1, column 1", "the tag '***'"),
     ],
 )
-def test_bad_yaml_is_told_with_its_line_and_column(text: str, place: str, message: str) -> None:
+def test_bad_yaml_is_reported_with_its_line_and_column(text: str, place: str, message: str) -> None:
     found = problems(io.StringIO(text))
     assert list(found) == [f"stream, {place}"]
     assert message in found[f"stream, {place}"]
@@ -1250,11 +1250,11 @@ def test_bad_yaml_is_told_with_its_line_and_column(text: str, place: str, messag
         ("[" * 1000, "is nested too deeply"),
     ],
 )
-def test_yaml_that_is_no_mapping(text: str, message: str) -> None:
+def test_yaml_that_is_not_a_mapping(text: str, message: str) -> None:
     assert message in problems(io.StringIO(text))["stream"]
 
 
-def test_keys_that_stand_twice_are_all_told_with_their_lines() -> None:
+def test_all_duplicate_keys_are_reported_with_their_lines() -> None:
     text = "db: {}\ngroups:\n  g:\n    timeout: 1\n    timeout: 2\n  g: {tmeout: 1}\n"
     assert problems(io.StringIO(text)) == {
         "stream, line 5": "the key 'timeout' stands in line 4 already",
@@ -1277,7 +1277,7 @@ def test_anchors_and_merges_work_and_recursion_does_no_harm() -> None:
     refusal(io.StringIO("db: &a {<<: *a, port: 0}\ngroups: {g: }\n"))
 
 
-def test_text_keys_keep_what_is_written_in_yaml() -> None:
+def test_text_keys_keep_the_characters_of_the_yaml_file() -> None:
     text = "{pass: 0123, user: 1e3, name: yes, label: 12:30, host: 2024-01-01, application_name: 5}"
     (server,) = from_yaml(f"db: {text}\ngroups: {{g: }}").endpoints
     assert (server.password, server.user, server.dbname) == ("0123", "1e3", "yes")
@@ -1405,7 +1405,7 @@ def test_groups_with_the_same_server_share_it() -> None:
     assert loaded.groups["read"].endpoints == loaded.groups["default"].endpoints == ("a:5432",)
 
 
-def test_another_database_of_the_same_host_gets_a_label_of_its_own() -> None:
+def test_another_database_of_the_same_host_gets_its_own_label() -> None:
     environ = {"DATABASE_URL": "postgresql://a/x", "DATABASE_URL_AUDIT": "postgresql://a/audit"}
     assert [server.label for server in load(None, environ).endpoints] == ["a:5432", "a:5432 (audit)"]
 
@@ -1550,7 +1550,7 @@ def test_a_configuration_file_of_the_environment_says_everything(tmp_path: Path)
 
 
 @pytest.mark.parametrize("environ", [{}, {"DATABASE_URL": ""}, {"PGDBPOOL_CONFIG": ""}, {"PGHOST": "h"}])
-def test_with_nothing_set_the_error_says_what_to_set(environ: dict[str, str]) -> None:
+def test_with_nothing_set_the_error_names_the_variables_to_set(environ: dict[str, str]) -> None:
     (message,) = problems(None, environ).values()
     assert "set PGDBPOOL_CONFIG to the path of a YAML file, or DATABASE_URL" in message
 
@@ -1573,13 +1573,13 @@ DECLARED = [
 
 
 @pytest.mark.parametrize(("name", "setting"), DECLARED)
-def test_every_key_is_declared_with_what_it_allows_and_its_meaning(name: str, setting: Any) -> None:
+def test_every_key_is_declared_with_its_values_and_meaning(name: str, setting: Any) -> None:
     assert setting.key.kind.allowed
     assert setting.default
     assert setting.key.meaning.endswith((".", "``."))
 
 
-def test_every_field_is_declared_but_those_that_are_no_keys() -> None:
+def test_every_field_that_is_a_key_is_declared() -> None:
     declared: list[tuple[type[Any], Mapping[str, Any]]] = [
         (Config, CONFIG_KEYS),
         (EndpointConfig, DB_KEYS),

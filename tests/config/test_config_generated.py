@@ -491,7 +491,7 @@ def plain_libpq(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_what_is_made_wrong_here_was_right_before() -> None:
+def test_the_configurations_to_be_broken_are_valid() -> None:
     for tree in BASES:
         as_dict = load(copy.deepcopy(tree))
         as_yaml = load(io.StringIO(yaml.safe_dump(tree)), {})

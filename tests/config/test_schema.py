@@ -143,7 +143,7 @@ def test_variables_stand_for_any_scalar() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_published_is_in_step() -> None:
+def test_the_published_schema_is_in_step() -> None:
     assert json.loads(PUBLISHED.read_text(encoding="utf-8")) == schema(), "run python doc/generate_config.py"
     done = subprocess.run(
         [sys.executable, ROOT / "doc" / "generate_config.py", "--check"],
@@ -173,7 +173,7 @@ def test_the_reference_has_the_keys_of_the_page() -> None:
 # The commands
 
 
-def test_config_schema_prints_what_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_schema_prints_the_published_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config-schema"]) == 0
     assert capsys.readouterr().out == PUBLISHED.read_text(encoding="utf-8")
     assert main(["config-schema", "--path"]) == 0

@@ -110,7 +110,7 @@ def test_a_test_request_context_leaves_no_tenant(make: Any) -> None:
     assert pgdbpool.current_tenant() is None
 
 
-def test_errors_are_answered_where_that_is_switched_on(make: Any) -> None:
+def test_errors_are_answered_if_that_is_switched_on(make: Any) -> None:
     app = make(PgDbPool(), PGDBPOOL_ERRORS=True)
 
     @app.get("/raise/<name>")

@@ -101,7 +101,7 @@ def test_the_package_declares_the_dialect() -> None:
     assert sa.make_url("postgresql+pgdbpool://write").get_dialect().__module__.startswith(module)
 
 
-def test_a_url_opens_the_pools_from_a_file_where_none_are_open(
+def test_a_url_opens_the_pools_from_a_file_if_none_are_open(
     known_cluster: Any, mode: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "pgdbpool.yaml"
@@ -133,7 +133,7 @@ def test_an_option_that_is_the_groups_is_refused_with_its_key(option: str, value
 
 
 @pytest.mark.parametrize("rest", ["u:secret@write", "write:5432", "write/db", "write?sslmode=require"])
-def test_what_is_the_servers_is_refused_in_a_url(rest: str) -> None:
+def test_server_options_are_refused_in_a_url(rest: str) -> None:
     with pytest.raises(exc.ArgumentError, match="configuration of the pools") as caught:
         sa.create_engine(f"postgresql+pgdbpool://{rest}")
     assert "secret" not in str(caught.value)

@@ -27,7 +27,7 @@ def test_a_part_of_the_compliance_suite_passes(known_cluster: Any, mode: str, tm
     assert [name for name, way in outcome.items() if way == "failed"] == []
 
 
-def test_what_only_stock_passes_is_told(capsys: Any) -> None:
+def test_tests_that_only_stock_passes_are_listed(capsys: Any) -> None:
     stock = {"A::a": "passed", "A::b": "skipped", "A::c": "failed"}
     assert worse({"A::a": "skipped", "A::b": "passed", "A::c": "failed"}, stock) == ["A::a"]
     assert tell("threaded", stock, stock)

@@ -136,7 +136,7 @@ def test_the_readme_has_its_example() -> None:
     assert len(example.text.splitlines()) <= 12
 
 
-def test_what_the_readme_links_to_exists() -> None:
+def test_the_links_of_the_readme_exist() -> None:
     links = re.findall(r"\]\(([^):]+)\)", README.read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []

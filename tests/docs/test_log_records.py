@@ -83,7 +83,7 @@ def test_the_page_lists_them() -> None:
 
 
 @pytest.mark.parametrize("mode", ["threaded", "non-threaded"])
-def test_what_is_logged_has_the_declared_fields(
+def test_log_records_have_the_declared_fields(
     known_cluster: Any, caplog: pytest.LogCaptureFixture, mode: str
 ) -> None:
     caplog.set_level(logging.DEBUG, "pgdbpool")

@@ -56,7 +56,7 @@ OURS = re.compile(r"``((?:Connection|Handler|pgdbpool)\.[\w.]+)")
 
 
 @pytest.mark.parametrize("name", sorted({name for row in ROWS for name in OURS.findall(row[1])}))
-def test_what_a_row_says_is_called_so_here(name: str) -> None:
+def test_each_name_of_a_row_exists(name: str) -> None:
     head, *path = name.split(".")
     if head != "pgdbpool":
         path.insert(0, head)

@@ -62,7 +62,7 @@ def violations(directory: Path, noted: Lines, final: Lines) -> list[str]:
     return check(directory).violations
 
 
-def test_the_checker_finds_nothing_wrong_where_nothing_is(tmp_path: Path) -> None:
+def test_the_checker_accepts_a_correct_history(tmp_path: Path) -> None:
     noted, final = history()
     assert violations(tmp_path, noted, final) == []
     # What has an unknown outcome may as well be there.

@@ -206,7 +206,7 @@ def test_a_promotion_that_a_read_finds_moves_the_writes(start: Any, pair: Cluste
     assert {write() for _ in range(10)} == {new.label}
 
 
-def test_a_write_to_a_server_that_became_read_only_has_an_error_of_its_own(start: Any, pair: Cluster) -> None:
+def test_a_write_to_a_server_that_became_read_only_has_its_own_error(start: Any, pair: Cluster) -> None:
     old, new = roles(pair)
     start(pair.nodes)
     assert write() == old.label
@@ -243,9 +243,7 @@ def test_a_transaction_that_is_read_only_by_itself_says_nothing_of_the_server(
     assert write() == pair.primary.label
 
 
-def test_without_a_writer_the_error_comes_at_once_and_says_what_each_server_is(
-    start: Any, pair: Cluster
-) -> None:
+def test_without_a_writer_the_error_comes_at_once_with_each_servers_role(start: Any, pair: Cluster) -> None:
     old, new = roles(pair)
     start(pair.nodes)
     write()
@@ -259,7 +257,7 @@ def test_without_a_writer_the_error_comes_at_once_and_says_what_each_server_is(
     assert "standby" in caught.value.endpoints[new.label]
 
 
-def test_a_read_is_repeated_where_its_group_only_reads(start: Any, pair: Cluster) -> None:
+def test_a_read_is_repeated_if_its_group_only_reads(start: Any, pair: Cluster) -> None:
     _, node = roles(pair)
     start(pair.nodes, read={"target": "standby"})
     with node.connect() as admin, Handler("read") as db:
@@ -269,7 +267,7 @@ def test_a_read_is_repeated_where_its_group_only_reads(start: Any, pair: Cluster
         assert db.query("SELECT 1").fetchone()[0] == 1
 
 
-def test_what_idle_readers_heard_before_a_promotion_changes_nothing(
+def test_an_old_role_known_to_idle_readers_changes_nothing_after_a_promotion(
     start: Any, pair: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = roles(pair)

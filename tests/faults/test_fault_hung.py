@@ -65,7 +65,7 @@ def test_a_connect_to_a_hung_server_is_bounded(start: Any, hung: Any, measured: 
 
 
 @pytest.mark.parametrize("timeout", [0, 0.1])
-def test_a_hurried_ping_is_no_evidence_and_costs_what_it_may(
+def test_a_hurried_ping_is_not_evidence_and_keeps_to_its_timeout(
     start: Any, known_cluster: Any, proxy_to: Any, measured: Any, timeout: float, monkeypatch: Any
 ) -> None:
     proxy = proxy_to(known_cluster.standbys[0])
@@ -170,7 +170,7 @@ def test_a_pooler_that_does_not_tell_the_role_is_bounded(
 
 
 @pytest.mark.parametrize("use", ["stream", "COPY"])
-def test_what_is_left_early_on_a_hung_server_is_bounded(
+def test_leaving_a_result_early_on_a_hung_server_is_bounded(
     start: Any, hung: Any, measured: Any, use: str
 ) -> None:
     entry, hang, _ = hung(query_timeout=f"{10 * QUERY} s", connect_timeout=CONNECT)
@@ -210,7 +210,7 @@ def test_many_sets_of_parameters_on_a_hung_server_are_bounded(
 
 
 @pytest.mark.parametrize("use", ["stream", "COPY"])
-def test_what_was_left_early_leaves_no_bound_behind(start: Any, known_cluster: Any, use: str) -> None:
+def test_a_result_left_early_leaves_no_bound_behind(start: Any, known_cluster: Any, use: str) -> None:
     """Also by a cursor that is psycopg's own."""
     start([known_cluster.standbys[0]], connection_count=1)
     numbers = "SELECT i, repeat('x', 1000) FROM generate_series(1, 1000) i"
@@ -228,7 +228,7 @@ def test_what_was_left_early_leaves_no_bound_behind(start: Any, known_cluster: A
             assert db.connection.until is None
 
 
-def test_a_statement_with_a_time_of_its_own_is_bounded_on_a_hung_server(
+def test_a_statement_with_its_own_timeout_is_bounded_on_a_hung_server(
     start: Any, hung: Any, measured: Any
 ) -> None:
     entry, hang, _ = hung(query_timeout=f"{QUERY} s", connect_timeout=CONNECT)

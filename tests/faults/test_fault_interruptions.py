@@ -81,7 +81,7 @@ def test_an_interruption_at_any_point_of_a_block_leaves_the_counts_exact(
 
 @pytest.mark.parametrize("end", ["COMMIT AND CHAIN", "ROLLBACK AND CHAIN"])
 @pytest.mark.parametrize("first", [True, False])
-def test_whatever_is_interrupted_the_next_statement_has_the_tenant(
+def test_after_any_interruption_the_next_statement_has_the_tenant(
     pools: None, end: str, first: bool, measured: Any
 ) -> None:
     point, going = 1, True
@@ -119,7 +119,7 @@ def test_transactions_that_are_ended_crosswise_leave_nothing_to_commit(
     exact("manual")
 
 
-def test_who_waits_for_an_interrupted_dial_goes_on_at_once(pools: None, mode: str) -> None:
+def test_waiters_for_an_interrupted_dial_go_on_at_once(pools: None, mode: str) -> None:
     if mode != "threaded":
         pytest.skip("nobody waits for another in lock-free mode")
     group = Connection.group("manual")
@@ -134,9 +134,7 @@ def test_who_waits_for_an_interrupted_dial_goes_on_at_once(pools: None, mode: st
 
 @pytest.mark.parametrize("group", ["auto", "manual"])
 @pytest.mark.parametrize("use", ["notifies", "stream"])
-def test_an_error_in_a_loop_over_what_the_server_sends_ends_the_block(
-    pools: None, group: str, use: str
-) -> None:
+def test_an_error_in_a_loop_over_streamed_rows_ends_the_block(pools: None, group: str, use: str) -> None:
     """The loop's generator is left open then, and holds psycopg's lock."""
     with pytest.raises(Interruption), Handler(group) as db:
         db.query("LISTEN news")
@@ -175,7 +173,7 @@ def test_an_error_in_a_loop_ends_the_transaction_around_it(pools: None, group: s
         exact(group)
 
 
-def test_who_is_interrupted_when_a_dial_ends_keeps_nobody_else_waiting(pools: None, mode: str) -> None:
+def test_an_interruption_when_a_dial_ends_keeps_no_thread_waiting(pools: None, mode: str) -> None:
     if mode == "non-threaded":
         pytest.skip("nobody waits for another in lock-free mode")
     group = Connection.group("auto")

@@ -15,7 +15,7 @@ from pgdbpool import Connection
 
 
 @pytest.mark.parametrize("stale", [5, 10, 40])
-def test_a_restart_costs_no_error_whatever_is_stale(
+def test_a_restart_costs_no_error(
     start: Any, known_cluster: Any, measured: Any, mode: str, stale: int
 ) -> None:
     standby = known_cluster.standbys[0]

@@ -20,7 +20,7 @@ def shares() -> list[int]:
     return list(Connection.status().groups["g"].connections.values())
 
 
-def test_what_is_lost_with_an_endpoint_is_opened_on_another(
+def test_connections_lost_with_an_endpoint_are_opened_on_another(
     start: Any, known_cluster: Any, proxy_to: Any
 ) -> None:
     first, second = known_cluster.standbys
@@ -31,7 +31,7 @@ def test_what_is_lost_with_an_endpoint_is_opened_on_another(
     wait_for(lambda: call().error is None and shares() == [12, 0], what="as many as min_size says")
 
 
-def test_a_returned_endpoint_gets_its_share_and_nobody_is_disturbed(
+def test_a_returned_endpoint_gets_its_share_and_no_block_is_disturbed(
     start: Any, known_cluster: Any, proxy_to: Any, measured: Any
 ) -> None:
     first, second = known_cluster.standbys

@@ -140,7 +140,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
         pytest.param((*UWSGI_THREADS, "--lazy-apps"), "threaded", id="uwsgi-lazy", marks=needs_uwsgi),
     ],
 )
-def test_a_worker_replaced_while_the_primary_is_away_serves_what_is_there(
+def test_a_worker_replaced_while_the_primary_is_away_serves_reads(
     known_cluster: Any, proxy_to: Any, site: Any, arguments: tuple[str, ...], mode: str
 ) -> None:
     proxy = proxy_to(known_cluster.primary)
@@ -250,7 +250,7 @@ def test_a_group_without_a_server_is_a_warning_at_init(
 
 
 @pytest.mark.parametrize("away", ["silent", "full"])
-def test_a_server_that_is_silent_or_full_at_init_is_no_error(
+def test_a_silent_or_full_server_at_init_is_not_an_error(
     known_cluster: Any, proxy_to: Any, mode: str, away: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     known_cluster.primary.execute("CREATE ROLE web LOGIN CONNECTION LIMIT 1")
@@ -279,7 +279,7 @@ def test_a_server_that_is_silent_or_full_at_init_is_no_error(
 
 
 @pytest.mark.parametrize("wrong", ["database", "password", "certificate"])
-def test_what_is_configured_wrongly_is_an_error_at_init(
+def test_a_wrong_configuration_is_an_error_at_init(
     known_cluster: Any, mode: str, wrong: str, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {"name": "no_such_database"}

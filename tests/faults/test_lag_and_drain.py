@@ -67,7 +67,7 @@ def test_a_standby_that_is_too_far_behind_gets_no_block_until_it_has_caught_up(
     wait_for(lambda: used() == {behind.label, abreast.label}, 15)
 
 
-def test_an_idle_primary_is_no_lag(start: Any, known_cluster: Any) -> None:
+def test_an_idle_primary_causes_no_lag(start: Any, known_cluster: Any) -> None:
     start(known_cluster.nodes, target="standby", max_lag={"seconds": 1.5})
     ends = time.monotonic() + 3
     while time.monotonic() < ends:  # nobody writes

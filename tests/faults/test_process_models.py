@@ -357,7 +357,7 @@ def test_the_statement_of_a_sync_worker_that_times_out_is_cancelled(serve: Serve
         pytest.param(GEVENT, signal.SIGABRT, id="gevent SIGABRT", marks=needs_gevent),
     ],
 )
-def test_the_hooks_cancel_what_runs_in_all_threads_of_a_worker(
+def test_the_hooks_cancel_statements_in_all_threads_of_a_worker(
     arguments: tuple[str, ...], number: int, serve: Serve, admin: Any
 ) -> None:
     patch = {"GUNICORN_PATCH": "1"} if "gevent" in arguments else {}

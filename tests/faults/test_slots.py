@@ -78,7 +78,7 @@ def test_a_handler_dropped_after_an_error_gives_its_slot_back(mode: str, lost: b
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_could_not_be_opened_is_opened_later(mode: str, node: Node) -> None:
+def test_connections_that_could_not_be_opened_are_opened_later(mode: str, node: Node) -> None:
     with node.connect() as admin:
         admin.execute("CREATE ROLE app LOGIN CONNECTION LIMIT 1")
         Connection.init(config([server(node, user="app")], mode, auto={"connection_count": 3}))

@@ -72,7 +72,7 @@ def name_of(db: Handler) -> str:
 # Correlation ids.
 
 
-def test_a_block_has_the_id_that_it_is_given_or_the_current_one_or_one_of_its_own(start: Any) -> None:
+def test_a_block_has_a_given_the_current_or_a_new_id(start: Any) -> None:
     start()
     with correlation("outer"):
         with Handler("auto") as db:
@@ -209,7 +209,7 @@ def test_a_block_without_an_id_is_annotated_with_its_own(start: Any) -> None:
         assert name_of(db) == f"pgdbpool {db.correlation_id}"
 
 
-def test_nothing_is_annotated_where_nobody_asked(start: Any) -> None:
+def test_nothing_is_annotated_unless_configured(start: Any) -> None:
     start()
     with Handler("manual", correlation_id="x") as db:
         assert name_of(db) == "pgdbpool"
@@ -261,7 +261,7 @@ def test_a_long_name_leaves_room_for_the_id(start: Any) -> None:
         assert name_of(db) == "i" * 63
 
 
-def test_what_cannot_ride_has_the_id_in_a_comment(counted: Any) -> None:
+def test_statements_that_cannot_ride_have_the_id_in_a_comment(counted: Any) -> None:
     proxy = counted(annotate=True)
     seen = "SELECT current_query(); SELECT 1"
     with Handler("auto", correlation_id="mine") as db:
@@ -402,7 +402,7 @@ def test_many_threads_lose_no_duration() -> None:
     assert len(tally.recent) == 0
 
 
-def test_who_is_interrupted_while_counting_does_not_end_it() -> None:
+def test_an_interruption_while_counting_does_not_end_it() -> None:
     tally, point = Tally(), 1
     while interrupt_at(point, tally.count):
         tally.add(0.001)
@@ -474,7 +474,7 @@ def test_a_wait_is_counted_apart_from_the_use(known_cluster: Any) -> None:
         Connection.reset()
 
 
-def test_what_goes_wrong_is_counted(start: Any, known_cluster: Any, records: Any) -> None:
+def test_errors_are_counted(start: Any, known_cluster: Any, records: Any) -> None:
     start(rate_limit={"per_second": 0.001, "burst": 3, "max_wait": 0})
     with Handler("manual") as db:
         pid = db.fetchval("SELECT pg_backend_pid()")

@@ -109,7 +109,7 @@ def test_adapters_of_a_cursor_are_its_own_and_hold_for_the_rows_it_has(start: An
     assert Connection.fetchval("auto", statement) == "Ab"
 
 
-def test_what_converts_parameters_of_a_cursor_can_be_registered_after_its_first_execution(start: Any) -> None:
+def test_dumpers_can_be_registered_after_a_cursors_first_execution(start: Any) -> None:
     start()
     statement = "SELECT %s::text"
     with Handler("auto") as db:
@@ -202,7 +202,7 @@ class Counting(psycopg.Connection[Any]):
 
 
 @pytest.mark.parametrize("cls", [Counting, f"{__name__}:Counting"], ids=["class", "name"])
-def test_the_application_has_a_class_of_its_own(start: Any, admin: Any, cls: Any) -> None:
+def test_the_application_has_its_own_class(start: Any, admin: Any, cls: Any) -> None:
     start(connection_class=cls, row_factory="tuple")
     for group in ("auto", "manual"):
         with Handler(group) as db:
@@ -214,7 +214,7 @@ def test_the_application_has_a_class_of_its_own(start: Any, admin: Any, cls: Any
     assert admin.execute("SELECT count(*) FROM t").fetchone() == (2,)
 
 
-def test_a_class_that_is_no_connection_is_refused(start: Any) -> None:
+def test_a_class_that_is_not_a_connection_is_refused(start: Any) -> None:
     for wrong in (dict, "os:PathLike", psycopg.AsyncConnection, Counting.answer):
         with pytest.raises(pgdbpool.ConfigError, match=r"must be a subclass of psycopg\.Connection"):
             start(connection_class=wrong)
@@ -363,7 +363,7 @@ def test_idle_connections_that_are_too_many_are_discarded(start: Any, mode: str)
 
 
 @pytest.mark.parametrize("failure", [None, ValueError("not now")])
-def test_on_failover_is_told_who_takes_the_writes_now(
+def test_on_failover_gets_the_server_that_takes_the_writes_now(
     known_cluster: Cluster, mode: str, failure: Any, caplog: Any
 ) -> None:
     calls = Calls()

@@ -64,7 +64,7 @@ def seen(mode: str, condition: Callable[[], Any]) -> None:
 # leak_after.
 
 
-def test_a_leak_is_one_warning_that_tells_who_where_and_what(start: Any, mode: str, records: Any) -> None:
+def test_a_leak_is_one_warning_with_thread_place_and_statement(start: Any, mode: str, records: Any) -> None:
     start(leak_after=0.05)
     with Handler("auto") as db:
         db.query("SELECT %s::text", ("a secret",))
@@ -79,7 +79,7 @@ def test_a_leak_is_one_warning_that_tells_who_where_and_what(start: Any, mode: s
     assert record.endpoint == next(iter(Connection.status().endpoints))
     assert record.holder == threading.current_thread().name
     assert record.file == __file__
-    assert record.function == "test_a_leak_is_one_warning_that_tells_who_where_and_what"
+    assert record.function == "test_a_leak_is_one_warning_with_thread_place_and_statement"
     assert record.seconds >= 0.05
     assert record.statement == "SELECT %s::text"
     assert record.stack is None
@@ -127,7 +127,7 @@ PLACES: list[str] = []
 
 
 @pytest.mark.parametrize("enter", [by_exit_stack, by_run, by_decorator, by_helper])
-def test_the_place_is_the_callers_whatever_enters_the_block(
+def test_the_place_is_the_callers_however_the_block_is_entered(
     start: Any, records: Any, enter: Callable[[], None]
 ) -> None:
     start(slow_block=0.000001, slow_query=0.000001)
@@ -145,7 +145,7 @@ def test_the_place_is_the_callers_whatever_enters_the_block(
     assert f"in {function}" in PLACES[0]
 
 
-def test_each_block_that_leaks_is_told_of(start: Any, mode: str, records: Any) -> None:
+def test_each_block_that_leaks_is_reported(start: Any, mode: str, records: Any) -> None:
     start(leak_after=0.02)
     for number in (1, 2):
         with Handler("auto"):
@@ -154,7 +154,7 @@ def test_each_block_that_leaks_is_told_of(start: Any, mode: str, records: Any) -
     assert first.correlation_id != second.correlation_id
 
 
-def test_a_block_that_ends_in_time_is_not_told_of(start: Any, mode: str, records: Any) -> None:
+def test_a_block_that_ends_in_time_is_not_reported(start: Any, mode: str, records: Any) -> None:
     start(leak_after=60)
     for _ in range(50):
         with Handler("auto") as db:
@@ -164,7 +164,7 @@ def test_a_block_that_ends_in_time_is_not_told_of(start: Any, mode: str, records
     assert Connection.status().groups["auto"].leaks == 0
 
 
-def test_with_leak_stack_the_whole_stack_is_told(start: Any, mode: str, records: Any) -> None:
+def test_with_leak_stack_the_whole_stack_is_shown(start: Any, mode: str, records: Any) -> None:
     start(leak_after=0.02, leak_stack=True)
 
     def inner() -> None:
@@ -174,11 +174,11 @@ def test_with_leak_stack_the_whole_stack_is_told(start: Any, mode: str, records:
     inner()
     (record,) = records("block.leaked")
     assert record.stack[-1].endswith("in inner")
-    assert record.stack[-2].endswith("in test_with_leak_stack_the_whole_stack_is_told")
+    assert record.stack[-2].endswith("in test_with_leak_stack_the_whole_stack_is_shown")
     assert record.stack[-1] in record.getMessage()
 
 
-def test_the_time_out_tells_of_the_holders_in_the_same_way(start: Any, mode: str) -> None:
+def test_the_timeout_shows_the_holders_in_the_same_way(start: Any, mode: str) -> None:
     start(leak_stack=True)
     with Handler("auto", correlation_id="request-7") as db:
         db.query("SELECT %s::text", ("a secret",))
@@ -187,7 +187,7 @@ def test_the_time_out_tells_of_the_holders_in_the_same_way(start: Any, mode: str
     (holder,) = caught.value.holders
     assert holder.startswith(f"thread {threading.current_thread().name} for ")
     assert f"from {__file__}:" in holder
-    assert "in test_the_time_out_tells_of_the_holders_in_the_same_way" in holder
+    assert "in test_the_timeout_shows_the_holders_in_the_same_way" in holder
     assert "last statement: SELECT %s::text" in holder
     assert "correlation id request-7" in holder
     assert "stack: " in holder
@@ -196,7 +196,7 @@ def test_the_time_out_tells_of_the_holders_in_the_same_way(start: Any, mode: str
 
 
 @pytest.mark.slow
-def test_a_statement_under_way_is_told_of_too(known_cluster: Any, records: Any) -> None:
+def test_a_statement_under_way_is_reported_too(known_cluster: Any, records: Any) -> None:
     Connection.init(config([known_cluster.primary], auto={"connection_count": 1, "leak_after": 0.05}))
     try:
         with Handler("auto") as db:
@@ -207,7 +207,7 @@ def test_a_statement_under_way_is_told_of_too(known_cluster: Any, records: Any) 
         Connection.reset()
 
 
-def test_nothing_is_watched_where_nobody_asked(start: Any, records: Any) -> None:
+def test_nothing_is_watched_unless_configured(start: Any, records: Any) -> None:
     start()
     with Handler("auto") as db:
         db.query("SELECT 1")
@@ -221,7 +221,7 @@ def test_no_thread_but_the_monitor_watches(start: Any, mode: str) -> None:
     assert names.count("pgdbpool-monitor") == (mode == "threaded")
 
 
-def test_literals_of_a_composed_statement_are_no_part_of_its_text() -> None:
+def test_literals_of_a_composed_statement_are_not_in_its_text() -> None:
     statement = psycopg.sql.SQL("SELECT {} FROM {} WHERE i = {}").format(
         psycopg.sql.Literal("a secret"), psycopg.sql.Identifier("t"), psycopg.sql.Placeholder()
     )
@@ -411,6 +411,6 @@ def test_many_blocks_at_the_limit_leave_the_pool_whole(known_cluster: Any) -> No
         Connection.reset()
 
 
-def test_a_leak_must_be_told_of_before_it_ends() -> None:
+def test_a_leak_is_reported_before_it_ends() -> None:
     with pytest.raises(ConfigError, match=r"leak_after.*must be below max_hold \(5 s\), not 5 s"):
         Connection.init({"db": {"host": "h"}, "groups": {"g": {"leak_after": "5s", "max_hold": 5}}})

@@ -153,7 +153,7 @@ def test_max_waiting_counts_both(start: Any) -> None:
         last.result(5)
 
 
-def test_close_tells_those_who_wait_of_either_priority(start: Any) -> None:
+def test_close_raises_in_waiters_of_either_priority(start: Any) -> None:
     start()
     with ThreadPoolExecutor(2) as threads, Handler("g"):
         block = Blocks(threads)

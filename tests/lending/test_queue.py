@@ -63,7 +63,7 @@ def test_waiters_are_served_in_the_order_they_came(start: Any) -> None:
     assert order == list(range(8))
 
 
-def test_a_timeout_says_who_holds_the_connections(start: Any) -> None:
+def test_a_timeout_names_the_holders_of_the_connections(start: Any) -> None:
     start(timeout=0.1)
     ready, done = threading.Event(), threading.Event()
 

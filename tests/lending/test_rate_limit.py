@@ -48,7 +48,7 @@ def granted(bucket: RateLimiter) -> bool:
     return True
 
 
-def test_a_burst_is_let_in_and_the_next_is_told_when_to_come_back() -> None:
+def test_a_burst_is_admitted_and_the_next_gets_a_retry_after() -> None:
     bucket, clock = limiter(per_second=4, burst=3)
     for _ in range(3):
         bucket.acquire()
@@ -77,7 +77,7 @@ def test_over_time_the_rate_is_exact(per_second: float) -> None:
     assert abs(count - 5 - (clock.now - began) * per_second) <= 1
 
 
-def test_who_waits_begins_at_its_time_also_when_threads_wake_late() -> None:
+def test_waiters_begin_at_their_time_even_if_threads_wake_late() -> None:
     bucket, clock = limiter(per_second=10, burst=1, max_wait=1)
     began = clock.now
     for late, count in ((0.0, 50), (0.03, 50)):
@@ -219,7 +219,7 @@ def test_those_behind_an_interrupted_waiter_move_up(start: Any) -> None:
         assert 1.9 < future.result(10) < 3.9  # the first turn, at two seconds, and not the second
 
 
-def test_a_forked_child_has_a_bucket_of_its_own(start: Any, mode: str) -> None:
+def test_a_forked_child_has_its_own_bucket(start: Any, mode: str) -> None:
     start(mode, per_second=0.01, burst=2, max_wait=0)
     for _ in range(2):
         with Handler("g"):

@@ -131,7 +131,7 @@ def test_a_group_grows_and_shrinks(pools: Any) -> None:
     assert len(pids(count=1)) == 1
 
 
-def test_who_waits_gets_what_there_is_more_of(known_cluster: Cluster) -> None:
+def test_waiters_get_added_connections(known_cluster: Cluster) -> None:
     Connection.init(config([known_cluster.primary], g={"connection_count": 1, "timeout": 10}))
     try:
         done: list[int] = []
@@ -276,7 +276,7 @@ def test_reloading_the_same_configuration_touches_nothing(pools: Any) -> None:
     assert Connection.status().groups["g"].opened == 3
 
 
-def test_what_a_reload_does_not_change_keeps_its_connections(pools: Any, known_cluster: Cluster) -> None:
+def test_unchanged_groups_keep_their_connections_at_a_reload(pools: Any, known_cluster: Cluster) -> None:
     made = pools("ab", g={"connection_count": 4}, old={"connection_count": 1})
     with Handler("g") as first, Handler("g") as second:
         at = {block.endpoint: pid_of(block) for block in (first, second)}
@@ -324,7 +324,7 @@ def test_keys_of_a_group_that_connections_do_not_have_change_without_them(pools:
     assert getattr(Connection.group("g").config, key) == value
 
 
-def test_what_a_rate_limit_has_refused_stays_counted_when_it_changes(pools: Any) -> None:
+def test_a_changed_rate_limit_keeps_its_count_of_refusals(pools: Any) -> None:
     made = pools(g={"connection_count": 1, "rate_limit": {"per_second": 0.01, "burst": 1, "max_wait": 0}})
     with Handler("g"):
         pass
@@ -357,7 +357,7 @@ def test_keys_of_a_group_that_connections_have_replace_them(pools: Any, change: 
     assert not pids() & before
 
 
-def test_a_block_of_a_group_that_is_gone_ends_in_peace(pools: Any, known_cluster: Cluster) -> None:
+def test_a_block_of_a_removed_group_ends_without_an_error(pools: Any, known_cluster: Cluster) -> None:
     known_cluster.primary.execute("CREATE TABLE t (i int)")
     manual = {"connection_count": 1, "autocommit": False}
     made = pools("a", g={"connection_count": 1}, old=manual)
@@ -372,7 +372,7 @@ def test_a_block_of_a_group_that_is_gone_ends_in_peace(pools: Any, known_cluster
     wait_for(lambda: known_cluster.primary.execute(gone, [pid]) == [(0,)])
 
 
-def test_close_waits_for_the_blocks_of_a_group_that_is_gone(known_cluster: Cluster) -> None:
+def test_close_waits_for_the_blocks_of_a_removed_group(known_cluster: Cluster) -> None:
     made = config([known_cluster.primary], g={"connection_count": 1}, old={"connection_count": 1})
     Connection.init(made)
     try:
@@ -427,7 +427,7 @@ def test_a_password_changes_without_touching_connections(pools: Any) -> None:
     assert Connection.group("g").endpoints[0].login.ask()["password"] == "another"
 
 
-def test_what_is_wrong_changes_nothing(pools: Any, mode: str) -> None:
+def test_a_wrong_call_changes_nothing(pools: Any, mode: str) -> None:
     made = pools()
     before = pids()
     wrong = copy.deepcopy(made)

@@ -65,7 +65,7 @@ def test_all_servers_up_is_healthy(known_cluster: Any, mode: str, wait: bool) ->
     assert report["groups"]["read"]["utilization"] == 0
 
 
-def test_what_is_in_use_shows(known_cluster: Any) -> None:
+def test_connections_in_use_show(known_cluster: Any) -> None:
     init(known_cluster)
     with Handler("write") as db:
         db.query("SELECT 1")
@@ -257,7 +257,7 @@ def test_probes_are_answered_200_while_every_group_is_served(known_cluster: Any)
     assert get(app, "/live")[0] == 200
 
 
-def test_an_answer_has_details_only_where_they_are_asked_for(known_cluster: Any) -> None:
+def test_an_answer_has_details_only_on_request(known_cluster: Any) -> None:
     init(known_cluster)
     assert known_cluster.primary.label not in json.dumps(get(HealthApp())[1])
     assert known_cluster.primary.label in get(HealthApp(details=True))[1]["endpoints"]

@@ -93,7 +93,7 @@ def test_close_waits_for_open_blocks_and_refuses_new_ones(start: Any, admin: Any
     wait_for(lambda: pools_backends(admin) == 0)
 
 
-def test_close_serves_those_who_wait_for_a_connection_already(start: Any, admin: Any) -> None:
+def test_close_serves_waiters_that_came_before(start: Any, admin: Any) -> None:
     start(connection_count=1)
     first = Sleeper(2)
     wait_for(lambda: count(admin, RUNNING) == 1)
@@ -105,7 +105,7 @@ def test_close_serves_those_who_wait_for_a_connection_already(start: Any, admin:
         assert sleeper.finished, sleeper.error
 
 
-def test_what_overstays_the_close_is_cancelled_and_cut(start: Any, admin: Any) -> None:
+def test_blocks_that_outlast_the_close_are_cancelled_and_cut(start: Any, admin: Any) -> None:
     start(query_timeout=60_000)
     sleepers = [Sleeper(50), Sleeper(50, "m")]
     wait_for(lambda: count(admin, RUNNING) == 2)
@@ -163,7 +163,7 @@ def test_terminate_reaches_blocks_of_pools_that_an_init_has_replaced(start: Any,
 @pytest.mark.parametrize("group", ["g", "m"])
 @pytest.mark.parametrize("how", ["close", "terminate"])
 @pytest.mark.parametrize("asleep", [False, True], ids=["idle", "asleep"])
-def test_an_open_block_is_told_that_the_pools_were_closed_and_by_what(
+def test_an_open_blocks_error_says_that_the_pools_were_closed_and_why(
     start: Any, admin: Any, how: str, group: str, asleep: bool
 ) -> None:
     start(query_timeout=60_000)
@@ -206,7 +206,7 @@ def test_an_open_block_is_told_that_the_pools_were_closed_and_by_what(
         Handler(group)
 
 
-def test_a_lock_free_block_is_told_what_has_closed_the_pools(start: Any) -> None:
+def test_a_lock_free_blocks_error_names_the_cause_of_closed_pools(start: Any) -> None:
     start("non-threaded")
     with pytest.raises(pgdbpool.ConnectionLostError, match=r"closed by Connection.terminate\(\), with"):
         with Handler("g") as db:
@@ -215,7 +215,7 @@ def test_a_lock_free_block_is_told_what_has_closed_the_pools(start: Any) -> None
             db.query("SELECT 1")
 
 
-def test_a_hook_of_gunicorn_is_named_as_what_has_closed_the_pools(start: Any, mode: str) -> None:
+def test_a_hook_of_gunicorn_is_named_as_the_cause_of_closed_pools(start: Any, mode: str) -> None:
     start(mode)
     hooks.worker_int(None)
     with pytest.raises(pgdbpool.NotInitializedError, match="closed by gunicorn's worker_int, as the worker"):
@@ -374,7 +374,7 @@ def test_blocks_of_other_threads_finish_within_the_bound(program: Any, known_clu
 
 
 @pytest.mark.parametrize("place", ["main", "thread"])
-def test_what_overstays_the_bound_is_cancelled(program: Any, admin: Any, place: str) -> None:
+def test_a_statement_past_its_bound_is_cancelled(program: Any, admin: Any, place: str) -> None:
     call = (
         "work()" if place == "main" else "threading.Thread(target=work, daemon=True).start(); time.sleep(60)"
     )

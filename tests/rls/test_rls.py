@@ -122,7 +122,7 @@ def test_a_sound_schema_gives_no_error_and_no_warning(admin: Connection) -> None
     assert names == ["shop.docs", "shop.events", "shop.gates", "shop.items", "shop.notes", "shop.orders"]
 
 
-def test_with_rows_it_is_as_silent_and_tells_of_those_for_all(admin: Connection) -> None:
+def test_with_rows_it_is_as_silent_and_reports_those_for_all(admin: Connection) -> None:
     admin.execute(
         "INSERT INTO orders SELECT i, gen_random_uuid() FROM generate_series(1, 100) i;"
         "INSERT INTO items SELECT i, 'x' FROM generate_series(1, 100) i;"
@@ -443,7 +443,7 @@ NOTES: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", NOTES)
-def test_what_may_be_meant_is_a_note(admin: Connection, name: str) -> None:
+def test_a_probable_mistake_is_a_note(admin: Connection, name: str) -> None:
     plant, code, subject = NOTES[name]
     admin.execute(plant.encode())
     result = audit(admin, [TENANT], role="app", ignore=["policy-fails:parent*"])
@@ -468,7 +468,7 @@ def test_policies_for_other_roles_are_not_the_roles(admin: Connection) -> None:
     assert bad(audit(admin, [TENANT], ["orders"], "app")) == expected
 
 
-def test_what_a_policy_reads_is_told_through_functions_views_and_other_policies(admin: Connection) -> None:
+def test_the_settings_a_policy_reads_are_found_through_functions_and_views(admin: Connection) -> None:
     admin.execute(
         "CREATE VIEW mine AS SELECT id FROM orders;"
         "CREATE POLICY seen ON items AS RESTRICTIVE USING (order_id IN (SELECT id FROM mine))"
@@ -536,7 +536,7 @@ def test_tables_of_extensions_are_audited_if_named(admin: Connection) -> None:
     assert bad(audit(admin, [TENANT], ["srs"], "app")) == [("error", "rls-disabled", "shop.srs")]
 
 
-def test_what_is_ignored_is_named_by_code_and_subject(admin: Connection) -> None:
+def test_ignored_findings_are_named_by_code_and_subject(admin: Connection) -> None:
     admin.execute("CREATE TABLE a (); CREATE TABLE b (); GRANT SELECT ON a, b TO app")
     for patterns, left in (
         (["rls-disabled:shop.a"], ["shop.b"]),
@@ -699,7 +699,7 @@ def test_an_immutable_function_that_reads_the_tenant_is_an_error(admin: Connecti
     assert "immutable-reads-setting" not in codes
 
 
-def test_what_an_immutable_function_does_to_a_tenant_is_as_bad_as_said(admin: Connection) -> None:
+def test_an_immutable_function_does_harm_a_tenant_as_reported(admin: Connection) -> None:
     """After some executions the plan has the first tenant's value for good."""
     admin.execute(IMMUTABLES["in a view that filters"].encode())
     one_, two = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"

@@ -160,7 +160,7 @@ def test_the_same_password_is_not_sent_twice(start: Any, proxy_to: Any, node: An
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_function_that_fails_is_named_without_what_it_says(
+def test_a_failing_callable_is_named_without_its_message(
     start: Any, answer: Any, what: str, caplog: Any
 ) -> None:
     start(**{"pass": Asked(answer)})
@@ -184,7 +184,7 @@ def test_the_group_works_again_when_the_function_does(start: Any) -> None:
     assert user() == "web"
 
 
-def test_a_function_that_takes_too_long_is_no_evidence_against_the_server(start: Any) -> None:
+def test_a_slow_callable_is_not_evidence_against_the_server(start: Any) -> None:
     def slow() -> str:
         time.sleep(0.4)
         return FIRST
@@ -195,7 +195,7 @@ def test_a_function_that_takes_too_long_is_no_evidence_against_the_server(start:
     assert Connection.status().endpoints.popitem()[1].state == "up"
 
 
-def test_a_password_file_is_read_anew_when_it_has_changed(start: Any, admin: Any, tmp_path: Path) -> None:
+def test_a_changed_password_file_is_read_again(start: Any, admin: Any, tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.write_text(FIRST + "\n")
     start(pass_file=path)
@@ -346,7 +346,7 @@ def test_while_a_function_hangs_health_is_over_in_time(node: Any, admin: Any, ha
     assert Connection.health()["status"] == "healthy"
 
 
-def test_health_asks_too_and_tells_that_there_is_no_password(start: Any, admin: Any) -> None:
+def test_health_asks_too_and_reports_a_missing_password(start: Any, admin: Any) -> None:
     password = Asked(FIRST, OSError(FIRST))
     start(**{"pass": password})
     assert Connection.health()["status"] == "healthy"

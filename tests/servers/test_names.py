@@ -79,7 +79,9 @@ def test_a_name_that_was_never_resolved_is_a_server_that_is_down(
     assert found["pulse"] < 0.4
 
 
-def test_a_name_that_there_is_no_more_is_a_server_that_is_down(run: Callable[[str], dict[str, Any]]) -> None:
+def test_a_name_that_no_longer_resolves_is_a_server_that_is_down(
+    run: Callable[[str], dict[str, Any]],
+) -> None:
     found = run("gone")
     assert "DBOfflineError" in found["second"][1]
     assert "failed to resolve host 'db.test'" in found["second"][1]

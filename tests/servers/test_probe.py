@@ -184,7 +184,7 @@ def works() -> bool:
     return True
 
 
-def test_what_a_service_says_counts_where_the_configuration_says_nothing(
+def test_a_service_file_fills_in_keys_left_out(
     known_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str
 ) -> None:
     node = known_cluster.primary

@@ -138,7 +138,7 @@ CLOSED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "manual"])
 @pytest.mark.parametrize("what", CLOSED)
-def test_a_session_with_what_cannot_be_cleaned_is_not_the_next_borrowers(
+def test_a_session_that_cannot_be_cleaned_is_not_lent_again(
     start: Any, known_cluster: Any, group: str, what: str
 ) -> None:
     left, shows, clean = CLOSED[what]
@@ -228,7 +228,7 @@ def test_a_blocks_own_settings_last_through_the_block(start: Any, group: str) ->
 
 @pytest.mark.parametrize("how", ["connection", "cursor"])
 @pytest.mark.parametrize("group", ["auto", "manual"])
-def test_what_the_connection_itself_was_used_for_is_cleaned_too(start: Any, group: str, how: str) -> None:
+def test_uses_of_the_connection_itself_are_cleaned_too(start: Any, group: str, how: str) -> None:
     start()
     with Handler(group) as db:
         conn = db.connection if how == "connection" else db.query("SELECT 1").connection
@@ -303,7 +303,7 @@ def test_psycopgs_own_prepared_statements_stay(start: Any) -> None:
         assert db.query("SELECT %s::int + 1", (1,)).fetchone()[0] == 2
 
 
-def test_what_cannot_be_cleaned_is_closed(start: Any) -> None:
+def test_a_session_that_cannot_be_cleaned_is_closed(start: Any) -> None:
     start()
     with Handler("auto") as db:
         pid = pid_of(db)
@@ -330,7 +330,7 @@ def test_reset_always_and_never(start: Any) -> None:
         assert value(db, "SHOW work_mem") == "7MB"
 
 
-def test_what_postgresql_refuses_in_a_transaction_works_in_a_session_to_be_cleaned(start: Any) -> None:
+def test_statements_refused_in_a_transaction_work_in_a_session_to_be_cleaned(start: Any) -> None:
     start()
     for statement in ("VACUUM t", "CREATE INDEX CONCURRENTLY ON t (i)", "CALL nothing()"):
         with Handler("auto") as db:

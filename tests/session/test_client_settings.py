@@ -129,7 +129,7 @@ def test_loaders_of_the_applications_own_stay(known_cluster: Cluster, mode: str)
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", ["client_encoding", "Client_Encoding", "standard_conforming_strings"])
-def test_what_would_hold_at_the_server_alone_is_refused(
+def test_settings_that_would_hold_at_the_server_alone_are_refused(
     known_cluster: Cluster, start: Any, group: str, name: str
 ) -> None:
     start()
@@ -163,7 +163,7 @@ def test_an_encoding_of_one_transaction_is_spoken_on_both_sides(start: Any) -> N
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
-def test_what_the_sessions_encoding_cannot_hold_is_refused_and_the_connection_stays(
+def test_text_outside_the_sessions_encoding_is_refused_and_the_connection_stays(
     start: Any, group: str, encoding: str
 ) -> None:
     start({"client_encoding": encoding}, tenant={"setting": "app.tenant", "required": False, "verify": "off"})

@@ -239,7 +239,7 @@ WAYS = [
 # Cancelled by an administrator.
 
 
-def test_a_cancelled_commit_has_an_error_of_its_own(primary: Primary, start: Any) -> None:
+def test_a_cancelled_commit_has_its_own_error(primary: Primary, start: Any) -> None:
     start()
     primary.lonely()
     for number, way in enumerate(WAYS, 1):
@@ -310,7 +310,7 @@ def test_two_phase_commits_have_it_too(two_phase: Primary) -> None:
         assert two_phase.rows() == 2 * number
 
 
-def test_a_log_record_is_enough_where_the_group_says_so(primary: Primary, start: Any, caplog: Any) -> None:
+def test_a_log_record_is_enough_if_the_group_says_so(primary: Primary, start: Any, caplog: Any) -> None:
     start(not_replicated="warn")
     primary.lonely()
     for number, way in enumerate((end_of_block, statement, statement_with_settings, one_shot), 1):
@@ -326,7 +326,7 @@ def test_a_log_record_is_enough_where_the_group_says_so(primary: Primary, start:
 
 
 @pytest.mark.parametrize("group", ["auto", "manual"])
-def test_run_never_repeats_what_is_committed(primary: Primary, start: Any, group: str) -> None:
+def test_run_never_repeats_committed_work(primary: Primary, start: Any, group: str) -> None:
     start()
     primary.lonely()
     work = Work(lambda: pgdbpool.run(group, lambda db: db.query(INSERT), idempotent=True))
@@ -366,7 +366,7 @@ def test_a_setting_that_would_hide_it_is_refused(known_cluster: Any, start: Any,
     assert shown == "warning"
 
 
-def test_notice_handlers_of_a_block_are_told_of_it(primary: Primary, start: Any) -> None:
+def test_notice_handlers_of_a_block_get_it(primary: Primary, start: Any) -> None:
     start()
     primary.lonely()
     told: list[str | None] = []
@@ -390,7 +390,7 @@ def close() -> None:
 
 
 @pytest.mark.parametrize("end", [Connection.terminate, close])
-def test_what_may_be_committing_is_cut_and_not_cancelled(
+def test_a_statement_that_may_be_committing_is_cut_and_not_cancelled(
     primary: Primary, start: Any, end: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("pgdbpool._process.pools.CUT_WITHIN", 0.1)
@@ -408,7 +408,7 @@ def test_what_may_be_committing_is_cut_and_not_cancelled(
         primary.release()
 
 
-def test_what_commits_within_the_bound_is_a_success(primary: Primary, start: Any, monkeypatch: Any) -> None:
+def test_a_commit_within_the_bound_is_a_success(primary: Primary, start: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("pgdbpool._process.pools.CUT_WITHIN", 20.0)
     for way in (end_of_block, statement, one_shot):
         start()
@@ -430,7 +430,7 @@ CANCELLED = [
 
 
 @pytest.mark.parametrize(("group", "statement"), CANCELLED)
-def test_what_cannot_be_committing_is_cancelled(
+def test_a_statement_that_cannot_be_committing_is_cancelled(
     primary: Primary, start: Any, group: str, statement: str
 ) -> None:
     start(query_timeout=60_000)
@@ -613,7 +613,7 @@ def serves(group: str) -> bool:
 
 
 @pytest.mark.parametrize("how", ["restart", "terminate"])
-def test_a_session_that_was_left_is_gone_with_its_server(
+def test_a_left_session_ends_with_its_server(
     primary: Primary, known_cluster: Any, start: Any, how: str
 ) -> None:
     start(query_timeout=200, timeout=0.3, connection_count=1)
@@ -638,7 +638,7 @@ def test_a_session_that_was_left_is_gone_with_its_server(
     assert Connection.status().groups["manual"].left == 0
 
 
-def test_pools_close_at_once_whatever_was_left(primary: Primary, start: Any) -> None:
+def test_pools_close_at_once_with_connections_in_any_state(primary: Primary, start: Any) -> None:
     start(query_timeout=200)
     primary.lonely()
     assert isinstance(Work(end_of_block).end(), pgdbpool.QueryDeadlineError)

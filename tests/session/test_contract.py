@@ -196,7 +196,7 @@ def test_a_transaction_whose_block_closes_its_connection_is_not_committed_by_hal
     assert values(admin) == [5]
 
 
-def test_status_tells_what_is_in_use(start: Any, mode: str) -> None:
+def test_status_reports_connections_in_use(start: Any, mode: str) -> None:
     start()
     with Handler("auto"):
         status = Connection.status()
@@ -712,7 +712,7 @@ def test_init_without_wait_connects_on_first_use(node: Any, mode: str, admin: An
         Connection.reset()
 
 
-def test_a_forked_child_has_connections_of_its_own(start: Any, admin: Any) -> None:
+def test_a_forked_child_has_its_own_connections(start: Any, admin: Any) -> None:
     start()
     with Handler("auto") as db:
         parents = pid_of(db)

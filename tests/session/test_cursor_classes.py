@@ -228,7 +228,7 @@ def test_a_statement_inside_of_its_stream_is_refused_and_does_not_hang(group: st
         assert db.fetchval(TENANT) == "acme"
 
 
-def test_the_lock_tells_whether_it_is_held(group: str) -> None:
+def test_the_lock_knows_whether_it_is_held(group: str) -> None:
     with Handler(group) as db:
         conn = db.connection
         assert not conn.lock.locked()
@@ -239,7 +239,7 @@ def test_the_lock_tells_whether_it_is_held(group: str) -> None:
             assert conn.lock.locked()
 
 
-def test_what_is_due_takes_a_round_trip_of_its_own(
+def test_preparations_due_take_their_own_round_trip(
     start: Callable[..., None], known_cluster: Cluster, proxy_to: Any
 ) -> None:
     proxy = proxy_to(known_cluster.primary)

@@ -61,7 +61,7 @@ def test_a_deadline_is_a_number_of_seconds(wrong: Any) -> None:
         pass
 
 
-def test_a_thread_has_it_where_the_context_is_passed_on() -> None:
+def test_a_thread_has_it_if_the_context_is_passed_on() -> None:
     with deadline(10), ThreadPoolExecutor(1) as threads:
         assert threads.submit(time_left).result() is None
         assert threads.submit(contextvars.copy_context().run, time_left).result() is not None
@@ -85,7 +85,7 @@ def test_a_block_that_begins_after_it_sends_nothing(start: Any, known_cluster: A
     assert Connection.status().groups["auto"].in_use == 0
 
 
-def test_what_begins_after_it_in_an_open_block_sends_nothing(start: Any) -> None:
+def test_statements_past_the_deadline_in_an_open_block_send_nothing(start: Any) -> None:
     start()
     with Handler("auto") as db:
         db.query("CREATE TABLE IF NOT EXISTS late (i int)")
@@ -144,7 +144,7 @@ def test_a_commit_after_it_is_a_rollback_that_raises(start: Any, how: str) -> No
 
 
 @pytest.mark.parametrize("group", ["auto", "manual"])
-def test_each_statement_is_bound_at_the_server_to_what_is_left(start: Any, group: str) -> None:
+def test_each_statement_is_limited_at_the_server_to_the_time_left(start: Any, group: str) -> None:
     start({"query_timeout": "30s"})
     with Handler(group) as db:
         assert shown(db) == 30_000
@@ -178,7 +178,7 @@ def test_each_statement_is_bound_at_the_server_to_what_is_left(start: Any, group
         assert shown(db) == 30_000
 
 
-def test_what_cannot_ride_is_bound_where_it_has_a_round_trip_before_it(start: Any) -> None:
+def test_statements_that_cannot_ride_are_limited_in_a_round_trip_before(start: Any) -> None:
     start({"query_timeout": "30s"})
     with deadline(10), Handler("manual") as db:
         cursor = db.query("SELECT 1; SELECT current_setting('statement' || '_timeout')")
@@ -236,7 +236,7 @@ def test_the_first_statement_of_a_transaction_is_still_sent_again_and_no_later_o
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "manual"])
-def test_a_hung_server_costs_no_more_than_what_is_left(
+def test_a_hung_server_costs_no_more_than_the_time_left(
     start: Any, known_cluster: Any, proxy_to: Any, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (exchange, liveness):
@@ -274,7 +274,7 @@ def test_a_ping_of_a_request_in_a_hurry_puts_no_endpoint_down(
 
 
 @pytest.mark.slow
-def test_a_connect_is_cut_to_what_is_left(start: Any, known_cluster: Any, proxy_to: Any) -> None:
+def test_a_connect_is_limited_to_the_time_left(start: Any, known_cluster: Any, proxy_to: Any) -> None:
     proxy = proxy_to(known_cluster.primary)
     start({"port": proxy.port, "connect_timeout": 20}, min_size=0, max_lifetime=0.01)
     proxy.stall()
@@ -286,7 +286,7 @@ def test_a_connect_is_cut_to_what_is_left(start: Any, known_cluster: Any, proxy_
     proxy.resume()
 
 
-def test_the_wait_for_a_connection_is_cut_to_what_is_left(known_cluster: Any) -> None:
+def test_the_wait_for_a_connection_is_limited_to_the_time_left(known_cluster: Any) -> None:
     Connection.init(config([known_cluster.primary], auto={"connection_count": 1, "timeout": 30}))
     done = threading.Event()
 
@@ -321,7 +321,7 @@ def test_a_stream_that_flows_ends_with_it(start: Any) -> None:
         assert db.query("SELECT 1").fetchone()[0] == 1
 
 
-def test_notifications_end_with_it_as_with_a_timeout_of_their_own(start: Any) -> None:
+def test_notifications_end_with_it_as_with_their_own_timeout(start: Any) -> None:
     start()
     with Handler("auto") as db:
         db.query("LISTEN nothing")

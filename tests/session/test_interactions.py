@@ -177,7 +177,7 @@ def test_a_drain_is_kept_when_a_probe_fails_meanwhile(known_cluster: Cluster) ->
 # A configuration changes.
 
 
-def test_who_waits_gets_the_idle_connection_that_is_no_longer_reserved(known_cluster: Cluster) -> None:
+def test_a_waiter_gets_an_idle_connection_that_is_no_longer_reserved(known_cluster: Cluster) -> None:
     made = config([known_cluster.primary], g={"connection_count": 2, "reserved": 1, "timeout": 30})
     Connection.init(made)
     release = threading.Event()
@@ -265,9 +265,7 @@ def test_a_lost_transaction_stays_lost_when_a_reload_makes_its_group_autocommit(
     assert Connection.fetchval("g", "SELECT count(*) FROM parts") == 0
 
 
-def test_what_was_left_in_a_session_is_gone_when_a_reload_asks_for_clean_ones(
-    known_cluster: Cluster, mode: str
-) -> None:
+def test_a_reload_that_asks_for_clean_sessions_removes_their_state(known_cluster: Cluster, mode: str) -> None:
     made = config([known_cluster.primary], mode, g={"connection_count": 1, "reset": "never"})
     Connection.init(made)
     with Handler("g") as db:
@@ -304,7 +302,7 @@ def test_a_server_that_reports_no_role_is_asked_again_after_it_refused_a_write(
 
 
 @pytest.mark.slow
-def test_the_background_survives_what_goes_wrong_in_it(known_cluster: Cluster) -> None:
+def test_the_background_survives_its_errors(known_cluster: Cluster) -> None:
     Connection.init(config([server(known_cluster.primary, label="a")], g={"connection_count": 1}))
     (endpoint,) = Connection.group("g").endpoints
     real = endpoint.probe
@@ -320,7 +318,7 @@ def test_the_background_survives_what_goes_wrong_in_it(known_cluster: Cluster) -
     wait_for(lambda: endpoint.state.value == "up")
 
 
-def test_what_is_told_of_a_connection_taken_away_may_need_one_itself(
+def test_a_log_handler_told_of_a_reclaimed_connection_may_use_the_pool(
     known_cluster: Cluster, mode: str
 ) -> None:
     group = {"connection_count": 1, "max_hold": 0.05, "timeout": 9}
@@ -585,7 +583,7 @@ def test_a_session_does_not_collect_prepared_preambles(known_cluster: Cluster, m
         assert db.fetchval("SELECT count(*) FROM pg_prepared_statements") <= 50
 
 
-def test_who_keeps_sessions_as_they_are_may_deallocate_in_them(known_cluster: Cluster, mode: str) -> None:
+def test_groups_that_never_reset_may_deallocate(known_cluster: Cluster, mode: str) -> None:
     tenant = {"setting": "app.tenant", "verify": "off"}
     group = {"connection_count": 1, "tenant": tenant, "reset": "never"}
     Connection.init(config([known_cluster.primary], mode, g=group))
@@ -628,7 +626,7 @@ def test_an_autocommit_statement_that_was_lost_may_have_been_executed(
     assert caught.value.maybe_executed or caught.value.maybe_committed
 
 
-def test_the_parameters_of_a_copy_are_not_told(known_cluster: Cluster, mode: str) -> None:
+def test_the_parameters_of_a_copy_are_not_shown(known_cluster: Cluster, mode: str) -> None:
     Connection.init(config([known_cluster.primary], mode, g={"connection_count": 1}))
     with Handler("g") as db:
         db.copy_from_query("SELECT %s", ("mysecret",), output=lambda data: None)

@@ -84,7 +84,7 @@ def test_a_block_has_one_connection_object_and_the_next_another(group: str) -> N
     assert isinstance(first, PooledConnection)
 
 
-def test_what_is_set_on_a_kept_connection_is_not_the_next_blocks(group: str) -> None:
+def test_attributes_set_on_a_kept_connection_are_not_the_next_blocks(group: str) -> None:
     with Handler(group) as db:
         old = db.connection
     old.row_factory = psycopg.rows.dict_row

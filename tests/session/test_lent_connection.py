@@ -278,7 +278,7 @@ def test_the_first_statement_after_autocommit_was_set_is_not_sent_again(start: A
         assert caught.value.maybe_executed is value
 
 
-def test_run_does_not_repeat_what_took_effect_before_autocommit_was_set(start: Any, admin: Any) -> None:
+def test_run_does_not_repeat_effects_from_before_autocommit_was_set(start: Any, admin: Any) -> None:
     start()
     attempts = []
 
@@ -311,7 +311,7 @@ def test_on_checkout_sets_autocommit_for_the_block(start: Any, admin: Any) -> No
 
 
 @pytest.mark.parametrize("group", ["auto", "auto_t"])
-def test_rollback_of_what_an_autocommit_block_has_committed_raises(
+def test_rollback_of_statements_that_an_autocommit_block_committed_raises(
     start: Any, admin: Any, group: str
 ) -> None:
     start()
@@ -711,7 +711,7 @@ ASKED: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("group", ["auto", "auto_t"])
-def test_an_autocommit_block_goes_on_after_a_loss_whatever_the_lost_connection_is_asked(
+def test_an_autocommit_block_goes_on_after_a_loss_for_each_kind_of_use(
     start: Any, admin: Any, group: str
 ) -> None:
     start()

@@ -62,7 +62,7 @@ def own(db: Handler, admin: psycopg.Connection[Any], channel: str = "second") ->
 
 @GROUPS
 @pytest.mark.parametrize("channel", ["first", "second"])
-def test_what_comes_while_the_connection_is_idle_is_not_the_next_blocks(
+def test_messages_to_an_idle_connection_are_not_the_next_blocks(
     start: Any, admin: Any, group: str, channel: str
 ) -> None:
     start()
@@ -136,9 +136,7 @@ def test_a_handler_is_called_for_its_own_blocks_channels_alone(start: Any, admin
 
 @GROUPS
 @pytest.mark.parametrize("first", ["one-shot", "pipeline", "transaction", "several", "copy"])
-def test_it_does_not_matter_what_the_next_block_does_first(
-    start: Any, admin: Any, group: str, first: str
-) -> None:
+def test_the_next_block_may_begin_with_any_statement(start: Any, admin: Any, group: str, first: str) -> None:
     start()
     pgconn = listen(group)
     arrive(admin, pgconn)

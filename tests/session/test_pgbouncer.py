@@ -164,7 +164,7 @@ LEFT = """SELECT pg_backend_pid(), coalesce(current_setting('app.tenant', true),
 
 
 @with_pgbouncer
-def test_statements_are_prepared_only_where_one_asks_for_it(bouncer: Any) -> None:
+def test_statements_are_prepared_only_on_request(bouncer: Any) -> None:
     pooled = bouncer()
     init(pooled, prepare_threshold=1, connection_count=1)
     with pooled.connect() as other:
@@ -217,7 +217,9 @@ HELD = """SELECT session_user, current_user, current_setting('search_path'), cur
 @with_pgbouncer
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_would_stay_in_the_session_is_refused_with_a_remedy(bouncer: Any, mode: str, group: str) -> None:
+def test_statements_that_would_stay_in_the_session_are_refused_with_a_remedy(
+    bouncer: Any, mode: str, group: str
+) -> None:
     pooled = bouncer()
     init(pooled, mode)
     with pooled.connect() as other:
@@ -243,7 +245,7 @@ def test_what_would_stay_in_the_session_is_refused_with_a_remedy(bouncer: Any, m
 @with_pgbouncer
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_ends_with_the_transaction_passes(bouncer: Any, mode: str, group: str) -> None:
+def test_effects_that_end_with_the_transaction_pass(bouncer: Any, mode: str, group: str) -> None:
     pooled = bouncer()
     init(pooled, mode)
     with pooled.connect() as other:
@@ -311,7 +313,7 @@ def test_a_restart_of_pgbouncer_costs_no_error(bouncer: Any, mode: str, ping: st
         ("groups.g.sqlprepare", {}),
     ],
 )
-def test_what_needs_a_session_is_refused_before_anything_is_opened(key: str, changes: dict[str, Any]) -> None:
+def test_session_features_are_refused_before_anything_is_opened(key: str, changes: dict[str, Any]) -> None:
     entry = {"host": "127.0.0.1", "name": "postgres", "pooler": "transaction", **changes}
     group = {"connection_count": 1, "sqlprepare": not changes}
     with pytest.raises(pgdbpool.ConfigError, match=key.replace(".", r"\.")) as caught:
@@ -321,7 +323,7 @@ def test_what_needs_a_session_is_refused_before_anything_is_opened(key: str, cha
 
 @with_pgbouncer
 @pytest.mark.parametrize("mode", MODES)
-def test_writes_follow_the_primary_though_pgbouncer_tells_what_was(mode: str) -> None:
+def test_writes_follow_the_primary_though_pgbouncer_reports_old_values(mode: str) -> None:
     with Cluster(standbys=1) as cluster:
         cluster.primary.execute("CREATE ROLE app LOGIN; CREATE TABLE t (i int); GRANT ALL ON t TO app")
         cluster.wait_in_sync()

@@ -99,7 +99,7 @@ def test_a_statement_that_is_deallocated_fails_no_block(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_cannot_ride_finds_its_settings_deallocated_and_goes_on(start: Any, group: str) -> None:
+def test_statements_that_cannot_ride_survive_a_deallocate(start: Any, group: str) -> None:
     start(settings={"work_mem": "5MB"})
     for _ in range(3):
         with Handler(group) as db:
@@ -166,7 +166,7 @@ def test_inside_a_transaction_it_fails_once(start: Any, admin: Any) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_is_sent_again_is_done_once(start: Any, admin: Any, group: str) -> None:
+def test_a_resent_statement_takes_effect_once(start: Any, admin: Any, group: str) -> None:
     start(settings={"default_transaction_isolation": "serializable"})
     insert = "INSERT INTO items (id) VALUES (%s) RETURNING *"
     for n in range(6):
@@ -215,7 +215,7 @@ def test_forgotten_statements_are_dropped_at_the_server_and_the_blocks_own_are_n
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_may_commit_inside_is_not_sent_again(start: Any, admin: Any, group: str) -> None:
+def test_statements_that_may_commit_inside_are_not_sent_again(start: Any, admin: Any, group: str) -> None:
     start()
     admin.execute("""CREATE PROCEDURE half() LANGUAGE plpgsql AS $$
         BEGIN INSERT INTO items VALUES (7); EXECUTE 'DEALLOCATE nothing'; END $$""")
@@ -230,7 +230,7 @@ def test_what_may_commit_inside_is_not_sent_again(start: Any, admin: Any, group:
         assert len(db.fetch(ALL, (0,))) == 1
 
 
-def test_what_is_forgotten_in_a_transaction_leaves_it_open(start: Any, admin: Any) -> None:
+def test_an_abandoned_pipeline_leaves_the_transaction_open(start: Any, admin: Any) -> None:
     start()
     with Handler("manual") as db:
         db.query("SET application_name = 'own'")  # which the client is told of

@@ -144,7 +144,7 @@ def test_contexts_left_in_the_wrong_order_raise_and_the_block_goes_on(group: str
 
 
 @pytest.mark.parametrize("end", ["commit", "block"])
-def test_what_contexts_in_the_wrong_order_leave_open_is_not_committed(
+def test_a_transaction_left_open_by_contexts_in_the_wrong_order_is_not_committed(
     group: str, admin: psycopg.Connection[Any], end: str
 ) -> None:
     with pytest.raises(pgdbpool.TransactionAbortedError, match="wrong order"), Handler(group) as db:

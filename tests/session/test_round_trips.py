@@ -86,7 +86,7 @@ def test_each_transaction_of_a_manual_block_costs_its_commit_only(counted: Any) 
     assert trips(proxy) == 5
 
 
-def test_what_cannot_ride_costs_one_more(counted: Any) -> None:
+def test_statements_that_cannot_ride_cost_one_more(counted: Any) -> None:
     proxy = counted()
     with Handler("manual") as db:
         db.query("SELECT 1; SELECT 2")

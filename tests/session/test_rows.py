@@ -30,7 +30,7 @@ def test_a_value_answers_to_index_name_and_attribute(ask: Any) -> None:
     assert (number, name, len(row)) == (1, "pen", 3)
 
 
-def test_what_is_not_there_is_said_with_what_is(ask: Any) -> None:
+def test_an_unknown_name_is_reported_with_the_known_ones(ask: Any) -> None:
     row = ask("SELECT 1 AS id, 'pen' AS name")
     with pytest.raises(KeyError, match="no column 'nmae'; the columns are id, name"):
         row["nmae"]
@@ -44,7 +44,7 @@ def test_what_is_not_there_is_said_with_what_is(ask: Any) -> None:
     assert (row.get("name"), row.get("nmae"), row.get("nmae", 3)) == ("pen", None, 3)
 
 
-def test_it_is_a_mapping_where_one_asks_for_a_mapping(ask: Any) -> None:
+def test_it_is_a_mapping_on_request(ask: Any) -> None:
     row = ask("SELECT 1 AS id, 'pen' AS name")
     assert dict(row) == {"id": 1, "name": "pen"} == dict(row.items())
     assert row.keys() == ("id", "name")

@@ -111,7 +111,7 @@ def test_each_statement_of_each_thread_has_the_tenant(start: None, group: str, w
 
 
 @pytest.mark.parametrize("group", ["auto", "manual"])
-def test_so_it_has_where_each_thread_does_something_else(start: None, group: str) -> None:
+def test_so_it_has_if_each_thread_does_something_else(start: None, group: str) -> None:
     ways = [*WAYS, plain, *([committed, rolled_back] if group == "manual" else [])]
     with Handler(group, tenant="acme") as db:
         found = in_threads(

@@ -135,7 +135,7 @@ def test_transactions_and_savepoints_keep_the_tenant(start: Any, group: str) -> 
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_cannot_ride_has_the_tenant_too(start: Any, group: str) -> None:
+def test_statements_that_cannot_ride_have_the_tenant_too(start: Any, group: str) -> None:
     start()
     with Handler(group, tenant=A) as db:
         several = db.query(f"{MINE}; {MINE}")
@@ -460,7 +460,7 @@ def test_a_tenant_of_a_subclass_is_never_taken_for_another(start: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [Enum("Plain", {"A": "a"}).A, Decimal("1.5"), 1.5])
-def test_what_is_not_of_the_tenants_type_is_refused_whatever_its_str(start: Any, value: Any) -> None:
+def test_values_of_another_type_than_the_tenants_are_refused(start: Any, value: Any) -> None:
     start({"type": "int"})
     with pytest.raises(pgdbpool.SettingError):
         Handler("auto", tenant=value).__enter__()
@@ -469,14 +469,14 @@ def test_what_is_not_of_the_tenants_type_is_refused_whatever_its_str(start: Any,
 @pytest.mark.parametrize(
     "name", ["x'; DROP TABLE docs; --", "", "a b", "a.", ".a", "1a", "a-b", 'a"b', "a\0", "ä", 5, None]
 )
-def test_a_name_that_is_no_setting_is_refused(start: Any, name: Any) -> None:
+def test_a_name_that_is_not_a_setting_is_refused(start: Any, name: Any) -> None:
     start()
     with pytest.raises(pgdbpool.SettingError):
         Handler("auto", tenant=A, settings={name: "x"}).__enter__()
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_a_value_is_bound_as_it_is_whatever_the_sessions_encoding(start: Any, group: str) -> None:
+def test_a_value_is_bound_unchanged_in_each_session_encoding(start: Any, group: str) -> None:
     start(connection_count=1)
     shown = "SELECT current_setting('app.tenant') = U&'caf\\00E9', %s = U&'th\\00E9'"
     for _ in range(2):

@@ -107,7 +107,7 @@ def test_durations_are_measured(measured: Measured) -> None:
     assert measured("create_time").count >= 1
 
 
-def test_timeouts_and_those_who_wait_are_counted(measured: Measured, mode: str) -> None:
+def test_timeouts_and_waiters_are_counted(measured: Measured, mode: str) -> None:
     with Handler("g"), Handler("g"), pytest.raises(pgdbpool.PoolTimeout):
         Handler("g", timeout=0.05).__enter__()
     assert measured("timeouts").value == 1
@@ -222,7 +222,7 @@ def test_operations_are_measured_as_the_conventions_have_it(pools: None, known_c
     assert found["SELECT", "22012"].attributes["error.type"] == "DivisionByZero"
 
 
-def test_what_is_not_instrumented_is_as_it_was(pools: None) -> None:
+def test_connections_without_instrumentation_are_unchanged(pools: None) -> None:
     checkout = Group.checkout
     otel.instrument(meter_provider=MeterProvider())
     otel.instrument(meter_provider=MeterProvider(), tracer_provider=TracerProvider(), spans=True)

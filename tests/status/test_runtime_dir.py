@@ -161,7 +161,7 @@ def test_a_directory_that_cannot_be_used_is_a_warning_and_no_error(
     assert "chmod 700" in caplog.text
 
 
-def test_what_processes_counted_stays_when_they_are_gone(known_cluster: Any, place: str, mode: str) -> None:
+def test_counts_stay_when_their_processes_have_exited(known_cluster: Any, place: str, mode: str) -> None:
     settings = {**config(known_cluster.nodes[:1], mode, g={"connection_count": 2}), "runtime_dir": place}
     first, second = program(settings, 10), program(settings, 20)
     try:
@@ -291,7 +291,7 @@ def test_publishing_takes_hardly_any_time_of_a_core(start: Callable[..., None], 
     assert (time.thread_time() - before) / 50 < 0.01  # of a second, and there is one a second
 
 
-def test_the_publisher_has_no_thread_of_its_own(start: Callable[..., None], place: str) -> None:
+def test_the_publisher_has_no_thread(start: Callable[..., None], place: str) -> None:
     import threading
 
     start()
@@ -302,7 +302,7 @@ def test_the_publisher_has_no_thread_of_its_own(start: Callable[..., None], plac
     assert not [name for name in names if "publish" in name]
 
 
-def test_long_holders_are_told_without_values(start: Callable[..., None], place: str) -> None:
+def test_long_holders_are_reported_without_values(start: Callable[..., None], place: str) -> None:
     start(leak_after=0.1)
     with Handler("g") as db:
         db.query("SELECT 'a secret', $tag$another$tag$")
@@ -317,7 +317,7 @@ def test_long_holders_are_told_without_values(start: Callable[..., None], place:
 # The command.
 
 
-def test_status_prints_what_the_processes_tell(
+def test_status_prints_the_processes_figures(
     start: Callable[..., None], place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start()
@@ -332,7 +332,7 @@ def test_status_prints_what_the_processes_tell(
     assert json.loads(capsys.readouterr().out)["groups"][0]["name"] == "g"
 
 
-def test_status_tells_a_drained_endpoint_by_its_exit_status(
+def test_status_reports_a_drained_endpoint_by_its_exit_status(
     start: Callable[..., None], known_cluster: Any, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start()

@@ -51,13 +51,13 @@ def test_the_smallest_server_limits_the_groups_that_use_it() -> None:
     assert found.groups["write"].connection_count == 8
 
 
-def test_the_cores_limit_what_is_worth_opening() -> None:
+def test_the_cores_limit_the_connections_worth_opening() -> None:
     found = recommend({"g": ["a"]}, {"a": Server(1000, cores=4)}, processes=2, threads=50, busy=0.5)
     assert found.groups["g"].connection_count == 9  # (2 * 4 + 1) / 0.5 over 2 processes
     assert found.groups["g"].limited_by == "the cores of a"
 
 
-def test_what_cannot_fit_is_told_with_what_would_be_needed() -> None:
+def test_sizes_that_cannot_fit_are_reported_with_the_need() -> None:
     found = recommend(GROUPS, dict.fromkeys("ab", Server(20)), processes=16, threads=2)
     assert not found.fits
     assert {size.connection_count for size in found.groups.values()} == {1}
@@ -68,7 +68,7 @@ def test_what_cannot_fit_is_told_with_what_would_be_needed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_what_is_recommended_has_room_on_each_server(seed: int) -> None:
+def test_recommended_sizes_have_room_on_each_server(seed: int) -> None:
     rng = random.Random(seed)
     groups = {name: set(rng.choices("ab", k=2)) for name in "ghijk"[: rng.randint(1, 5)]}
     a, b, reserved = rng.randint(1, 500), rng.randint(1, 500), rng.randint(0, 5)
@@ -149,7 +149,7 @@ MODES = ["threaded", "non-threaded"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_init_warns_of_what_cannot_fit(
+def test_init_warns_of_sizes_that_cannot_fit(
     known_cluster: Any, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     groups = {

@@ -112,12 +112,12 @@ def test_nothing_fires_for_two_instances_that_are_well(promtool: Promtool) -> No
     promtool.fires({})
 
 
-def test_nobody_takes_writes_fires_if_the_only_primary_is_down(promtool: Promtool) -> None:
+def test_no_writable_server_fires_if_the_only_primary_is_down(promtool: Promtool) -> None:
     promtool.fires(DOWN, NobodyTakesWrites=[PAGE], ServerDown=[DB_1])
     promtool.fires(DOWN, {}, ServerDown=[DB_1])  # one instance reaches it
 
 
-def test_nobody_takes_writes_fires_if_the_role_is_not_known(promtool: Promtool) -> None:
+def test_no_writable_server_fires_if_the_role_is_not_known(promtool: Promtool) -> None:
     unknown = {"endpoint_primary/db-1": "_x60"}
     promtool.fires({**DOWN, **unknown}, NobodyTakesWrites=[PAGE], ServerDown=[DB_1])
 
@@ -129,7 +129,7 @@ def test_an_outdated_former_primary_takes_no_writes_and_is_one_of_two(promtool: 
     promtool.fires({**OUTDATED, **other, **DOWN}, ServerDown=[DB_1])
 
 
-def test_a_failover_that_two_instances_see_is_no_reason_to_look(promtool: Promtool) -> None:
+def test_a_failover_that_two_instances_see_raises_no_alert(promtool: Promtool) -> None:
     moved = {"endpoint_primary/db-1": "1x10 0x50", "endpoint_primary/db-2": "0x10 1x50"}
     promtool.fires(moved)
     there_and_back = {

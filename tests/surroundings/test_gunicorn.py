@@ -61,7 +61,7 @@ def test_the_asgi_worker_is_not_for_wsgi(place: Path) -> None:
         assert server.ask()[0] == 500
 
 
-def test_a_dirty_worker_has_pools_of_its_own(place: Path) -> None:
+def test_a_dirty_worker_has_its_own_pools(place: Path) -> None:
     (place / "jobs.py").write_text(
         textwrap.dedent("""
         import os

@@ -89,7 +89,7 @@ def test_a_touched_script_lets_requests_end_within_shutdown_timeout(
         assert rows(known_cluster) == 1
 
 
-def test_a_graceful_restart_kills_what_runs_for_longer_than_three_seconds(
+def test_a_graceful_restart_kills_requests_longer_than_three_seconds(
     known_cluster: Cluster, serve: Any
 ) -> None:
     with serve(shutdown_timeout=20) as apache:

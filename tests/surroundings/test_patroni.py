@@ -169,7 +169,7 @@ def test_a_restart_of_the_leader_loses_nothing_and_hardly_a_block_is_refused(mod
         assert sum(load.errors[name] for name in REFUSED) <= 20, load.errors
 
 
-def test_in_pause_nobody_waits_for_a_leader_that_nobody_replaces(mode: str) -> None:
+def test_during_a_pause_no_block_waits_for_a_leader_that_is_not_replaced(mode: str) -> None:
     with cluster() as patroni:
         patroni.leader.tell("/config", {"pause": True}, "PATCH")
         wait_for(lambda: all(member.ask().get("pause") for member in patroni.members), 20, "the pause")

@@ -49,7 +49,7 @@ def test_a_thread_that_ends_before_it_runs_is_a_question_without_an_answer(
         asked.answer()
 
 
-def test_where_no_thread_can_be_had_it_is_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_thread_it_is_called_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> int:
         raise RuntimeError("can't start new thread")
 
@@ -75,9 +75,7 @@ def test_one_that_hangs_is_asked_again_after_a_while_a_few_times(
     assert first.answer() == "True"
 
 
-def test_a_name_that_is_gone_stands_for_nothing_at_once(
-    monkeypatch: pytest.MonkeyPatch, released: Any
-) -> None:
+def test_a_removed_name_stands_for_nothing_at_once(monkeypatch: pytest.MonkeyPatch, released: Any) -> None:
     """Where there were no addresses, libpq would take a server on this machine."""
     name = Name("db.test", "5432", "db", ("127.0.0.9",))
 
@@ -96,7 +94,9 @@ def test_a_name_that_is_gone_stands_for_nothing_at_once(
         resolving.answer()
 
 
-def test_who_was_late_once_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, released: Any) -> None:
+def test_a_callable_that_was_late_once_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, released: Any
+) -> None:
     name = Name("db.test", "5432", "db", ("127.0.0.9",))
     answer: list[Any] = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.8", 5432))]
 
@@ -156,7 +156,7 @@ def test_an_address_and_a_socket_are_not_resolved(
     assert Name.of(endpoint(**entry)) is None
 
 
-def test_what_the_environment_has_beside_may_be_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrelated_variables_may_be_in_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGAPPNAME", "b\udce4r")
     name = Name.of(endpoint(host="db.test"))
     assert name is not None

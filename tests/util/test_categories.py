@@ -95,7 +95,7 @@ def test_each_sqlstate_that_psycopg_knows_has_a_category_of_the_list(sqlstate: s
         assert classify(own) is not Category.RAISED  # which is also what an unknown class is
 
 
-def test_an_aborted_transaction_is_what_its_cause_is() -> None:
+def test_an_aborted_transaction_is_classified_by_its_cause() -> None:
     error = pgdbpool.TransactionAbortedError("x")
     error.__cause__ = psycopg.errors.SerializationFailure("y")
     assert classify(error) is Category.RETRYABLE

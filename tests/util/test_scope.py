@@ -41,7 +41,7 @@ def test_blocks_nest_and_each_ends_with_itself(make: Any, seen: Any, one: Any, t
     assert [decorated(2), decorated(0), seen()] == [one, one, None]
 
 
-def test_one_is_for_one_block_at_a_time() -> None:
+def test_a_scope_serves_one_block_at_a_time() -> None:
     block = pgdbpool.tenant("one")
     for _ in range(2):
         with block:
@@ -95,7 +95,7 @@ def interrupted_at(step: int, do: Callable[[], None]) -> Interrupt | None:
 
 
 @kinds
-def test_whatever_is_interrupted_nothing_is_left(make: Any, seen: Any, one: Any, two: Any) -> None:
+def test_an_interruption_anywhere_leaves_nothing(make: Any, seen: Any, one: Any, two: Any) -> None:
     def inner() -> None:
         with make(two):
             pass

@@ -101,7 +101,7 @@ def test_a_callable_decides(place: str) -> None:
     assert ask(app, REMOTE_USER="ops", REMOTE_ADDR="192.0.2.1")[0] == 200
 
 
-def test_what_cannot_be_safe_is_refused() -> None:
+def test_unsafe_statements_are_refused() -> None:
     with pytest.raises(ValueError, match="16 at least"):
         StatusApp(token="short")
     with pytest.raises(ValueError, match="authorize or token"):

@@ -171,7 +171,7 @@ def test_the_page_can_be_read_without_javascript(site: Site, browser: Browser) -
 
 
 @needs_chromium
-def test_the_page_says_when_nobody_answers(site: Site, browser: Browser) -> None:
+def test_the_page_says_that_no_process_answers(site: Site, browser: Browser) -> None:
     workers = [process["pid"] for process in site.overview()["processes"]]
     os.kill(workers[0], signal.SIGSTOP)
     try:
