@@ -47,6 +47,16 @@ class Connection(OneShots, Borrowing, ReloadMethods):
 
     deadline = staticmethod(deadline)
 
+    def __new__(cls, *args: object, **kwargs: object) -> Connection:
+        """Refuse: the process has one set of pools, which the class itself stands for.
+
+        :raises TypeError: always.
+        """
+        raise TypeError(
+            "Connection is not instantiated: call Connection.init(config) once, then open blocks with "
+            "`with Handler(group) as db:`; Connection.getconn(group) returns a connection"
+        )
+
     @classmethod
     def init(
         cls,

@@ -9,10 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING, Any, Literal, TypedDict
 
 from psycopg import ClientCursor, Copy, sql
+from psycopg._compat import Template
 
+from .._session.riding import checked_parameters
 from .._session.statement_text import Filled
 
 if TYPE_CHECKING:
+    from psycopg.abc import Params
+    from psycopg.abc import Query as Statement
     from typing_extensions import Unpack
 
     from .._session.connection import PooledConnection
@@ -65,7 +69,9 @@ class Copying:
 
     if TYPE_CHECKING:
 
-        def copy(self, statement: Any, params: Any = None) -> AbstractContextManager[Copy]: ...
+        def copy(
+            self, statement: Statement, params: Params | None = None
+        ) -> AbstractContextManager[Copy]: ...
 
         def _live(self) -> PooledConnection: ...
 
@@ -143,7 +149,12 @@ class Copying:
         return self._copy_out(_table(table, columns, schema), output, options)
 
     def copy_from_query(
-        self, statement: Any, params: Any = None, *, output: Output, **options: Unpack[CopyOutOptions]
+        self,
+        statement: Statement,
+        params: Params | None = None,
+        *,
+        output: Output,
+        **options: Unpack[CopyOutOptions],
     ) -> str:
         """Copy the rows of a query into a file, a path or a callable; return the command tag: `COPY 2`.
 
@@ -153,7 +164,7 @@ class Copying:
         :raises DBQueryError: PostgreSQL refused; a path has not been opened then.
         :raises ValueError: an option that COPY does not have.
         """
-        if params:
+        if checked_parameters(params) or isinstance(statement, Template):
             query: sql.Composable = Filled(ClientCursor(self._live()).mogrify(statement, params), statement)
         elif isinstance(statement, sql.Composable):
             query = statement
@@ -226,7 +237,7 @@ def _into(
     schema: str | None,
     options: sql.Composable,
     where: str | sql.Composable | None,
-) -> sql.Composable:
+) -> sql.Composed:
     statement = sql.SQL("COPY ") + _table(table, columns, schema) + sql.SQL(" FROM STDIN") + options
     if where is None:
         return statement

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 import psycopg
@@ -18,6 +18,7 @@ from .._session.block import Block, is_high
 from .._session.commands import IDLE, INTRANS
 from .._session.connection import PooledConnection
 from .._session.cursors import BlockClientCursor, BlockCursor
+from .._session.riding import checked_parameters
 from .._session.statement_shape import shape
 from .._util import log_events as events
 from ..errors import (
@@ -31,6 +32,10 @@ from ..errors import (
 )
 from .connection import Connection
 from .queries import Queries, resends
+
+if TYPE_CHECKING:
+    from psycopg.abc import Params
+    from psycopg.abc import Query as Statement
 
 _ACTIVE = int(psycopg.pq.TransactionStatus.ACTIVE)
 _BAD = int(psycopg.pq.ConnStatus.BAD)
@@ -146,7 +151,7 @@ class Handler(Queries):
 
     # Statements.
 
-    def query(self, statement: Any, params: Any = None) -> psycopg.Cursor[Any]:
+    def query(self, statement: Statement, params: Params | None = None) -> psycopg.Cursor[Any]:
         """Execute a statement and return its cursor: iterate, `fetchone`, `fetchall`, `rowcount` ...
 
         Rows answer to index and to column name. Empty parameters count as none, as in 1.x, so
@@ -162,9 +167,12 @@ class Handler(Queries):
         conn = self._conn
         if conn is None or conn.pgconn.status == _BAD:
             conn = self._live()
-        params = params or None
-        several = params is not None and isinstance(statement, str) and ";" in statement
-        make = BlockClientCursor if several and shape(statement, conn).number > 1 else BlockCursor
+        make = BlockCursor
+        if params is not None:
+            if not params:
+                params = checked_parameters(params)
+            elif isinstance(statement, str) and ";" in statement and shape(statement, conn).number > 1:
+                make = BlockClientCursor
         try:
             return make(conn).execute(statement, params)
         except DBQueryError as error:
@@ -339,7 +347,9 @@ class Query:
     """The static methods of 1.x, on a Handler."""
 
     @staticmethod
-    def execute(db: Handler, sql_statement: Any, sql_params: Any = None) -> psycopg.Cursor[Any]:
+    def execute(
+        db: Handler, sql_statement: Statement, sql_params: Params | None = None
+    ) -> psycopg.Cursor[Any]:
         """Execute a statement: `db.query`."""
         return db.query(sql_statement, sql_params)
 

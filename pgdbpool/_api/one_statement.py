@@ -13,15 +13,19 @@ from .._session import describe, outcome
 from .._session.block import Block, is_high
 from .._session.commands import IDLE
 from .._session.cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
+from .._session.riding import checked_parameters
 from .._session.statement_shape import shape
 from ..errors import DBQueryError, Error, ResultError, one_line
 from .queries import all_rows, command_tag, first_row, plain_row, resends, rows_of_all, value_in
 
 if TYPE_CHECKING:
+    from psycopg.abc import Params
+    from psycopg.abc import Query as Statement
+    from psycopg.rows import RowFactory
     from typing_extensions import Unpack
 
     from .._lending.group import Group
-    from .._session.rows import Row
+    from .queries import CommandTag, T
 
 
 class BlockOptions(TypedDict, total=False):
@@ -45,14 +49,21 @@ class OneShots:
 
     @classmethod
     def fetch(
-        cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]
-    ) -> list[Row]:
+        cls,
+        group: str,
+        statement: Statement,
+        params: Params | None = None,
+        *,
+        row_factory: RowFactory[T] | None = None,
+        **block: Unpack[BlockOptions],
+    ) -> list[T]:
         """Execute one statement in its own block, and return its rows.
 
         In a manual-commit group, `BEGIN`, the tenant, the statement and the COMMIT take one round trip;
         if any of them fails, nothing is committed. It raises the errors of entering a `Handler`, `query` and
         `commit`.
 
+        :param row_factory: makes the rows, in place of the group's.
         :param block: `tenant`, `tenant_override`, `settings`, `timeout`, `priority` and `correlation_id`, as
             for a `Handler`.
         :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
@@ -61,23 +72,29 @@ class OneShots:
             of the statement is committed. After a statement that only reads, the error itself.
         """
         with _OneShot(cls.group(group), **block) as one:
-            return all_rows(one.execute(statement, params))
+            return all_rows(one.execute(statement, params), row_factory)
 
     @classmethod
     def fetchrow(
-        cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]
-    ) -> Row | None:
+        cls,
+        group: str,
+        statement: Statement,
+        params: Params | None = None,
+        *,
+        row_factory: RowFactory[T] | None = None,
+        **block: Unpack[BlockOptions],
+    ) -> T | None:
         """Execute one statement in its own block, and return its first row, or None; see `fetch`."""
         with _OneShot(cls.group(group), **block) as one:
-            row: Row | None = first_row(one.execute(statement, params))
+            row: T | None = first_row(one.execute(statement, params), row_factory)
             return row
 
     @classmethod
     def fetchval(
         cls,
         group: str,
-        statement: Any,
-        params: Any = None,
+        statement: Statement,
+        params: Params | None = None,
         column: int | str = 0,
         **block: Unpack[BlockOptions],
     ) -> Any:
@@ -90,14 +107,16 @@ class OneShots:
         return value_in(row, column)
 
     @classmethod
-    def execute(cls, group: str, statement: Any, params: Any = None, **block: Unpack[BlockOptions]) -> str:
+    def execute(
+        cls, group: str, statement: Statement, params: Params | None = None, **block: Unpack[BlockOptions]
+    ) -> CommandTag:
         """Execute one statement in its own block, and return its command tag; see `fetch`."""
         with _OneShot(cls.group(group), **block) as one:
             return command_tag(one.execute(statement, params))
 
     @classmethod
     def executemany(
-        cls, group: str, statement: Any, params_seq: Iterable[Any], **block: Unpack[BlockOptions]
+        cls, group: str, statement: Statement, params_seq: Iterable[Params], **block: Unpack[BlockOptions]
     ) -> int:
         """Execute a statement once for each set of parameters, in one transaction; return the rows in all."""
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
@@ -106,15 +125,21 @@ class OneShots:
 
     @classmethod
     def fetchmany(
-        cls, group: str, statement: Any, params_seq: Iterable[Any], **block: Unpack[BlockOptions]
-    ) -> list[Row]:
+        cls,
+        group: str,
+        statement: Statement,
+        params_seq: Iterable[Params],
+        *,
+        row_factory: RowFactory[T] | None = None,
+        **block: Unpack[BlockOptions],
+    ) -> list[T]:
         """Execute a statement once for each set of parameters, in one transaction; return all of their rows.
 
         Where the answer of the COMMIT is lost, so are the rows; see `fetch`.
         """
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         with _OneShot(cls.group(group), **block) as one:
-            return rows_of_all(one.executemany(statement, sets, returning=True))
+            return rows_of_all(one.executemany(statement, sets, returning=True), row_factory)
 
 
 class _OneShot:
@@ -152,7 +177,8 @@ class _OneShot:
 
     def execute(self, statement: Any, params: Any) -> BlockCursor:
         """Execute the statement, with its COMMIT in the same round trip if possible."""
-        params = params or None
+        if params is not None and not params:
+            params = checked_parameters(params)
         try:
             cursor = self._cursor(statement, params).execute(statement, params)
         except DBQueryError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import psycopg
 
@@ -14,10 +14,22 @@ from ..errors import DBQueryError, QueryDeadlineError
 from .copy import Copying
 
 if TYPE_CHECKING:
+    from psycopg.abc import Params
+    from psycopg.abc import Query as Statement
+    from psycopg.rows import RowFactory
+    from typing_extensions import TypeVar
+
     from .._lending.group import Group
     from .._session.block import Block
     from .._session.connection import PooledConnection
     from .._session.rows import Row
+
+    T = TypeVar("T", default=Any)  # what the group's row factory makes, if none is given
+
+_NO_ROWS = (
+    "execute() returns the command tag, {!r}, and no rows: write db.query(...) for a cursor, or "
+    "db.fetch(...), fetchrow(...) or fetchval(...)"
+)
 
 
 class Queries(Copying):
@@ -27,7 +39,7 @@ class Queries(Copying):
 
     if TYPE_CHECKING:
 
-        def query(self, statement: Any, params: Any = None) -> psycopg.Cursor[Any]: ...
+        def query(self, statement: Statement, params: Params | None = None) -> psycopg.Cursor[Any]: ...
 
         def _undo(self) -> None: ...
 
@@ -36,20 +48,27 @@ class Queries(Copying):
         _group: Group
         _block: Block | None
 
-    def fetch(self, statement: Any, params: Any = None) -> list[Row]:
+    def fetch(
+        self, statement: Statement, params: Params | None = None, *, row_factory: RowFactory[T] | None = None
+    ) -> list[T]:
         """Execute a statement and return its rows, or an empty list if it has none.
 
-        They are what the group's `row_factory` makes, `Row` by default. Here and in the methods below, of
-        several statements in one string it is the last one's result. Each raises what `query` does.
-        """
-        return all_rows(self.query(statement, params))
+        Here and in the methods below, of several statements in one string it is the last one's result. Each
+        raises what `query` does.
 
-    def fetchrow(self, statement: Any, params: Any = None) -> Row | None:
+        :param row_factory: makes the rows, such as psycopg's `class_row(Account)`; left out, the group's
+            `row_factory`: `Row` by default.
+        """
+        return all_rows(self.query(statement, params), row_factory)
+
+    def fetchrow(
+        self, statement: Statement, params: Params | None = None, *, row_factory: RowFactory[T] | None = None
+    ) -> T | None:
         """Execute a statement and return its first row, or None."""
-        row: Row | None = first_row(self.query(statement, params))
+        row: T | None = first_row(self.query(statement, params), row_factory)
         return row
 
-    def fetchval(self, statement: Any, params: Any = None, column: int | str = 0) -> Any:
+    def fetchval(self, statement: Statement, params: Params | None = None, column: int | str = 0) -> Any:
         """Execute a statement and return a value of its first row, or None without a row.
 
         :param column: the index or the name of the column, whatever the group's `row_factory`.
@@ -57,21 +76,23 @@ class Queries(Copying):
         """
         return first_value(self.query(statement, params), column)
 
-    def fetchmany(self, statement: Any, params_seq: Iterable[Any]) -> list[Row]:
+    def fetchmany(
+        self, statement: Statement, params_seq: Iterable[Params], *, row_factory: RowFactory[T] | None = None
+    ) -> list[T]:
         """Execute a statement once for each set of parameters; return all of their rows in one list.
 
         It is one transaction, and all sets travel in one pipeline.
         """
-        return rows_of_all(self._many(statement, params_seq, returning=True))
+        return rows_of_all(self._many(statement, params_seq, returning=True), row_factory)
 
-    def executemany(self, statement: Any, params_seq: Iterable[Any]) -> int:
+    def executemany(self, statement: Statement, params_seq: Iterable[Params]) -> int:
         """Execute a statement once for each set of parameters; return the number of rows in all.
 
         It is one transaction, and all sets travel in one pipeline.
         """
         return self._many(statement, params_seq, returning=False).rowcount
 
-    def _many(self, statement: Any, params_seq: Iterable[Any], *, returning: bool) -> BlockCursor:
+    def _many(self, statement: Statement, params_seq: Iterable[Params], *, returning: bool) -> BlockCursor:
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         try:
             cursor = BlockCursor(self._live())
@@ -85,12 +106,15 @@ class Queries(Copying):
         cursor.executemany(statement, sets, returning=returning)
         return cursor
 
-    def execute(self, statement: Any, params: Any = None) -> str:
-        """Execute a statement and return its command tag, such as `INSERT 0 1`."""
+    def execute(self, statement: Statement, params: Params | None = None) -> CommandTag:
+        """Execute a statement and return its command tag, such as `INSERT 0 1`, as asyncpg does.
+
+        It is a string. A loop over it raises `TypeError`, since the rows are meant then: `query` has them.
+        """
         return command_tag(self.query(statement, params))
 
     @contextmanager
-    def copy(self, statement: Any, params: Any = None) -> Iterator[psycopg.Copy]:
+    def copy(self, statement: Statement, params: Params | None = None) -> Iterator[psycopg.Copy]:
         """Start a COPY, after what the block needs first; use the `psycopg.Copy` inside its `with`.
 
         See https://www.psycopg.org/psycopg3/docs/basic/copy.html
@@ -99,34 +123,34 @@ class Queries(Copying):
         """
         conn = self._live()
         conn.altered = conn.handed_out = True  # the Copy has the connection as an attribute
-        with BlockCursor(conn).copy(statement, params or None) as copy:
+        with BlockCursor(conn).copy(statement, params) as copy:
             yield copy
 
     @overload
     def cursor(
-        self, name: None = None, *, row_factory: Any = None, binary: bool = False
-    ) -> psycopg.Cursor[Any]: ...
+        self, name: None = None, *, row_factory: RowFactory[T] | None = None, binary: bool = False
+    ) -> psycopg.Cursor[T]: ...
 
     @overload
     def cursor(
         self,
         name: str,
         *,
-        row_factory: Any = None,
+        row_factory: RowFactory[T] | None = None,
         binary: bool = False,
         scrollable: bool | None = None,
         withhold: bool = False,
-    ) -> psycopg.ServerCursor[Any]: ...
+    ) -> psycopg.ServerCursor[T]: ...
 
     def cursor(
         self,
         name: str | None = None,
         *,
-        row_factory: Any = None,
+        row_factory: RowFactory[T] | None = None,
         binary: bool = False,
         scrollable: bool | None = None,
         withhold: Literal[False] | bool = False,
-    ) -> psycopg.Cursor[Any] | psycopg.ServerCursor[Any]:
+    ) -> psycopg.Cursor[T] | psycopg.ServerCursor[T]:
         """Return a cursor of the block; with a name, one that stays at the server: for large results.
 
         Iterating over a named cursor fetches `itersize` rows at a time (100). It lives in a transaction: in
@@ -158,19 +182,29 @@ def resends(group: Group, block: Block | None, error: DBQueryError) -> bool:
     return True
 
 
-def all_rows(cursor: psycopg.Cursor[Any]) -> list[Any]:
+def all_rows(cursor: psycopg.Cursor[Any], row_factory: RowFactory[T] | None) -> list[T]:
     """Return the rows of the last statement's result."""
-    return cursor.fetchall() if has_rows(cursor) else []
+    if not has_rows(cursor):
+        return []
+    if row_factory is not None:
+        cursor.row_factory = row_factory
+    return cursor.fetchall()
 
 
-def rows_of_all(cursor: psycopg.Cursor[Any]) -> list[Any]:
+def rows_of_all(cursor: psycopg.Cursor[Any], row_factory: RowFactory[T] | None) -> list[T]:
     """Return the rows that `executemany` gave, of all sets of parameters."""
+    if row_factory is not None:
+        cursor.row_factory = row_factory
     return [row for result in cursor.results() if has_rows(result) for row in result]
 
 
-def first_row(cursor: psycopg.Cursor[Any]) -> Any:
+def first_row(cursor: psycopg.Cursor[Any], row_factory: RowFactory[T] | None) -> Any:
     """Return the first row of the last statement's result, or None."""
-    return cursor.fetchone() if has_rows(cursor) else None
+    if not has_rows(cursor):
+        return None
+    if row_factory is not None:
+        cursor.row_factory = row_factory
+    return cursor.fetchone()
 
 
 def first_value(cursor: psycopg.Cursor[Any], column: int | str) -> Any:
@@ -198,7 +232,21 @@ def value_in(row: Row | None, column: int | str) -> Any:
         raise IndexError(f"no column {column!r}; the columns from 0 on are {names}") from None
 
 
-def command_tag(cursor: psycopg.Cursor[Any]) -> str:
+def command_tag(cursor: psycopg.Cursor[Any]) -> CommandTag:
     """Return the command tag of the last statement; the empty string if there was none."""
     has_rows(cursor)
-    return cursor.statusmessage or ""
+    return CommandTag(cursor.statusmessage or "")
+
+
+class CommandTag(str):
+    """A command tag: a string that is not taken for the rows of its statement."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(_NO_ROWS.format(str(self)))
+
+    if not TYPE_CHECKING:  # the attributes of a string are known
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(_NO_ROWS.format(str(self)), name=name, obj=self)

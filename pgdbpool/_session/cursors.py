@@ -17,7 +17,7 @@ from .. import errors
 from .._request import deadline as deadlines
 from .commands import ACTIVE, COMMIT, IDLE, NOTHING, Command
 from .connection import PooledConnection
-from .riding import RidingCursor, gone
+from .riding import RidingCursor, checked_parameters, gone
 from .statement_shape import StatementTraits, shape
 from .statement_text import comment_on
 from .transactions import ENDS_INSIDE, FAILED
@@ -281,7 +281,7 @@ class BlockCursor(RidingCursor):
     @contextmanager
     def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
         """Start a COPY; what the block needs first is sent before, since COPY cannot ride."""
-        conn = self._conn
+        conn, params = self._conn, checked_parameters(params)
         conn.check_free()
         with conn.alone():
             self._own(statement)

@@ -10,7 +10,7 @@ uses `Cursor._loaders_changed` and `AdaptersMap._register_loader_callback`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -61,6 +61,26 @@ def refuse_parameters(query: PostgresQuery, number: int) -> None:
             f"the statement has {number} parameters, and can have {MOST_PARAMETERS}: nothing was sent; "
             "pass an array (= ANY(%s), unnest(%s)), use executemany or COPY"
         )
+
+
+def wrong_parameters(params: Any) -> TypeError | None:
+    """Return the error for parameters that are neither a sequence nor a mapping; None for right ones."""
+    if params is None or (isinstance(params, (Sequence, Mapping)) and not isinstance(params, (str, bytes))):
+        return None
+    return TypeError(
+        f"the parameters are a sequence or a mapping, and not of type {type(params).__name__}: "
+        "for one parameter write [value] or (value,)"
+    )
+
+
+def checked_parameters(params: Any) -> Any:
+    """Return the parameters, or None for empty ones, so that a lone `%` needs no doubling.
+
+    :raises TypeError: they are neither a sequence nor a mapping.
+    """
+    if (wrong := wrong_parameters(params)) is not None:
+        raise wrong
+    return params or None
 
 
 class _Context:
@@ -148,10 +168,11 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             errors.as_query_error(error).unsent = True
             raise
         except Exception as error:
+            found = wrong_parameters(params) or error
             if not self._conn._pipeline:
-                raise
+                raise found  # noqa: B904  it is the same object, or the error is its context
             # Raised in psycopg's wait as it is, it would end the pipeline's connection as an interruption.
-            refused = errors.as_query_error(psycopg.DataError(f"{type(error).__name__}: {error}"))
+            refused = errors.as_query_error(psycopg.DataError(f"{type(found).__name__}: {found}"))
             refused.unsent = True
             raise refused from error
         return converted

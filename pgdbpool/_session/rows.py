@@ -21,7 +21,7 @@ class Row(tuple[Any, ...]):
     It equals a tuple with the same values; ``in`` looks for a column name. If several columns have the same
     name, the last one is returned. A column is also an attribute if its name is an identifier, does not
     begin with an underscore, and is not an attribute of tuples or of this class (``count``, ``index``,
-    ``keys`` ...).
+    ``keys`` ...). To JSON it is a list, as any tuple is: pass ``dict(row)`` for an object.
     """
 
     __slots__ = ()
@@ -85,7 +85,9 @@ def _row_class(names: tuple[str, ...]) -> type[Row]:
         if name.isidentifier() and not name.startswith("_") and not hasattr(Row, name)
     }
     positions = {f"_{position}": value for position, value in enumerate(values)}
-    return type("Row", (Row,), {"__slots__": (), "_names": names, "_at": at, **fields, **positions})
+    # The name of the class is what an AttributeError has; a `__getattr__` would slow every access down.
+    own = {"__slots__": (), "_names": names, "_at": at, **fields, **positions}
+    return type(f"Row({', '.join(names)})", (Row,), own)
 
 
 def _make(names: tuple[str, ...], values: Sequence[Any]) -> Row:

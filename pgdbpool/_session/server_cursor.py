@@ -17,7 +17,7 @@ from .statement_shape import shape
 if TYPE_CHECKING:
     from psycopg._queries import PostgresQuery
 
-from .riding import MOST_PARAMETERS, Declared, gone, refuse_parameters
+from .riding import MOST_PARAMETERS, Declared, gone, refuse_parameters, wrong_parameters
 
 
 class BlockServerCursor(Declared, psycopg.ServerCursor[Any]):
@@ -28,7 +28,10 @@ class BlockServerCursor(Declared, psycopg.ServerCursor[Any]):
 
     def _convert_query(self, query: Any, params: Any = None) -> PostgresQuery:
         """Convert a statement as psycopg does; what cannot be sent is refused before anything is."""
-        converted = super()._convert_query(query, params)
+        try:
+            converted = super()._convert_query(query, params)
+        except TypeError as error:
+            raise wrong_parameters(params) or error  # noqa: B904  it is the same object, or its context
         if (values := converted.params) and len(values) > MOST_PARAMETERS:
             refuse_parameters(converted, len(values))
         return converted

@@ -8,12 +8,14 @@ doubt it says "alone" or "touches", which costs a round trip or a cleaning and i
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import psycopg
-from psycopg.sql import Composable
+from psycopg._compat import Template
+from psycopg.sql import Composable, Identifier, Literal
 
 from ..errors import as_query_error
 
@@ -288,7 +290,7 @@ UNKNOWN = StatementTraits(
     touches=True, prepares=False, taints=False, timeout=False, allows="", changes=True, sets=False,
     escapes=False, special=True, uncommon=False,
 )  # fmt: skip
-"""Of a template string, which is not text: psycopg binds it at the server, so it is one statement."""
+"""Of what is not a statement, which psycopg refuses."""
 
 
 def shape(query: Any, conn: psycopg.Connection[Any]) -> StatementTraits:
@@ -309,9 +311,26 @@ def shape_with_escapes(query: Any, conn: psycopg.Connection[Any]) -> StatementTr
 
 
 def text_of(query: Any, conn: psycopg.Connection[Any]) -> str | None:
-    """Return the text of a statement; None of a template string."""
+    """Return the text of a statement; None of what psycopg refuses."""
     if isinstance(query, Composable):
         return query.as_string(conn)
     if isinstance(query, bytes):
         return query.decode("utf-8", "replace")
+    if isinstance(query, Template):
+        return "".join(_filled(query, conn))
     return query if isinstance(query, str) else None
+
+
+def _filled(template: Template, conn: psycopg.Connection[Any]) -> Iterator[str]:
+    """Yield the parts of a template string's statement as psycopg composes it, but for its parameters."""
+    for part in template:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part.value, Template):
+            yield from _filled(part.value, conn)
+        elif isinstance(part.value, Composable):
+            yield part.value.as_string(conn)
+        elif part.format_spec == "l":
+            yield Literal(part.value).as_string(conn)
+        else:  # psycopg refuses a name that is not text
+            yield Identifier(str(part.value)).as_string(conn) if part.format_spec == "i" else "$1"

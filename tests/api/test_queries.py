@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg.rows import class_row, tuple_row
 from support import config, kill_backends, server
 
 import pgdbpool
@@ -406,3 +411,79 @@ def test_a_stream_changes_nothing_for_the_statements_after_it(start: Any, group:
             assert len(db.fetchmany(THREE + " WHERE i < %s", [(3,), (4,)])) == 5
             list(db.cursor().stream(THREE))
             assert len(db.fetch(THREE)) == 3
+
+
+# The caller's own row factory, and habits of other libraries.
+
+
+@dataclass
+class Pair:
+    i: int
+    v: str
+
+
+@GROUPS
+@pytest.mark.parametrize("kind", ["row", "dict"])
+def test_rows_are_what_the_given_row_factory_makes(start: Any, group: str, kind: str) -> None:
+    start(row_factory=kind)
+    insert = "INSERT INTO t VALUES (%s, 'x') RETURNING i, v"
+    make = class_row(Pair)
+    with Handler(group) as db:
+        assert db.fetch(THREE, row_factory=make)[1] == Pair(2, "v2")
+        assert db.fetch("SELECT 0 AS i, '' AS v; " + THREE, row_factory=make)[0] == Pair(1, "v1")
+        assert db.fetchrow(THREE + " WHERE i > %s", (2,), row_factory=make) == Pair(3, "v3")
+        assert db.fetchrow(THREE + " WHERE false", row_factory=make) is None
+        assert db.fetch("INSERT INTO t VALUES (9)", row_factory=make) == []
+        assert db.fetchmany(insert, [(1,), (2,)], row_factory=make) == [Pair(1, "x"), Pair(2, "x")]
+        assert db.fetchrow(THREE)["v"] == "v1"  # the group's again
+    assert Connection.fetch(group, THREE, row_factory=make)[0] == Pair(1, "v1")
+    assert Connection.fetchrow(group, THREE, row_factory=tuple_row) == (1, "v1")
+    assert Connection.fetchmany(group, insert, [(3,)], row_factory=make) == [Pair(3, "x")]
+
+
+@GROUPS
+@pytest.mark.parametrize("wrong", [1, 0, False, "", "pen", b"", {1}, set()], ids=repr)
+def test_parameters_that_are_no_sequence_are_refused_with_the_remedy(
+    start: Any, group: str, wrong: Any
+) -> None:
+    start()
+    says = pytest.raises(TypeError, match=rf"not of type {type(wrong).__name__}: for one .* \(value,\)")
+    with Handler(group) as db:
+        for method in (db.query, db.fetch, db.fetchrow, db.fetchval, db.execute, db.cursor().execute):
+            with says:
+                method("SELECT %s", wrong)
+        with says, db.cursor("c") as cursor:
+            cursor.execute("SELECT %s", wrong)
+        with says:
+            db.executemany("SELECT %s", [wrong])
+        with says, db.copy("COPY (SELECT %s) TO STDOUT", wrong):
+            pass
+        with says:
+            db.copy_from_query("SELECT %s", wrong, output=print)
+        assert db.fetchval("SELECT 1") == 1
+    for method in (Connection.fetch, Connection.fetchrow, Connection.fetchval, Connection.execute):
+        with says:
+            method(group, "SELECT %s", wrong)
+
+
+@GROUPS
+def test_a_command_tag_is_not_taken_for_rows(start: Any, group: str) -> None:
+    start()
+    with Handler(group) as db:
+        for tag in (db.execute(THREE), Connection.execute("auto_t", THREE, tenant="a")):
+            assert (tag, tag.upper(), f"{tag}", "3" in tag, tag[:6]) == (
+                "SELECT 3", "SELECT 3", "SELECT 3", True, "SELECT",
+            )  # fmt: skip
+            assert json.dumps(tag) == '"SELECT 3"'
+            assert pickle.loads(pickle.dumps(tag)) == copy.copy(tag) == tag
+            with pytest.raises(TypeError, match=r"command tag, 'SELECT 3', and no rows: write db.query"):
+                list(tag)
+            with pytest.raises(AttributeError, match=r"command tag, 'SELECT 3', and no rows"):
+                tag.fetchall()
+            assert not hasattr(tag, "rowcount")
+
+
+def test_connection_is_not_instantiated() -> None:
+    for arguments in ((), ("pgdbpool.yaml",)):
+        with pytest.raises(TypeError, match=r"not instantiated: call Connection.init\(config\)"):
+            Connection(*arguments)

@@ -60,7 +60,7 @@ def run(sample: Sample, namespace: dict[str, Any], cluster: Cluster, room: Path)
     """Run a sample and return what it prints; what it wrote is on the standbys then."""
     printed = io.StringIO()
     if sample.language == "python":
-        code = compile("\n" * sample.line + sample.text, str(sample.page), "exec")
+        code = compile("\n" * sample.line + sample.text, str(sample.page), "exec", dont_inherit=True)
         with contextlib.redirect_stdout(printed):
             exec(code, namespace)
     elif sample.language == "sql":

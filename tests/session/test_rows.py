@@ -39,7 +39,7 @@ def test_an_unknown_name_is_reported_with_the_known_ones(ask: Any) -> None:
             row[index]
     with pytest.raises(TypeError):
         row[None]
-    with pytest.raises(AttributeError, match="nmae"):
+    with pytest.raises(AttributeError, match=r"'Row\(id, name\)' object has no attribute 'nmae'"):
         row.nmae  # noqa: B018
     assert (row.get("name"), row.get("nmae"), row.get("nmae", 3)) == ("pen", None, 3)
 
