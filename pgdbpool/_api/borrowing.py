@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from .._request import correlation as tracing
 from .._session import describe
@@ -15,10 +15,7 @@ from ..errors import BlockClosedError
 if TYPE_CHECKING:
     from types import FrameType
 
-    from typing_extensions import Unpack
-
     from .._lending.group import Group
-    from .one_statement import BlockOptions
 
 
 class Borrowing:
@@ -31,7 +28,16 @@ class Borrowing:
 
     @classmethod
     def getconn(
-        cls, group: str, *, skip: Collection[str] = (), **block: Unpack[BlockOptions]
+        cls,
+        group: str,
+        *,
+        tenant: Any = None,
+        tenant_override: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        priority: Literal["high", "normal"] = "normal",
+        correlation_id: Any = None,
+        skip: Collection[str] = (),
     ) -> KeptConnection:
         """Take a connection out of the group's pool, until it is given back with `putconn` or its `close`.
 
@@ -40,27 +46,18 @@ class Borrowing:
         tenant that is current when it begins. A `with` block of it commits or rolls back, and gives it back.
         A `Handler` is safer wherever a `with` block will do: its connection comes back by itself.
 
+        The parameters are those of a `Handler`.
+
+        :param tenant: the tenant of all transactions, instead of the current one of each.
         :param skip: top-level packages that the call may come through: their lines are not the caller's.
-        :param block: `tenant`, `tenant_override`, `settings`, `timeout`, `priority` and `correlation_id`, as
-            for a `Handler`; a `tenant` holds for all transactions.
         :raises PoolTimeout: no connection became free in time; and what entering a `Handler` raises.
         """
         found = cls.group(group)
         frame = _caller(sys._getframe(1), ("pgdbpool", "contextlib", *skip))
-        timeout = block.get("timeout")
-        stay = Stay(
-            found,
-            found.manual,
-            (frame.f_code, frame.f_lasti),
-            block.get("tenant"),
-            block.get("tenant_override", False),
-            block.get("settings"),
-            timeout,
-        )
-        stay.high = is_high(block.get("priority", "normal"))
-        given: Any = block.get("correlation_id")
-        if given is not None:
-            given = tracing.clean(given)
+        place = frame.f_code, frame.f_lasti
+        stay = Stay(found, found.manual, place, tenant, tenant_override, settings, timeout)
+        stay.high = is_high(priority)
+        given = None if correlation_id is None else tracing.clean(correlation_id)
         if tracing.in_use:
             describe.begin(stay, given, frame if found.config.leak_stack else None)
         if found.limiter is not None:

@@ -312,15 +312,16 @@ class Group(OpeningGroup):
             self._probe()
 
     def _dropped(self, handler: ref[Any]) -> None:
-        """Take back the connection of a Handler that was collected without leaving its block."""
+        """Take back the connection of a Handler or another owner that was collected without leaving."""
         for conn, block in list(self._lent.items()):
             if block.watch is handler:
                 block.open = False
                 self.discard(conn, "dropped")
                 if self.ending:
                     return  # the process is exiting
+                what = "a Handler" if type(block) is Block else "the owner of a connection"
                 warnings.warn(
-                    f"a Handler of group {self.name!r}, entered at {describe.where(block)}, was dropped "
+                    f"{what} of group {self.name!r}, entered at {describe.where(block)}, was dropped "
                     "without leaving its block: its connection was closed and replaced",
                     ResourceWarning,
                     stacklevel=2,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NAMED = (
     "a named cursor of an autocommit block with a tenant or settings needs a transaction to live in: "
-    "open one with db.transaction()"
+    "open one with db.transaction(), or ask for the cursor with withhold=True"
 )
 
 

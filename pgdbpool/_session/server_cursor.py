@@ -55,7 +55,8 @@ class BlockServerCursor(Declared, psycopg.ServerCursor[Any]):
             if conn.block is not block:
                 raise gone(block)
             conn.end_wrapped()
-            if block.settings and not block.manual and conn.pgconn.transaction_status == IDLE:
+            autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
+            if block.settings and autocommit and not self.withhold:
                 raise errors.as_query_error(psycopg.NotSupportedError(NAMED))
             block.statement = query
             what = shape(query, conn)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from types import CodeType, TracebackType
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from weakref import ref
 
 import psycopg
 
@@ -21,6 +22,9 @@ from .cursors import BlockCursor
 from .ended import Ended, adopt
 from .server_cursor import BlockServerCursor
 from .stay_cursors import StayCursor, StayServerCursor
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
 
 GIVEN_BACK = "this connection is already given back to its pool: take another with Connection.getconn(group)"
 _LOST = (
@@ -43,6 +47,10 @@ class Lender(Protocol):
     """The operations of a group that a connection outside its pool uses."""
 
     name: str
+
+    @property
+    def on_drop(self) -> Callable[[ref[Any]], None]:
+        """The callback of a reference to the owner of a connection."""
 
     def bind(self, tenant: Any, override: bool, settings: Mapping[str, Any] | None) -> Binding:
         """Return the binding of a unit of work."""
@@ -110,9 +118,11 @@ class KeptConnection(PooledConnection):
     def stay(self) -> Stay:
         """The time that the connection is out.
 
-        :raises BlockClosedError: it was given back.
+        :raises BlockClosedError: it was given back, or is the parent process's.
         """
         if not isinstance(stay := self.block, Stay):
+            if self.abandoned:
+                self._refuse_use()
             raise errors.BlockClosedError(GIVEN_BACK)
         return stay
 
@@ -130,6 +140,15 @@ class KeptConnection(PooledConnection):
         if value != self.stay.tenant and self.pgconn.transaction_status in OPEN:
             raise psycopg.ProgrammingError("the tenant can't be changed now: a transaction is open")
         self.stay.tenant = value
+
+    def _check_intrans_gen(self, attribute: str) -> PQGen[None]:
+        """Let an attribute of a lost connection be set, which goes on with another session."""
+        if not self.closed or self.stay.lost:
+            yield from super()._check_intrans_gen(attribute)
+
+    def belong_to(self, owner: object) -> None:
+        """Close the connection, and let the pool replace it, once the owner is garbage-collected."""
+        self.stay.watch = ref(owner, self.stay.group.on_drop)
 
     # Units of work.
 
@@ -259,7 +278,7 @@ class KeptConnection(PooledConnection):
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """Return a cursor; if the session was lost and held nothing, it is replaced first."""
-        if self.closed:
+        if self.closed or self.block is None:
             self.renew()
         return super().cursor(*args, **kwargs)
 
@@ -363,8 +382,12 @@ def keep(conn: PooledConnection) -> KeptConnection:
 def give_back(conn: PooledConnection) -> None:
     """Give a connection back to its pool, which rolls back an open transaction.
 
+    In a forked child it does nothing for one of the parent's.
+
     :raises BlockClosedError: it was given back before.
     """
+    if conn.abandoned:
+        return
     if not isinstance(stay := conn.block, Stay):
         raise errors.BlockClosedError(GIVEN_BACK)
     cls = next(plain for plain, kept in _kept.items() if kept is type(conn))

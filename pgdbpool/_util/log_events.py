@@ -7,7 +7,7 @@ attribute of that name, None if it is not known. So a JSON formatter need not pa
 from __future__ import annotations
 
 import logging
-from logging import DEBUG, WARNING
+from logging import DEBUG, INFO, WARNING
 from typing import Any
 
 logger = logging.getLogger("pgdbpool")
@@ -73,7 +73,7 @@ ENDPOINT_UNDRAIN = Event(
     "endpoint.undrain", WARNING, "`Connection.undrain` put a server back into use.", "endpoint"
 )
 ENDPOINT_REMOVED = Event(
-    "endpoint.removed", WARNING,
+    "endpoint.removed", INFO,
     "A changed configuration has no such server any more, or has another by its name.",
     "endpoint",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.rows import tuple_row
-from support import config, kill_backends, server, wait_for
+from support import config, in_child, kill_backends, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -88,6 +88,76 @@ def test_only_a_connection_of_getconn_can_be_put_back(start: Any) -> None:
     start()
     with Handler("auto") as db, pytest.raises(ValueError, match="not taken with Connection"):
         Connection.putconn(db.connection)
+
+
+def test_an_argument_that_is_none_is_refused(start: Any) -> None:
+    start()
+    with pytest.raises(TypeError, match="connect_timeout"):
+        Connection.getconn("auto", connect_timeout=3)  # type: ignore[call-arg]
+    assert in_use("auto") == 0
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_forked_child_closes_a_connection_of_its_parent_without_touching_it(start: Any, group: str) -> None:
+    start()
+    conn = Connection.getconn(group)
+    conn.execute("SELECT 1")
+
+    def child() -> None:
+        with pytest.raises(pgdbpool.BlockClosedError, match="parent"):
+            conn.execute("SELECT 1")
+        conn.close()
+        Connection.putconn(conn)
+        with Connection.getconn(group) as own:
+            assert own.execute("SELECT 2").fetchone() == (2,)
+
+    in_child(child)
+    assert conn.execute("SELECT 3").fetchone() == (3,)
+    conn.close()
+    assert in_use(group) == 0
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_attributes_can_be_set_on_a_connection_that_goes_on_elsewhere(
+    start: Any, known_cluster: Cluster, group: str
+) -> None:
+    start()
+    with Connection.getconn(group) as conn:
+        conn.autocommit = False
+        conn.execute("SELECT 1")
+        with known_cluster.primary.connect() as admin:
+            kill_backends(admin)
+        with pytest.raises(pgdbpool.ConnectionLostError):
+            conn.execute("SELECT 2")
+        with pytest.raises(psycopg.ProgrammingError, match="autocommit"):
+            conn.autocommit = True  # the lost transaction is still open
+        conn.rollback()
+        conn.autocommit = True
+        conn.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+        assert conn.execute("SELECT 3").fetchone() == (3,)
+        assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        with conn.transaction():
+            assert conn.execute("SHOW transaction_isolation").fetchone() == ("serializable",)
+
+
+def test_a_connection_whose_owner_is_gone_is_replaced_and_its_place_named(start: Any) -> None:
+    class Owner:
+        pass
+
+    start()
+    owner = Owner()
+    conn = Connection.getconn("manual")
+    conn.belong_to(owner)
+    conn.execute("SELECT 1")
+    owners = [owner]
+    del owner
+    with pytest.warns(ResourceWarning, match=r"owner of a connection.*test_getconn\.py"):
+        owners.clear()
+    assert in_use("manual") == 0
+    with pytest.raises(pgdbpool.BlockClosedError):
+        conn.execute("SELECT 1")
+    with Handler("manual") as db:
+        assert db.fetchval("SELECT 1") == 1
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -359,6 +359,9 @@ def test_a_named_cursor_without_a_transaction_says_how_to_have_one(start: Any) -
     with Handler("auto_t", tenant="a") as db:
         with pytest.raises(psycopg.NotSupportedError, match=r"db\.transaction\(\)"):
             db.cursor("large").execute("SELECT 1")
+        with db.cursor("held", withhold=True) as held:  # its rows are there when its own transaction ends
+            held.execute("SELECT current_setting('app.tenant') FROM generate_series(1, 5)")
+            assert [row[0] for row in (*held.fetchmany(2), *held)] == ["a"] * 5
     with Handler("auto") as db:
         with pytest.raises(psycopg.errors.NoActiveSqlTransaction):
             db.cursor("large").execute("SELECT 1")

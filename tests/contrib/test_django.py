@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 from proxy import HOST
-from support import config, kill_backends, server
+from psycopg.adapt import Loader
+from support import config, in_child, kill_backends, server
 
 pytest.importorskip("django")
 
@@ -18,7 +24,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, transaction
 from django.db.transaction import TransactionManagementError
-from django.db.utils import IntegrityError, OperationalError
+from django.db.utils import DatabaseError, IntegrityError, OperationalError
 from django.utils.functional import empty
 
 import pgdbpool
@@ -217,19 +223,17 @@ def test_atomic_rolls_back_and_savepoints_too(from_file: Any) -> None:
     assert done == ["committed"]
 
 
+@pytest.mark.parametrize("tenant", [None, "a"])
 @pytest.mark.parametrize("atomic", [True, False])
-def test_a_cursor_at_the_server_reads_in_chunks(from_file: Any, atomic: bool) -> None:
-    from_file()
+def test_a_cursor_at_the_server_reads_in_chunks(from_file: Any, atomic: bool, tenant: Any) -> None:
+    from_file(**({"tenant": TENANT} if tenant else {}))
     connection = connections["default"]
-    connection.ensure_connection()
-    if atomic:
-        with transaction.atomic(), connection.chunked_cursor() as cursor:
-            cursor.execute("SELECT generate_series(1, %s)", [5])
-            assert len(cursor.fetchmany(2)) == 2
-    else:
+    shown = "SELECT coalesce(current_setting('app.tenant', true), '') FROM generate_series(1, %s)"
+    with pgdbpool.tenant(tenant), transaction.atomic() if atomic else nullcontext():
         with connection.chunked_cursor() as cursor:
-            cursor.execute("SELECT generate_series(1, %s)", [5])
-            assert [len(cursor.fetchmany(2)) for _ in range(3)] == [2, 2, 1]
+            cursor.execute(shown, [5])
+            rows = [cursor.fetchmany(2) for _ in range(3)]
+    assert rows == [[(tenant or "",)] * size for size in (2, 2, 1)]
 
 
 def test_a_killed_connection_costs_a_request_nothing(from_file: Any, known_cluster: Any) -> None:
@@ -243,18 +247,82 @@ def test_a_killed_connection_costs_a_request_nothing(from_file: Any, known_clust
 
 def test_a_connection_lost_in_a_transaction_is_djangos_error(from_file: Any, known_cluster: Any) -> None:
     from_file()
-    with pytest.raises(OperationalError), transaction.atomic():
+    with pytest.raises(OperationalError) as caught, transaction.atomic():
         value("SELECT 1")
         with known_cluster.primary.connect() as admin:
             kill_backends(admin)
         value("SELECT 1")
+    assert isinstance(caught.value.__cause__, pgdbpool.ConnectionLostError)
     connections["default"].close_if_unusable_or_obsolete()
     assert value("SELECT 1") == 1
 
 
+def test_a_lost_commit_says_that_it_may_have_committed(from_file: Any) -> None:
+    proxy = from_file()
+    with pytest.raises(OperationalError) as caught, transaction.atomic():
+        run("CREATE TABLE t (id int)")
+        proxy.cut_after(b"COMMIT")
+    assert caught.value.__cause__.maybe_committed  # type: ignore[union-attr]
+    assert not connections["default"].in_atomic_block
+    assert value("SELECT 1") == 1
+
+
+def test_a_failure_that_was_swallowed_in_a_transaction_is_raised_at_its_end(from_file: Any) -> None:
+    from_file()
+    run("CREATE TABLE t (id int PRIMARY KEY)")
+    with pytest.raises(DatabaseError, match="nothing was committed"), transaction.atomic():
+        run("INSERT INTO t VALUES (1)")
+        with suppress(IntegrityError):
+            run("INSERT INTO t VALUES (1)")
+    assert value("SELECT count(*) FROM t") == 0
+
+
+def test_a_forked_child_gets_connections_of_its_own(from_file: Any) -> None:
+    from_file()
+    pid = value(PID)
+
+    def child() -> None:
+        django_db.close_old_connections()  # as at the beginning of a request
+        assert value(PID) != pid
+
+    in_child(child)
+    assert value(PID) == pid
+
+
+def test_a_thread_that_ends_without_closing_leaves_no_connection_behind(
+    from_file: Any, recwarn: Any, mode: str
+) -> None:
+    if mode != "threaded":
+        return
+    from_file(connection_count=1)
+    for _ in range(3):
+        thread = Thread(target=value, args=("SELECT 1",))
+        thread.start()
+        thread.join()
+        del thread
+        gc.collect()
+    assert value("SELECT 1") == 1
+    assert any("test_django.py" in str(warning.message) for warning in recwarn)
+
+
+def test_configure_and_django_both_register_adapters(known_cluster: Any, mode: str) -> None:
+    class Point(Loader):
+        def load(self, data: Any) -> str:
+            return "a point"
+
+    keys = {"configure": lambda conn: conn.adapters.register_loader("point", Point)}
+    Connection.init(config([known_cluster.primary], mode, write={"connection_count": 1, **keys}))
+    use(default={"ENGINE": ENGINE, "OPTIONS": {"config": "not read", "group": "write"}})
+    for _ in range(2):
+        assert value("SELECT point(1, 2)") == "a point"
+        assert value("SELECT jsonb '{}'") == "{}"  # Django decodes it by itself
+        assert value("SELECT now()").utcoffset() == timedelta(0)
+        connections["default"].close()
+
+
 @pytest.mark.parametrize("kind", ["file", "settings"])
-def test_a_test_database_is_made_used_and_dropped(
-    from_file: Any, by_itself: Any, known_cluster: Any, kind: str
+def test_a_test_database_is_made_used_and_dropped_in_silence(
+    from_file: Any, by_itself: Any, caplog: Any, kind: str
 ) -> None:
     by_itself(OPTIONS={}) if kind == "settings" else from_file()
     connection = connections["default"]
@@ -268,6 +336,7 @@ def test_a_test_database_is_made_used_and_dropped(
     creation._destroy_test_db("test_postgres", 0)
     connection.settings_dict["NAME"] = before
     assert value("SELECT current_database()") == "postgres"
+    assert [record.msg for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize(

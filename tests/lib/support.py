@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -157,3 +157,17 @@ def pid_of(db: pgdbpool.Handler) -> int:
 def nobody() -> dict[str, Any]:
     """A `db` entry at whose port nobody listens."""
     return {"host": "127.0.0.1", "port": closed_port(), "name": "postgres", "user": "postgres"}
+
+
+def in_child(function: Callable[[], object], seconds: float = 10.0) -> None:
+    """Run the function in a forked child, and fail where it fails or hangs."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(seconds))
+        code = 1
+        with suppress(BaseException):
+            function()
+            code = 0
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import signal
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from support import config, pid_of, server, wait_for
+from support import config, in_child, pid_of, server, wait_for
 
 from pgdbpool import (
     Connection,
@@ -52,20 +51,6 @@ def in_time(function: Callable[[], Any], seconds: float = 10.0) -> Any:
     thread.join(seconds)
     assert not thread.is_alive(), "it hangs"
     return results[0]
-
-
-def in_child(function: Callable[[], None], seconds: float = 10.0) -> None:
-    """Run the function in a forked child, and fail where it fails or hangs."""
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(seconds))
-        code = 1
-        with suppress(BaseException):
-            function()
-            code = 0
-        os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # Deadlines.

@@ -28,10 +28,12 @@ from .differences import DIFFERENCES
 
 WAYS = ("psycopg", "threaded", "non-threaded")
 CONFTEST = """
+import sys
 import pytest
 pytest.register_assert_rewrite("sqlalchemy.testing.assertions")
 from sqlalchemy.testing.plugin.pytestplugin import *
 start = pytest_sessionstart
+collect_ignore_glob = ["*_py314.py"] if sys.version_info < (3, 14) else []
 
 def pytest_sessionstart(session):
     from sqlalchemy.dialects import registry

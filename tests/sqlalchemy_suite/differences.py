@@ -15,6 +15,7 @@ DIFFERENCES: dict[str, str] = {
     "IsolationLevelTest::test_per_connection": _QUEUE,
     "PrePingRealTest::test_pre_ping_db_is_restarted": _PING,
     "PrePingRealTest::test_pre_ping_db_stays_shutdown": _PING,
+    "QueuePoolTest::test_recycle_pool_no_race": "It gives the engine a pool of its own, which is refused.",
     "RealPrePingEventHandlerTest::test_control": _PING,
     "RealPrePingEventHandlerTest::test_downgrade_control": _PING,
     "RealPrePingEventHandlerTest::test_event_handler_can_downgrade_disconnect": _PING,

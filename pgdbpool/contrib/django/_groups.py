@@ -61,7 +61,7 @@ def group_of(alias: str, settings: Mapping[str, Any], timezone: str | None) -> s
             return _add(_key(alias, settings, timezone), lambda: _from_settings(alias, settings, timezone))
         config, group = _from_file(settings)
         if not _is_open():
-            Connection.init(settings["OPTIONS"]["config"], wait=False)
+            Connection.init(config, wait=False)  # type: ignore[arg-type]
         database = MAINTENANCE if settings["NAME"] is None else settings["NAME"]
         endpoints = _endpoints(config, group)
         if not database or all(endpoint.dbname == database for endpoint in endpoints):
@@ -81,11 +81,7 @@ def forget(database: str) -> None:
         for key in [key for key, name in _made.items() if name in gone]:
             del _made[key]
         groups = {name: kept for name, kept in config.groups.items() if name not in gone}
-        if groups:
-            Connection._change(_config(config, groups, {e.label: e for e in config.endpoints}))
-        else:
-            Connection._close(1.0, "Django's close_pool()")
-            Connection._closed = False
+        Connection._change(_config(config, groups, {e.label: e for e in config.endpoints}))
 
 
 def _is_open() -> bool:

@@ -12,6 +12,7 @@ from psycopg.rows import tuple_row
 
 from ..._api.connection import Connection
 from . import _checks, _groups, schemas
+from ._adapters import overlay
 from ._cursors import Cursor, ServerBindingCursor, ServerSideCursor
 
 
@@ -58,13 +59,22 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             connection.row_factory = tuple_row
             connection.cursor_factory = conn_params["cursor_factory"]
             connection.prepare_threshold = conn_params["prepare_threshold"]
-            connection._adapters = base.get_adapters_template(base.settings.USE_TZ, self.timezone)
+            self._adapt(connection)
+            connection.belong_to(self)
             if level is not None:
                 connection.isolation_level = level
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _adapt(self, connection: Any) -> None:
+        """Register Django's adapters, over those that the group's `configure` has registered."""
+        template = base.get_adapters_template(base.settings.USE_TZ, self.timezone)
+        if connection.settled["_adapters"] is None:
+            connection._adapters = template
+        else:
+            overlay(connection.adapters, template)
 
     def _isolation_level(self) -> Any:
         given = self.settings_dict["OPTIONS"].get("isolation_level")

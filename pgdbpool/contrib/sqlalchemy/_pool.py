@@ -14,7 +14,7 @@ _INSTEAD = {
     "pool_size": "`min_size` and `connection_count`",
     "max_overflow": "`connection_count`, which is pool_size + max_overflow",
     "pool_timeout": "`timeout`",
-    "pool_use_lifo": "nothing (the connection that was used last is lent first)",
+    "pool_use_lifo": "`max_idle` (idle connections take turns, and surplus ones are closed)",
     "pool_recycle": "`max_lifetime`",
     "pool_pre_ping": "nothing (dead connections are found without a round trip) or `ping_after`",
 }
