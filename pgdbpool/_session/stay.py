@@ -251,7 +251,9 @@ class KeptConnection(PooledConnection):
             raise error from stay.failure
 
     def rollback(self) -> None:
-        """Roll the open transaction back, if any; one that was lost is given up."""
+        """Roll the open transaction back, if any; one that was lost, or is a parent's, is given up."""
+        if self.abandoned:
+            return
         self.stay.lost = False
         if not self.closed:
             super().rollback()

@@ -13,7 +13,7 @@ from sqlalchemy import event, exc, text
 from sqlalchemy.dialects.postgresql import ARRAY, HSTORE, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool, QueuePool
-from support import closed_port, config, kill_backends, server
+from support import closed_port, config, in_child, kill_backends, server
 
 import pgdbpool
 from pgdbpool import Connection
@@ -137,6 +137,40 @@ def test_server_options_are_refused_in_a_url(rest: str) -> None:
     with pytest.raises(exc.ArgumentError, match="configuration of the pools") as caught:
         sa.create_engine(f"postgresql+pgdbpool://{rest}")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"client_encoding": "latin1"}, {"connect_args": {"keepalives": 1}}])
+def test_what_is_the_servers_is_refused_in_an_engine(start: Any, options: Any) -> None:
+    start()
+    with pytest.raises(exc.ArgumentError, match="set it in the"):
+        engine("write", **options).connect()
+    assert Connection.status().groups["write"].in_use == 0
+
+
+def test_a_second_configuration_in_a_url_is_refused() -> None:
+    with pytest.raises(exc.ArgumentError, match="keep one"):
+        sa.create_engine("postgresql+pgdbpool://write?config=a.yaml&config=b.yaml")
+
+
+def test_connect_args_are_those_of_a_block(start: Any) -> None:
+    start()
+    with engine("tenants", connect_args={"tenant": "a", "timeout": 1}).connect() as conn:
+        assert conn.execute(SHOWN).scalar() == "a"
+
+
+def test_a_forked_child_closes_what_its_parent_has_open_and_goes_on(start: Any) -> None:
+    start()
+    made = ready()
+    with made.connect() as conn:
+        pid = conn.execute(PID).scalar()
+
+        def child() -> None:
+            with made.connect() as own:
+                assert own.execute(PID).scalar() != pid
+            conn.close()
+
+        in_child(child)
+        assert conn.execute(PID).scalar() == pid
 
 
 def test_options_that_contradict_nothing_are_taken(start: Any) -> None:
@@ -373,6 +407,30 @@ def test_a_routing_session_reads_elsewhere_until_it_writes(start: Any) -> None:
             session.rollback()
 
 
+def test_savepoints_of_a_routing_session_are_where_it_writes(start: Any) -> None:
+    start()
+    writing, reading = ready(), ready("read")
+    Base.metadata.create_all(writing)
+    with RoutingSession(writing=writing, reading=reading) as session:
+        assert session.get_bind(Account, clause=sa.select(Account)) is reading
+        with session.begin_nested():
+            assert session.execute(sa.select(Account)).all() == []
+            session.add(Account(id=1, name="x"))
+        session.commit()
+        assert session.get_one(Account, 1).name == "x"
+
+
+def test_a_class_with_an_engine_of_its_own_keeps_it_in_a_routing_session(start: Any) -> None:
+    start()
+    writing, reading, own = ready(), ready("read"), ready("tenants")
+    with RoutingSession(writing=writing, reading=reading, binds={Account: own}) as session:
+        for clause in (sa.select(Account), sa.delete(Account)):
+            assert session.get_bind(sa.inspect(Account), clause=clause) is own
+        assert session.get_bind(clause=sa.select(sa.literal(1))) is reading
+        with own.connect() as conn:
+            assert RoutingSession(conn, writing=writing, reading=reading).get_bind() is conn
+
+
 def test_alembic_creates_an_index_concurrently(start: Any) -> None:
     pytest.importorskip("alembic")
     from alembic.migration import MigrationContext
@@ -412,3 +470,34 @@ def test_flask_sqlalchemy_works_with_urls_of_groups(start: Any) -> None:
     for _ in range(5):
         assert app.test_client().get("/").text == "2"
     assert Connection.status().groups["write"].in_use == 0
+
+
+def test_a_session_of_flask_sqlalchemy_reads_and_writes_through_its_binds(start: Any) -> None:
+    flask = pytest.importorskip("flask")
+    pytest.importorskip("flask_sqlalchemy")
+    start()
+    from flask_sqlalchemy import SQLAlchemy
+
+    from pgdbpool.contrib.flask_sqlalchemy import RoutingSession as Routing
+
+    db = SQLAlchemy(session_options={"class_": Routing})
+
+    class Apart(db.Model):  # type: ignore[name-defined, misc]
+        __bind_key__ = "tenants"
+        id = db.Column(db.Integer, primary_key=True)
+
+    app = flask.Flask("shop")
+    app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+pgdbpool://write"
+    app.config["SQLALCHEMY_BINDS"] = {name: f"postgresql+pgdbpool://{name}" for name in ("read", "tenants")}
+    db.init_app(app)
+    with app.app_context():
+        bind = db.session.get_bind
+        assert bind(clause=text("SELECT 1")) is db.engines["read"]
+        assert bind(clause=text("DELETE FROM accounts")) is db.engine
+        assert bind(clause=text("SELECT 1")) is db.engine
+        assert bind(Apart, clause=sa.select(Apart)) is db.engines["tenants"]
+    other = flask.Flask("other")
+    other.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+pgdbpool://write"
+    db.init_app(other)
+    with other.app_context(), pytest.raises(exc.UnboundExecutionError, match="'read'"):
+        db.session.execute(text("SELECT 1"))

@@ -15,6 +15,7 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 
 from ..._api.connection import Connection
+from ..._api.one_statement import BlockOptions
 from ...errors import NotInitializedError
 from ._pool import GroupPool
 
@@ -89,10 +90,26 @@ class PgDbPoolDialect(PGDialect_psycopg):
                 f"{url!r}: {', '.join(wrong)} can't be in the URL of a group: its servers, users and "
                 "databases are in the configuration of the pools (?config=FILE, or Connection.init)"
             )
-        return [], {"group": url.host, **({"config": url.query["config"]} if "config" in url.query else {})}
+        config = url.query.get("config")
+        if isinstance(config, tuple):
+            raise exc.ArgumentError(f"{url!r} names {len(config)} configurations: keep one ?config=FILE")
+        if self.client_encoding is not None:
+            raise exc.ArgumentError(
+                f"client_encoding={self.client_encoding!r} is not the engine's: set it in the `options` of "
+                "the servers"
+            )
+        return [], {"group": url.host} if config is None else {"group": url.host, "config": config}
 
     def connect(self, *arguments: Any, group: str, config: Any = None, **options: Any) -> Any:
-        """Take a connection out of the group; a file opens the pools first, if none are open."""
+        """Take a connection out of the group; a file opens the pools first, if none are open.
+
+        :raises sqlalchemy.exc.ArgumentError: `connect_args` has what a block cannot be given.
+        """
+        if wrong := sorted(options.keys() - BlockOptions.__annotations__.keys()):
+            raise exc.ArgumentError(
+                f"connect_args: {', '.join(wrong)} can't be given to a group: set it in the configuration of "
+                f"the pools; a connection takes {', '.join(BlockOptions.__annotations__)}"
+            )
         if config is not None:
             _init_once(config)
         conn = Connection.getconn(group, skip=_FRAMEWORKS, **options)

@@ -21,10 +21,14 @@ class RoutingSession(Session):
 
     A flush, INSERT, UPDATE, DELETE, DDL, a SELECT that locks rows, and text that is not plainly a SELECT are
     writes. From the first of them on everything goes to `writing`, until the transaction ends. A function
-    that writes, called in a SELECT, is not seen: put it into `with session.primary():`.
+    that writes, called in a SELECT, is not seen: put it into `with session.primary():`. Inside of
+    `begin_nested()` everything goes to `writing`, where the savepoint is. A class or table of `binds` keeps
+    its own engine.
     """
 
     def __init__(self, *arguments: Any, writing: Engine, reading: Engine, **options: Any) -> None:
+        if not arguments and options.get("bind") is None:
+            options["bind"] = writing
         super().__init__(*arguments, **options)
         self._writing, self._reading = writing, reading
         self._forced: Engine | None = None
@@ -54,14 +58,16 @@ class RoutingSession(Session):
         self, mapper: Any = None, *, clause: Any = None, bind: Any = None, **options: Any
     ) -> Engine | Connection:
         """Return the engine for a statement."""
-        if bind is not None or self.bind is not None:
-            return super().get_bind(mapper, clause=clause, bind=bind, **options)
+        bound = super().get_bind(mapper, clause=clause, bind=bind, **options)
+        if bind is not None or bound is not self._writing:
+            return bound
         if self._flushing or (clause is not None and writes(clause)):
             self._wrote = True
             return self._writing
         if self._forced is not None:
             return self._forced
-        return self._writing if self._wrote or clause is None else self._reading
+        stays = self._wrote or clause is None or self.in_nested_transaction()
+        return self._writing if stays else self._reading
 
 
 @event.listens_for(RoutingSession, "after_transaction_end")
