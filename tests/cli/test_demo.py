@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,8 @@ def assert_whole_tour(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.parametrize("worker_class", ["gthread", "sync"])
-def test_the_tour_shows_all_steps_in_less_than_30_seconds(worker_class: str, room: Path) -> None:
-    began = time.monotonic()
+def test_the_tour_shows_all_steps(worker_class: str, room: Path) -> None:
     assert_whole_tour(run("demo", "--check", "--worker-class", worker_class, room=room))
-    assert time.monotonic() - began < 30
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it is an ordinary user who runs the tests")

@@ -370,5 +370,5 @@ def test_the_middleware_takes_a_function_and_goes_with_that_of_tenants() -> None
     inner = TenantMiddleware(lambda environ, start_response: Body(), lambda environ: "a")
     assert 4 < request(DeadlineMiddleware(inner, seconds=lambda environ: 5))[2] < 5
     assert request(DeadlineMiddleware(inner, seconds=lambda environ: None)) == [-1, -1, -1]
-    with pytest.raises(ValueError, match="no time for a request"):
+    with pytest.raises(ValueError, match="not a time for a request"):
         DeadlineMiddleware(inner, seconds=0)
