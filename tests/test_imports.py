@@ -39,7 +39,7 @@ ROOMS = {
     "_diagnosis": "errors _config _request _session _servers _lending _process rls sizing",
     "cluster": "",
     "_demo": "cluster",
-    "_cli": "errors _util _config _api _diagnosis _demo cluster overview rls sizing",
+    "_cli": "errors _util _config _status _api _diagnosis _demo cluster overview rls sizing",
     "contrib": "errors _error_categories _util _config _request _session _api _cli wsgi",
     "__main__": "_cli",
 }
@@ -57,7 +57,7 @@ CORE = (
     "_api",
 )
 LATE = {
-    "_process.health", "_process.patroni", "_process.signals", "_process.tracer",
+    "_process.health", "_process.orders", "_process.patroni", "_process.signals", "_process.tracer",
     "_servers.driver", "_session.decoding",
 }  # fmt: skip
 NEEDED_EARLY = {

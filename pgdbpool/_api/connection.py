@@ -12,7 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from .._process import fork
 from .._process.pools import Pools
-from .._process.reload import ReloadMethods, unknown_endpoint, unknown_group
+from .._process.reload import ReloadMethods
+from .._process.unknown import unknown_endpoint, unknown_group
 from .._request.deadline import deadline
 from .._session import block as blocks
 from .._util import greenlets
@@ -84,6 +85,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         greenlets.check()
         fork.notice()
         pools = Pools(load(config))
+        pools.owner = cls
         _warn_of_driver()
         cls._all.add(pools)
         if wait:

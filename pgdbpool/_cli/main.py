@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import psycopg
 
 from .. import __version__
-from .._cli import check, configuration, output, ping, rls, servers, size, status
+from .._cli import check, configuration, orders, output, ping, rls, servers, size, status
 from .._demo.demo import DemoError, MissingExtra, Stopped, stopping_on_signals
 from ..cluster import ClusterError
 from ..errors import Error
@@ -31,6 +31,17 @@ And these examine your own:
   pgdbpool size            how many connections should each group have?
   pgdbpool rls             which roles, tables or functions expose another tenant's rows
   pgdbpool status          the pools of running processes
+
+These act on all processes of a running application, and wait for their answers:
+
+  pgdbpool drain, undrain  take a server out of use, and put it back
+  pgdbpool pause, resume   hold new blocks back, as for a switchover, and let them go on
+  pgdbpool expire          replace connections
+  pgdbpool resize          change the size of a group
+  pgdbpool reload          read the configuration again
+
+And these are about the configuration:
+
   pgdbpool config-docs     the meaning and the values of each key
   pgdbpool config-schema   the JSON Schema of a configuration, for editors
 
@@ -39,10 +50,11 @@ And these examine your own:
 EPILOG = """\
 Exit status: 0 done, or `demo` or `cluster` was stopped by a signal as intended; 1 something failed, the
 message says what, or `rls` has findings; 2 wrong arguments, or the extra is missing (pip install
-'pgdbpool[demo]'); 3 degraded (`check`, `ping`, `status`); 128 + n if anything else was stopped by signal n.
+'pgdbpool[demo]'); 3 degraded (`check`, `ping`, `status`), or a process did
+not answer; 128 + n if anything else was stopped by signal n.
 """
 
-COMMANDS = (servers, rls, check, ping, size, status, configuration)
+COMMANDS = (servers, rls, check, ping, size, status, orders, configuration)
 """Modules with a function `add`, in the order of the help."""
 
 

@@ -13,9 +13,9 @@ from ..rls import Finding
 
 GOOD, BAD, WARN, BOLD, DIM = "32", "31", "33", "1", "2"
 COLOURS = {
-    **dict.fromkeys(("ok", "healthy", "yes", "up"), GOOD),
-    **dict.fromkeys(("broken", "unhealthy", "no", "error", "down"), BAD),
-    **dict.fromkeys(("degraded", "warning", "draining"), WARN),
+    **dict.fromkeys(("ok", "healthy", "yes", "up", "done"), GOOD),
+    **dict.fromkeys(("broken", "unhealthy", "no", "error", "down", "failed"), BAD),
+    **dict.fromkeys(("degraded", "warning", "draining", "silent"), WARN),
 }
 EXIT = {"ok": 0, "healthy": 0, "broken": 1, "unhealthy": 1, "degraded": 3}
 """Exit status by the worst finding."""

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
 
@@ -52,12 +52,22 @@ def _patience(settings: Bound) -> float | None:
     return INHERIT_PATIENCE
 
 
+class Pause(NamedTuple):
+    """Who holds the blocks back, and until when on the clock of `monotonic`."""
+
+    by: str
+    until: float
+
+
 class ConfiguredGroup:
     """The configured part of a group: plain attributes, which a reload replaces one by one."""
 
     _pool: Pool
-    _probe: Callable[[], None] | None
-    """Called at the start of a checkout: of the first one, and in lock-free mode of each."""
+    _probe: Callable[[], object] | None
+    """Called at the start of a checkout: of the first one, in lock-free mode of each, and while it is paused.
+
+    It returns whether the block may have to be held.
+    """
 
     def __init__(
         self,
@@ -66,7 +76,7 @@ class ConfiguredGroup:
         *,
         lock_free: bool,
         row_factory: Any,
-        probe: Callable[[], None] | None = None,
+        probe: Callable[[], bool] | None = None,
         revive: Callable[[Collection[Endpoint], float], bool] | None = None,
     ) -> None:
         self.name = config.name
@@ -88,6 +98,9 @@ class ConfiguredGroup:
         """Waiting times of checkouts that had to queue; the others took no time."""
         self.uses: dict[Endpoint, Tally] = {}
         self.connects: dict[Endpoint, Tally] = {}
+        self._pause: Pause | None = None
+        self.held_back: list[object] = []
+        """One for each block that waits until the group is no longer paused."""
         self.closed_by = ""
         """The cause of the closing of the pools, for error messages."""
         self.ending = False

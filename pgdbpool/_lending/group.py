@@ -1,7 +1,7 @@
 """One pool of connections over the endpoints of a group.
 
 Its layers, each of which knows those below alone: `configured`, `telling`, `closing`, `eligibility`,
-`opening`. Here is what blocks come through: `checkout` and `checkin`.
+`opening`, `pausing`. Here is what blocks come through: `checkout` and `checkin`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from ..errors import (
     TooManyWaiting,
 )
 from .lock_free_pool import LockFreePool
-from .opening import DOWN_AFTER, OpeningGroup
+from .opening import DOWN_AFTER
+from .pausing import PausingGroup
 from .pool import NoConnection, Pool
 from .threaded_pool import ThreadedPool
 
@@ -66,7 +67,7 @@ def users_of(endpoint: Endpoint) -> Sequence[Group]:
     return cast("Sequence[Group]", endpoint.groups)
 
 
-class Group(OpeningGroup):
+class Group(PausingGroup):
     """One pool of connections over the group's endpoints.
 
     `_lock` is held while an endpoint is chosen and the slot assigned to it, so that two requests do not
@@ -81,7 +82,7 @@ class Group(OpeningGroup):
         *,
         lock_free: bool,
         row_factory: Any,
-        probe: Callable[[], None] | None = None,
+        probe: Callable[[], bool] | None = None,
         revive: Callable[[Collection[Endpoint], float], bool] | None = None,
     ) -> None:
         super().__init__(
@@ -141,7 +142,7 @@ class Group(OpeningGroup):
         discarded = False
         try:
             if self._probe is not None:
-                self._maintain(now, deadline)
+                now = self._maintain(now, deadline)
             while conn is None:
                 try:
                     got = self._pool.take(0.0, block.high)
@@ -290,26 +291,31 @@ class Group(OpeningGroup):
         """Note that a connection in use goes on in another object."""
         self._lent[heir] = self._lent.pop(conn)
 
-    def _maintain(self, now: float, deadline: float) -> None:
-        """Probe, and open missing connections: in threaded mode a thread does this."""
+    def _maintain(self, now: float, deadline: float) -> float:
+        """Probe, and open missing connections: in threaded mode a thread does this. Return the time."""
         probe = self._probe
         if probe is None:
-            return  # threaded: another thread was the first user, a moment ago
-        probe()
+            return now  # threaded: another thread was the first user, a moment ago
+        if probe():
+            now = self._hold(now, deadline)
         if self._pool.missing and self.lock_free and now >= self._refill_at and (slot := self._pool.claim()):
             try:
                 self._pool.give(self._connect(slot, deadline))
             except DBConnectionError:  # noted at the endpoint; an idle connection may serve
                 self._refill_at = now + REFILL_AFTER
                 self._pool.refill()
+        return now
 
-    def _first_use(self) -> None:
+    def _first_use(self) -> bool:
         """Prepare the first checkout in a process; refuse it if a wait would block all greenlets."""
         greenlets.check()
-        self.on_first_use()
-        self._probe = self._later_probe
-        if self._probe is not None:
-            self._probe()
+        self.used = True
+        self.on_first_use()  # an order to pause may be in force
+        if self._pause is None:
+            self._probe = self._later_probe
+        if self._later_probe is not None:
+            self._later_probe()
+        return self._pause is not None
 
     def _dropped(self, handler: ref[Any]) -> None:
         """Take back the connection of a Handler or another owner that was collected without leaving."""
@@ -459,6 +465,7 @@ class Group(OpeningGroup):
 
     def close(self, timeout: float) -> None:
         """Close the pool; connections in use are closed as they come back."""
+        self._pause = None
         self._pool.close(timeout)
 
     def abandon(self) -> None:

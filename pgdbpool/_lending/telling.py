@@ -56,7 +56,8 @@ class TellingGroup(ConfiguredGroup):
             size=pool.size,
             idle=pool.idle,
             in_use=len(self._lent),
-            waiting=pool.waiting,
+            waiting=pool.waiting + len(self.held_back),
+            paused=self.paused_by,
             min_size=self.config.min_size,
             max_size=self.config.connection_count,
             connections={endpoint.label: counts[endpoint] for endpoint in self.endpoints},
@@ -79,6 +80,16 @@ class TellingGroup(ConfiguredGroup):
             use={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.uses.items()},
             connect={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.connects.items()},
         )
+
+    @property
+    def paused_by(self) -> str | None:
+        """Who holds new blocks back; None if they are not held."""
+        pause = self._pause
+        return pause.by if pause is not None and monotonic() < pause.until else None
+
+    def discarded(self, reason: str) -> int:
+        """Return how many connections the pool has closed for the reason."""
+        return self._discarded[reason]
 
     def note_retry(self, block: Block | None, error: Error) -> None:
         """Count and log a statement that is sent again."""
@@ -153,24 +164,28 @@ class TellingGroup(ConfiguredGroup):
     def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
         self._timeouts += 1
         pool, holders, limit = self._pool, self._holders(), self.config.connection_count
+        waiting = pool.waiting + len(self.held_back)
         what = {
             PoolExhausted: "all connections are held by this thread, so waiting is in vain",
-            TooManyWaiting: f"{pool.waiting} requests wait already (max_waiting)",
+            TooManyWaiting: f"{waiting} requests wait already (max_waiting)",
         }.get(kind, f"no connection became free within {waited:g} s")
         errors = {e.label: e.last_error for e in self.endpoints if e.last_error}
         full = "; ".join(f"{endpoint.label} is full: {endpoint.last_error}" for endpoint in self._full())
+        if self._pause is not None:
+            late = f"not resumed within {waited:g} s" if kind is PoolTimeout else what
+            what = f"paused by {self._pause.by}: {late}"
         left = f", {len(self.left)} left in a commit" if self.left else ""
         share = "" if high or not self.config.reserved else f" ({self.config.reserved} for high priority)"
         return kind(
             f"group {self.name!r}: {what}; {len(holders)} of {limit}{share} in use, {pool.idle} idle, "
-            f"{pool.waiting} waiting{left}; held by "
+            f"{waiting} waiting{left}; held by "
             + ("; ".join(holders) or "nobody")
             + (f"; {full}" if full else ""),
             group=self.name,
             endpoints=errors,
             in_use=len(holders),
             idle=pool.idle,
-            waiting=pool.waiting,
+            waiting=waiting,
             holders=holders,
         )
 

@@ -235,9 +235,9 @@ class Monitor:
 
     def step(self) -> float:
         """Do the work that is due, without waiting; return the seconds until there may be more to do."""
+        if (left := self._due_at - monotonic()) > 0:
+            return left
         now = monotonic()
-        if now < self._due_at:
-            return self._due_at - now
         self._due_at = soon = now + 0.01
         if self._next is not None:
             self.observer.close()

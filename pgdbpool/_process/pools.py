@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,10 @@ class Pools:
 
     def __init__(self, config: Config) -> None:
         self.config = self.wanted = config
+        self.owner: Any = None
+        """What changes the configuration for an order: `Connection`."""
+        self.paused = False
+        """Whether a group may be paused."""
         self.changing = False
         """Whether the configuration is being changed to `wanted`."""
         self.publisher: Publisher | None = None
@@ -102,7 +107,12 @@ class Pools:
         group.on_first_use = self._first_use
         group.await_writer = self._await_writer
         group.on_left = self._wake
+        group.nested = self._nested
         return group
+
+    def _nested(self) -> bool:
+        me = get_ident()
+        return any(group.held_by(me) for group in self.all_groups)
 
     def _await_writer(self, group: Group, deadline: float) -> bool:
         patronis = self.monitor.patronis
@@ -157,8 +167,9 @@ class Pools:
         self._watch_holds()
         return gone
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         self.monitor.step()
+        return self.paused
 
     def _revive(self, endpoints: Collection[Endpoint], deadline: float) -> bool:
         return self.monitor.prober.hasten(endpoints, deadline)
@@ -170,6 +181,15 @@ class Pools:
         if self.publisher is not None and not self.publisher.needed:
             self.publisher.begin()
             self.monitor.wake()
+
+    def obey(self, order: Mapping[str, Any]) -> str:
+        """Execute an order that was given to all processes; return what it did.
+
+        :raises Exception: it cannot be executed; the error says why.
+        """
+        from .orders import obey  # nothing but this needs it
+
+        return obey(self, order)
 
     def status(self) -> Status:
         """Return a snapshot."""
@@ -344,6 +364,7 @@ class Pools:
     def renewed(self) -> Pools:
         """Return pools of the same configuration for a forked child; host names keep their last addresses."""
         pools = Pools(self.config)
+        pools.owner = self.owner
         for label, endpoint in pools.endpoints.items():
             name = self.endpoints[label].name if label in self.endpoints else None
             endpoint.name = name.again() if name else None

@@ -12,7 +12,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from ..errors import ConfigError, UnconfiguredGroupError, UnknownEndpointError
+from ..errors import ConfigError
+from .unknown import unknown_endpoint, unknown_group
 
 # The modules that read and check a configuration are imported by the functions below, as for `init`.
 if TYPE_CHECKING:
@@ -197,22 +198,6 @@ class ReloadMethods:
                     pools.changing = False
         for group in removed:
             group.close(1.0)
-
-
-def unknown_group(name: object, groups: Iterable[str]) -> UnconfiguredGroupError:
-    """Return the error for a group that is not configured."""
-    return UnconfiguredGroupError(
-        f"no group {name!r} is configured; the groups are {', '.join(map(repr, groups))}"
-    )
-
-
-def unknown_endpoint(label: object, labels: Iterable[str]) -> UnknownEndpointError:
-    """Return the error for an endpoint that is not configured."""
-    from .._config.declarations import show
-
-    return UnknownEndpointError(
-        f"no endpoint {show(label)} is configured; the endpoints are {', '.join(map(repr, labels))}"
-    )
 
 
 def _group(config: Config, name: str) -> GroupConfig:

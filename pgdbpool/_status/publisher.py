@@ -1,6 +1,6 @@
-"""Publishes the status of the pools about once a second, and applies commands; see `runtime_dir`.
+"""Publishes the status of the pools about once a second, and executes orders; see `runtime_dir`.
 
-In threaded mode the background thread steps it. In lock-free mode a checkout reads commands and a checkin
+In threaded mode the background thread steps it. In lock-free mode a checkout reads orders and a checkin
 publishes, each at most once a second.
 """
 
@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from .._session.statement_text import without_values
 from .._util import log_events as events
 from ..errors import RuntimeDirError
 from ..stats import Status
-from .runtime_dir import PublishedFile, RuntimeDir
+from .runtime_dir import PublishedFile, RuntimeDir, stands
 
 if TYPE_CHECKING:
     from .._servers.endpoint import Endpoint
@@ -40,6 +40,9 @@ STEP, STEPS = 5, 60
 
 EVENTS = 50
 """The number of events that are kept."""
+
+ANSWERS = 20
+"""The number of answers to orders that are kept."""
 
 COUNTERS = (
     "checkouts", "timeouts", "opened", "discarded", "waits", "retries", "failovers", "rate_limited", "leaks",
@@ -63,12 +66,18 @@ class Told(Protocol):
     def parent(self) -> int | None:
         """The process that this one was forked from after it had loaded the package."""
 
+    paused: bool
+    """Whether a group may be paused."""
+
     def status(self) -> Status:
         """Return a snapshot."""
 
+    def obey(self, order: Mapping[str, Any]) -> str:
+        """Execute an order; return what it did."""
+
 
 class Publisher:
-    """Publishes the status of the pools, and applies commands to their endpoints.
+    """Publishes the status of the pools, and executes orders.
 
     `_lock` keeps the final snapshot at the exit of the process apart from one of another thread. In
     lock-free mode it does nothing.
@@ -86,7 +95,9 @@ class Publisher:
         self._urgent = False
         self._warned = False
         self._mark: object = None
-        self._applied = 0
+        self._obeyed = 0
+        """The number of the last order."""
+        self._answers: deque[dict[str, Any]] = deque(maxlen=ANSWERS)
         self._seen: dict[str, tuple[str, str | None, bool]] = {}
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self._history = History()
@@ -95,19 +106,24 @@ class Publisher:
         self._closed = False
 
     def begin(self) -> None:
-        """Start publishing."""
+        """Start publishing; first execute the orders that are in force."""
         self.needed = not self._closed
         self._due = 0.0
+        if self.needed and self._room is None:
+            with suppress(OSError, RuntimeDirError), RuntimeDir(self._path) as room:
+                self._obey_orders(room)
 
     def step(self) -> float:
-        """Apply new commands and publish if due; return the seconds until the next step."""
+        """Execute new orders and publish if due; return the seconds until the next step."""
         if not self.needed:
             return EVERY
-        now = monotonic()
         if self._room is not None:
-            self._apply_commands(self._room)
+            self._obey_orders(self._room)
+        now = monotonic()
         if now >= self._due and (self._threaded or self._urgent):
             self._publish()
+        if self._pools.paused:
+            return SOON
         return max(self._due - now, 0.01) if self._threaded else EVERY
 
     def publishing_group(self, *args: Any, **options: Any) -> Group:
@@ -151,7 +167,7 @@ class Publisher:
                 if self._room is None:
                     self._room = RuntimeDir(self._path, create=True)
                     self._room.snapshots()  # sweeps
-                    self._apply_commands(self._room)
+                    self._obey_orders(self._room)
                 if self._file is None:
                     self._file = self._room.publish(os.getpid(), snapshot)
                 elif not self._file.write(snapshot):
@@ -189,6 +205,7 @@ class Publisher:
             "status": told,
             "counts": counts,
             "events": list(self._events),
+            "answers": list(self._answers),
             "history": self._history.told(now),
         }
 
@@ -214,28 +231,40 @@ class Publisher:
     def _note(self, now: float, kind: str, label: str, text: str) -> None:
         self._events.append({"time": now, "kind": kind, "endpoint": label, "text": text})
 
-    # Commands.
+    # Orders.
 
-    def _apply_commands(self, room: RuntimeDir) -> None:
-        """Apply new commands; a process that has just started applies all that are in force."""
+    def _obey_orders(self, room: RuntimeDir) -> None:
+        """Execute new orders; a process that has just started executes those that stand."""
         try:
-            mark = room.commands_mark()
+            mark = room.orders_mark()
             if mark == self._mark:
                 return
             self._mark = mark
-            commands = room.commands()
+            orders = room.orders()
         except OSError:
             return  # publishing the next snapshot reports it
-        applied = self._applied
-        for label, command in commands.items():
-            endpoint = self._pools.endpoints.get(label)
-            if endpoint is None or command["n"] <= applied:
+        for order in orders:
+            if order["n"] <= self._obeyed:
                 continue
-            if command["drain"]:
-                endpoint.drain()
-            else:
-                endpoint.undrain()
-            self._applied = max(self._applied, command["n"])
+            self._obeyed = order["n"]
+            if order["time"] >= self._started or stands(order, time.time()):
+                self._obey(order)
+
+    def _obey(self, order: Mapping[str, Any]) -> None:
+        """Execute an order, and note the answer for whoever gave it."""
+        try:
+            text, done = self._pools.obey(order), True
+        except Exception as error:  # noqa: BLE001  whoever gave the order handles it
+            text, done = str(error), False
+        self._answers.append({"n": order["n"], "done": done, "text": text})
+        what = " ".join(filter(None, (order["do"], order["group"], order["endpoint"])))
+        self._note(time.time(), "order", what, f"ordered by {order['by']}: {text}")
+        events.PROCESS_ORDERED(
+            "%s, ordered by %s: %s", what, order["by"], text,
+            order=order["do"], by=order["by"], group=order["group"], endpoint=order["endpoint"], reason=text,
+        )  # fmt: skip
+        self.hurry()
+        self._due = 0.0
 
 
 class _PublishingGroup(Group):

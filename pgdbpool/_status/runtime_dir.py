@@ -16,7 +16,7 @@ import secrets
 import stat
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -27,6 +27,8 @@ _HEADER = b"pgdbpool-1 %010d %08x\n"
 _HEADER_SIZE = len(_HEADER % (0, 0))
 _LIMIT = 16 << 20
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+KEPT = 60.0
+"""Seconds for which an order is kept that is not one for processes that start later."""
 _TRIES = 20
 """How often to read a file that is just being written, or to try a lock."""
 
@@ -123,33 +125,42 @@ class RuntimeDir:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self._fd)
 
-    # Commands.
+    # Orders.
 
-    def commands(self) -> dict[str, Any]:
-        """Return the commands by endpoint label: each has `drain`, true or false, and a number `n`."""
-        found: dict[str, Any] = self._json("commands.json")
-        return found
+    def orders(self) -> list[dict[str, Any]]:
+        """Return the orders that are in force or were given a moment ago, by their numbers."""
+        found = self._json("orders.json").get("orders")
+        return found if isinstance(found, list) else []
 
-    def commands_mark(self) -> object:
-        """Return a value that changes with each new command; it costs one system call."""
+    def orders_mark(self) -> object:
+        """Return a value that changes with each new order; it costs one system call."""
         try:
-            found = os.stat("commands.json", dir_fd=self._fd, follow_symlinks=False)
+            found = os.stat("orders.json", dir_fd=self._fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
         return found.st_ino, found.st_mtime_ns
 
-    def command(self, label: str, *, drain: bool) -> None:
-        """Have all processes, including those that start later, drain an endpoint or use it again.
+    def order(
+        self, do: str, *, by: str, group: str | None = None, endpoint: str | None = None, **more: Any
+    ) -> int:
+        """Have all processes do something; return the number that their answers have.
 
+        Processes that start later drain what is drained, and pause what is paused.
+
+        :param by: who gives the order, for logs and errors.
         :raises RuntimeDirError: the directory belongs to another user.
         """
         if self._guest:
             raise RuntimeDirError(f"runtime_dir {self.path!r} belongs to another user: act as that user")
+        now = time.time()
         with self._locked():
-            commands = self.commands()
-            number = 1 + max((command["n"] for command in commands.values()), default=0)
-            commands[label] = {"drain": drain, "n": number, "time": time.time()}
-            self._replace("commands.json", commands)
+            orders = self.orders()
+            # Never a number again, even if the file was removed: processes ignore orders that are not new.
+            number = max([int(now * 1000), *(int(order["n"]) + 1 for order in orders)])
+            new = {"n": number, "do": do, "by": by, "time": now, "group": group, "endpoint": endpoint, **more}
+            orders = [order for order in orders if _in_force(order, new, now)]
+            self._replace("orders.json", {"orders": [*orders, new]})
+        return number
 
     def secret(self) -> bytes:
         """Return a secret shared by the processes of the application, created at the first call."""
@@ -249,6 +260,22 @@ def add_counts(total: dict[str, Any], more: dict[str, Any]) -> None:
             total[name] = [a + b for a, b in zip_longest(known, value, fillvalue=0)]
         else:
             total[name] = total.get(name, 0) + value
+
+
+def stands(order: Mapping[str, Any], now: float) -> bool:
+    """Return whether an order is also one for processes that start now."""
+    if order["do"] == "pause":
+        return bool(order["until"] > now)
+    return order["do"] in ("drain", "undrain", "resume")
+
+
+def _in_force(order: Mapping[str, Any], new: Mapping[str, Any], now: float) -> bool:
+    """Return whether an order is kept beside a new one."""
+    for pair in (("drain", "undrain"), ("pause", "resume")):
+        if order["do"] in pair and new["do"] in pair and order["endpoint"] == new["endpoint"]:
+            return order["group"] != new["group"] and new["group"] is not None
+    recent = now - order["time"] < KEPT
+    return recent or (stands(order, now) and order["do"] != "resume")
 
 
 def _abandoned(fd: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 logger = logging.getLogger("pgdbpool")
 
 FIELDS = {
+    "by": "Who gave the order: the user, machine and process of the command, or the status page.",
     "attempt": "Which attempt of `run` it was, from 1 on.",
     "correlation_id": "Of the block; see `pgdbpool.correlation`.",
     "endpoint": "The label of the server.",
@@ -24,6 +25,7 @@ FIELDS = {
     "lag_bytes": "How far the standby is behind.",
     "lag_seconds": "How far the standby is behind.",
     "line": "Where the block was entered.",
+    "order": "What is to be done: `drain`, `expire`, `pause` ...",
     "newest": "The highest timeline of the servers of the same system.",
     "previous": "The role that the server had.",
     "reason": "Why, in words of the server, of the network or of the pool.",
@@ -146,6 +148,11 @@ PROCESS_SLOW_DRIVER = Event(
 PROCESS_UNPUBLISHED = Event(
     "process.unpublished", WARNING, "The `runtime_dir` cannot be used; it is tried again.", "reason"
 )
+PROCESS_ORDERED = Event(
+    "process.ordered", WARNING,
+    "An order of `pgdbpool drain`, `expire`, `pause` ... or of the status page was executed, or was not.",
+    "order", "by", "group", "endpoint", "reason",
+)  # fmt: skip
 CONNECTION_OPENED = Event(
     "connection.opened", DEBUG, "A connection was opened.", "group", "endpoint", "seconds"
 )

@@ -14,7 +14,7 @@ SHARES = (0.5, 0.95, 0.99)
 
 NOTHING = "\N{EN DASH}"
 SYMBOLS = {"up": "●", "down": "▲", "draining": "◆"}
-EVENT_SYMBOLS = {"up": "●", "down": "▲", "drain": "◆", "failover": "⇄"}
+EVENT_SYMBOLS = {"up": "●", "down": "▲", "drain": "◆", "failover": "⇄", "order": "▸"}
 
 PAGE = """<!doctype html>
 <html lang="en">

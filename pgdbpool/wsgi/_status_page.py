@@ -148,7 +148,7 @@ class StatusApp:
                 f"{label} is not drained: the group {group!r} has no other endpoint that is up",
             )
         with RuntimeDir(directory) as room:
-            room.command(label, drain=drain)
+            room.order("drain" if drain else "undrain", endpoint=label, by="the status page")
         raise HTTPResponse(HTTPStatus.SEE_OTHER, "", ("Location", "./"))
 
     def _form_token(self, directory: str, at: int | None = None) -> str:

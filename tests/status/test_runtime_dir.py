@@ -240,7 +240,7 @@ def test_a_torn_file_is_not_read(start: Callable[..., None], place: str) -> None
     assert told(place) == []
 
 
-def test_a_command_drains_in_every_process_and_in_those_that_start_later(
+def test_an_order_drains_in_every_process_and_in_those_that_start_later(
     start: Callable[..., None], known_cluster: Any, place: str, mode: str
 ) -> None:
     start(mode, balance="round-robin")
@@ -248,16 +248,18 @@ def test_a_command_drains_in_every_process_and_in_those_that_start_later(
     label = known_cluster.nodes[1].label
     wait_for(lambda: blocks(1) or told(place))
     with RuntimeDir(place) as room:
-        room.command(label, drain=True)
+        room.order("drain", endpoint=label, by="test")
         state = lambda: Connection.status().endpoints[label].state  # noqa: E731
-        wait_for(lambda: blocks(1) or state() == "draining", what="the command is applied")
+        wait_for(lambda: blocks(1) or state() == "draining", what="the order is executed")
         start(mode)
         wait_for(lambda: blocks(1) or state() == "draining", what="by the new pools too")
         wait_for(lambda: blocks(1) or gather(place)["endpoints"][1]["state"] == "draining")
-        room.command(label, drain=False)
+        room.order("undrain", endpoint=label, by="test")
         wait_for(lambda: blocks(1) or state() == "up", what="undrained")
         wait_for(lambda: blocks(1) or gather(place)["ok"])
-    assert [event["kind"] for event in gather(place)["events"]][:1] == ["up"]
+    events = [(event["kind"], event["text"]) for event in gather(place)["events"]]
+    assert events[0][0] == "up"
+    assert ("order", "ordered by test: in use again") in events
 
 
 def test_lock_free_publishes_at_checkin_at_most_once_a_second(start: Callable[..., None], place: str) -> None:

@@ -137,7 +137,7 @@ def test_draining_is_off_unless_it_is_enabled(place: str) -> None:
         assert "<form" not in ask(app)[2]
         assert ask(app, "/drain", "POST", {"endpoint": "two", "form": form})[0] == 403
     with RuntimeDir(place) as room:
-        assert room.commands() == {}
+        assert room.orders() == []
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_only_the_page_itself_can_drain(place: str) -> None:
     assert ask(app, "/drain", "POST", {**good, "x": "y" * 5000})[0] == 413
     assert ask(app, "/drain", "POST", {**good, "endpoint": "three"})[0] == 404
     with RuntimeDir(place) as room:
-        assert room.commands() == {}
+        assert room.orders() == []
     assert ask(app, "/drain", "POST", good)[:2][0] == 303
     wait_for(lambda: Connection.status().endpoints["two"].state == "draining")
     # Another worker's page is as good: they share the secret.

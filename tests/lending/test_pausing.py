@@ -1,0 +1,154 @@
+"""A group that is paused holds its new blocks, in both modes, and each within its own timeout."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from support import config, wait_for
+
+from pgdbpool import Connection, Handler, NotInitializedError, PoolTimeout, TooManyWaiting
+from pgdbpool._status.runtime_dir import RuntimeDir
+
+
+@pytest.fixture
+def start(known_cluster: Any, mode: str) -> Iterator[Callable[..., Any]]:
+    def init(**changes: Any) -> Any:
+        top = {key: changes.pop(key) for key in ("runtime_dir",) if key in changes}
+        group = {"connection_count": 2, "timeout": 5, **changes}
+        Connection.init({**config([known_cluster.primary], mode, g=group, other=group), **top})
+        return Connection.group("g")
+
+    yield init
+    Connection.reset()
+
+
+def pause(group: Any, seconds: float = 30.0) -> None:
+    group.pause("ann", monotonic() + seconds)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_block_is_held_for_its_timeout_and_told_why(start: Any, used: bool) -> None:
+    group = start()
+    if used:
+        Connection.fetchval("g", "SELECT 1")
+    pause(group)
+    assert (Connection.status().groups["g"].paused, Connection.status().groups["other"].paused) == (
+        "ann",
+        None,
+    )
+    for attempt in (
+        lambda: Handler("g", timeout=0.1).__enter__(),
+        lambda: Connection.getconn("g", timeout=0.1),
+    ):
+        began = monotonic()
+        with pytest.raises(
+            PoolTimeout, match=r"group 'g': paused by ann: not resumed within 0.1 s; 0 of 2 in use"
+        ):
+            attempt()
+        assert 0.09 < monotonic() - began < 1
+    with pytest.raises(PoolTimeout, match="paused by ann"):
+        Connection.fetch("g", "SELECT 1", timeout=0)
+    assert Connection.fetchval("other", "SELECT 1") == 1
+    group.resume()
+    assert Connection.fetchval("g", "SELECT 1") == 1
+    status = Connection.status().groups["g"]
+    assert (status.paused, status.timeouts, status.waiting) == (None, 3, 0)
+
+
+def test_a_pause_that_nobody_ends_ends_by_itself(start: Any) -> None:
+    group = start()
+    pause(group, 0.15)
+    began = monotonic()
+    assert Connection.fetchval("g", "SELECT 1") == 1
+    assert 0.1 < monotonic() - began < 2
+    assert group.paused_by is None
+
+
+def test_a_block_inside_another_one_goes_on(start: Any) -> None:
+    group = start()
+    with Handler("other") as outer:
+        pause(group)
+        with Handler("g", timeout=0.05) as inner:
+            assert inner.fetchval("SELECT 1") == outer.fetchval("SELECT 1") == 1
+    with pytest.raises(PoolTimeout):
+        Connection.fetch("g", "SELECT 1", timeout=0.05)
+
+
+def test_the_pools_close_at_once(start: Any, mode: str) -> None:
+    if mode != "threaded":
+        pytest.skip("one thread cannot wait and close")
+    group = start()
+    pause(group)
+    errors: list[Exception] = []
+
+    def block() -> None:
+        try:
+            Connection.fetch("g", "SELECT 1")
+        except NotInitializedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    wait_for(lambda: Connection.status().groups["g"].waiting == 1)
+    began = monotonic()
+    Connection.close(1.0)
+    thread.join(5)
+    assert monotonic() - began < 2
+    assert [type(error) for error in errors] == [NotInitializedError]
+
+
+def test_max_waiting_holds_for_held_blocks_too(start: Any, mode: str) -> None:
+    if mode != "threaded":
+        pytest.skip("one thread cannot hold two blocks")
+    group = start(max_waiting=1)
+    pause(group)
+    values: list[Any] = []
+    thread = threading.Thread(target=lambda: values.append(Connection.fetchval("g", "SELECT 1")))
+    thread.start()
+    wait_for(lambda: Connection.status().groups["g"].waiting == 1)
+    with pytest.raises(TooManyWaiting, match="paused by ann"):
+        Connection.fetch("g", "SELECT 1")
+    group.resume()
+    thread.join(5)
+    assert values == [1]
+
+
+@pytest.mark.slow
+def test_a_block_is_held_and_goes_on_by_orders(start: Any, tmp_path: Path) -> None:
+    place = str(tmp_path / "run")
+    start(runtime_dir=place)
+    Connection.fetchval("g", "SELECT 1")
+    with RuntimeDir(place, create=True) as room:
+        seconds = {"until": room_time() + 30}
+        room.order("pause", by="ann", group="g", **seconds)
+        wait_for(lambda: _held("g"), what="the pause is in force")
+        timer = threading.Timer(0.3, lambda: room.order("resume", by="ann"))
+        timer.start()
+        began = monotonic()
+        assert Connection.fetchval("g", "SELECT 1") == 1
+        assert 0.2 < monotonic() - began < 3
+        timer.join()
+        # A process that starts during a pause holds its first block.
+        room.order("pause", by="ann", **seconds)
+        start(runtime_dir=place)
+        assert _held("g")
+        assert _held("other")
+
+
+def room_time() -> float:
+    import time
+
+    return time.time()
+
+
+def _held(group: str) -> bool:
+    try:
+        Connection.fetch(group, "SELECT 1", timeout=0.01)
+    except PoolTimeout:
+        return True
+    return False
