@@ -40,7 +40,7 @@ ROOMS = {
     "cluster": "",
     "_demo": "cluster",
     "_cli": "errors _util _config _status _api _diagnosis _demo cluster overview rls sizing",
-    "contrib": "errors _error_categories _util _config _request _session _api _cli wsgi",
+    "contrib": "errors _error_categories _util _config _request _session _api _cli _diagnosis wsgi",
     "__main__": "_cli",
 }
 # The rooms that serve requests. Of their files, those that are imported only when they are needed: at `init`,

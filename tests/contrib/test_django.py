@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -21,6 +22,7 @@ pytest.importorskip("django")
 
 from django import db as django_db
 from django.conf import settings
+from django.core.checks import ERROR, WARNING
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections, transaction
 from django.db.transaction import TransactionManagementError
@@ -29,6 +31,7 @@ from django.utils.functional import empty
 
 import pgdbpool
 from pgdbpool import Connection
+from pgdbpool.cluster._installation import find_installation
 from pgdbpool.contrib.django import _checks
 from pgdbpool.contrib.django.middleware import TenantMiddleware
 from pgdbpool.contrib.django.routers import ReadWriteRouter
@@ -90,9 +93,10 @@ def from_file(known_cluster: Any, mode: str, proxy_to: Any, tmp_path: Path) -> C
 
     def make(**keys: Any) -> Any:
         entry = server(known_cluster.primary, port=proxy.port, options={"TimeZone": "UTC"})
+        options = {"config": file, "group": "write", **({"hold": keys.pop("hold")} if "hold" in keys else {})}
         tree = config([entry], mode, write={"connection_count": 2, "timeout": 2, "autocommit": False, **keys})
         file.write_text(json.dumps(tree))
-        use(default={"ENGINE": ENGINE, "OPTIONS": {"config": file, "group": "write"}})
+        use(default={"ENGINE": ENGINE, "OPTIONS": options})
         return proxy
 
     return make
@@ -345,6 +349,7 @@ def test_a_test_database_is_made_used_and_dropped_in_silence(
         ({"CONN_MAX_AGE": 60}, "max_lifetime"),
         ({"OPTIONS": {"pool": True}}, "connection_count"),
         ({"OPTIONS": {"group": "read"}}, "config"),
+        ({"OPTIONS": {"hold": "for ever"}}, "'request' or 'transaction'"),
         ({"OPTIONS": {"config": "x.yaml", "group": "read"}, "HOST": "db"}, "HOST"),
         ({"OPTIONS": {"config": "x.yaml", "group": "read", "min_size": 1}}, "min_size"),
     ],
@@ -366,13 +371,119 @@ def test_a_group_that_is_not_there_is_named(from_file: Any) -> None:
         value("SELECT 1")
 
 
-def test_the_check_of_a_database_asks_it(by_itself: Any) -> None:
-    proxy = by_itself()
+def test_the_check_of_a_database_is_that_of_its_group(by_itself: Any) -> None:
+    proxy = by_itself(OPTIONS={"query_timeout": 30})
     assert connections["default"].validation.check() == []
-    proxy.stop()
     connections["default"].close_pool()
+    connections.settings["default"]["OPTIONS"] = {}
     (found,) = connections["default"].validation.check()
-    assert found.id == "pgdbpool.E002"
+    assert (found.id, found.level) == ("pgdbpool.query_timeout", WARNING)
+    assert "query_timeout: 30s" in found.hint
+    proxy.stop()
+    found = {each.id: each for each in connections["default"].validation.check()}
+    assert found["pgdbpool.unreachable"].level == WARNING
+    assert found["pgdbpool.no-server"].level == ERROR
+    connections.settings["default"]["OPTIONS"] = {"hold": "for ever"}
+    connections["default"].settings_dict["OPTIONS"]["connection_count"] = "many"
+    (wrong,) = connections["default"].validation.check()
+    assert wrong.id == "pgdbpool.E002"
+    assert "connection_count" in wrong.msg
+
+
+def test_the_shell_of_a_database_is_at_a_server_of_its_group(
+    from_file: Any, known_cluster: Any, monkeypatch: Any, capfd: Any
+) -> None:
+    proxy = from_file()
+    programs = find_installation(None, None).bin_dir
+    if not (programs / "psql").exists():
+        pytest.skip("there is no psql")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    connections["default"].client.runshell(["-AtX", "-c", "SELECT inet_server_port(), current_database()"])
+    assert capfd.readouterr().out == f"{known_cluster.primary.port}|postgres\n"
+    assert proxy.connections >= 2
+    assert Connection.status().groups["write"].in_use == 0
+
+
+def in_use() -> int:
+    return Connection.status().groups["write"].in_use
+
+
+def test_a_database_that_holds_for_a_transaction_has_no_connection_between(from_file: Any) -> None:
+    proxy = from_file(hold="transaction")
+    run("CREATE TABLE t (id int)")
+    assert in_use() == 0
+    proxy.reset_counts()
+    for number in range(2):
+        assert value(f"SELECT {number}") == number
+        assert in_use() == 0
+    assert proxy.syncs == 2
+    seen: list[int] = []
+    with transaction.atomic():
+        for number in range(2):
+            run(f"INSERT INTO t VALUES ({number})")
+            assert in_use() == 1
+        with transaction.atomic():
+            run("INSERT INTO t VALUES (3)")
+        transaction.on_commit(lambda: seen.append(value("SELECT count(*) FROM t")))
+    assert seen == [3]
+    assert in_use() == 0
+    with pytest.raises(ZeroDivisionError), transaction.atomic():
+        run("INSERT INTO t VALUES (4)")
+        raise ZeroDivisionError
+    assert in_use() == 0
+    with pytest.raises(DatabaseError):
+        run("SELECT 1/0")
+    assert in_use() == 0
+    assert value("SELECT count(*) FROM t") == 3
+
+
+def test_a_connection_is_held_while_a_cursor_is_open(from_file: Any) -> None:
+    from_file(hold="transaction")
+    value("SELECT 1")
+    with connections["default"].cursor() as outer:
+        outer.execute("SELECT pg_backend_pid()")
+        assert value("SELECT 1") == 1
+        assert in_use() == 1
+        assert outer.fetchone()
+    assert in_use() == 0
+    with connections["default"].chunked_cursor() as named:
+        named.execute("SELECT generate_series(1, 5)")
+        assert len(named.fetchmany(2)) == 2
+        assert in_use() == 1
+        assert len(named.fetchall()) == 3
+    assert in_use() == 0
+
+
+def test_databases_that_hold_for_a_transaction_share_one_connection(from_file: Any) -> None:
+    from_file(hold="transaction", connection_count=1)
+    run("CREATE TABLE t (id int)")
+    one, two = connections["default"], connections["default"].copy()
+    for number in range(3):
+        for each in (one, two):
+            with each.cursor() as cursor:
+                cursor.execute("INSERT INTO t VALUES (%s)", [number])
+    assert transaction.get_autocommit()
+    assert value("SELECT count(*) FROM t") == 6
+    transaction.set_autocommit(False)
+    run("DELETE FROM t")
+    assert in_use() == 1
+    transaction.commit()
+    transaction.set_autocommit(True)
+    assert in_use() == 0
+    assert value("SELECT count(*) FROM t") == 0
+
+
+def test_a_failed_connection_is_found_without_a_round_trip(from_file: Any, known_cluster: Any) -> None:
+    proxy = from_file()
+    connection = connections["default"]
+    assert not connection.is_usable()
+    value("SELECT 1")
+    proxy.reset_counts()
+    assert connection.is_usable()
+    assert proxy.syncs == 0
+    with known_cluster.primary.connect() as admin:
+        kill_backends(admin)
+    assert not connection.is_usable()
 
 
 def test_reads_go_to_the_replica_but_in_a_transaction(from_file: Any) -> None:

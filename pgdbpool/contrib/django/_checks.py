@@ -13,9 +13,11 @@ from django.db.utils import Error
 
 from ...errors import ConfigError
 from ...errors import Error as PoolError
-from ._groups import own_options
+from . import _groups
+from ._hold import HOLDS
 
 _NOT_WITH_A_FILE = ("HOST", "PORT", "USER", "PASSWORD")
+_KINDS = {"error": checks.Error, "warning": checks.Warning}
 
 
 def contradictions(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -38,6 +40,8 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "OPTIONS['pool'] is a second pool.",
             "Remove it; `connection_count` and `min_size` are the sizes of the group.",
         )
+    if (hold := options.get("hold", HOLDS[0])) not in HOLDS:
+        yield (f"OPTIONS['hold'] is {hold!r}.", f"Set it to {' or '.join(map(repr, HOLDS))}.")
     if options.get("config") is None:
         if "group" in options:
             yield (
@@ -47,7 +51,7 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     if wrong := [name for name in _NOT_WITH_A_FILE if settings.get(name)]:
         yield (f"{', '.join(wrong)} can't be set beside OPTIONS['config'].", "Set them in its `db`.")
-    if wrong := sorted(own_options(options) - {"config", "group"}):
+    if wrong := sorted(_groups.own_options(options) - set(_groups.OWN_OPTIONS)):
         yield (f"OPTIONS has {', '.join(wrong)} beside `config`.", "Set them in the file's group.")
 
 
@@ -71,12 +75,21 @@ class DatabaseValidation(BaseDatabaseValidation):  # type: ignore[misc]
     """What `manage.py check --database` does."""
 
     def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
-        """Report whether the group lends a connection that answers."""
+        """Report what `pgdbpool check` finds in the group and its servers, but for mere hints."""
+        from ..._diagnosis.advice import advise  # no request needs it
+        from ..._diagnosis.inspection import inspect
+
         try:
-            with self.connection.cursor() as cursor:
-                cursor.execute("SELECT 1")
+            config = _groups.alone(self.connection.find_group())
+            findings = advise(config, inspect(config))
         except (Error, PoolError, ConfigError, ImproperlyConfigured) as error:
             return [checks.Error(f"{self.connection.alias}: {error}", id="pgdbpool.E002")]
-        finally:
-            self.connection.close()
-        return []
+        return [
+            _KINDS[each.severity](
+                f"{self.connection.alias}: {each.subject}: {each.message}",
+                hint=each.remedy,
+                id=f"pgdbpool.{each.code}",
+            )
+            for each in findings
+            if each.severity in _KINDS
+        ]

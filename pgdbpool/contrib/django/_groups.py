@@ -15,7 +15,7 @@ from ..._config.load import load
 from ..._config.model import GROUP_KEYS, Config, EndpointConfig, GroupConfig
 from ...errors import ConfigError, NotInitializedError
 
-OWN_OPTIONS = ("config", "group")
+OWN_OPTIONS = ("config", "group", "hold")
 DJANGOS_OPTIONS = (
     "pool",
     "assume_role",
@@ -67,6 +67,12 @@ def group_of(alias: str, settings: Mapping[str, Any], timezone: str | None) -> s
         if not database or all(endpoint.dbname == database for endpoint in endpoints):
             return group.name
         return _add((group.name, database), lambda: _elsewhere(group, endpoints, database))
+
+
+def alone(name: str) -> Config:
+    """Return the configuration of a group by itself, with its servers."""
+    config = Connection._present()
+    return _config(config, {name: config.groups[name]}, {e.label: e for e in config.endpoints})
 
 
 def forget(database: str) -> None:

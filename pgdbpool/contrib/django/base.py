@@ -8,17 +8,21 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.postgresql import base
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from ..._api.connection import Connection
 from . import _checks, _groups, schemas
 from ._adapters import overlay
-from ._cursors import Cursor, ServerBindingCursor, ServerSideCursor
+from ._client import DatabaseClient
+from ._cursors import Cursor, ServerBindingCursor, ServerBindingServerSideCursor, ServerSideCursor
+from ._hold import Holding
 
 
-class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
-    """A database of Django's settings, as a group of the pools."""
+class Lent(base.DatabaseWrapper):  # type: ignore[misc]
+    """A database whose connections come from a group of the pools."""
 
+    client_class = DatabaseClient
     validation_class = _checks.DatabaseValidation
     group: str | None = None
     """The group that the last connection came from."""
@@ -53,11 +57,12 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
     def get_new_connection(self, conn_params: Mapping[str, Any]) -> Any:
         """Take a connection out of the group."""
         level = self._isolation_level()
-        self.group = _groups.group_of(self.alias, self.settings_dict, self.timezone_name)
+        self.group = self.find_group()
         connection = Connection.getconn(self.group, skip=("django",))
         try:
             connection.row_factory = tuple_row
             connection.cursor_factory = conn_params["cursor_factory"]
+            connection.server_cursor_factory = ServerBindingServerSideCursor
             connection.prepare_threshold = conn_params["prepare_threshold"]
             self._adapt(connection)
             connection.belong_to(self)
@@ -67,6 +72,13 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
             connection.close()
             raise
         return connection
+
+    def find_group(self) -> str:
+        """Return the name of the group, which is added if it is not there.
+
+        :raises django.core.exceptions.ImproperlyConfigured: it says what the configuration has to say.
+        """
+        return _groups.group_of(self.alias, self.settings_dict, self.timezone_name)
 
     def _adapt(self, connection: Any) -> None:
         """Register Django's adapters, over those that the group's `configure` has registered."""
@@ -93,6 +105,12 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
         if self.settings_dict["CONN_MAX_AGE"] != 0:
             super().close_if_health_check_failed()
 
+    def is_usable(self) -> bool:
+        """Return whether the connection works, as the group finds out: without a round trip."""
+        held = self.connection
+        failed = held is None or held.closed or held.pgconn.transaction_status == TransactionStatus.INERROR
+        return not failed and bool(held.alive())
+
     def create_cursor(self, name: str | None = None) -> Any:
         """Return a cursor; with a name it is one at the server."""
         if not self.connection.closed:
@@ -109,3 +127,7 @@ class DatabaseWrapper(base.DatabaseWrapper):  # type: ignore[misc]
         loader = self.connection.adapters.get_loader(base.TIMESTAMPTZ_OID, base.Format.TEXT)
         if self.timezone != loader.timezone:
             base.register_tzloader(self.timezone, cursor)
+
+
+class DatabaseWrapper(Holding, Lent):
+    """A database of Django's settings, as a group of the pools."""

@@ -1,0 +1,62 @@
+"""How long a database holds its connection: for a request, or for each transaction or cursor alone."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+from django.db.backends.postgresql import base
+
+from ._cursors import Reporting
+
+HOLDS = ("request", "transaction")
+"""The values of `OPTIONS["hold"]`."""
+
+
+class Holding(base.DatabaseWrapper):  # type: ignore[misc]
+    """A database that gives its connection back between units of work, with `"hold": "transaction"`."""
+
+    def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
+        super().__init__(settings_dict, alias)
+        self._shortly = settings_dict["OPTIONS"].get("hold") == "transaction"
+        self._open: WeakSet[Any] = WeakSet()
+        """The cursors that are open, or the database itself while it connects."""
+
+    def connect(self) -> None:
+        """Connect; what is asked for that does not give the connection back."""
+        self._open = WeakSet([self])
+        try:
+            super().connect()
+        finally:
+            self._open.discard(self)
+
+    def get_autocommit(self) -> bool:
+        """Return whether each statement is a transaction of its own."""
+        if self._shortly and self.connection is None and not self.in_atomic_block:
+            return bool(self.settings_dict["AUTOCOMMIT"])
+        return bool(super().get_autocommit())
+
+    def set_autocommit(self, autocommit: bool, *arguments: Any, **options: Any) -> None:
+        """End or begin autocommit mode; at the end of a transaction the connection is given back."""
+        super().set_autocommit(autocommit, *arguments, **options)
+        if self._shortly and autocommit:
+            self._let_go()
+
+    def create_cursor(self, name: str | None = None) -> Any:
+        """Return a cursor; when the last one is closed the connection is given back."""
+        cursor = super().create_cursor(name)
+        if self._shortly:
+            self._open.add(cursor)
+            if isinstance(cursor, Reporting):
+                cursor.at_close = self._closed
+        return cursor
+
+    def _closed(self, cursor: Any) -> None:
+        self._open.discard(cursor)
+        if self.autocommit and not self.in_atomic_block:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Give the connection back, if nothing is open on it."""
+        if not self._open and self.connection is not None:
+            self.close()
