@@ -122,7 +122,7 @@ class Queries(Copying):
         :raises DBQueryError: PostgreSQL refused; an exception inside the `with` cancels the COPY.
         """
         conn = self._live()
-        conn.altered = conn.handed_out = True  # the Copy has the connection as an attribute
+        conn.mark(attributes=True, kept=True)  # the Copy has the connection as an attribute
         with BlockCursor(conn).copy(statement, params) as copy:
             yield copy
 

@@ -45,7 +45,7 @@ class Hooks:
 
     def _on_checkout(self, conn: PooledConnection) -> None:
         """Call the hook for a checkout; raises `HookError` if it failed."""
-        conn.altered = True  # changes that the hook makes belong to the block, and end with it
+        conn.mark(attributes=True)  # changes that the hook makes belong to the block, and end with it
         self._call("on_checkout", conn)
 
     def _at_checkin(self, conn: PooledConnection, reason: str | None) -> str | None:

@@ -15,7 +15,8 @@ from .._request.tenant import milliseconds
 from .commands import CLEANING, CLEANING_TO_READ, CLIENT_GRACE, IDLE, INERROR, NOTHING, Command, deallocate
 from .pooler_safety import left_in_session
 from .prepared import ROLLBACK, dropping, is_stale
-from .state import ConnectionState, own_names
+from .short_way import alike, dumpers
+from .state import ConnectionState, Context, own_names
 from .statement_shape import StatementTraits, shape_with_escapes, text_of
 
 _WRITTEN_BY = (b"IntervalStyle", b"standard_conforming_strings")
@@ -55,7 +56,8 @@ class CleanedConnection(ConnectionState):
             what = shape_with_escapes(query, self)
         if self.local and what.touches and (text := text_of(query, self)) and (kept := left_in_session(text)):
             raise errors.as_query_error(psycopg.NotSupportedError(kept))
-        self.touched = self.touched or what.touches
+        if what.touches:
+            self.mark(session=True)
         self.prepares = self.prepares or what.prepares
         if what.prepares:
             self.explicit = False  # it may be PREPARE TRANSACTION
@@ -63,7 +65,8 @@ class CleanedConnection(ConnectionState):
         if what.timeout:
             # The server now limits statements by the block's own timeout. The client waits at least that
             # long, and without bound if the value is unknown.
-            self.own_timeout = self.altered = True
+            self.own_timeout = True
+            self.mark(attributes=True)
             allowed = milliseconds(what.allows) or 0.0
             if allowed < 1 or self.patience is None:  # less than a millisecond rounds to 0: no limit
                 self.patience = None
@@ -148,7 +151,7 @@ class CleanedConnection(ConnectionState):
             return  # a pooler has its own names for them
         # Not part of the cleaning: that ends a transaction, and this one may continue from a savepoint.
         self.dropping += dropping(names)
-        self.altered = True
+        self.mark(attributes=True)
 
     def before_resending(
         self, error: psycopg.Error, preamble: Sequence[Command]
@@ -201,11 +204,14 @@ class CleanedConnection(ConnectionState):
 
     def _own_adapters(self) -> None:
         """Give the next block a copy of the adapters, so that its own registrations end with it."""
-        self.adapters_shared = None
+        self.adapters_shared = self.context = self.dumps = None
         if self._adapters is not None:
             self._adapters = AdaptersMap(self._adapters)
 
     def share_adapters(self) -> AdaptersMap:
         """Return the adapters shared by cursors that register none, made for the first of them."""
+        if (shared := self.adapters_shared) is not None and alike(shared, self.adapters):
+            return shared
         self.adapters_shared = shared = AdaptersMap(self.adapters)
+        self.context, self.dumps = Context(shared, self), dumpers.transformer(shared)
         return shared

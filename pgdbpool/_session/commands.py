@@ -25,6 +25,7 @@ INERROR = int(pq.TransactionStatus.INERROR)
 OPEN = (INTRANS, INERROR)
 OVER = (IDLE, UNKNOWN)
 BAD = int(pq.ConnStatus.BAD)
+FATAL = int(pq.ExecStatus.FATAL_ERROR)
 
 Command = tuple[bytes, Sequence[bytes | None] | None]
 """A statement of the preamble with its parameters in text format."""

@@ -73,7 +73,8 @@ class PooledConnection(TwoPhaseConnection):
         else:
             self.explicit, self.undeclared = False, getattr(block, "statement", None)
             if self._pipeline is not None:
-                self.unsure = self.altered = True
+                self.unsure = True
+                self.mark(attributes=True)
         if self.settled is not None and not self.riding:
             if block is None:
                 raise errors.BlockClosedError(OUTSIDE)
@@ -153,7 +154,7 @@ class PooledConnection(TwoPhaseConnection):
         with self._wrapped_pipeline(), self.preparing():
             try:
                 with super().pipeline() as pipeline:
-                    self.handed_out = True  # psycopg's Pipeline reaches it
+                    self.mark(kept=True)  # psycopg's Pipeline reaches it
                     if not isinstance(pipeline.result_queue, _Answers):
                         pipeline.result_queue = _Answers(pipeline.result_queue)
                     yield pipeline

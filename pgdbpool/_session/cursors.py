@@ -18,6 +18,7 @@ from .._request import deadline as deadlines
 from .commands import ACTIVE, COMMIT, IDLE, NOTHING, Command
 from .connection import PooledConnection
 from .riding import RidingCursor, checked_parameters, gone
+from .short_way import Plan, plans
 from .statement_shape import StatementTraits, shape
 from .statement_text import comment_on
 from .transactions import ENDS_INSIDE, FAILED
@@ -48,7 +49,8 @@ class BlockCursor(RidingCursor):
     ) -> BlockCursor:
         """Execute a statement, with the preamble of the block if one is due."""
         conn, block = self._conn, self.block
-        what = shape(query, conn)
+        plan = plans.get(query) if type(query) is str else None
+        what = shape(query, conn) if plan is None else plan.what
         if conn.step is not None:
             conn.take_back()
         # From here on no other thread's statement comes between the preamble, the statement and its notes.
@@ -67,7 +69,7 @@ class BlockCursor(RidingCursor):
                 if what.uncommon or conn._pipeline:
                     self._execute_uncommon(what, preamble, autocommit, query, params, prepare, binary)
                 else:
-                    self._ride(preamble, query, params, prepare, binary)
+                    self._ride(preamble, query, params, prepare, binary, plan=plan)
                     if first:
                         conn.bound = conn.pgconn.transaction_status != IDLE
                 if what.changes and (autocommit or conn.wrapped) and not what.controls:
@@ -161,7 +163,8 @@ class BlockCursor(RidingCursor):
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         conn.explicit = False
         if what.ends and (conn._pipeline or conn._num_transactions):
-            conn.unsure = conn.altered = True
+            conn.unsure = True
+            conn.mark(attributes=True)
 
     def _extended(
         self, preamble: tuple[Command, ...], what: StatementTraits, autocommit: bool
@@ -327,6 +330,7 @@ class BlockClientCursor(psycopg.ClientCursor[Any], BlockCursor):
     """A block's cursor that binds parameters at the client: several statements may share them."""
 
     __slots__ = ()
+    known = False
 
 
 class CommittingCursor(BlockCursor):
@@ -363,9 +367,10 @@ class CommittingCursor(BlockCursor):
         binary: bool | None,
         many: tuple[Sequence[Any], bool] | None = None,
         again: bool = False,
+        plan: Plan | None = None,
     ) -> None:
         with self._conn.waiting_for(2):  # for the COMMIT as well
-            super()._ride(preamble, query, params, prepare, binary, many, again)
+            super()._ride(preamble, query, params, prepare, binary, many, again, plan)
 
     @contextmanager
     def _committing(self) -> Iterator[None]:

@@ -11,21 +11,20 @@ from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 import psycopg
-from psycopg import pq
+from psycopg import pq, waiting
 from psycopg.generators import execute
 
 from .. import errors
 from .._request import correlation as tracing
 from .._request import deadline as deadlines
 from .._util.client_settings import InForce
-from .commands import BAD, CLIENT_GRACE, IDLE, INTRANS, NOTHING, Command, set_local
-from .liveness import LiveConnection
+from .commands import ACTIVE, BAD, CLIENT_GRACE, FATAL, IDLE, INTRANS, NOTHING, Command, set_local
+from .liveness import INTERRUPTIONS, LiveConnection
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
 
-_FATAL = int(pq.ExecStatus.FATAL_ERROR)
 _SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 _COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
 MARGIN = 0.1
@@ -62,9 +61,70 @@ class ExchangingConnection(LiveConnection):
                 except psycopg.Error as error:
                     raise self.own_error(error)  # noqa: B904  it is the same object
 
-    def receive(self) -> list[PGresult]:
-        """Wait for the answer to a statement that was sent alone; psycopg does it in C, with its own wait."""
-        return self.wait(execute(self.pgconn))  # type: ignore[no-any-return]
+    def receive(self, began_in: int = ACTIVE) -> list[PGresult]:
+        """Wait for the answer to a statement that was sent alone, as psycopg's `wait` does for its cursors.
+
+        :param began_in: the transaction's status to which a loss is attributed.
+        :raises DBQueryError: the server did not answer in time, or the connection was lost.
+        """
+        if self.unusable:
+            self._refuse_use()
+        pgconn = self.pgconn
+        results: list[PGresult] = []
+        try:
+            self._take_results(results)
+        except BaseException as error:
+            if not self._is_lost_after(results, error, began_in):
+                raise
+        if (notify := pgconn.notifies()) is not None:
+            self._hear(notify)
+        if self.not_replicated or pgconn.status == BAD:
+            self._look_back(began_in)
+        return results
+
+    def _take_results(self, results: list[PGresult]) -> None:
+        """Take the results of a statement that was sent alone; of a COPY, only the first."""
+        pgconn, patience = self.pgconn, self.patience
+        if deadlines.in_use or self.until is not None:
+            patience = self._within_deadline(patience)
+        deadline = None if patience is None else monotonic() + patience
+        late = 0.0
+        if pgconn.flush():
+            deadline = self._flush(deadline, 1)
+        elif patience is None or patience > 0:
+            # Nothing was read since, so there is more to come: the first wait is the same for most.
+            if not self.wait_readable(None if patience is None else patience * 1000):
+                raise self._unanswered()
+            pgconn.consume_input()
+        while True:
+            if pgconn.is_busy():
+                late = self._await_answer(deadline, late)
+            if (result := pgconn.get_result()) is None:
+                return
+            results.append(result)
+            if result.status in _COPYING:
+                return
+
+    def _is_lost_after(self, results: list[PGresult], error: BaseException, status: int) -> bool:
+        """Return whether libpq found the connection lost after the server's word that it ends the session.
+
+        After any other error nothing is left under way. As in psycopg, the session can be used again after
+        Ctrl-C.
+        """
+        if isinstance(error, psycopg.Error):
+            if any(result.status == FATAL for result in results):
+                return True
+            raise self.own_error(error, status)
+        if isinstance(error, INTERRUPTIONS) and self.pgconn.transaction_status == ACTIVE:
+            try:
+                self._try_cancel(timeout=5.0)
+                waiting.wait(execute(self.pgconn), self.pgconn.socket, interval=0.1, timeout=5.0)
+            except BaseException as another:
+                self.pgconn.finish()
+                if not isinstance(another, Exception):
+                    raise
+        self._interrupted(error, status)
+        return False
 
     def exchange(
         self,
@@ -270,7 +330,7 @@ class ExchangingConnection(LiveConnection):
         """Raise the first failure of a preamble."""
         for results in outcomes:
             for result in results:
-                if result.status == _FATAL:
+                if result.status == FATAL:
                     raise self._refused(result, outcomes.index(results))
         self.stale = False
         if self.follows:
@@ -362,7 +422,8 @@ class ExchangingConnection(LiveConnection):
         """
         if self.stale:
             self.clean_what_shows()
-        self.touched = self.altered = self.prepares = self.handed_out = True
+        self.prepares = True
+        self.mark(session=True, attributes=True, kept=True)
         return self
 
     def clean_what_shows(self) -> None:
@@ -379,4 +440,4 @@ class ExchangingConnection(LiveConnection):
 
 def _ends_session(answer: PGresult) -> bool:
     """Return whether an answer is the server's word that it ends the session, not libpq's own."""
-    return answer.status == _FATAL and errors.ends_session(psycopg.errors.error_from_result(answer))
+    return answer.status == FATAL and errors.ends_session(psycopg.errors.error_from_result(answer))

@@ -2,33 +2,36 @@
 
 `RidingCursor._ride` is psycopg's own execution of one statement with the preamble sent before it. It
 uses these private parts of psycopg, for which the minor version is pinned: `Cursor._reset`, `_tx`,
-`_last_query`, `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`, `_check_results`,
-`_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`. `__init__` sets
-`Cursor._conn`, `_pgconn`, `_adapters`, `_row_factory`, `_closed` and `_last_query` itself, and `adapters`
-uses `Cursor._loaders_changed` and `AdaptersMap._register_loader_callback`.
+`_last_query`, `_query`, `_convert_query`, `_execute_send`, `_send_prepare`, `_send_query_prepared`,
+`_check_results`, `_set_results`, `_get_prepared`, `_execmany_returning` and `Connection._prepared`.
+`__init__` and `_show_known` set the attributes of a cursor themselves, and `adapters` uses
+`Cursor._loaders_changed` and `AdaptersMap._register_loader_callback`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import psycopg
+from psycopg import _column
 from psycopg._preparing import Prepare
-from psycopg._queries import PostgresClientQuery
+from psycopg._queries import PostgresClientQuery, PostgresQuery
 from psycopg.adapt import AdaptersMap, Transformer
 
 from .. import errors
 from .block import Block
 from .commands import NOTHING, Command
 from .connection import PooledConnection
-from .state import OUTSIDE
+from .rows import row as make_rows
+from .short_way import MOST_MAKERS, Plan, remember
+from .state import OUTSIDE, Context
 from .statement_shape import shape
 
 if TYPE_CHECKING:
-    from psycopg._queries import PostgresQuery
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGresult
 
@@ -41,7 +44,11 @@ FLUSH_EVERY = 4
 # Looked up once: a member of an enumeration is found slowly.
 _SHOULD, _YES, _NO = Prepare.SHOULD, Prepare.YES, Prepare.NO
 _TEXT = psycopg.pq.Format.TEXT
-_TUPLES_OK = psycopg.pq.ExecStatus.TUPLES_OK
+_TUPLES_OK = int(psycopg.pq.ExecStatus.TUPLES_OK)
+_ENCODING, _UTF8 = b"client_encoding", b"UTF8"
+_COLUMNS = vars(_column)
+_COMMAND_OK = int(psycopg.pq.ExecStatus.COMMAND_OK)
+_new_query = PostgresQuery.__new__
 ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 
 
@@ -83,16 +90,6 @@ def checked_parameters(params: Any) -> Any:
     return params or None
 
 
-class _Context:
-    """What psycopg's adaptation asks of a cursor, without handing its connection out."""
-
-    __slots__ = ("adapters", "connection")
-
-    def __init__(self, adapters: AdaptersMap, connection: PooledConnection) -> None:
-        self.adapters = adapters
-        self.connection = connection
-
-
 class Declared:
     """A cursor whose statements its block knows of, also those that psycopg begins."""
 
@@ -109,6 +106,8 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
 
     __slots__ = ("block",)
     _conn: PooledConnection
+    known = True
+    """Whether known statements go the short way."""
     after: tuple[Command, ...] = NOTHING
     """What follows the statement in its pipeline."""
 
@@ -116,20 +115,20 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         block = connection.block
         if block is None:
             raise errors.BlockClosedError(OUTSIDE)
-        self.block = block
-        if connection.altered:
-            super().__init__(connection, row_factory=row_factory or connection.row_factory)
-            return
         # As psycopg's, but for a copy of the adapters, which takes most of its time; see `adapters`.
-        self._conn, self._pgconn = connection, connection.pgconn
-        self._adapters = connection.adapters_shared or connection.share_adapters()
+        shared = None if connection.altered else connection.adapters_shared
+        self._adapters = shared or connection.share_adapters()
+        self.block, self._conn, self._pgconn = block, connection, connection.pgconn
         self._row_factory = row_factory or connection.row_factory
         self.format, self.arraysize, self._closed, self._last_query = _TEXT, 1, False, None
-        self._reset()
+        self._results, self._pos, self._iresult, self._rowcount = [], 0, 0, -1
+        self.pgresult = self._statusmessage = self._execmany_returning = self._query = None
 
     @property
     def adapters(self) -> AdaptersMap:
         """The cursor's own adapters, copied from the connection's when they are first asked for."""
+        if sys._getframe(1).f_globals is _COLUMNS:
+            return self._adapters  # psycopg describes a result, and looks types up
         if self._adapters._register_loader_callback is None:  # it shares them
             self._adapters = own = AdaptersMap(self._adapters)
             own._register_loader_callback = partial(self._loaders_changed, ref(self))
@@ -177,6 +176,17 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             raise refused from error
         return converted
 
+    def fetchone(self) -> Any:
+        """Return the next row, or None."""
+        result, pos = self.pgresult, self._pos
+        if not result or result.status != _TUPLES_OK or self._closed or not self.block.open:
+            return super().fetchone()  # which says what is wrong
+        if pos >= result.ntuples:
+            return None
+        row = self._tx.load_row(pos, self._make_row)
+        self._pos = pos + 1
+        return row
+
     def _ride(
         self,
         preamble: Sequence[Command],
@@ -186,11 +196,17 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         binary: bool | None,
         many: tuple[Sequence[Any], bool] | None = None,
         again: bool = False,
+        plan: Plan | None = None,
     ) -> None:
         """Send the statement as psycopg sends it alone, after the preamble; the caller has the turn."""
         conn = self._conn
         first: tuple[Command, ...] | None = None
         try:
+            if (
+                plan is not None and prepare is None and binary is None and self.known
+                and self._ride_known(plan, preamble, query, params)
+            ):  # fmt: skip
+                return
             self._begin(query)
             if many is None:
                 converted = self._convert_query(query, params)
@@ -211,8 +227,91 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             RidingCursor._ride(self, first, query, params, prepare, binary, many, again=True)
             return
         self._last_query = query
+        if plan is None and many is None:
+            remember(query, conn)
         if conn._prepared._to_flush:
             conn.wait(conn._prepared.maintain_gen(conn))
+
+    def _ride_known(self, plan: Plan, preamble: Sequence[Command], query: str, params: Any) -> bool:
+        """Send a known statement; return False, with nothing sent, if psycopg has to convert it."""
+        conn = self._conn
+        prepared, pgconn = conn._prepared, conn.pgconn
+        if self._adapters is not conn.adapters_shared or self._closed:
+            return False
+        values = formats = None
+        key: tuple[bytes, tuple[int, ...]] = plan.bare
+        if params is not None:
+            if (given := plan.values(params)) is None or pgconn.parameter_status(_ENCODING) != _UTF8:
+                return False
+            tx = conn.dumps or Transformer(conn.context)
+            try:
+                values = tx.dump_sequence(given, plan.formats)
+            except psycopg.Error:  # psycopg's to refuse, or to adapt by the session's state
+                return False
+            key, formats = (plan.query, tx.types or ()), tx.formats
+        name = prepared._names.get(key) if prepared.prepare_threshold is not None else b""
+        if name is None:
+            return False
+        if self._results:
+            self._reset()
+        answer, *more = self._send_known(key, name, values, formats, preamble)
+        self._show_known(answer, name)
+        if name:
+            prepared._names.move_to_end(key)
+        self._last_query = query
+        if more:
+            self._check_after(more)
+        return True
+
+    def _send_known(
+        self,
+        key: tuple[bytes, tuple[int, ...]],
+        name: bytes,
+        values: Sequence[Any] | None,
+        formats: Any,
+        preamble: Sequence[Command],
+    ) -> list[list[PGresult]]:
+        """Send a statement as psycopg does, and wait; return its answer and those after it."""
+        conn, pgconn, rides = self._conn, self._pgconn, preamble or self.after
+        if name and not rides:
+            pgconn.send_query_prepared(name, values, formats, self.format)
+            return [conn.receive()]
+        if name:
+            send = partial(pgconn.send_query_prepared, name, values, formats, self.format)
+        else:
+            sent = self._query = _new_query(PostgresQuery)
+            (sent.query, sent.types), sent.params, sent.formats = key, values, formats
+            send = partial(self._execute_send, sent, force_extended=bool(rides))
+        if rides:
+            return conn.exchange(preamble, send, self.after)
+        send()
+        return [conn.receive()]
+
+    def _show_known(self, answer: list[PGresult], name: bytes | None) -> None:
+        """Set the answer as the cursor's result, as psycopg's `_set_results` does, or raise its error."""
+        conn, result = self._conn, answer[0] if answer else None
+        status = None if result is None else result.status
+        if len(answer) != 1 or (status != _TUPLES_OK and status != _COMMAND_OK):
+            self._check_results(answer)
+        assert result is not None
+        self._results, self._pos, self._iresult, self.pgresult = answer, 0, 0, result
+        self._execmany_returning, self._statusmessage = None, result.command_status
+        tx = self._tx = Transformer(conn.context)
+        tx.set_pgresult(result)
+        if status == _TUPLES_OK:
+            self._rowcount = result.ntuples
+        else:
+            changed = result.command_tuples
+            self._rowcount = -1 if changed is None else changed
+        factory = self._row_factory
+        if factory is not make_rows or not name:
+            self._make_row = factory(self)
+        elif maker := conn.makers.get(name):
+            self._make_row = maker
+        else:
+            if len(conn.makers) >= MOST_MAKERS:
+                conn.makers.clear()
+            self._make_row = conn.makers[name] = factory(self)
 
     def _may_resend(self, query: Any) -> bool:
         """Return whether the server executes the statement as a whole or not at all, in one transaction."""
@@ -226,7 +325,9 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         self._reset()
         if not self._last_query or self._last_query is not query:
             self._last_query = None
-            self._tx = Transformer(_Context(self._adapters, self._conn))
+            conn = self._conn
+            shared = self._adapters is conn.adapters_shared
+            self._tx = Transformer(conn.context if shared else Context(self._adapters, conn))
 
     def _exchange(
         self,
@@ -316,5 +417,9 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
 
     def _check_after(self, answers: list[list[PGresult]]) -> None:
         """Raise where what followed the statement failed: a COMMIT, or the one that a Sync implies."""
-        for answer in answers:
-            self._check_results(answer)
+        try:
+            for answer in answers:
+                self._check_results(answer)
+        except psycopg.Error:
+            self._reset(reset_query=False)  # its result is not in effect
+            raise

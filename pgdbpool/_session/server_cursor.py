@@ -66,7 +66,7 @@ class BlockServerCursor(Declared, psycopg.ServerCursor[Any]):
                 wrong = refusal("a cursor WITH HOLD", CURSOR)
                 raise errors.as_query_error(psycopg.NotSupportedError(wrong))
             if self.withhold:
-                conn.touched = True  # it outlives its transaction, and may outlive the block
+                conn.mark(session=True)  # it outlives its transaction, and may outlive the block
             with conn.ready():
                 super().execute(query, params, **kwargs)
         return self

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from .commands import IDLE, NOTHING, Command
+from .commands import ACTIVE, IDLE, NOTHING, Command
 from .connection import PooledConnection
 from .state import own_names
 
@@ -23,10 +23,10 @@ class TimedConnection(PooledConnection):
     on_slow: Callable[[PooledConnection, Any, float], None]
     """Called with the connection, the statement and its duration in seconds."""
 
-    def receive(self) -> list[PGresult]:
+    def receive(self, began_in: int = ACTIVE) -> list[PGresult]:
         """Wait, as any connection, for the answer to a statement that was sent alone."""
         with self._timed(getattr(self.block, "statement", None)):
-            return super().receive()
+            return super().receive(began_in)
 
     def exchange(
         self,

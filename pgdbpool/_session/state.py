@@ -23,6 +23,7 @@ from .commands import CLEANING, NOTHING, Command
 from .turns import Guest, HeldLock, PsycopgsLock, Turn
 
 if TYPE_CHECKING:
+    from psycopg.abc import Transformer
     from psycopg.pq.abc import PGresult
 
     from .._servers.endpoint import Endpoint
@@ -41,6 +42,20 @@ class Keeper(Protocol):
         """Count a commit that did not wait for its standby; return whether a log record of it will do."""
 
 
+class Context:
+    """What psycopg's adaptation asks of a cursor; it does not hand the connection out, nor keep it."""
+
+    __slots__ = ("_conn", "adapters")
+
+    def __init__(self, adapters: AdaptersMap, conn: ConnectionState) -> None:
+        self.adapters, self._conn = adapters, ref(conn)
+
+    @property
+    def connection(self) -> Any:
+        """The connection; it lives as long as its cursors."""
+        return self._conn()
+
+
 class ConnectionState(psycopg.Connection[Any]):
     """A psycopg connection with the state that its group, its block and its threads share."""
 
@@ -48,9 +63,10 @@ class ConnectionState(psycopg.Connection[Any]):
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
-        "client_encoding", "crossed", "ending", "endpoint", "expires_at", "follows", "handed_out", "holder",
-        "lent", "local", "named", "not_replicated", "own_handlers", "owner", "patience", "plain", "poll",
-        "reads", "replacing", "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "step",
+        "client_encoding", "context", "crossed", "dumps", "ending", "endpoint", "expires_at", "follows",
+        "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated", "own_handlers", "owner",
+        "patience", "plain", "poll", "reads", "replacing", "riding", "settled", "shown", "slot",
+        "speaks_utf8", "stale", "step",
         "streamed", "taken_away", "touched", "turn", "until", "unusable", "used_at", "uses",
         "wait_readable", "wrapped",
     )  # fmt: skip
@@ -179,6 +195,12 @@ class ConnectionState(psycopg.Connection[Any]):
     """A copy of the adapters, while they are unchanged, shared by cursors that register none."""
     client_encoding: bytes | None
     speaks_utf8: bool
+    context: Context | None
+    """What psycopg's adaptation gets in place of a cursor that shares the adapters."""
+    dumps: Transformer | None
+    """What adapts the parameters of known statements, unless that takes one of each statement's own."""
+    makers: dict[bytes, Any]
+    """What makes the rows of a prepared statement, by its name: their columns cannot change."""
     plain: bool
     """Whether the connection adds nothing to a block's BEGIN or settings."""
     _pool: Any = None  # defined, so that psycopg does not warn when an open connection is garbage-collected
@@ -195,7 +217,8 @@ class ConnectionState(psycopg.Connection[Any]):
         self.handed_out = self.touched = self.altered = self.stale = self.annotates = self.ending = False
         self.crossed = self.follows = False
         self.local = ()
-        self.patience = self.until = self.adapters_shared = None
+        self.patience = self.until = self.adapters_shared = self.context = self.dumps = None
+        self.makers = {}
         self.speaks_utf8 = self.plain = self.by_itself = True
         self.shown, self.own_handlers = (), ((), ())
         self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0
@@ -229,6 +252,18 @@ class ConnectionState(psycopg.Connection[Any]):
         self.check_free()
         if (step := self.step) is not None and step.thread == get_ident():
             step.give_up()
+
+    def mark(self, *, session: bool = False, attributes: bool = False, kept: bool = False) -> None:
+        """Note what the block may leave behind, to be undone before the next one: the one place that does.
+
+        :param session: the block may leave something in the session.
+        :param attributes: the connection's own attributes may have changed.
+        :param kept: the block may keep a reference to the connection.
+        """
+        if session:
+            self.touched = True
+        self.altered = self.altered or attributes
+        self.handed_out = self.handed_out or kept
 
     @contextmanager
     def owning(self) -> Iterator[None]:

@@ -207,7 +207,7 @@ class KeptConnection(PooledConnection):
             adopt(self, other)
             stay.group.take_over(other, self)
             stay.conn, self.block, self.lent, self.__class__ = self, stay, True, cls
-            self.altered = self.handed_out = True
+            self.mark(attributes=True, kept=True)
             stay.in_transaction, stay.at_begin = self._local(stay), self._encode(stay)
 
     def again(self, follow: Callable[[], None], attempt: Callable[[], Answer]) -> Answer:
@@ -371,7 +371,7 @@ def _bases(cls: type[PooledConnection]) -> tuple[type[Any], ...]:
 def keep(conn: PooledConnection) -> KeptConnection:
     """Let a connection that was just lent go out of its pool."""
     # Not `touched`, as in `hand_out`: its cursors know what their statements leave in the session.
-    conn.altered = conn.handed_out = True
+    conn.mark(attributes=True, kept=True)
     if conn.cursor_factory is BlockCursor:
         conn.cursor_factory = StayCursor
     if conn.server_cursor_factory is BlockServerCursor:
@@ -399,7 +399,7 @@ def give_back(conn: PooledConnection) -> None:
     except psycopg.Error:
         PooledConnection.close(conn)  # the server rolls back by itself
     finally:
-        conn.touched = True  # work done directly over libpq is unknown
+        conn.mark(session=True)  # work done directly over libpq is unknown
         conn.__class__ = cls
         stay.group.checkin(conn)
         stay.open = False

@@ -18,6 +18,7 @@ from .._util.transaction_modes import Modes
 from .block import Block
 from .commands import (
     ACTIVE,
+    FATAL,
     IDLE,
     INERROR,
     INHERIT_PATIENCE,
@@ -146,7 +147,7 @@ class TransactingConnection(ExchangingConnection):
             block.settings = self.local + binding.settings
             block.in_transaction, block.at_begin = self._local(block), self._encode(block)
         if binding.special:
-            self.altered = True
+            self.mark(attributes=True)
             if binding.patience != INHERIT_PATIENCE:
                 self.patience = binding.patience
             if binding.report:
@@ -320,7 +321,10 @@ class TransactingConnection(ExchangingConnection):
             self._check_deadline()
         self.ending = True
         try:
-            self.wait(self._commit_gen())  # psycopg's commit(), but for the lock
+            if self._pipeline or self._num_transactions or self._tpc or status == IDLE:
+                self.wait(self._commit_gen())  # psycopg's commit(), but for the lock
+            else:
+                self._send_commit(status)
         except errors.ConnectionLostError as error:
             if status == UNKNOWN:
                 raise  # it was lost before, and nothing is committed now
@@ -330,6 +334,15 @@ class TransactingConnection(ExchangingConnection):
             self.ending = False
         if block is not None and status != IDLE:
             block.committed = True
+
+    def _send_commit(self, status: int) -> None:
+        """Send COMMIT and wait for its answer."""
+        self._check_connection_ok()
+        self.pgconn.send_query(b"COMMIT")
+        answer = ExchangingConnection.receive(self, status)[-1]
+        if answer.status == FATAL:
+            error = psycopg.errors.error_from_result(answer, encoding=self.pgconn._encoding)
+            raise self.own_error(error, status)
 
     def _note_unknown(self, error: errors.ConnectionLostError) -> None:
         """Note in the error, and in the block, that a COMMIT was under way when the connection was lost."""
@@ -383,7 +396,7 @@ class TransactingConnection(ExchangingConnection):
         if deadlines.in_use:
             deadlines.check()
         self.check_free()
-        self.altered = self.handed_out = True  # psycopg's Transaction has the connection as an attribute
+        self.mark(attributes=True, kept=True)  # psycopg's Transaction has the connection as an attribute
         outermost, body_ended = self._send_due_of_transaction(block), False
         try:
             with super().transaction(savepoint_name, force_rollback) as transaction:

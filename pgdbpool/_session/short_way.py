@@ -1,0 +1,136 @@
+"""What is kept of statements between their executions, so that psycopg need not find it anew each time.
+
+A statement is known once it was executed: its text in psycopg's form, its prepared name, the class of its
+rows. `RidingCursor._ride_known` sends it with these. All else about a statement is the same either way: what
+goes before it, the wait for its answer, losses and errors. In any doubt, and so for all that psycopg refuses,
+the statement is left to psycopg's own conversion, before anything is sent.
+
+It uses psycopg's private `_query2pg`, `AdaptersMap._dumpers`, `_dumpers_by_oid`, `_loaders` and
+`TypesRegistry._registry`, for which its minor version is pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import psycopg
+from psycopg._queries import _query2pg
+from psycopg.adapt import AdaptersMap, Dumper, Transformer
+
+from .statement_shape import StatementTraits, shape
+
+if TYPE_CHECKING:
+    from psycopg import abc
+
+LONGEST = 4096
+"""Characters of the longest text that is kept: a longer one holds its data, and hardly comes again."""
+MOST_PLANS = 2048
+MOST_MAKERS = 512
+_DRIVERS = ("psycopg", "psycopg_binary", "psycopg_c")
+
+
+class Plan:
+    """A statement's traits, and its text as psycopg sends it."""
+
+    __slots__ = ("bare", "count", "formats", "names", "query", "what")
+
+    def __init__(self, text: str, what: StatementTraits) -> None:
+        self.what = what
+        self.bare = text.encode(), ()
+        """Its key among psycopg's prepared statements if it is executed without parameters."""
+        self.query, self.formats, self.names, parts = _query2pg(self.bare[0], "utf-8")
+        self.count = len(parts) - 1
+        """The number of its placeholders."""
+
+    def values(self, params: Any) -> Sequence[Any] | None:
+        """Return the parameters in the order of their placeholders; None if they may not fit."""
+        names, kind = self.names, type(params)
+        if names is None:
+            return params if (kind is tuple or kind is list) and len(params) == self.count else None
+        if kind is not dict:
+            return None
+        try:
+            return [params[name] for name in names]
+        except KeyError:
+            return None
+
+
+plans: dict[str, Plan] = {}
+"""The known statements, of all connections."""
+
+
+def remember(text: Any, conn: psycopg.Connection[Any]) -> None:
+    """Keep a statement that was executed, if a text is all there is to it."""
+    if type(text) is not str or len(text) > LONGEST:
+        return
+    what = shape(text, conn)
+    if what.special or what.uncommon or what.sets:
+        return
+    try:
+        plan = Plan(text, what)
+    except (psycopg.Error, UnicodeError):
+        return  # of `%` in a text that has no parameters
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[text] = plan
+
+
+class _OfSession(Dumper):
+    """Refuses a value that psycopg writes by the state of the session, so that psycopg does it."""
+
+    def __init__(self, cls: type, context: Any = None) -> None:
+        raise psycopg.NotSupportedError("it depends on the session")
+
+    def dump(self, obj: Any) -> NoReturn:
+        """Never called."""
+        raise NotImplementedError
+
+
+def _depends(dumper: type[Any]) -> bool:
+    """Return whether psycopg's dumper asks its connection for more than the encoding."""
+    # For IntervalStyle, the server's version, TimeZone.
+    module = dumper.__module__.rpartition(".")[2]
+    return module in ("range", "multirange") or dumper.__name__ in ("TimedeltaDumper", "BytesDumper")
+
+
+class _Dumpers:
+    """The adapters of parameters that depend on nothing of a session but its encoding, UTF-8."""
+
+    def __init__(self) -> None:
+        self._of: list[Any] = []
+        self._map: AdaptersMap | None = None
+
+    def transformer(self, adapters: AdaptersMap) -> abc.Transformer | None:
+        """Return what adapts parameters for all statements of a connection, or None.
+
+        It holds no connection, since that would be a cycle which keeps a lost connection's slot. So it is
+        None if the application has registered dumpers of its own, which may ask for the connection.
+        """
+        of = list(adapters._dumpers.values())
+        if of != self._of:  # compared by identity, as long as nothing was registered
+            self._map, self._of = _independent(adapters), of
+        return None if self._map is None else Transformer(self._map)
+
+
+def _independent(adapters: AdaptersMap) -> AdaptersMap | None:
+    found = AdaptersMap(adapters)
+    for format, known in adapters._dumpers.items():
+        if any(dumper.__module__.partition(".")[0] not in _DRIVERS for dumper in known.values()):
+            return None
+        own = {kind: _OfSession if _depends(dumper) else dumper for kind, dumper in known.items()}
+        found._dumpers[format] = own
+    return found
+
+
+dumpers = _Dumpers()
+
+
+def alike(one: AdaptersMap, other: AdaptersMap) -> bool:
+    """Return whether two maps of adapters are copies, and nothing was registered in either since."""
+    return (
+        list(one._dumpers.values()) == list(other._dumpers.values())
+        and one._loaders == other._loaders
+        and one._dumpers_by_oid == other._dumpers_by_oid
+        and one.types._registry is other.types._registry
+    )

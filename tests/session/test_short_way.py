@@ -1,0 +1,314 @@
+"""Known statements go the short way, and no caller can see it: generated statements are compared."""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import ipaddress
+import uuid
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row, tuple_row
+from psycopg.types.json import Json, Jsonb
+from psycopg.types.range import Range
+from psycopg.types.string import StrDumper
+from support import config, server
+
+from pgdbpool import Connection, Handler
+from pgdbpool._session import short_way
+from pgdbpool._session.riding import RidingCursor
+from pgdbpool.cluster import Cluster, Node
+
+TYPES = """
+DROP SCHEMA IF EXISTS own CASCADE; DROP SCHEMA IF EXISTS theirs CASCADE; DROP TYPE IF EXISTS mood;
+CREATE TYPE mood AS ENUM ('sad', 'happy');
+"""
+TABLES = """
+CREATE SCHEMA {0};
+SET search_path = {0};
+CREATE TABLE t (i serial PRIMARY KEY, v text, n numeric, m public.mood);
+CREATE TABLE late (i int UNIQUE DEFERRABLE INITIALLY DEFERRED);
+INSERT INTO late VALUES (1);
+CREATE FUNCTION told(text) RETURNS text LANGUAGE plpgsql AS 'BEGIN RAISE NOTICE ''%'', $1; RETURN $1; END';
+"""
+INTRANS = psycopg.pq.TransactionStatus.INTRANS
+GROUPS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "manual": {"autocommit": False},
+    "tenant": {"tenant": {"setting": "app.tenant", "verify": "off"}},
+    "unprepared": {"prepare_threshold": None},
+    "annotated": {"annotate": True},
+    "timed": {"slow_query": 60},
+}
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    with Cluster(standbys=0) as cluster:
+        yield cluster.primary
+
+
+@pytest.fixture
+def start(node: Node) -> Iterator[Callable[..., None]]:
+    """Initialise the groups, each of one connection, with the tables in a schema of their own."""
+    with node.connect() as admin:
+        admin.execute(TYPES)
+        for schema in ("own", "theirs"):
+            admin.execute(TABLES.format(schema))
+
+    def init(**changes: Any) -> None:
+        entry = server(node, **{"options": {"search_path": "own"}, **changes})
+        Connection.init(config([entry], **{n: {"connection_count": 1, **g} for n, g in GROUPS.items()}))
+
+    yield init
+    Connection.reset()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each known statement went the short way, in order."""
+    seen: list[bool] = []
+    function = RidingCursor._ride_known
+
+    def followed(self: Any, *arguments: Any) -> bool:
+        seen.append(True)
+        seen[-1] = done = function(self, *arguments)
+        return done
+
+    monkeypatch.setattr(RidingCursor, "_ride_known", followed)
+    return seen
+
+
+class Statements:
+    """Makes statements with parameters, good and bad."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        self.choice: Callable[[Any], Any] = self.random.choice
+
+    def value(self) -> Any:
+        number = self.random.randrange(-(2**40), 2**40)
+        day = dt.datetime(2024, 2, 29, 12, 30, 1, number % 1000)
+        zone = dt.timezone(dt.timedelta(hours=number % 12))
+        made: list[Callable[[], Any]] = [
+            lambda: number, lambda: number % 100, lambda: number**3, lambda: number / 7, lambda: None,
+            lambda: self.choice((float("nan"), float("inf"), -0.0, True, False)),
+            lambda: decimal.Decimal(number).scaleb(-5), lambda: decimal.Decimal("NaN"),
+            lambda: self.choice(("", "a'b\"c\\d", "%s %%", "äöü€", "\U0001f600", "x" * 3000, "\ud800",
+            "a\0b")),
+            lambda: self.choice((b"", b"\0\xff'\\", bytearray(b"ab"), memoryview(b"cd"))),
+            lambda: self.choice((day, day.replace(tzinfo=zone), day.date(), day.time(), day.timetz())),
+            lambda: dt.timedelta(days=number % 50, microseconds=number), lambda: uuid.UUID(int=abs(number)),
+            lambda: self.choice(([], [1, 2], [[1], [2]], [None, "a"], ["a", 1], [dt.timedelta(1)], (1, "a"))),
+            lambda: self.choice((Json({"a": 1}), Jsonb([1]), {"a": 1}, {1}, object())),
+            lambda: self.choice((Range(1, 5), Range(empty=True), Range(day, None))),
+            lambda: ipaddress.ip_address(number % 2**32), lambda: [self.value() for _ in range(2)],
+        ]  # fmt: skip
+        return self.choice(made)()
+
+    def __call__(self) -> tuple[str, Any]:
+        value, other = self.value(), self.value()
+        cast = self.choice(("text", "int", "bigint", "numeric", "float8", "bytea", "date", "jsonb", "text[]"))
+        wide = ", ".join(f"{n} AS c{n}" for n in range(60))
+        made: list[tuple[str, Any]] = [
+            ("SELECT %s", (value,)), ("SELECT %s, %s AS x", [value, other]), ("SELECT %b", (value,)),
+            (f"SELECT %s::{cast} AS x", (value,)), ("SELECT %t::text, '100%%'", (value,)),
+            ("SELECT 1, '%'", None),
+            ("SELECT %(a)s, %(b)s, %(a)s", {"a": value, "b": other}), ("SELECT %(a)s", {"b": value}),
+            ("SELECT %(a)s", (value,)), ("SELECT %s", {"a": value}), ("SELECT %s, %s", (value,)),
+            ("SELECT %s", ()),
+            ("SELECT i, %s::text FROM generate_series(1, %s) i", ("a", self.random.randrange(40))),
+            ("SELECT i FROM t WHERE false", None), ("SELECT", None), (f"SELECT {wide}, %s::int", (1,)),
+            ("SELECT v AS a, v AS a, n FROM t", None),
+            ("SELECT m FROM t WHERE m = %s", (self.choice(("sad", "x")),)),
+            ("INSERT INTO t (v, n) VALUES (%s, %s)", (self.choice(("a", None)), 2)),
+            ("INSERT INTO t (v, m) VALUES (%s, %s) RETURNING *", ("b", "happy")),
+            ("UPDATE t SET v = v || %s WHERE i %% 3 = %s", ("c", 1)),
+            ("DELETE FROM t WHERE i = %s", (value,)),
+            ("INSERT INTO t (i) VALUES (%s)", (1,)), ("INSERT INTO late VALUES (%s)", (1,)),
+            ("SELECT told(%s)", (self.choice(("hello", "äöü")),)), ("SELECT 1 / %s", (0,)),
+            ("SELECT nothing", None),
+            ("SELECT * FROM missing WHERE i = %s", (1,)), ("SELEC %s", (1,)), ("SELECT %s::int", ("x",)),
+            ("", None),
+            ("SELECT pg_notify(current_schema(), %s)", ("n",)), ("SELECT 1; SELECT 2, 3", None),
+            ("VALUES (%s), (2)", (1,)),
+            ("WITH w AS (SELECT %s::int AS i) SELECT i FROM w", (5,)), ("SHOW TimeZone", None),
+            ("SELECT %d", (1,)),
+            ("SELECT '2 days'::interval, now() IS NOT NULL, '1999-01-02'::date, %s::bool", (True,)),
+            ("TABLE t", None),
+        ]  # fmt: skip
+        return self.choice(made)
+
+
+def seen_of(cursor: psycopg.Cursor[Any]) -> list[Any]:
+    """Return all that a caller can see of a result, and of the rows in it."""
+    found: list[Any] = []
+    while True:
+        columns = cursor.description
+        found.append([cursor.rowcount, cursor.statusmessage, cursor.rownumber])
+        found.append(None if columns is None else [(*c, c.type_display) for c in columns])
+        query = cursor._query
+        found.append(None if query is None else [query.query, query.params, query.types, query.formats])
+        if columns is not None:
+            found.append([repr(row) for row in (cursor.fetchone(), *cursor.fetchmany(2), *cursor.fetchall())])
+            found.append([cursor.rownumber, cursor.fetchone()])
+        if not cursor.nextset():
+            return found
+
+
+class Watched:
+    """A connection that notes what comes with its statements."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self.connection = connection
+        self.heard: list[str] = []
+        connection.add_notice_handler(lambda diag: self.heard.append(str(diag.message_primary)))
+        connection.add_notify_handler(lambda notify: self.heard.append(notify.payload))
+
+    def run(self, cursor: psycopg.Cursor[Any], statement: tuple[str, Any], prepare: bool | None) -> list[Any]:
+        """Execute a statement, and return all that a caller can see."""
+        self.heard.clear()
+        found: list[Any]
+        try:
+            cursor.execute(*statement, prepare=prepare)
+        except Exception as error:  # noqa: BLE001 - of any kind
+            diag = getattr(error, "diag", None)
+            code = getattr(error, "sqlstate", None)
+            kind = next(c for c in type(error).__mro__ if c.__module__.startswith(("psycopg", "builtins")))
+            text = str(error).splitlines()
+            found = [
+                kind.__name__,
+                code,
+                text,
+                getattr(diag, "message_detail", None),
+                cursor.pgresult is None,
+            ]
+            if self.connection.info.transaction_status == INTRANS:  # psycopg sends BEGIN before it refuses
+                self.connection.rollback()
+        else:
+            found = seen_of(cursor)
+        return [found, self.heard[:], int(self.connection.info.transaction_status)]
+
+
+@pytest.mark.parametrize(
+    ("group", "number", "seed"),
+    [
+        *((group, 170, seed) for seed, group in enumerate(GROUPS)),
+        *(pytest.param(group, 1500, seed, marks=pytest.mark.long) for seed, group in enumerate(GROUPS, 90)),
+    ],
+)  # fmt: skip
+def test_nothing_shows_which_way_a_statement_went(
+    start: Any, node: Node, taken: list[bool], group: str, number: int, seed: int
+) -> None:
+    start()
+    statements = Statements(seed)
+    tenant = {"tenant": "x"} if group == "tenant" else {}
+    with node.connect(options="-c search_path=theirs") as bare, Handler(group, **tenant) as db:
+        bare.execute("LISTEN theirs")
+        db.query("LISTEN own")
+        bare.autocommit = group != "manual"
+        bare.prepare_threshold = GROUPS[group].get("prepare_threshold", 5)
+        conn = db._conn
+        assert conn is not None  # `db.connection` would have its session cleaned
+        both = Watched(bare), Watched(conn)
+        factories = [tuple_row, dict_row]
+        for _ in range(number):
+            statement, factory, binary = (
+                statements(),
+                statements.choice(factories),
+                statements.random.random() < 0.1,
+            )
+            if group in ("tenant", "annotated") and ";" in statement[0]:
+                continue  # psycopg itself takes one statement in a pipeline
+            short_way.remember(statement[0], bare)
+            cursors = [watched.connection.cursor(binary=binary, row_factory=factory) for watched in both]
+            for prepare in (None if ";" in statement[0] else True, None, None):
+                theirs, own = (w.run(c, statement, prepare) for w, c in zip(both, cursors, strict=True))
+                assert own == theirs, statement
+            for watched in both:
+                if watched.connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                    watched.connection.rollback()
+        assert sum(taken) > 0.8 * number
+
+
+def known(db: Handler, statement: str, params: Any = None) -> Any:
+    """Execute a statement until it is prepared, and return the last result's first row."""
+    for _ in range(7):
+        row = db.query(statement, params).fetchone()
+    return row
+
+
+def test_a_dumper_registered_late_is_used(start: Any, taken: list[bool]) -> None:
+    class Loud(StrDumper):
+        def dump(self, obj: str) -> bytes:
+            return obj.upper().encode()
+
+    start()
+    with Handler("auto") as db:
+        assert known(db, "SELECT %s::text", ("a",))[0] == "a"
+        assert taken[-1]
+        cursor = db.cursor()
+        cursor.execute("SELECT %s::text", ("a",))
+        cursor.adapters.register_dumper(str, Loud)
+        assert cursor.execute("SELECT %s::text", ("a",)).fetchone() == ("A",)
+        assert db.query("SELECT %s::text", ("a",)).fetchone()[0] == "a"
+        db.connection.adapters.register_dumper(str, Loud)
+        assert db.query("SELECT %s::text", ("a",)).fetchone()[0] == "A"
+    with Handler("auto") as db:
+        assert db.query("SELECT %s::text", ("a",)).fetchone()[0] == "a"
+
+
+def test_what_a_session_writes_its_own_way_is_left_to_psycopg(start: Any, taken: list[bool]) -> None:
+    start()
+    for style in ("postgres", "sql_standard"):
+        with Handler("manual") as db:
+            db.query(f"SET LOCAL IntervalStyle = {style}")
+            assert known(db, "SELECT %t = '-1 day -01:00'::interval", (dt.timedelta(days=-1, hours=-1),))[0]
+    assert not any(taken)
+
+
+def test_a_session_in_another_encoding_is_written_in_it(start: Any, taken: list[bool]) -> None:
+    start()
+    with Handler("auto") as db:
+        db.query("""CREATE FUNCTION latin() RETURNS text LANGUAGE sql
+                    AS $$ SELECT set_config('client_encoding', 'LATIN1', false) $$""")
+        assert known(db, "SELECT %s::text, ascii(%s)", ("ä", "ä")) == ("ä", 228)
+        assert taken[-1]
+        db.query("SELECT latin()")
+        assert known(db, "SELECT %s::text, ascii(%s)", ("ä", "ä")) == ("ä", 228)
+        assert not taken[-1]
+
+
+def test_rows_have_the_columns_of_their_table(start: Any) -> None:
+    start()
+    with Handler("auto") as db:
+        assert known(db, "SELECT * FROM late").keys() == ("i",)
+        for change in ("RENAME i TO j", "ADD k int", "DROP k"):
+            db.query(f"ALTER TABLE late {change}")
+            wanted = ("j", "k") if change == "ADD k int" else ("j",)
+            assert known(db, "SELECT * FROM late").keys() == wanted
+
+
+@pytest.mark.parametrize("ends", ["auto", "manual"])
+def test_known_statements_do_not_skip_a_cleaning(
+    start: Any, node: Node, taken: list[bool], ends: str
+) -> None:
+    """A setting made inside a function is in no statement's text: `reset: always` cleans it all the same."""
+    start()
+    with node.connect() as admin:
+        admin.execute("""CREATE OR REPLACE FUNCTION own.leak() RETURNS text LANGUAGE sql
+                         AS $$ SELECT set_config('app.tenant', 'secret', false) $$""")
+    group = {"connection_count": 1, "reset": "always", "autocommit": ends == "auto"}
+    entry = server(node, options={"search_path": "own"})
+    Connection.init(config([entry], always=group))
+    for _ in range(15):
+        with Handler("always") as db:
+            db.query("SELECT leak()").fetchone()
+        with Handler("always") as db:
+            row = db.query("SELECT coalesce(current_setting('app.tenant', true), '') AS left").fetchone()
+            assert row[0] == ""
+    assert sum(taken) > 10
