@@ -11,7 +11,7 @@ from collections.abc import Callable
 import yaml
 
 from .._cli import output
-from .._demo.demo import Options, check_installed, facts_of_servers
+from .._demo.demo import APPS, Options, check_installed, facts_of_servers
 from .._demo.demo import run as run_until_stopped
 from .._demo.tour import check
 from ..cluster import Cluster, config_yaml
@@ -22,6 +22,9 @@ address and what to try, and stops everything on Ctrl-C. If you kill a server, t
 
 --check runs a tour of its features, and prints a line for each step: transfers on the primary, reads spread
 over the standbys, a standby killed and back under load, refused transfers, and nothing left at the end.
+
+--app runs the same example in a framework, over its own door to the pools: sqlalchemy, flask (with
+Flask-SQLAlchemy) or django.
 
 --json prints one line of JSON as soon as everything runs, for scripts: `url`, `config` (the path of the file,
 which also has the password), and `servers`, each with name, role, host, port and pid. The rest goes to
@@ -54,6 +57,12 @@ def add(commands: output.Commands) -> None:
     parser.add_argument(
         "--workers", type=output.whole(1, 8), default=2, metavar="N", help="gunicorn's processes (2)"
     )
+    parser.add_argument(
+        "--app",
+        choices=tuple(APPS),
+        default="plain",
+        help="the example in that framework (plain)",
+    )
     parser.add_argument("--worker-class", choices=("sync", "gthread"), default="gthread", help="(gthread)")
     parser.add_argument("--threads", type=output.whole(1, 64), metavar="N", help="of a gthread worker (4)")
     parser.set_defaults(refuse=parser.error)
@@ -85,7 +94,7 @@ def run_demo(options: argparse.Namespace) -> int:
         options.refuse("a sync worker has one thread: leave --threads out, or use --worker-class gthread")
     if options.check and options.json:
         options.refuse("--check prints its steps for people: leave --json out")
-    check_installed("gunicorn", version=options.pg)
+    check_installed("gunicorn", *APPS[options.app][1], version=options.pg)
     chosen = Options(
         standbys=options.standbys,
         version=options.pg,
@@ -93,6 +102,7 @@ def run_demo(options: argparse.Namespace) -> int:
         workers=options.workers,
         worker_class=options.worker_class,
         threads=options.threads or 4,
+        app=options.app,
         json=options.json,
     )
     if not options.check:

