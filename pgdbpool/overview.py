@@ -62,6 +62,13 @@ def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], no
             for name, group in snapshot["status"]["groups"].items()
             for text in group["holders"]
         ],
+        "connections": [
+            {"pid": snapshot["status"]["pid"], "group": name, **line}
+            for snapshot in snapshots
+            for name, group in snapshot["status"]["groups"].items()
+            for line in group.get("listing", ())
+        ],
+        "configs": _configs(snapshots),
         "events": _events(snapshots),
         "buckets": next((s["status"]["buckets"] for s in snapshots if "buckets" in s["status"]), []),
         "step": STEP,
@@ -169,11 +176,25 @@ def _groups(
                     for key in ("size", "idle", "in_use", "left", "waiting")
                 },
                 **{key: sum(group[key] for group in serving) for key in ("min_size", "max_size")},
+                "paused": next((group["paused"] for group in serving if group["paused"]), None),
                 "connections": dict(connections),
                 **counts,
                 "history": _history(snapshots, "groups", name, now, width=4),
             }
         )
+    return found
+
+
+def _configs(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return each configuration that is in use, with its processes."""
+    found: list[dict[str, Any]] = []
+    for snapshot in snapshots:
+        config, pid = snapshot.get("config"), snapshot["status"]["pid"]
+        same = next((each for each in found if each["config"] == config), None)
+        if same is not None:
+            same["pids"].append(pid)
+        elif config is not None:
+            found.append({"pids": [pid], "config": config})
     return found
 
 

@@ -57,7 +57,8 @@ CORE = (
     "_api",
 )
 LATE = {
-    "_process.health", "_process.orders", "_process.patroni", "_process.signals", "_process.tracer",
+    "_process.health", "_process.orders", "_process.patroni", "_process.running_config", "_process.signals",
+    "_process.tracer",
     "_servers.driver", "_session.decoding",
 }  # fmt: skip
 NEEDED_EARLY = {

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import psycopg
 
 from .. import __version__
-from .._cli import check, configuration, orders, output, ping, rls, servers, size, status
+from .._cli import check, configuration, orders, output, ping, rls, servers, shell, size, status
+from .._config.declarations import nearest
 from .._demo.demo import DemoError, MissingExtra, Stopped, stopping_on_signals
 from ..cluster import ClusterError
 from ..errors import Error
@@ -31,6 +32,7 @@ And these examine your own:
   pgdbpool size            how many connections should each group have?
   pgdbpool rls             which roles, tables or functions expose another tenant's rows
   pgdbpool status          the pools of running processes
+  pgdbpool shell           psql on the server that a group would choose
 
 These act on all processes of a running application, and wait for their answers:
 
@@ -54,7 +56,7 @@ message says what, or `rls` has findings; 2 wrong arguments, or the extra is mis
 not answer; 128 + n if anything else was stopped by signal n.
 """
 
-COMMANDS = (servers, rls, check, ping, size, status, orders, configuration)
+COMMANDS = (servers, rls, check, ping, size, status, shell, orders, configuration)
 """Modules with a function `add`, in the order of the help."""
 
 
@@ -65,7 +67,8 @@ def main(
 
     :param adjust: changes the parsed options, for a program that has the configuration itself.
     """
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(argv)
     options = parser.parse_args(argv)
     if adjust is not None:
         adjust(options)
@@ -98,7 +101,7 @@ def _show_error(options: argparse.Namespace, error: Exception) -> None:
         output.show_json({"status": "error", "error": str(error), "kind": type(error).__name__})
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "pgdbpool", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw, allow_abbrev=False
@@ -109,4 +112,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for module in COMMANDS:
         module.add(commands)
+    word = next((word for word in argv if not word.startswith("-")), None)
+    if word is not None and word not in commands.choices:
+        parser.error(
+            f"there is no command {word!r}{nearest(word, commands.choices)}; `pgdbpool --help` lists them"
+        )
     return parser

@@ -39,16 +39,34 @@ def paint(text: str, colour: str | None = None) -> str:
     return f"\033[{code}m{text}\033[0m" if code and colourful(sys.stdout) else text
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return lines with aligned columns; words that have a colour get it."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None, spare: Sequence[str] = ()
+) -> str:
+    """Return lines with aligned columns; words that have a colour get it.
+
+    :param width: of the screen, which no line exceeds; None for any.
+    :param spare: columns to leave out where there is no room for all, in this order.
+    """
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    shown = list(range(len(head)))
+    for name in spare:
+        if width is not None and sum(widths[column] + 2 for column in shown) - 2 > width:
+            shown.remove(list(head).index(name))
     texts = []
     for number, line in enumerate(lines):
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        cells[-1] = line[-1]
-        texts.append("  ".join(paint(cell, BOLD if number == 0 else None) for cell in cells).rstrip())
+        left, cells = sys.maxsize if width is None else width, []
+        for column in shown:
+            cell = cut(line[column], left)
+            cells.append(cell if column == shown[-1] else cell.ljust(min(widths[column], max(left, 0))))
+            left -= widths[column] + 2
+        texts.append("  ".join(paint(cell, BOLD if number == 0 else None) for cell in cells if cell).rstrip())
     return "\n".join(texts)
+
+
+def cut(text: str, width: int) -> str:
+    """Return a text that is not longer than the width; an ellipsis stands for the rest."""
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…" if width > 0 else ""
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

@@ -26,7 +26,11 @@ def add(commands: output.Commands) -> None:
     parser.add_argument("config", metavar="CONFIG", help="the pgdbpool.yaml")
     parser.add_argument("group", metavar="GROUP", help="a group with a tenant setting")
     parser.add_argument(
-        "tables", metavar="TABLE", nargs="*", help="schema.table; all that the role may use if left out"
+        "tables",
+        metavar="TABLE",
+        nargs="*",
+        default=[],
+        help="schema.table; all that the role may use if left out",
     )
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="FINDING",
@@ -45,4 +49,6 @@ def run(options: argparse.Namespace) -> int:
         output.show_json(audit.to_dict())
     else:
         print(audit)
+        if not audit.tables:
+            print(f"the role of group {options.group!r} may use no table here: is it the right database?")
     return 0 if audit.ok else 1

@@ -83,6 +83,29 @@ def load(
     return config
 
 
+def load_runtime_dir(
+    source: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ
+) -> tuple[str, str | None]:
+    """Return where a configuration comes from, and its `runtime_dir`; nothing else of it has to be valid.
+
+    So a command needs none of the application's variables.
+
+    :raises ConfigError: the file cannot be read, or its `runtime_dir` is not valid.
+    """
+    if source is None and not environ.get("PGDBPOOL_CONFIG"):
+        origin, tree = "environment", {"runtime_dir": environ.get("PGDBPOOL_RUNTIME_DIR") or None}
+    else:
+        variable = "PGDBPOOL_CONFIG" if source is None else ""
+        origin, text = _read_text(environ[variable] if variable else source, Report(), variable)
+        from .yaml_file import read_yaml
+
+        tree = dict(read_yaml(text, origin, environ, Report()))
+    report, key = Report(), "runtime_dir"
+    found = read({key: CONFIG_KEYS[key]}, {key: tree.get(key)}, "", report)
+    report.check(origin)
+    return origin, found.get(key)
+
+
 def build(tree: Mapping[Any, Any], origin: str, report: Report) -> Config:
     """Return the configuration that a tree of plain values describes; the tree is not modified.
 

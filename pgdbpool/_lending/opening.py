@@ -241,6 +241,18 @@ class OpeningGroup(EligibleGroup):
                 "tenants of group %s are not kept apart: %s", self.name, text, group=self.name, reason=text
             )
 
+    def would_open(self) -> tuple[str, dict[str, str]]:
+        """Open a connection as a block would; return the server's label and libpq's parameters.
+
+        :raises DBConnectionError: none can be opened.
+        """
+        slot = self._pool.claim()
+        assert slot is not None
+        conn = self._connect(slot)
+        self._pool.give(conn)
+        info = psycopg.ConnectionInfo(conn.pgconn)
+        return conn.endpoint.label, {**info.get_parameters(), "password": info.password}
+
     def connect_apart(self) -> psycopg.Connection[Any]:
         """Open a connection outside of the pool, to the first endpoint that admits one.
 

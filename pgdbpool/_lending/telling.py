@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,12 @@ class TellingGroup(ConfiguredGroup):
             use={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.uses.items()},
             connect={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.connects.items()},
         )
+
+    def listing(self) -> list[dict[str, Any]]:
+        """Return a line for each connection that is open: its server process, and its block if it has one."""
+        now, names = monotonic(), describe.thread_names()
+        conns = [slot.conn() for slot in self._pool.slots() if slot.conn is not None]
+        return [_line(conn, self._lent.get(conn), now, names) for conn in conns if conn is not None]
 
     @property
     def paused_by(self) -> str | None:
@@ -264,6 +271,18 @@ class TellingGroup(ConfiguredGroup):
         if up:
             return TargetUnavailableError, f"no endpoint that is up is {self.config.target}"
         return DBOfflineError, "every endpoint is down"
+
+
+def _line(
+    conn: PooledConnection, block: Block | None, now: float, names: dict[int | None, str]
+) -> dict[str, Any]:
+    pid = None
+    with suppress(psycopg.Error):  # it has just been closed
+        pid = conn.pgconn.backend_pid
+    line = {"endpoint": conn.endpoint.label, "server_pid": pid}
+    if block is None:
+        return {**line, "state": "idle", "seconds": now - conn.used_at}
+    return {**line, "state": "in use", "seconds": now - block.since, **describe.brief(block, names)}
 
 
 def _why_barred(endpoint: Endpoint) -> str:

@@ -51,6 +51,7 @@ class Pools:
         """What changes the configuration for an order: `Connection`."""
         self.paused = False
         """Whether a group may be paused."""
+        self._shown: tuple[Config, dict[str, Any]] | None = None
         self.changing = False
         """Whether the configuration is being changed to `wanted`."""
         self.publisher: Publisher | None = None
@@ -190,6 +191,15 @@ class Pools:
         from .orders import obey  # nothing but this needs it
 
         return obey(self, order)
+
+    def running_config(self) -> dict[str, Any]:
+        """Return the configuration in use, without secrets, with the addresses of names as they are known."""
+        from .running_config import running_config  # nothing but this needs it
+
+        if self._shown is None or self._shown[0] is not self.config:
+            self._shown = self.config, running_config(self.config)
+        names = ((label, endpoint.name) for label, endpoint in self.endpoints.items())
+        return {**self._shown[1], "addresses": {label: list(name.known) for label, name in names if name}}
 
     def status(self) -> Status:
         """Return a snapshot."""

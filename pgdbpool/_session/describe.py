@@ -9,7 +9,7 @@ from typing import Any
 from .._request import correlation
 from ..errors import Error
 from .block import Block
-from .statement_text import text_of
+from .statement_text import text_of, without_values
 
 DEEPEST = 100
 """Maximum number of stack frames reported."""
@@ -78,6 +78,17 @@ def describe(block: Block, seconds: float, names: dict[int | None, str]) -> str:
     if place["stack"]:
         text += ", stack: " + " > ".join(place["stack"])
     return text
+
+
+def brief(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
+    """Return for a list which thread has a connection, where its block began, and the last statement."""
+    statement = text_of(getattr(block, "statement", None))
+    return {
+        "place": where(block),
+        "thread": names.get(block.thread, str(block.thread)),
+        "correlation_id": getattr(block, "own_id", None),
+        "statement": None if statement is None else without_values(statement),
+    }
 
 
 def where(block: Block) -> str:

@@ -72,6 +72,9 @@ class Told(Protocol):
     def status(self) -> Status:
         """Return a snapshot."""
 
+    def running_config(self) -> dict[str, Any]:
+        """Return the configuration in use, without secrets."""
+
     def obey(self, order: Mapping[str, Any]) -> str:
         """Execute an order; return what it did."""
 
@@ -198,6 +201,7 @@ class Publisher:
             if name in told["groups"]:
                 holders = group.long_holders()
                 told["groups"][name]["holders"] = [without_values(text) for text in holders]
+                told["groups"][name]["listing"] = group.listing()
         return {
             "time": now,
             "started": self._started,
@@ -206,6 +210,7 @@ class Publisher:
             "counts": counts,
             "events": list(self._events),
             "answers": list(self._answers),
+            "config": self._pools.running_config(),
             "history": self._history.told(now),
         }
 

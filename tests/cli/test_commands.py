@@ -430,3 +430,18 @@ def test_colours_and_progress_are_for_terminals(known_cluster: Cluster, write: A
         assert "\033[32mok\033[0m" in shown
         assert "(1 of 3), group read ..." in shown
         assert "\033[32m" not in on_a_terminal(path, room, NO_COLOR="1")
+
+
+# rls
+
+
+def test_rls_says_so_where_the_role_may_use_no_table(
+    known_cluster: Cluster, run: Run, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known_cluster.primary.execute("CREATE ROLE app LOGIN")
+    path = write([server(known_cluster.primary, user="app")], write={"tenant": "app.tenant_id"})
+    status, text = run("rls", path, "write")
+    assert (status, "group 'write' may use no table here: is it the right database?" in text) == (0, True)
+    with pytest.raises(SystemExit):
+        main(["rls", str(path)])
+    assert "the following arguments are required: GROUP\n" in capsys.readouterr().err
