@@ -13,8 +13,10 @@ from ._api.retry import retrying, run
 from ._error_categories import Category
 from ._request.correlation import correlation, current_correlation
 from ._request.deadline import deadline, time_left
+from ._request.freshness import Seen, read_your_writes
 from ._request.tenant import current_tenant, tenant
 from ._session.rows import Row
+from ._util.token import Token
 from .errors import (
     BlockClosedError,
     ConfigError,
@@ -39,6 +41,7 @@ from .errors import (
     ReadOnlyServerError,
     ResultError,
     SettingError,
+    StaleReadError,
     TargetUnavailableError,
     TenantConflictError,
     TenantRequiredError,
@@ -85,11 +88,14 @@ __all__ = [
     "ReadOnlyServerError",
     "ResultError",
     "Row",
+    "Seen",
     "SettingError",
+    "StaleReadError",
     "TargetUnavailableError",
     "TenantConflictError",
     "TenantRequiredError",
     "ThreadingModelError",
+    "Token",
     "TooManyWaiting",
     "TransactionAbortedError",
     "TransactionTimeoutError",
@@ -102,6 +108,7 @@ __all__ = [
     "current_correlation",
     "current_tenant",
     "deadline",
+    "read_your_writes",
     "retrying",
     "run",
     "tenant",

@@ -274,6 +274,21 @@ class ResultError(DBQueryError, psycopg.DataError):
     maybe_committed = True
 
 
+class StaleReadError(DBQueryError, psycopg.OperationalError):
+    """No server that the group reads from has replayed the writes that the block must see: nothing was read.
+
+    `servers` has, by label, how far each server is that was asked. If `lost` is set, the writes were lost in
+    a failover or a crash, and no server will ever have them.
+    """
+
+    category = Category.UNAVAILABLE
+    lost: bool = False
+
+    def __init__(self, *args: Any, servers: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.servers: dict[str, str] = dict(servers or {})
+
+
 class ReadOnlyServerError(DBQueryError, pg.ReadOnlySqlTransaction):
     """The server takes no writes (it is a standby now, or read only): worth a retry in another block.
 

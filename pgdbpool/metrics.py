@@ -40,6 +40,11 @@ COUNTERS = {
     "slow_blocks": ("slow_blocks", "Blocks that took longer than slow_block."),
     "slow_statements": ("slow_statements", "Statements that took longer than slow_query."),
     "not_replicated": ("not_replicated", "Commits that stopped waiting for their synchronous standby."),
+    "guards_passed": ("guards_passed", "Guards of reads that must see a token, whose standby had it."),
+    "guards_failed": ("guards_failed", "Guards whose standby did not have it."),
+    "fresh_waits": ("fresh_waits", "Reads that waited for a standby to have it."),
+    "fresh_from_primary": ("fresh_from_primary", "Reads that went to the primary, since no standby had it."),
+    "fresh_refused": ("fresh_refused", "Reads that raised StaleReadError."),
     "opened": ("connections_opened", "Connections that were opened."),
 }
 """Of each group: name in the status; the metric's name between `pgdbpool_` and `_total`, and its help."""

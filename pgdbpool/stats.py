@@ -112,6 +112,16 @@ class GroupStatus:
     slow_statements: int
     not_replicated: int
     """Commits that stopped waiting for their synchronous standby."""
+    guards_passed: int
+    """Guards of reads that must see a token, whose standby had it."""
+    guards_failed: int
+    """Guards whose standby did not have it: the read did not run there."""
+    fresh_waits: int
+    """Reads that waited until a standby had it."""
+    fresh_from_primary: int
+    """Reads that went to the primary, since no standby had it."""
+    fresh_refused: int
+    """Reads that raised `StaleReadError`, since no server had it."""
     left: int
     """Sessions that were left in a commit: they count in `size` until their servers have let them go."""
     wait: Histogram

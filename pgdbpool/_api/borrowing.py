@@ -7,9 +7,11 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._request import correlation as tracing
+from .._request import freshness
 from .._session import describe
 from .._session.block import is_high
 from .._session.stay import GIVEN_BACK, KeptConnection, Returned, Stay, give_back, keep
+from .._util.token import Token
 from ..errors import BlockClosedError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Borrowing:
         timeout: float | None = None,
         priority: Literal["high", "normal"] = "normal",
         correlation_id: Any = None,
+        after: Token | str | None = None,
         skip: Collection[str] = (),
     ) -> KeptConnection:
         """Take a connection out of the group's pool, until it is given back with `putconn` or its `close`.
@@ -60,6 +63,8 @@ class Borrowing:
         given = None if correlation_id is None else tracing.clean(correlation_id)
         if tracing.in_use:
             describe.begin(stay, given, frame if found.config.leak_stack else None)
+        if after is not None:
+            stay.seen = freshness.Seen(after)
         if found.limiter is not None:
             found.admit(stay)
         return keep(found.checkout(stay, timeout))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +15,15 @@ from .._process import fork
 from .._process.pools import Pools
 from .._process.reload import ReloadMethods
 from .._process.unknown import unknown_endpoint, unknown_group
+from .._request import freshness
 from .._request.deadline import deadline
+from .._servers.positions import written
 from .._session import block as blocks
+from .._session.block import UNBOUND, Block
 from .._util import greenlets
 from .._util import log_events as events
-from ..errors import ConfigError, NotInitializedError
+from .._util.token import Token
+from ..errors import ConfigError, NotInitializedError, TargetUnavailableError
 from .borrowing import Borrowing
 from .one_statement import OneShots
 
@@ -251,6 +256,30 @@ class Connection(OneShots, Borrowing, ReloadMethods):
             return audit(conn, list(found.config.tenant.settings), tables, role, ignore=ignore)
 
     @classmethod
+    def token(cls, group: str) -> Token:
+        """Return where the writes of the group's servers end now, those of others included.
+
+        It takes a round trip; a block's own token takes none, see `Handler.token`.
+
+        :raises TargetUnavailableError: the group's connection is to a standby, which has no writes: ask
+            a group whose target is `primary` or `read-write`.
+        """
+        found, caller = cls.group(group), sys._getframe(1)
+        conn = found.checkout(Block(False, UNBOUND, (caller.f_code, caller.f_lasti)))
+        try:
+            facts = conn.ask_facts()
+        finally:
+            found.checkin(conn)
+        position = None if facts is None else written(facts)
+        if position is None:
+            raise TargetUnavailableError(
+                f"group {group!r}: its server does not say where writes end; it is "
+                f"{facts or 'silent about its write-ahead log'}: ask a group whose target is read-write",
+                group=group,
+            )
+        return Token([position])
+
+    @classmethod
     def drain(cls, label: str) -> None:
         """Take a server out of use in this process: no block gets a connection to it from now on.
 
@@ -312,6 +341,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         # or waited for.
         cls._lock = threading.RLock()
         blocks.forked()
+        freshness.forked()
         if cls._handlers is not None:
             cls._handlers.forked()
         for old in list(cls._all):  # including replaced or closed pools, which blocks may still use

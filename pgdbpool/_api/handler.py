@@ -13,6 +13,8 @@ import psycopg
 from psycopg import rows
 
 from .._request import correlation as tracing
+from .._request import freshness, special
+from .._servers.positions import written
 from .._session import describe
 from .._session.block import Block, is_high
 from .._session.commands import IDLE, INTRANS
@@ -21,6 +23,7 @@ from .._session.cursors import BlockClientCursor, BlockCursor
 from .._session.riding import checked_parameters
 from .._session.statement_shape import shape
 from .._util import log_events as events
+from .._util.token import Token
 from ..errors import (
     BlockClosedError,
     DBQueryError,
@@ -31,6 +34,7 @@ from ..errors import (
     one_line,
 )
 from .connection import Connection
+from .one_statement import begin_special
 from .queries import Queries, resends
 
 if TYPE_CHECKING:
@@ -68,6 +72,8 @@ class Handler(Queries):
     :param priority: ``high`` goes before those that wait, and may take the group's `reserved` connections.
     :param correlation_id: what the block's log records and errors are to have, in place of the current one of
         `pgdbpool.correlation()`; any value, as that takes it.
+    :param after: a token, or its text: the block sees the writes up to it, besides those of the current
+        `pgdbpool.read_your_writes()`.
     :raises UnconfiguredGroupError: there is no such group.
     :raises NotInitializedError: `Connection.init` was not called.
 
@@ -78,8 +84,8 @@ class Handler(Queries):
     """
 
     __slots__ = (
-        "__weakref__", "_block", "_conn", "_correlation_id", "_group", "_high", "_override", "_settings",
-        "_tenant", "_timeout",
+        "__weakref__", "_after", "_block", "_conn", "_correlation_id", "_group", "_high", "_override",
+        "_settings", "_tenant", "_timeout",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +98,7 @@ class Handler(Queries):
         settings: Mapping[str, Any] | None = None,
         priority: Literal["high", "normal"] = "normal",
         correlation_id: Any = None,
+        after: Token | str | None = None,
     ) -> None:
         self._block: Block | None = None
         self._conn: PooledConnection | None = None
@@ -101,7 +108,10 @@ class Handler(Queries):
         self._override = tenant_override
         self._settings = settings
         self._high = priority != "normal" and is_high(priority)
-        self._correlation_id = None if correlation_id is None else tracing.clean(correlation_id)
+        if correlation_id is not None:
+            self._correlation_id = tracing.clean(correlation_id)
+        if after is not None:
+            self._after = freshness.Seen(after)  # its text is checked here, before anything is opened
 
     def __enter__(self) -> Handler:
         if self._block is not None:
@@ -113,8 +123,9 @@ class Handler(Queries):
         binding = group.bind(self._tenant, self._override, self._settings)
         block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
         block.high = self._high
-        if tracing.in_use:
-            describe.begin(block, self._correlation_id, caller if group.config.leak_stack else None)
+        if special.in_use:
+            frame = caller if group.config.leak_stack else None
+            begin_special(block, frame, getattr(self, "_correlation_id", None), getattr(self, "_after", None))
         if group.limiter is not None:
             group.admit(block)
         # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler
@@ -270,6 +281,23 @@ class Handler(Queries):
         return self._live().endpoint.label
 
     @property
+    def token(self) -> Token | None:
+        """Where the writes of the block ended, for `after` or `read_your_writes`; None if it has none.
+
+        Inside of `read_your_writes`, and with `after`, it is known once the block has committed, at no round
+        trip. Elsewhere the server is asked, which the open block has to do.
+
+        :raises BlockClosedError: the block has ended, and nobody had asked for its token before.
+        """
+        block = self._block
+        if block is not None and (seen := block.sees()) is not None:
+            return seen.written
+        self._opened()
+        facts = self._live().ask_facts()
+        position = None if facts is None else written(facts)
+        return None if position is None else Token([position])
+
+    @property
     def correlation_id(self) -> str:
         """The correlation id of the block's log records and errors; made now if none was given."""
         return (self._block if self._block is not None else self._opened()).correlation_id
@@ -305,6 +333,8 @@ class Handler(Queries):
         self._check_not_lost(block)
         if conn is None:
             conn = self._conn = self._group.checkout(block, self._timeout)
+        if special.in_use and (seen := block.sees()) is not None and conn.lacking(seen.required()):
+            conn = self._conn = self._group.fresh(block, conn, self._timeout)
         return conn
 
     def _check_not_lost(self, block: Block) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from weakref import ref
 
 from .._request import correlation as tracing
+from .._request import freshness, special
 from .._session import describe, outcome
-from .._session.block import Block, is_high
+from .._session.block import Block, guard, is_high
 from .._session.commands import IDLE
 from .._session.cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
 from .._session.riding import checked_parameters
 from .._session.statement_shape import shape
+from .._util.token import Token
 from ..errors import DBQueryError, Error, ResultError, one_line
 from .queries import all_rows, command_tag, first_row, plain_row, resends, rows_of_all, value_in
 
@@ -37,6 +39,17 @@ class BlockOptions(TypedDict, total=False):
     timeout: float | None
     priority: Literal["high", "normal"]
     correlation_id: Any
+    after: Token | str | None
+
+
+def begin_special(
+    block: Block, frame: FrameType | None, correlation_id: str | None, after: freshness.Seen | None
+) -> None:
+    """Give a new block what it has by its context: a correlation id, and what its reads must see."""
+    if tracing.in_use:
+        describe.begin(block, correlation_id, frame)
+    if freshness.in_use and (seen := freshness.for_block(after)) is not None:
+        guard(block, seen)
 
 
 class OneShots:
@@ -64,8 +77,8 @@ class OneShots:
         `commit`.
 
         :param row_factory: makes the rows, in place of the group's.
-        :param block: `tenant`, `tenant_override`, `settings`, `timeout`, `priority` and `correlation_id`, as
-            for a `Handler`.
+        :param block: `tenant`, `tenant_override`, `settings`, `timeout`, `priority`, `correlation_id` and
+            `after`, as for a `Handler`.
         :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
             another: the statement may or may not have taken effect.
         :raises ResultError: Python cannot hold the result, or the row factory failed; the effect
@@ -158,18 +171,20 @@ class _OneShot:
         timeout: float | None = None,
         priority: Literal["high", "normal"] = "normal",
         correlation_id: Any = None,
+        after: Token | str | None = None,
     ) -> None:
         self.group, self.timeout, self.answered = group, timeout, False
         caller = sys._getframe(2)
         binding = group.bind(tenant, tenant_override, settings)
-        self.block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
-        self.block.high = priority != "normal" and is_high(priority)
-        if correlation_id is not None or tracing.in_use:
+        self.block = block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
+        block.high = priority != "normal" and is_high(priority)
+        if special.in_use or correlation_id is not None or after is not None:
             given = None if correlation_id is None else tracing.clean(correlation_id)
-            describe.begin(self.block, given, caller if group.config.leak_stack else None)
+            seen = None if after is None else freshness.Seen(after)
+            begin_special(block, caller if group.config.leak_stack else None, given, seen)
         if group.limiter is not None:
-            group.admit(self.block)
-        self.block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler
+            group.admit(block)
+        block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler
 
     def __enter__(self) -> _OneShot:
         self.conn = self.group.checkout(self.block, self.timeout)
@@ -222,6 +237,8 @@ class _OneShot:
             self.group.discard(self.conn, "lost")
             self.block.part()
             self.conn = self.group.checkout(self.block, self.timeout)
+        if (seen := self.block.sees()) is not None and self.conn.lacking(seen.required()):
+            self.conn = self.group.fresh(self.block, self.conn, self.timeout)
 
     def _explain(self, error: Exception) -> None:
         """Say of a result that cannot be read that its statement is committed, unless it is a read."""

@@ -10,7 +10,7 @@ import psycopg
 
 from .._session import rows
 from .._session.cursors import BlockCursor, has_rows
-from ..errors import DBQueryError, QueryDeadlineError
+from ..errors import DBQueryError, QueryDeadlineError, StaleReadError
 from .copy import Copying
 
 if TYPE_CHECKING:
@@ -178,7 +178,8 @@ def resends(group: Group, block: Block | None, error: DBQueryError) -> bool:
     """
     if not error.repeatable or isinstance(error, QueryDeadlineError):
         return False
-    group.note_retry(block, error)
+    if not isinstance(error, StaleReadError):  # a guard is counted by itself
+        group.note_retry(block, error)
     return True
 
 

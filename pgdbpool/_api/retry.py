@@ -13,6 +13,7 @@ from .._error_categories import Category
 from .._request import correlation as tracing
 from .._request import deadline as deadlines
 from .._util import log_events as events
+from .._util.token import Token
 from ..errors import DBConnectionError, DBOfflineError, NotReplicatedError, classify, one_line
 from .handler import Handler
 
@@ -32,6 +33,7 @@ def run(
     timeout: float | None = None,
     priority: Literal["high", "normal"] = "normal",
     correlation_id: Any = None,
+    after: Token | str | None = None,
     idempotent: bool = False,
     backoff: float = 0.05,
     max_backoff: float = 1.0,
@@ -46,7 +48,7 @@ def run(
     block it does again.
 
     :param attempts: how often it is tried at most.
-    :param tenant, settings, timeout, priority, correlation_id: those of `Handler`, in each attempt.
+    :param tenant, settings, timeout, priority, correlation_id, after: those of `Handler`, in each attempt.
     :param idempotent: whether the work may take effect twice.
     :param backoff: seconds before the second attempt; they double, up to `max_backoff`, and a
         random half of them is left out. Nothing is repeated beyond the current deadline.
@@ -67,6 +69,7 @@ def run(
             settings=settings,
             priority=priority,
             correlation_id=correlation_id,
+            after=after,
         )
         reads = _reads(db)
         try:

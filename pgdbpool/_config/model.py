@@ -398,6 +398,15 @@ class GroupConfig:
             nullable=False,
         ),
     ] = None
+    fresh_wait: Annotated[
+        float,
+        Key(
+            Seconds(HOUR, zero="not at all"),
+            "How long a read that must see a token (``read_your_writes``, ``after``) waits for a standby "
+            "that has not replayed it. Then it goes to the primary, or raises `StaleReadError` if `target` "
+            "does not admit that.",
+        ),
+    ] = 0.1
     balance: Annotated[
         Balance,
         Key(Word(get_args(Balance)), "How the next connection's server is chosen; each honours weights."),

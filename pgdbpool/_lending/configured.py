@@ -92,6 +92,8 @@ class ConfiguredGroup:
         self._timeouts = self._rate_limited = self._past_failovers = 0
         self.retries = self.leaks = self.overdue = self.slow_blocks = self.slow_statements = 0
         self.not_replicated = 0
+        self.guards_passed = self.guards_failed = 0
+        self.fresh_waits = self.fresh_from_primary = self.fresh_refused = 0
         self.left: list[LeftSession] = []
         """Sessions left in a commit."""
         self._waits = Tally()

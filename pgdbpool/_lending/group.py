@@ -1,7 +1,7 @@
 """One pool of connections over the endpoints of a group.
 
 Its layers, each of which knows those below alone: `configured`, `telling`, `closing`, `eligibility`,
-`opening`, `pausing`. Here is what blocks come through: `checkout` and `checkin`.
+`opening`, `pausing`, `fresh_reads`. Here is what blocks come through: `checkout` and `checkin`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from ..errors import (
     SettingError,
     TooManyWaiting,
 )
+from .fresh_reads import FreshGroup
 from .lock_free_pool import LockFreePool
 from .opening import DOWN_AFTER
-from .pausing import PausingGroup
 from .pool import NoConnection, Pool
 from .threaded_pool import ThreadedPool
 
@@ -67,7 +67,7 @@ def users_of(endpoint: Endpoint) -> Sequence[Group]:
     return cast("Sequence[Group]", endpoint.groups)
 
 
-class Group(PausingGroup):
+class Group(FreshGroup):
     """One pool of connections over the group's endpoints.
 
     `_lock` is held while an endpoint is chosen and the slot assigned to it, so that two requests do not
@@ -289,7 +289,8 @@ class Group(PausingGroup):
 
     def take_over(self, conn: PooledConnection, heir: PooledConnection) -> None:
         """Note that a connection in use goes on in another object."""
-        self._lent[heir] = self._lent.pop(conn)
+        if (block := self._lent.pop(conn, None)) is not None:
+            self._lent[heir] = block
 
     def _maintain(self, now: float, deadline: float) -> float:
         """Probe, and open missing connections: in threaded mode a thread does this. Return the time."""

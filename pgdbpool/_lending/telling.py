@@ -76,6 +76,11 @@ class TellingGroup(ConfiguredGroup):
             slow_blocks=self.slow_blocks,
             slow_statements=self.slow_statements,
             not_replicated=self.not_replicated,
+            guards_passed=self.guards_passed,
+            guards_failed=self.guards_failed,
+            fresh_waits=self.fresh_waits,
+            fresh_from_primary=self.fresh_from_primary,
+            fresh_refused=self.fresh_refused,
             left=len(self.left),
             wait=Histogram.of([self._waits], max(0, pool.taken - waits)),
             use={endpoint.label: Histogram.of([tally]) for endpoint, tally in self.uses.items()},
@@ -132,6 +137,13 @@ class TellingGroup(ConfiguredGroup):
             "group %s: slow statement: %.3f s, from %s: %s", self.name, seconds, describe.where(block), text,
             **fields,
         )  # fmt: skip
+
+    def note_guard(self, conn: PooledConnection, passed: bool) -> None:
+        """Count a guard."""
+        if passed:
+            self.guards_passed += 1
+        else:
+            self.guards_failed += 1
 
     def tolerates(self, conn: PooledConnection) -> bool:
         """Count a commit that did not wait for its standby; return whether logging it suffices."""

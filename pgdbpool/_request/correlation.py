@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from .._util.scoped_value import Binding, Scope, Variable, current
+from . import special
 
 in_use = False
 """Whether a correlation id was ever given in this process, or a group has `leak_stack`."""
@@ -51,8 +52,7 @@ def current_correlation() -> str | None:
 
 def clean(value: Any) -> str:
     """Sanitize an id for logs, `application_name` and SQL comments, and switch tracing on."""
-    global in_use
-    in_use = True
+    use()
     return _UNSAFE.sub("_", str(value)[:LONGEST_ID])
 
 
@@ -60,6 +60,7 @@ def use() -> None:
     """Switch tracing on."""
     global in_use
     in_use = True
+    special.use()
 
 
 def caller_of(frame: FrameType) -> FrameType:

@@ -11,6 +11,7 @@ from time import monotonic
 
 from .._util.scoped_value import Binding, Scope, Variable, current
 from ..errors import DeadlineExceeded
+from . import special
 
 in_use = False
 """Whether a deadline was ever set in this process."""
@@ -73,5 +74,6 @@ def _earlier(seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
         raise ValueError(f"a deadline is a number of seconds, not {seconds!r}")
     in_use = True
+    special.use()
     at, outer = monotonic() + seconds, current(_current)
     return at if outer is None else min(at, outer)

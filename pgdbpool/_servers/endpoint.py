@@ -27,6 +27,7 @@ from ..errors import one_line
 from .connect_parameters import ConnectParameters
 from .credentials import Login
 from .host_names import Name
+from .positions import Facts
 from .replication import QUERY, Lag, ServerReport, read
 from .startup_probe import StartupProbe
 from .tcp_round_trip import round_trip
@@ -46,6 +47,9 @@ PROBE_TIMEOUT = 2.0
 
 FULL_PAUSE = (0.02, 1.0)
 """Seconds until a full server is dialled again: the first pause and the longest; it doubles each time."""
+
+BEHIND_LASTS = 0.02
+"""Seconds for which a server that was behind a read is taken to be where it was."""
 
 CHANGING = ("weight", "connect_timeout", "password", "pass_file", "patroni")
 """Keys of a server that may change while its connections stay."""
@@ -165,6 +169,10 @@ class Endpoint:
         self.lag: Lag | None = None
         """How far a standby is behind, if a group limits that."""
         self.reported_at = 0.0
+        self.facts: Facts | None = None
+        """What it had of the write-ahead log when it was last asked."""
+        self.behind_at = 0.0
+        """When that was last too little for a read."""
         self.condemned_at = 0.0
         """When it went down: connections that have not worked since then are not lent."""
         self.suspected_at = 0.0
@@ -388,6 +396,14 @@ class Endpoint:
         self.reported_at = report.at
         self.timeline, self.system = report.timeline, report.system
         self.on_seen(self)
+
+    def note_behind(self, facts: Facts) -> None:
+        """Remember what the server had of the write-ahead log when that was too little for a read."""
+        self.facts, self.behind_at = facts, monotonic()
+
+    def found_behind(self) -> Facts | None:
+        """Return what the server has of the write-ahead log, if that was too little a moment ago."""
+        return self.facts if monotonic() - self.behind_at < BEHIND_LASTS else None
 
     def ask_timeline(self, conn: ServerSession) -> None:
         """Query the timeline of the server, on a connection that is not in use yet."""

@@ -8,6 +8,7 @@ from types import CodeType
 from typing import Any
 from weakref import ref
 
+from .._request.freshness import Seen
 from .._request.tenant import Bound
 from .._util.client_settings import REPORT, is_reported
 from .._util.transaction_modes import modes_of
@@ -51,7 +52,7 @@ class Block:
 
     __slots__ = (
         "at_begin", "binding", "chosen", "committed", "conn", "failure", "high", "in_effect",
-        "in_transaction", "lost", "manual", "open", "own_id", "place", "settings", "since", "stack",
+        "in_transaction", "lost", "manual", "open", "own_id", "place", "seen", "settings", "since", "stack",
         "statement", "thread", "watch",
     )  # fmt: skip
 
@@ -64,6 +65,8 @@ class Block:
     """Set if the block has set `autocommit` itself; its transactions then work as in psycopg."""
     in_effect: bool
     """Whether a statement has taken effect outside a transaction since the last commit() or rollback()."""
+    seen: Seen
+    """What its reads must see, and what learns of its writes; of a `GuardedBlock`."""
 
     def __init__(self, manual: bool, binding: Binding, place: tuple[CodeType, int]) -> None:
         self.open = True
@@ -113,6 +116,14 @@ class Block:
             self.committed = True  # statements so far must not be repeated
         self.chosen, self.manual = True, not autocommit
 
+    def sees(self) -> Seen | None:
+        """Return what its reads must see, and what learns of its writes; None for nothing."""
+        return None
+
+    def guards(self) -> tuple[Command, ...]:
+        """Return what must precede its next transaction, so that it reads nothing stale."""
+        return NOTHING
+
     def spans(self) -> bool:
         """Return whether the transaction continues after the current statement."""
         owner = self.watch() if self.watch is not None else None
@@ -122,6 +133,39 @@ class Block:
         """Forget a lost connection, and the commands derived from its attributes."""
         self.conn, self.settings, self.in_transaction = None, self.binding.settings, self.binding.set
         self.at_begin = self.binding.begin_and_set if self.manual else self.in_transaction
+
+
+class GuardedBlock(Block):
+    """A block whose reads must see what its context has seen; `guard` makes one of a block."""
+
+    __slots__ = ()
+
+    @property
+    def at_begin(self) -> tuple[Command, ...]:
+        """What goes before the first statement of a transaction: first of all the guards, if any are due."""
+        return self.guards() + _AT_BEGIN.__get__(self)  # type: ignore[no-any-return]
+
+    @at_begin.setter
+    def at_begin(self, commands: tuple[Command, ...]) -> None:
+        _AT_BEGIN.__set__(self, commands)
+
+    def sees(self) -> Seen:
+        """Return what its reads must see, and what learns of its writes."""
+        return self.seen
+
+    def guards(self) -> tuple[Command, ...]:
+        """Return what must precede its next transaction, so that it reads nothing stale."""
+        commands: tuple[Command, ...] = self.conn.guards_for(self.seen)
+        return commands
+
+
+_AT_BEGIN: Any = vars(Block)["at_begin"]
+
+
+def guard(block: Block, seen: Seen) -> None:
+    """Let a block see what this one says, and tell it of its writes."""
+    block.seen = seen
+    block.__class__ = GuardedBlock
 
 
 def is_high(priority: str) -> bool:

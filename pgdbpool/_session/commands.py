@@ -31,6 +31,7 @@ Command = tuple[bytes, Sequence[bytes | None] | None]
 """A statement of the preamble with its parameters in text format."""
 
 NOTHING: tuple[Command, ...] = ()
+EMPTY: tuple[Command, ...] = ((b"", None),)
 BEGIN: tuple[Command, ...] = ((b"BEGIN", None),)
 COMMIT: tuple[Command, ...] = ((b"COMMIT", None),)
 

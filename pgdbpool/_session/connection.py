@@ -21,6 +21,7 @@ import psycopg
 
 from .. import errors
 from .._request import deadline as deadlines
+from .._request import special
 from .block import Block
 from .commands import ACTIVE, IDLE
 from .foreign_cursors import Visit, asked_in
@@ -138,7 +139,7 @@ class PooledConnection(TwoPhaseConnection):
         block = self.block
         if (
             block is not None and block.manual and not (block.nests or block.settings or self.stale)
-            and self.pgconn.transaction_status == IDLE and not (deadlines.in_use or self.annotates)
+            and self.pgconn.transaction_status == IDLE and not (special.in_use or self.annotates)
         ):  # fmt: skip
             return block, False, False
         return self.send_due()

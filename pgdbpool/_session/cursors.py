@@ -15,7 +15,9 @@ import psycopg
 
 from .. import errors
 from .._request import deadline as deadlines
-from .commands import ACTIVE, COMMIT, IDLE, NOTHING, Command
+from .._request import freshness, special
+from . import outcome
+from .commands import ACTIVE, COMMIT, EMPTY, IDLE, NOTHING, Command
 from .connection import PooledConnection
 from .riding import RidingCursor, checked_parameters, gone
 from .short_way import Plan, plans
@@ -63,7 +65,7 @@ class BlockCursor(RidingCursor):
                 what = self._note(what, query)
             autocommit = not block.manual and conn.pgconn.transaction_status == IDLE
             first = preamble = NOTHING if conn._pipeline else conn.preamble(block)
-            if deadlines.in_use or conn.annotates:
+            if special.in_use or conn.annotates:
                 preamble = self._extended(preamble, what, autocommit)
             try:
                 if what.uncommon or conn._pipeline:
@@ -133,6 +135,9 @@ class BlockCursor(RidingCursor):
         if what.ends:
             conn.bound = False
             block.committed = True
+            if what.commits and special.in_use and not conn._pipeline:
+                with conn.owning():
+                    conn.tell_now()
             if what.commits and what.number == 1 and self.statusmessage == "ROLLBACK":
                 raise errors.TransactionAbortedError(FAILED) from block.failure
 
@@ -141,6 +146,7 @@ class BlockCursor(RidingCursor):
     ) -> None:
         """Note in the block, and in the error, what a failed statement means."""
         conn, block = self._conn, self.block
+        conn.telling = False
         if isinstance(error, errors.ConnectionLostError):
             single = what.number == 1 and not conn._pipeline
             block.committed = block.committed or what.ends
@@ -182,7 +188,19 @@ class BlockCursor(RidingCursor):
             return preamble
         if deadlines.in_use:
             preamble = conn.limit(preamble)
-        return conn.annotate(preamble) if conn.annotates else preamble
+        if conn.annotates:
+            preamble = conn.annotate(preamble)
+        return self._to_tell(preamble, autocommit) if freshness.in_use else preamble
+
+    def _to_tell(self, preamble: tuple[Command, ...], autocommit: bool) -> tuple[Command, ...]:
+        """Let the statement tell where its writes ended, if it may have any and ends its transaction."""
+        conn = self._conn
+        if not (autocommit or self.after) or conn.learns() is None:
+            return preamble
+        if not self.after and not outcome.may_commit(self.block.statement, inside=False):
+            return preamble
+        conn.telling = True
+        return preamble or EMPTY
 
     def _commented(self, query: Any) -> Any:
         """Return what cannot ride, with the correlation id in a comment: no plan of it is kept."""
@@ -255,15 +273,19 @@ class BlockCursor(RidingCursor):
             preamble = conn.limit(preamble) if sets else NOTHING
         if conn.annotates and sets:
             preamble = conn.annotate(preamble)
+        if freshness.in_use and sets:
+            self._to_tell(preamble, autocommit)
         try:
             self._ride(preamble, query, None, None, None, many=(sets, returning))
             if first:
                 conn.bound = conn.pgconn.transaction_status != IDLE
             self._took_effect(what.changes and autocommit)
         except errors.ConnectionLostError as error:
+            conn.telling = False
             self._note_loss(error, autocommit, False, bool(first), touched, single=False)
             raise
         except psycopg.Error as error:
+            conn.telling = False
             block.failure = errors.without_frames(error)
             if error.sqlstate == RECOVERY_CONFLICT:
                 self._note_conflict(error, autocommit, bool(first), touched, single=False)

@@ -96,6 +96,14 @@ def succeed(conn: PooledConnection) -> PooledConnection | None:
     return heir
 
 
+def pass_on(conn: PooledConnection, cls: type[PooledConnection]) -> PooledConnection:
+    """Return an object of the class that has the session for now; `adopt` gives the old one another."""
+    heir = cls.__new__(cls)
+    _hand_over(conn, heir)
+    heir.replacing = RLock()
+    return heir
+
+
 def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
     """Give all that a connection has, its session too, to another object of its class."""
     replacing = getattr(heir, "replacing", None)

@@ -7,6 +7,7 @@ import select
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,9 +18,12 @@ from psycopg.generators import execute
 from .. import errors
 from .._request import correlation as tracing
 from .._request import deadline as deadlines
+from .._servers.positions import Facts, facts_of
 from .._util.client_settings import InForce
-from .commands import ACTIVE, BAD, CLIENT_GRACE, FATAL, IDLE, INTRANS, NOTHING, Command, set_local
-from .liveness import INTERRUPTIONS, LiveConnection
+from .commands import ACTIVE, BAD, CLIENT_GRACE, EMPTY, FATAL, IDLE, INTRANS, NOTHING, Command, set_local
+from .guarding import POSITION, SYNC, XID, GuardedConnection
+from .liveness import INTERRUPTIONS
+from .prepared import ROLLBACK
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -33,14 +37,13 @@ MOST_NAMES = 20
 """How often a session prepares a preamble: anew after a block that touched it; nothing removes the old."""
 MOST_LEFT = 100
 """Answers that are taken at most from a connection that was lost."""
-_EMPTY: Command = (b"", None)
 _names = itertools.count(1)
 
 
 Own = TypeVar("Own", bound="ExchangingConnection")
 
 
-class ExchangingConnection(LiveConnection):
+class ExchangingConnection(GuardedConnection):
     """A connection that sends pending commands together with a statement."""
 
     def run(self, commands: Sequence[Command]) -> None:
@@ -60,6 +63,31 @@ class ExchangingConnection(LiveConnection):
                     self.exchange(again)
                 except psycopg.Error as error:
                     raise self.own_error(error)  # noqa: B904  it is the same object
+
+    def ask_facts(self) -> Facts | None:
+        """Ask what the server has of the write-ahead log, in a round trip; None if it does not say.
+
+        :raises DBQueryError: it was not to be asked.
+        """
+        with self.lock:
+            try:
+                ((result,),) = self.exchange(NOTHING, partial(self.pgconn.send_query_params, *POSITION))
+                if result.status == FATAL:
+                    raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
+            except psycopg.Error as error:
+                raise self.own_error(error)  # noqa: B904  it is the same object
+        if (facts := facts_of(result)) is not None:
+            self.prove(facts)
+        return facts
+
+    def tell_now(self) -> None:
+        """Ask where writes ended, in a round trip of its own: for what the question could not ride with."""
+        if self.learns() is None:
+            return
+        facts = None
+        with suppress(psycopg.Error):  # the writes are there: their block is not to fail for the question
+            facts = self.ask_facts()
+        self.note_written(facts)
 
     def receive(self, began_in: int = ACTIVE) -> list[PGresult]:
         """Wait for the answer to a statement that was sent alone, as psycopg's `wait` does for its cursors.
@@ -143,6 +171,8 @@ class ExchangingConnection(LiveConnection):
         :param many: how many statements the server may keep the answers of: each has its time.
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
+        if self.telling and send is not None:
+            return self._exchange_and_tell(commands, send, after, many)
         pgconn = self.pgconn
         if self.unusable or self.streamed:
             commands = self._before_sending(commands)
@@ -171,12 +201,27 @@ class ExchangingConnection(LiveConnection):
             self._check(outcomes[:before])
         return outcomes[before:]
 
+    def _exchange_and_tell(
+        self, commands: Sequence[Command], send: Callable[[], None], after: Sequence[Command], many: int
+    ) -> list[list[PGresult]]:
+        """Send commands and a statement as `exchange` does, and learn where its writes ended."""
+        self.telling, self.syncs = False, 0 if after else 1
+        asked = (XID, *after, POSITION) if after else (XID, SYNC, POSITION)  # `after` is a COMMIT
+        try:
+            outcomes = ExchangingConnection.exchange(self, commands, send, asked, many)
+        except BaseException as error:
+            self.syncs = 0
+            if self.closed or isinstance(error, errors.NotReplicatedError):
+                self.lose_track()
+            raise
+        return self.tell(outcomes)
+
     def _before_sending(self, commands: Sequence[Command]) -> Sequence[Command]:
         """Refuse what cannot be sent; after a stream, have a first command that has no rows."""
         if self.unusable:
             self._refuse_use()
         self.streamed = False
-        return commands if commands and commands[0][1] is None else (_EMPTY, *commands)
+        return commands if commands and commands[0][1] is None else (*EMPTY, *commands)
 
     def _end_exchange(self, error: BaseException, outcomes: list[list[PGresult]], began_in: int) -> None:
         """Close the connection: where its session stands is not known.
@@ -211,8 +256,11 @@ class ExchangingConnection(LiveConnection):
                 before += self._send_bound(sql, values)
         if send is not None:
             send()
-        for sql, _ in after:
-            pgconn.send_query_params(sql, None)
+        for command in after:
+            if command is SYNC:
+                pgconn.pipeline_sync()
+            else:
+                pgconn.send_query_params(command[0], None)
         pgconn.pipeline_sync()
         return before
 
@@ -239,6 +287,9 @@ class ExchangingConnection(LiveConnection):
                 if many > 1:
                     deadline = self._deadline(many)
             elif (status := result.status) == _SYNC:
+                if self.syncs:
+                    self.syncs -= 1  # what follows has a Sync of its own
+                    continue
                 del outcomes[-1]  # nothing came after the last command's
                 return True
             else:
@@ -334,8 +385,10 @@ class ExchangingConnection(LiveConnection):
                     raise self._refused(result, outcomes.index(results))
         self.stale = False
         if self.follows:
-            found = [InForce.of(result) for results in outcomes for result in results]
-            self.in_force = next(filter(None, found), self.in_force)
+            answers = [result for results in outcomes for result in results]
+            self.in_force = next(filter(None, map(InForce.of, answers)), self.in_force)
+            if self.guarding:
+                self.note_passed(answers)
 
     def _refused(self, result: PGresult, number: int) -> Exception:
         """Return the error for the part of a preamble that failed."""
@@ -346,6 +399,9 @@ class ExchangingConnection(LiveConnection):
             self.pgconn.finish()
             return errors.as_query_error(error, errors.NotCleanError)
         self.stale = False  # the cleaning has a transaction of its own
+        if self.guarding and (behind := self.note_failed(error)) is not None:
+            self.exchange(ROLLBACK)  # of the guards' own transaction
+            return behind
         return error
 
     def _deadline(self, many: int) -> float | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
     from .._servers.endpoint import Endpoint
+    from .._servers.positions import Facts
     from .block import Block
     from .slot import Slot
 
@@ -38,8 +39,15 @@ _HELD = HeldLock()
 class Keeper(Protocol):
     """The part of a group that its connections report to."""
 
+    @property
+    def writes(self) -> bool:
+        """Whether the group requires servers that take writes."""
+
     def tolerates(self, conn: Any) -> bool:
         """Count a commit that did not wait for its standby; return whether a log record of it will do."""
+
+    def note_guard(self, conn: Any, passed: bool) -> None:
+        """Count a guard."""
 
 
 class Context:
@@ -64,11 +72,10 @@ class ConnectionState(psycopg.Connection[Any]):
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
         "client_encoding", "context", "crossed", "dumps", "ending", "endpoint", "expires_at", "follows",
-        "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated", "own_handlers", "owner",
-        "patience", "plain", "poll", "reads", "replacing", "riding", "settled", "shown", "slot",
-        "speaks_utf8", "stale", "step",
-        "streamed", "taken_away", "touched", "turn", "until", "unusable", "used_at", "uses",
-        "wait_readable", "wrapped",
+        "guarding", "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated",
+        "own_handlers", "owner", "patience", "plain", "poll", "proven", "reads", "replacing", "riding",
+        "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed", "syncs", "taken_away",
+        "telling", "touched", "turn", "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -106,6 +113,14 @@ class ConnectionState(psycopg.Connection[Any]):
     """The statement recorded in the block when a foreign cursor executed another."""
     unsure: bool = False
     """Whether a transaction may have ended that the block still considers open."""
+    proven: Facts | None
+    """What its server is known to have of the write-ahead log, since it cannot have less in this session."""
+    guarding: bool
+    """Whether guards were among the commands that were sent last, or are about to be."""
+    telling: bool
+    """Whether the next statement's exchange is to tell where its writes ended."""
+    syncs: int
+    """Syncs to come before the last one of the pipeline."""
     not_replicated: bool
     """Whether the server has just said that a commit did not wait for its standby."""
     severed: bool = False
@@ -143,7 +158,7 @@ class ConnectionState(psycopg.Connection[Any]):
     in_force: InForce | None = None
     """The format settings in force in the last transaction, if the block binds one of them."""
     follows: bool
-    """Whether the block binds such a setting."""
+    """Whether the answers to a preamble are to be read: for such a setting, or for guards."""
     _following: AdaptersMap | None = None
     dropping: tuple[Command, ...] = NOTHING
     """The commands that drop forgotten prepared statements, in a separate transaction."""
@@ -215,7 +230,8 @@ class ConnectionState(psycopg.Connection[Any]):
         self.slot = self.block = self.settled = self.client_encoding = None
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
         self.handed_out = self.touched = self.altered = self.stale = self.annotates = self.ending = False
-        self.crossed = self.follows = False
+        self.crossed = self.follows = self.guarding = self.telling = False
+        self.proven, self.syncs = None, 0
         self.local = ()
         self.patience = self.until = self.adapters_shared = self.context = self.dumps = None
         self.makers = {}

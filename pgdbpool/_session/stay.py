@@ -14,12 +14,14 @@ from weakref import ref
 import psycopg
 
 from .. import errors
+from .._request import freshness
+from .._request.freshness import Seen
 from .._request.tenant import current_tenant
 from .block import UNBOUND, Binding, Block
-from .commands import ACTIVE, IDLE, INTRANS, OPEN
+from .commands import ACTIVE, IDLE, INTRANS, NOTHING, OPEN, Command
 from .connection import PooledConnection
 from .cursors import BlockCursor
-from .ended import Ended, adopt
+from .ended import Ended, adopt, pass_on
 from .server_cursor import BlockServerCursor
 from .stay_cursors import StayCursor, StayServerCursor
 
@@ -39,6 +41,8 @@ _OTHER_TENANT = (
     "group {!r}: the open transaction has another tenant than the current one, and keeps it; commit() or "
     "rollback() before the tenant changes"
 )
+
+_AT_BEGIN: Any = vars(Block)["at_begin"]
 
 Answer = TypeVar("Answer")
 
@@ -70,6 +74,9 @@ class Lender(Protocol):
     def note_retry(self, block: Block | None, error: errors.Error) -> None:
         """Count a statement that is sent again."""
 
+    def fresh(self, block: Block, conn: PooledConnection, timeout: float | None) -> PooledConnection:
+        """Return a connection to a server that has what the block must see."""
+
 
 class Stay(Block):
     """The time that a connection is out of its pool, from `getconn` to `putconn`."""
@@ -97,6 +104,25 @@ class Stay(Block):
     def bind(self) -> Binding:
         """Return the binding of a unit of work that begins now."""
         return self.group.bind(self.tenant, self.override, self.own_settings)
+
+    @property
+    def at_begin(self) -> tuple[Command, ...]:
+        """What goes before the first statement of a unit of work: first of all the guards, if any are due."""
+        commands: tuple[Command, ...] = _AT_BEGIN.__get__(self)
+        return self.guards() + commands if freshness.in_use else commands
+
+    @at_begin.setter
+    def at_begin(self, commands: tuple[Command, ...]) -> None:
+        _AT_BEGIN.__set__(self, commands)
+
+    def sees(self) -> Seen | None:
+        """Return what its reads must see, and what learns of its writes: now, as its tenant is."""
+        return getattr(self, "seen", None) or freshness.current_seen()
+
+    def guards(self) -> tuple[Command, ...]:
+        """Return what must precede its next unit of work, so that it reads nothing stale."""
+        seen = self.sees()
+        return NOTHING if seen is None or self.conn is None else self.conn.guards_for(seen)
 
     def check_tenant(self) -> None:
         """Refuse to go on in a transaction whose tenant is not the current one.
@@ -203,12 +229,7 @@ class KeptConnection(PooledConnection):
             stay.group.discard(self, "lost")
             stay.part()
             other = stay.group.checkout(stay, stay.timeout)
-            # From here on nothing waits: the session changes hands.
-            adopt(self, other)
-            stay.group.take_over(other, self)
-            stay.conn, self.block, self.lent, self.__class__ = self, stay, True, cls
-            self.mark(attributes=True, kept=True)
-            stay.in_transaction, stay.at_begin = self._local(stay), self._encode(stay)
+            self._continue_with(other, stay, cls)
 
     def again(self, follow: Callable[[], None], attempt: Callable[[], Answer]) -> Answer:
         """Run a cursor's operation; run it once more if it was lost and cannot have had an effect.
@@ -231,8 +252,41 @@ class KeptConnection(PooledConnection):
             self.replace(stay)
         else:
             self.rollback()
+        if freshness.in_use:
+            self.freshen(stay)
         follow()
         return attempt()
+
+    def freshen(self, stay: Stay) -> None:
+        """Go on with a session of a server that has what the block must see.
+
+        :raises StaleReadError: there is none; or the session is this block's own, and cannot be left.
+        """
+        seen = stay.sees()
+        if seen is None or self.pgconn.transaction_status != IDLE or not self.lacking(seen.required()):
+            return
+        if self.touched:
+            stay.group.fresh(stay, self, stay.timeout)  # waits, or raises
+            return
+        with self.replacing:
+            cls = type(self)
+            other: PooledConnection = pass_on(
+                self, next(plain for plain, kept in _kept.items() if kept is cls)
+            )
+            stay.group.take_over(self, other)
+            stay.conn = other
+            try:
+                other = stay.group.fresh(stay, other, stay.timeout)
+            finally:
+                self._continue_with(other, stay, cls)
+
+    def _continue_with(self, other: PooledConnection, stay: Stay, cls: type[KeptConnection]) -> None:
+        """Go on in this object with the session of another; nothing waits from here on."""
+        adopt(self, other)
+        stay.group.take_over(other, self)
+        stay.conn, self.block, self.lent, self.__class__ = self, stay, True, cls
+        self.mark(attributes=True, kept=True)
+        stay.in_transaction, stay.at_begin = self._local(stay), self._encode(stay)
 
     def commit(self) -> None:
         """Commit the open transaction, if any; the next statement begins another, with its tenant.

@@ -14,10 +14,13 @@ from psycopg.transaction import OutOfOrderTransactionNesting
 
 from .. import errors
 from .._request import deadline as deadlines
+from .._request import special
 from .._util.transaction_modes import Modes
+from . import outcome
 from .block import Block
 from .commands import (
     ACTIVE,
+    COMMIT,
     FATAL,
     IDLE,
     INERROR,
@@ -34,6 +37,7 @@ from .state import BUSY, OUTSIDE
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGresult
 
 ENDS_INSIDE = (
     "the block has a tenant or settings, which end with the transaction: what follows a COMMIT or ROLLBACK "
@@ -168,9 +172,8 @@ class TransactingConnection(ExchangingConnection):
                 with self.owning():
                     self.clean_what_shows()
             if (block.manual and self.altered) or (block.settings and self.touched):
-                commands = self._encode(block)  # its isolation_level, its encoding may be others by now
-            else:
-                commands = block.at_begin
+                block.at_begin = self._encode(block)  # its isolation_level, its encoding may be others by now
+            commands = block.at_begin
             return self.cleaning + commands if self.stale else commands
         if status == INTRANS:
             if self.bound or not block.settings:
@@ -187,7 +190,7 @@ class TransactingConnection(ExchangingConnection):
     def begin_and_bind(self, block: Block) -> tuple[Command, ...]:
         """Return BEGIN and the settings, after a cleaning if one is due, to wrap a statement in."""
         cleaning = self.cleaning if self.stale else NOTHING
-        return cleaning + self.begin(block) + self._local(block)
+        return cleaning + block.guards() + self.begin(block) + self._local(block)
 
     def _local(self, block: Block) -> tuple[Command, ...]:
         """Return what binds the settings, in the encoding that the session has now."""
@@ -240,6 +243,8 @@ class TransactingConnection(ExchangingConnection):
         if not wrap:
             try:
                 yield
+                if special.in_use and self.block is block:
+                    self._tell_of_alone(block, autocommit)
             except Exception as error:
                 if autocommit and self.closed and isinstance(error, errors.ConnectionLostError):
                     error.maybe_executed = not errors.undone(error)
@@ -258,6 +263,13 @@ class TransactingConnection(ExchangingConnection):
             raise
         if self.block is block:
             self.commit()
+
+    def _tell_of_alone(self, block: Block, autocommit: bool) -> None:
+        """Tell where the writes ended of a statement outside of a transaction, which could not ride."""
+        if not autocommit or self.pgconn.transaction_status != IDLE or self.learns() is None:
+            return
+        if self.pipelines or outcome.may_commit(getattr(block, "statement", None), inside=False):
+            self.tell_now()
 
     def undo(self) -> None:
         """Roll back after an error, which is the one to see; if that fails, close."""
@@ -338,11 +350,22 @@ class TransactingConnection(ExchangingConnection):
     def _send_commit(self, status: int) -> None:
         """Send COMMIT and wait for its answer."""
         self._check_connection_ok()
-        self.pgconn.send_query(b"COMMIT")
-        answer = ExchangingConnection.receive(self, status)[-1]
+        if special.in_use and self.learns() is not None:
+            answer = self._commit_and_tell(status)
+        else:
+            self.pgconn.send_query(b"COMMIT")
+            answer = ExchangingConnection.receive(self, status)[-1]
         if answer.status == FATAL:
             error = psycopg.errors.error_from_result(answer, encoding=self.pgconn._encoding)
             raise self.own_error(error, status)
+
+    def _commit_and_tell(self, status: int) -> PGresult:
+        """Commit, and learn in the same round trip where the block's writes ended; return the answer."""
+        self.telling = True
+        try:
+            return self.exchange(NOTHING, lambda: None, COMMIT)[-1][-1]
+        except psycopg.Error as error:
+            raise self.own_error(error, status)  # noqa: B904  it is the same object
 
     def _note_unknown(self, error: errors.ConnectionLostError) -> None:
         """Note in the error, and in the block, that a COMMIT was under way when the connection was lost."""
@@ -415,7 +438,7 @@ class TransactingConnection(ExchangingConnection):
                     # psycopg would end it in silence: COMMIT of a failed transaction is a ROLLBACK.
                     raise errors.TransactionAbortedError(FAILED) from block.failure
                 body_ended = True
-            block.committed = block.committed or outermost
+            self._note_left(block, outermost)
         except errors.ConnectionLostError as error:
             unknown = body_ended and outermost and not errors.undone(error)
             error.maybe_committed = error.maybe_committed or unknown
@@ -429,6 +452,12 @@ class TransactingConnection(ExchangingConnection):
             if left_open and outermost and not block.nests and not self.crossed:
                 self._undo_left_open(block)
 
+    def _note_left(self, block: Block, outermost: bool) -> None:
+        """Note that psycopg has committed a transaction, or released a savepoint."""
+        block.committed = block.committed or outermost
+        if special.in_use and outermost:
+            self.tell_now()
+
     def _send_due_of_transaction(self, block: Block) -> bool:
         """Send what the block needs before psycopg's transaction; return whether it is the outermost one."""
         with self.alone():
@@ -437,7 +466,7 @@ class TransactingConnection(ExchangingConnection):
             commands = self.preamble(block)
             if self.pgconn.transaction_status == IDLE and not block.nests:
                 # psycopg sends BEGIN; the settings go with the first statement after it.
-                commands = self.cleaning if self.stale else NOTHING
+                commands = (self.cleaning if self.stale else NOTHING) + block.guards()
             if commands and not self._pipeline:
                 # Before the savepoint, so that rolling back to it does not undo the settings.
                 self.run(commands)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .. import errors
+from .._request import special
 from .block import Block
 from .commands import IDLE
 from .state import OUTSIDE
@@ -60,6 +61,8 @@ class TwoPhaseConnection(TransactingConnection):
                 self._note_unknown(error)
                 raise
             block.committed = True
+            if special.in_use:
+                self.tell_now()
 
     def tpc_rollback(self, xid: Xid | str | None = None) -> None:
         """Roll back a two-phase transaction, the open one or one that was prepared."""

@@ -46,7 +46,8 @@ ANSWERS = 20
 
 COUNTERS = (
     "checkouts", "timeouts", "opened", "discarded", "waits", "retries", "failovers", "rate_limited", "leaks",
-    "overdue", "slow_blocks", "slow_statements", "not_replicated", "wait", "use", "connect",
+    "overdue", "slow_blocks", "slow_statements", "not_replicated", "guards_passed", "guards_failed",
+    "fresh_waits", "fresh_from_primary", "fresh_refused", "wait", "use", "connect",
 )  # fmt: skip
 """Monotonic counters of a group; they include processes that have exited."""
 

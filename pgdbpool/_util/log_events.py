@@ -107,6 +107,12 @@ ENDPOINT_SILENT = Event(
     "endpoint",
     "reason",
 )
+ENDPOINT_NO_HISTORY = Event(
+    "endpoint.no_history", WARNING,
+    "After a promotion, the group's role cannot read which writes of the old timeline are on the new one: "
+    "only the primary serves tokens of the old one, and a lost write is not reported.",
+    "endpoint", "timeline", "reason",
+)  # fmt: skip
 ENDPOINT_TOO_SMALL = Event(
     "endpoint.too_small", WARNING,
     "All `processes` together can open more connections than a server admits; told at `init`.",

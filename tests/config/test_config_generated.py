@@ -126,7 +126,7 @@ POOL_KEYS = {
     "max_uses": "integer",
     **dict.fromkeys(["configure", "on_checkout", "on_checkin", "on_discard"], "function"),
     **dict.fromkeys(["on_failover", "connection_class"], "function"),
-    **dict.fromkeys(["timeout", "max_lifetime", "max_idle", "connect_timeout"], "seconds"),
+    **dict.fromkeys(["timeout", "max_lifetime", "max_idle", "connect_timeout", "fresh_wait"], "seconds"),
     **dict.fromkeys(["ping_after", "ping_timeout", "leak_after", "max_hold"], "seconds"),
     **dict.fromkeys(["slow_block", "slow_query"], "seconds"),
     **dict.fromkeys(["autocommit", "sqlprepare", "leak_stack", "annotate"], "flag"),

@@ -1,0 +1,251 @@
+"""Which server a read goes to that must see certain writes, once a guard has failed or cannot ride.
+
+It is asked in this order: another standby, the same ones for `fresh_wait`, the primary if `target` admits it.
+Each is asked in a round trip of its own, so the statement that follows needs no guard.
+"""
+
+from __future__ import annotations
+
+import time
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from .._request import deadline as deadlines
+from .._request.freshness import Seen
+from .._servers.endpoint import Endpoint, Role, State
+from .._servers.positions import TIMELINES, Facts, Verdict, history_query, judge
+from .._session.block import Block
+from .._session.commands import IDLE, MIN_TIMEOUT
+from .._session.connection import PooledConnection
+from .._session.slot import Slot
+from .._util import log_events as events
+from .._util.token import Position
+from ..errors import Error, StaleReadError, one_line
+from .pausing import PausingGroup
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.02
+"""Seconds between two questions to a standby that is waited for: they grow by half each time."""
+
+ADMITS_PRIMARY = ("any", "prefer-standby")
+
+
+class _Search:
+    """The search of one block for a server that has what it must see."""
+
+    def __init__(self, block: Block, seen: Seen, until: float) -> None:
+        self.block, self.seen = block, seen
+        self.until = until
+        """When the block's own time is up."""
+        self.told: dict[Endpoint, str] = {}
+        """How far each server is that was asked."""
+        self.lost: list[Position] = []
+
+    def error(self, group: str) -> StaleReadError:
+        """Return the error for a block that no server can serve."""
+        servers = {endpoint.label: what for endpoint, what in self.told.items()}
+        needed = ", ".join(map(str, self.seen.required()))
+        what = "was lost in a failover or a crash" if self.lost else "is not on a server that it reads from"
+        error = StaleReadError(
+            f"group {group!r}: what the block must see ({needed}) {what}: nothing was read; "
+            + "; ".join(f"{label} is {text}" for label, text in servers.items()),
+            servers=servers,
+        )
+        error.lost = bool(self.lost)
+        error.correlation_id = self.block.correlation_id
+        return error
+
+
+class FreshGroup(PausingGroup):
+    """A group that finds a server which has what a block must see."""
+
+    if TYPE_CHECKING:
+
+        def checkin(self, conn: PooledConnection) -> None: ...
+
+    def fresh(self, block: Block, conn: PooledConnection, timeout: float | None) -> PooledConnection:
+        """Return a connection, this one or another that is lent in its place, to a server that has it all.
+
+        :raises StaleReadError: there is none within the time; the error has how far each server is.
+        """
+        seen = block.sees()
+        if seen is None or self.writes or conn.pgconn.transaction_status != IDLE:
+            return conn
+        until = monotonic() + (self._timeout if timeout is None else timeout)
+        if deadlines.in_use:
+            until = deadlines.earlier(until, self.name)
+        search = _Search(block, seen, until)
+        movable = not (conn.touched or conn.handed_out)
+        found = self._on_a_standby(search, conn, movable) or self._awaited(search, conn)
+        if found is None and movable and self.config.target in ADMITS_PRIMARY:
+            found = self._on_the_primary(search, conn)
+            self.fresh_from_primary += found is not None
+        if found is None:
+            self.fresh_refused += 1
+            raise search.error(self.name)
+        return found
+
+    def _has_it(self, search: _Search, conn: PooledConnection, ask: bool = True) -> bool:
+        """Return whether a connection's server has what the block must see.
+
+        :raises StaleReadError: what it must see is lost.
+        """
+        facts = conn.ask_facts() if ask else conn.proven
+        if facts is None:
+            search.told[conn.endpoint] = "silent about its write-ahead log"
+            return False
+        search.told[conn.endpoint] = str(facts)
+        verdicts = {p: self._judge(conn, p, facts) for p in search.seen.required()}
+        for position, verdict in verdicts.items():
+            if verdict is Verdict.LOST and not search.seen.forgives(position):
+                search.lost.append(position)
+        if search.lost:
+            self.fresh_refused += 1
+            raise search.error(self.name)
+        has_it = all(verdict in (Verdict.PASSED, Verdict.LOST) for verdict in verdicts.values())
+        if not has_it and ask:
+            conn.endpoint.note_behind(facts)
+        return has_it
+
+    def _judge(self, conn: PooledConnection, position: Position, facts: Facts) -> Verdict:
+        """Return whether the server has the position, once the history of its timeline is known."""
+        timeline = facts.timeline
+        later = timeline is not None and timeline > position.timeline and position.timeline > 0
+        if later and facts.system == position.system and not TIMELINES.knows(facts.system, timeline or 0):
+            self._learn_history(conn, facts.system, timeline or 0)
+        return judge(position, facts, TIMELINES)
+
+    def _learn_history(self, conn: PooledConnection, system: int, timeline: int) -> None:
+        history, reason = None, "there is none"
+        try:
+            value = conn.ask(history_query(timeline)).get_value(0, 0)
+            history = None if value is None else value.decode("ascii", "replace")
+        except psycopg.Error as error:
+            if conn.closed:
+                raise
+            reason = one_line(error)
+        TIMELINES.note(system, timeline, history)
+        if history is None:
+            events.ENDPOINT_NO_HISTORY(
+                "endpoint %s: the history of timeline %d cannot be read: %s", conn.endpoint.label, timeline,
+                reason, endpoint=conn.endpoint.label, timeline=timeline, reason=reason,
+            )  # fmt: skip
+
+    def _on_a_standby(
+        self, search: _Search, conn: PooledConnection, movable: bool
+    ) -> PooledConnection | None:
+        """Return a connection to a standby that has it now: this one, or one of another server."""
+        just_asked = conn.endpoint.found_behind() is not None and conn.proven is not None
+        if self._has_it(search, conn, ask=not just_asked):
+            return conn
+        others = self._others(conn.endpoint) if movable else ()
+        for endpoint in others:
+            if endpoint.role is not Role.PRIMARY and (found := self._ask_there(search, conn, endpoint)):
+                return found
+        return None
+
+    def _others(self, but: Endpoint) -> list[Endpoint]:
+        """Return the group's other servers, those that were seen furthest ahead first."""
+        usable = [
+            endpoint
+            for endpoint in self.endpoints
+            if endpoint is not but and endpoint.state is State.UP and endpoint not in self._excluded
+        ]
+        return sorted(usable, key=lambda e: -(e.facts.lsn if e.facts is not None else 0))
+
+    def _awaited(self, search: _Search, conn: PooledConnection) -> PooledConnection | None:
+        """Wait for this standby to have it, for `fresh_wait`; less if it does not replay anything."""
+        began = monotonic()
+        until, pause = min(began + self.config.fresh_wait, search.until), FIRST_PAUSE
+        at = None if conn.proven is None else conn.proven.lsn
+        if self.config.fresh_wait <= 0 or (conn.proven is not None and not conn.proven.standby):
+            return None
+        self.fresh_waits += 1
+        while (left := until - monotonic()) > 0:
+            time.sleep(min(pause, left))
+            if self._has_it(search, conn):
+                return conn
+            pause = min(pause * 1.5, LONGEST_PAUSE)
+            stands = conn.proven is None or conn.proven.lsn == at
+            if stands and monotonic() - began > self.config.fresh_wait / 2:
+                return None  # its replay is paused, or the primary is away
+        return None
+
+    def _on_the_primary(self, search: _Search, conn: PooledConnection) -> PooledConnection | None:
+        for endpoint in self._others(conn.endpoint):
+            if endpoint.role is not Role.STANDBY and (
+                found := self._ask_there(search, conn, endpoint, needed=True)
+            ):
+                return found
+        return None
+
+    def _ask_there(
+        self, search: _Search, conn: PooledConnection, endpoint: Endpoint, needed: bool = False
+    ) -> PooledConnection | None:
+        """Ask another server; if it has it, return a connection to it that is lent in place of this one.
+
+        :param needed: whether this connection is given up if there is no room for both.
+        """
+        other = self.borrow(endpoint)
+        if other is None:
+            slot = self._pool.claim()
+            if slot is None and (not needed or (slot := self._give_up(conn)) is None):
+                search.told.setdefault(
+                    endpoint, "not asked: there is no connection to it, and no room for one"
+                )
+                return None
+            other = self._connect_to(endpoint, slot, search)
+            if other is None:
+                return None
+        try:
+            has_it = self._has_it(search, other)
+        except (psycopg.Error, Error) as error:
+            self.give_back(other, "lost" if other.closed else None)
+            if isinstance(error, StaleReadError):
+                raise
+            search.told[endpoint] = f"not to be asked: {one_line(error)}"
+            return None
+        if not has_it:
+            self.give_back(other)
+            return None
+        self._borrowed.discard(other)
+        if conn.block is not None:
+            self.checkin(conn)
+        other.lend_to(search.block)
+        self._lent[other] = search.block
+        if self._on_checkout is not None:
+            self._on_checkout(other)
+        return other
+
+    def _give_up(self, conn: PooledConnection) -> Slot | None:
+        """Close the block's connection; return its slot, for a connection to another server."""
+        slot = conn.slot
+        if self._lent.pop(conn, None) is None or slot is None:
+            return None
+        if conn.block is not None:
+            conn.block.conn = None
+        conn.block = None
+        self._discarded["stale"] += 1
+        conn.retire()
+        return slot
+
+    def _connect_to(self, endpoint: Endpoint, slot: Slot, search: _Search) -> PooledConnection | None:
+        """Open a connection to this server in the slot; return None if that fails."""
+        slot.endpoint = endpoint
+        budget = max(min(search.until - monotonic(), self._connect_timeout), MIN_TIMEOUT)
+        failures: dict[Endpoint, object] = {}
+        try:
+            conn = self._dial(endpoint, budget, 1, failures)  # type: ignore[arg-type]
+        except BaseException:
+            self._pool.free(slot)
+            raise
+        if conn is None:
+            self._pool.free(slot)
+            search.told[endpoint] = str(failures.get(endpoint) or "not of the group's target")
+            return None
+        self._adopt(conn, slot)
+        self._opened += 1
+        self._uneven = True  # its place is evened out at release
+        self._borrowed.add(conn)
+        return conn

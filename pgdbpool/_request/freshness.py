@@ -1,0 +1,146 @@
+"""What the reads of the current context must see: the writes up to a token, and those of earlier blocks.
+
+Readers check the plain attribute `in_use` first, so a process without tokens pays nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextvars import ContextVar
+from typing import Any
+
+from .._util.scoped_value import Binding, Scope, Variable, current
+from .._util.token import UNKNOWN, Position, Token
+from . import special
+
+in_use = False
+"""Whether a token was ever asked for, or given, in this process."""
+
+NOTHING: tuple[Position, ...] = ()
+
+
+_lock = threading.RLock()  # a signal handler may note a write too
+
+
+class Seen:
+    """What the blocks of a context have seen: the token that it began with, and what they have written."""
+
+    def __init__(self, token: Token | str | None = None, *, outer: Seen | None = None) -> None:
+        use()
+        given = Token.parse(token) if isinstance(token, str) else token
+        if not isinstance(given, (Token, type(None))):
+            raise TypeError(f"{given!r} is not a token: pass one, its text, or None")
+        self._outer = outer
+        self._token = given
+        self.written: Token | None = None
+        """Where the writes of the blocks inside ended."""
+        self.on_lost: Any = None
+        """Called with a position that a failover has lost, in place of an error."""
+
+    @property
+    def token(self) -> Token | None:
+        """Where the writes ended that the next block is to see; None if there are none."""
+        own, outer = self._token, None if self._outer is None else self._outer.token
+        return outer if own is None else own | outer
+
+    def required(self) -> tuple[Position, ...]:
+        """Return what a read must have behind it."""
+        token = self.token
+        return NOTHING if token is None else token.positions
+
+    def note(self, position: Position) -> None:
+        """Note that a block inside has written up to here."""
+        with _lock:
+            self.written = Token([position]) | self.written
+            self._token = self.written | self._token
+        if self._outer is not None:
+            self._outer.note(position)
+
+    def note_unknown(self, system: int) -> None:
+        """Note that a block inside may have written, and that nobody knows up to where."""
+        self.note(Position(system, 0, UNKNOWN))
+
+    def forgives(self, position: Position) -> bool:
+        """Return whether reads go on without a position that was lost; if so, it is forgotten."""
+        at: Seen | None = self
+        while at is not None and at.on_lost is None:
+            at = at._outer
+        if at is None:
+            return False
+        at.on_lost(position)
+        inner: Seen | None = self
+        while inner is not None:
+            inner._forget(position)
+            inner = inner._outer
+        return True
+
+    def _forget(self, position: Position) -> None:
+        with _lock:
+            left = [] if self._token is None else [p for p in self._token.positions if p != position]
+            self._token = Token(left) if left else None
+
+
+_current: Variable[Seen] = ContextVar("pgdbpool_seen", default=None)
+
+
+class _ReadYourWrites(Scope[Seen]):
+    """The `with` block of `read_your_writes`."""
+
+    def _recreate_cm(self) -> _ReadYourWrites:
+        return _ReadYourWrites(self._variable, self._value)
+
+    def __enter__(self) -> Seen:  # type: ignore[override]
+        super().__enter__()
+        assert self._binding is not None
+        return self._binding.value
+
+
+def read_your_writes(token: Token | str | None = None) -> _ReadYourWrites:
+    """Let the blocks inside the `with` block see the writes up to the token, and those of earlier ones.
+
+    A read of a standby that has not replayed them yet does not run there; see :doc:`/guide/freshness`. It is
+    a context variable: a new thread does not inherit it, `contextvars.copy_context()` passes it on.
+
+    >>> with read_your_writes(token) as seen:                           # doctest: +SKIP
+    ...     save(form)
+    ...     show(form)
+    >>> keep = seen.token                                               # doctest: +SKIP
+
+    :param token: a token or its text, such as one of an earlier request; None for none.
+    :raises ValueError: the text is not a token's.
+    """
+    return _ReadYourWrites(_current, lambda: Seen(token, outer=current(_current)))
+
+
+def for_block(after: Seen | None) -> Seen | None:
+    """Return what a block that begins now must see, and is to tell of its writes; None for nothing.
+
+    :param after: what it was given by itself.
+    """
+    outer = current(_current)
+    if after is not None:
+        return Seen(after.token, outer=outer)
+    return None if outer is None else Seen(outer=outer)
+
+
+def set_current(seen: Seen) -> None:
+    """Let the blocks of the rest of this context, such as a request's, see what this one says."""
+    _current.set(Binding(seen))
+
+
+def current_seen() -> Seen | None:
+    """Return what the current context has seen, or None."""
+    return current(_current)
+
+
+def forked() -> None:
+    """In a child, forget a lock that a thread of its parent may have held."""
+    global _lock
+    _lock = threading.RLock()
+
+
+def use() -> None:
+    """Switch tokens on."""
+    global in_use
+    in_use = True
+    special.use()

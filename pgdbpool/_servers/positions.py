@@ -1,0 +1,173 @@
+"""What a server has of the write-ahead log, and whether that includes what a token stands for.
+
+A position alone proves nothing: after a failover it may be beyond what the new primary has, or be reached by
+other records. So it counts on its timeline, and on those that began after it.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from .._util.token import UNKNOWN, Position, lsn_of, lsn_text
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
+# The position is read before the timeline: so a standby that turns to another one in between is not taken to
+# have reached it on the old. What a standby receives is shown to members of pg_read_all_stats alone; others
+# see the timeline of the control file, which may lag behind. A standby that receives nothing tells none.
+# https://www.postgresql.org/docs/current/monitoring-stats.html#MONITORING-PG-STAT-WAL-RECEIVER-VIEW
+_FACTS = """
+    SELECT system, standby, lsn, pg_catalog.lower(CASE
+        WHEN NOT standby THEN pg_catalog.left(pg_catalog.pg_walfile_name(lsn), 8)
+        ELSE pg_catalog.lpad(pg_catalog.to_hex((
+            SELECT coalesce(received_tli, CASE WHEN pid IS NOT NULL THEN greatest(
+                (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()),
+                (SELECT min_recovery_end_timeline FROM pg_catalog.pg_control_recovery())) END)
+            FROM pg_catalog.pg_stat_get_wal_receiver() WHERE lsn IS NOT NULL)), 8, '0') END) AS timeline
+    FROM (SELECT standby,
+              (SELECT system_identifier FROM pg_catalog.pg_control_system()) AS system,
+              CASE WHEN standby THEN pg_catalog.pg_last_wal_replay_lsn()
+                  ELSE pg_catalog.pg_current_wal_insert_lsn() END AS lsn
+          FROM pg_catalog.pg_is_in_recovery() AS standby OFFSET 0) AS here OFFSET 0"""
+_TEXT = """pg_catalog.concat_ws(' ', 'pgdbpool', system, CASE WHEN standby THEN 's' ELSE 'p' END,
+    coalesce(lsn, '0/0'), coalesce(timeline, '-'))"""
+QUERY = f"SELECT {_TEXT} FROM ({_FACTS}) AS facts".encode()
+"""The query for what a server has."""
+# The text is no number, so the cast fails, and with it all that follows in the pipeline.
+GUARD = f"""
+    SELECT CASE WHEN passed THEN facts ELSE facts::int::text END FROM (
+        SELECT {_TEXT} AS facts,
+            ($1 <> '0' AND system::text <> $1)
+            OR (lsn >= $2::pg_lsn AND timeline = ANY ($3::text[]))
+            OR (NOT standby AND $3::text[] = '{{}}') AS passed
+        FROM ({_FACTS}) AS facts OFFSET 0) AS guard""".encode()
+"""The query that fails unless the server has what a position stands for."""
+_ANSWER = re.compile(r"pgdbpool (\d+) ([sp]) ([0-9A-F]+/[0-9A-F]+) ([0-9a-f]{8}|-)")
+# As it may be anywhere in the file: other lines, and comments, are left out by the pattern.
+_HISTORY = "SELECT pg_catalog.pg_read_file('pg_wal/{:08X}.history', 0, 100000, true)"
+_FORK = re.compile(r"^\s*(\d+)\s+([0-9A-F]+/[0-9A-F]+)", re.MULTILINE)
+
+PAGE, SHORT_HEADER, LONG_HEADER = 8192, 24, 40
+"""Bytes of a page of the log, and of the headers of one and of a file's first."""
+
+
+class Verdict(enum.Enum):
+    """Whether a server has what a position stands for."""
+
+    PASSED = "has it"
+    BEHIND = "is behind"
+    UNPROVEN = "cannot be told to have it"
+    LOST = "does not have it, and never will"
+
+
+class Facts(NamedTuple):
+    """What a server has of the write-ahead log, at one moment; it never has less while it runs."""
+
+    system: int
+    standby: bool
+    lsn: int
+    timeline: int | None
+    """The one that a primary writes, or that a standby receives; None if it receives nothing."""
+
+    def __str__(self) -> str:
+        role = "a standby" if self.standby else "a primary"
+        on = "that receives nothing" if self.timeline is None else f"on timeline {self.timeline}"
+        return f"{role} {on}, at {lsn_text(self.lsn)}"
+
+
+def read(text: str) -> Facts | None:
+    """Return the facts in the result of `QUERY`, or in the error of `GUARD`; None if there are none."""
+    if (found := _ANSWER.search(text)) is None:
+        return None
+    system, role, lsn, timeline = found.groups()
+    return Facts(int(system), role == "s", lsn_of(lsn), None if timeline == "-" else int(timeline, 16))
+
+
+def written(facts: Facts) -> Position | None:
+    """Return where a primary's writes end; None of a standby, which has none.
+
+    The position to insert at is behind the header of the next page if the last record filled its page: a
+    standby that has replayed all is before it.
+    """
+    if facts.standby or facts.timeline is None:
+        return None
+    over = facts.lsn % PAGE
+    lsn = facts.lsn - over if over in (SHORT_HEADER, LONG_HEADER) else facts.lsn
+    return Position(facts.system, facts.timeline, lsn)
+
+
+class Timelines:
+    """The histories of timelines that servers have told."""
+
+    def __init__(self) -> None:
+        self._forks: dict[tuple[int, int], dict[int, int] | None] = {}
+
+    def knows(self, system: int, timeline: int) -> bool:
+        """Return whether the history of a timeline was asked for."""
+        return (system, timeline) in self._forks
+
+    def note(self, system: int, timeline: int, history: str | None) -> None:
+        """Remember the text of a timeline's history; None if the role may not read it."""
+        forks = None if history is None else {int(old): lsn_of(at) for old, at in _FORK.findall(history)}
+        self._forks[system, timeline] = forks
+
+    def includes(self, system: int, timeline: int, position: Position) -> bool | None:
+        """Return whether a later timeline began after the position; None if that is not known."""
+        forks = self._forks.get((system, timeline))
+        if forks is None:
+            return None
+        fork = forks.get(position.timeline)
+        return fork is not None and position.lsn <= fork
+
+    def of(self, position: Position) -> list[int]:
+        """Return the timelines that the position is known to be on."""
+        known = list(self._forks)
+        later = [t for system, t in known if system == position.system and self.includes(system, t, position)]
+        return [position.timeline, *later]
+
+
+def judge(position: Position, facts: Facts, timelines: Timelines) -> Verdict:
+    """Return whether a server has what the position stands for."""
+    if position.system not in (0, facts.system):
+        return Verdict.PASSED  # it is of another cluster
+    if position.lsn == UNKNOWN:
+        return Verdict.BEHIND if facts.standby else Verdict.PASSED
+    timeline = facts.timeline
+    if timeline is None or timeline < position.timeline:
+        return Verdict.BEHIND if facts.lsn < position.lsn else Verdict.UNPROVEN
+    if timeline > position.timeline:
+        if (included := timelines.includes(facts.system, timeline, position)) is None:
+            # Nothing is fresher than the primary; a standby may yet be one that others have left behind.
+            return Verdict.UNPROVEN if facts.standby else Verdict.PASSED
+        if not included:
+            return Verdict.LOST
+    if facts.lsn >= position.lsn:
+        return Verdict.PASSED
+    return Verdict.BEHIND if facts.standby else Verdict.LOST
+
+
+def guard(position: Position, timelines: Timelines) -> tuple[bytes, list[bytes | None]]:
+    """Return the command that fails unless the server has what the position stands for."""
+    if position.lsn == UNKNOWN:
+        return GUARD, [b"%d" % position.system, b"0/0", b"{}"]
+    accepted = ",".join(f"{timeline:08x}" for timeline in timelines.of(position))
+    return GUARD, [b"%d" % position.system, lsn_text(position.lsn).encode(), f"{{{accepted}}}".encode()]
+
+
+def history_query(timeline: int) -> bytes:
+    """Return the query for the history of a timeline, which needs the role pg_read_server_files."""
+    return _HISTORY.format(timeline).encode()
+
+
+def facts_of(result: PGresult) -> Facts | None:
+    """Return the facts in the result of `QUERY` or `GUARD`; None of another one."""
+    if result.nfields != 1 or result.ntuples != 1 or (value := result.get_value(0, 0)) is None:
+        return None
+    return read(value.decode("ascii", "replace"))
+
+
+TIMELINES = Timelines()
+"""What the servers of this process have told."""

@@ -1,0 +1,142 @@
+"""Guards that let no stale read run, and the positions of writes, both in the round trip of the statement.
+
+A guard has a transaction of its own before the statement's: in `repeatable read` it would otherwise take the
+snapshot that the statement reads by, and only then look at the position. Where writes ended is asked after
+the COMMIT, or after the Sync that implies one: before it the commit's record is not written yet.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from .. import errors
+from .._request.freshness import Seen
+from .._servers.positions import QUERY, TIMELINES, Facts, Verdict, facts_of, guard, judge, read, written
+from .commands import BEGIN, COMMIT, FATAL, NOTHING, Command
+from .liveness import LiveConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from psycopg.pq.abc import PGresult
+
+    from .._util.token import Position
+
+_MARK = b"pgdbpool_xid"
+XID: Command = (b"SELECT pg_catalog.txid_current_if_assigned() AS " + _MARK, None)
+"""Asks whether the transaction has written anything."""
+SYNC: Command = (b"", None)
+"""Stands for a Sync between two commands."""
+POSITION: Command = (QUERY, None)
+_FATAL = int(psycopg.pq.ExecStatus.FATAL_ERROR)
+
+
+class GuardedConnection(LiveConnection):
+    """A connection that knows what its server has of the write-ahead log."""
+
+    def lacking(self, positions: Iterable[Position]) -> list[Position]:
+        """Return the positions that the server is not known to have."""
+        facts = self.proven
+        if facts is None:
+            return list(positions)
+        return [p for p in positions if judge(p, facts, TIMELINES) is not Verdict.PASSED]
+
+    def guards_for(self, seen: Seen) -> tuple[Command, ...]:
+        """Return the commands that fail, and with them what follows, unless the server has what was seen.
+
+        :raises StaleReadError: it has not, as is known already; nothing was sent.
+        """
+        required = seen.required()
+        if not required or self.refuses_stale or not (missing := self.lacking(required)):
+            return NOTHING
+        if (facts := self.endpoint.found_behind()) is not None:
+            self._check_ahead(missing, facts)
+        self.guarding = self.follows = True
+        return BEGIN + tuple(guard(position, TIMELINES) for position in missing) + COMMIT
+
+    @property
+    def refuses_stale(self) -> bool:
+        """Whether its group takes none but servers that write, which have all that was written."""
+        return self.keeper is not None and self.keeper.writes
+
+    def _check_ahead(self, missing: Iterable[Position], facts: Facts) -> None:
+        """Refuse to send a guard that is known to fail."""
+        if any(judge(position, facts, TIMELINES) is Verdict.BEHIND for position in missing):
+            raise self._behind(str(facts))
+
+    def _behind(self, what: str) -> errors.StaleReadError:
+        label = self.endpoint.label
+        error = errors.StaleReadError(
+            f"{label} does not have what the block must see: nothing was read; it is {what}",
+            servers={label: what},
+        )
+        error.repeatable = True
+        return error
+
+    def note_passed(self, answers: Sequence[PGresult]) -> None:
+        """Note what the guards have found."""
+        self._end_guarding(True)
+        for facts in filter(None, map(facts_of, answers)):
+            self.prove(facts)
+
+    def note_failed(self, error: psycopg.Error) -> errors.StaleReadError | None:
+        """Return the error for a guard that failed; None if another command did."""
+        facts = read(str(error)) if error.sqlstate == "22P02" else None
+        self._end_guarding(facts is None)
+        if facts is None:
+            return None
+        self.prove(facts)
+        self.endpoint.note_behind(facts)
+        return self._behind(str(facts))
+
+    def _end_guarding(self, passed: bool) -> None:
+        self.guarding, self.follows = False, self.block is not None and bool(self.block.binding.report)
+        if self.keeper is not None:
+            self.keeper.note_guard(self, passed)
+
+    def prove(self, facts: Facts) -> None:
+        """Remember what the server has; behind a pooler the next transaction may be on another one."""
+        if not self.endpoint.config.pooler:
+            self.proven = facts
+            self.endpoint.facts = facts
+
+    # Where writes ended.
+
+    def learns(self) -> Seen | None:
+        """Return what is to learn of the block's writes; None if nothing is, or a standby can have none."""
+        seen = None if self.block is None else self.block.sees()
+        if seen is None or self.reads or self.closed:
+            return None
+        standby = not self.local and self.pgconn.parameter_status(b"in_hot_standby") == b"on"
+        return None if standby else seen
+
+    def tell(self, outcomes: list[list[PGresult]]) -> list[list[PGresult]]:
+        """Note where writes ended; return the answers that are not about this."""
+        *outcomes, told = outcomes
+        kept = [results for results in outcomes if not (results and _is_xid(results[0]))]
+        asked = [results[0] for results in outcomes if results and _is_xid(results[0])]
+        failed = any(result.status == FATAL for results in kept for result in results)
+        if not failed and asked and asked[0].get_value(0, 0) is not None:
+            self.note_written(facts_of(told[0]) if told else None)
+        return kept
+
+    def note_written(self, facts: Facts | None) -> None:
+        """Note that the block has written, up to here; None if the server does not say where that is."""
+        if self.block is None or (seen := self.block.sees()) is None:
+            return
+        position = None if facts is None else written(facts)
+        if facts is None or position is None:
+            seen.note_unknown(0 if self.proven is None else self.proven.system)
+        else:
+            self.prove(facts)
+            seen.note(position)
+
+    def lose_track(self) -> None:
+        """Note that something may have been written, nobody knows up to where."""
+        self.note_written(None)
+
+
+def _is_xid(result: PGresult) -> bool:
+    return bool(result.ntuples) and result.fname(0) == _MARK

@@ -1,0 +1,652 @@
+"""Reads see the writes before them, though they are read from standbys."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from support import config, server, wait_for
+
+import pgdbpool
+from pgdbpool import Connection, Handler, NotReplicatedError, StaleReadError, Token
+from pgdbpool.cluster import Cluster, Node
+
+SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
+OLDER = [16, *([15] if SYSTEM_15.is_dir() else [])]
+VERSIONS = [18, *(pytest.param(version, marks=pytest.mark.slow) for version in OLDER)]
+READING = ("auto_read", "manual_read")
+INSERT, COUNT = "INSERT INTO t VALUES (%s)", "SELECT count(*) FROM t WHERE i = %s"
+
+
+@pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"pg{version}")
+def servers(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    where = {"bin_dir": str(SYSTEM_15)} if request.param == 15 else {"version": request.param}
+    with Cluster(standbys=2, **where) as cluster:
+        cluster.primary.execute("CREATE TABLE t (i int)")
+        cluster.primary.execute("CREATE ROLE app LOGIN")
+        cluster.primary.execute("GRANT ALL ON t TO app")
+        cluster.wait_in_sync()
+        yield cluster
+
+
+def groups(**changes: Any) -> dict[str, dict[str, Any]]:
+    few = {"connection_count": 3, "min_size": 1, **changes}
+    return {
+        "auto": {"target": "primary", **few},
+        "manual": {"target": "primary", "autocommit": False, **few},
+        "auto_read": {"target": "standby", **few},
+        "manual_read": {"target": "standby", "autocommit": False, **few},
+        "prefer": {"target": "prefer-standby", **few},
+    }
+
+
+@pytest.fixture
+def init(servers: Cluster, mode: str) -> Iterator[Callable[..., None]]:
+    """A function that initialises the groups over all servers."""
+
+    def start(*entries: Any, **changes: Any) -> None:
+        Connection.init(config(entries or servers.nodes, mode, **groups(**changes)))
+
+    yield start
+    Connection.reset()
+
+
+@contextmanager
+def paused(*standbys: Node) -> Iterator[None]:
+    """Let standbys replay nothing."""
+    for node in standbys:
+        node.execute("SELECT pg_wal_replay_pause()")
+        wait_for(lambda node=node: node.execute("SELECT pg_get_wal_replay_pause_state()") == [("paused",)])
+    try:
+        yield
+    finally:
+        for node in standbys:
+            node.execute("SELECT pg_wal_replay_resume()")
+
+
+def numbers() -> Iterator[int]:
+    yield from range(1, 1_000_000)
+
+
+_numbers = numbers()
+
+
+def write(group: str = "auto") -> tuple[int, Token]:
+    """Write a row; return its number and the token."""
+    number = next(_numbers)
+    with pgdbpool.read_your_writes() as seen, Handler(group) as db:
+        db.query(INSERT, (number,))
+    assert seen.token is not None
+    return number, seen.token
+
+
+def status(group: str) -> Any:
+    return Connection.status().groups[group]
+
+
+# Tokens.
+
+
+def test_a_token_is_small_text_and_comes_back_from_it(init: Any) -> None:
+    init()
+    _, token = write()
+    assert len(str(token)) == 27
+    assert Token.parse(str(token)) == token
+    assert hash(Token.parse(str(token))) == hash(token)
+    assert eval(repr(token)) == token
+
+
+@pytest.mark.parametrize("text", ["", "x", "ä", "A" * 26, "A" * 28, "A" * 26 + "B", "A" * 27 + "=", None, 5])
+def test_text_that_is_no_token_is_refused_before_anything_is_sent(text: Any) -> None:
+    with pytest.raises((ValueError, AttributeError)):
+        Token.parse(text)
+    if isinstance(text, str):
+        with pytest.raises(ValueError, match="is not a token"), pgdbpool.read_your_writes(text):
+            pass
+
+
+def test_joined_tokens_keep_the_last_position_of_each_cluster() -> None:
+    from pgdbpool._util.token import Position
+
+    one, two, other = Position(1, 1, 50), Position(1, 2, 40), Position(2, 1, 10)
+    joined = Token([one]) | Token([two, other])
+    assert joined.positions == (two, other)
+    assert Token.parse(str(joined)) == joined
+    assert (joined | None) == (None | joined) == joined
+
+
+WRITES: dict[str, Callable[[str, int], object]] = {
+    "query": lambda group, i: in_block(group, lambda db: db.query(INSERT, (i,))),
+    "fetchval": lambda group, i: in_block(group, lambda db: db.fetchval(INSERT + " RETURNING i", (i,))),
+    "executemany": lambda group, i: in_block(group, lambda db: db.executemany(INSERT, [(i,), (i,)])),
+    "cursor": lambda group, i: in_block(group, lambda db: db.cursor().execute(INSERT, (i,))),
+    "several": lambda group, i: in_block(group, lambda db: db.query(f"SELECT 1; INSERT INTO t VALUES ({i})")),
+    "copy": lambda group, i: in_block(group, lambda db: copy_in(db, i)),
+    "copy_records_to_table": lambda group, i: in_block(
+        group, lambda db: db.copy_records_to_table("t", records=[(i,)])
+    ),
+    "transaction": lambda group, i: in_block(group, lambda db: in_transaction(db, i)),
+    "pipeline": lambda group, i: in_block(group, lambda db: in_pipeline(db, i)),
+    "function": lambda group, i: in_block(group, lambda db: db.query("SELECT put(%s)", (i,))),
+    "foreign cursor": lambda group, i: in_block(
+        group, lambda db: psycopg.ClientCursor(db.connection).execute(INSERT, (i,))
+    ),
+    "connection": lambda group, i: in_block(group, lambda db: db.connection.execute(INSERT, (i,))),
+    "begin": lambda group, i: in_block(
+        group, lambda db: [db.query(s) for s in ("BEGIN", f"INSERT INTO t VALUES ({i})", "COMMIT")]
+    ),
+    "one-shot": lambda group, i: Connection.execute(group, INSERT, (i,)),
+    "one-shots": lambda group, i: Connection.executemany(group, INSERT, [(i,)]),
+    "run": lambda group, i: pgdbpool.run(group, lambda db: db.query(INSERT, (i,))),
+    "getconn": lambda group, i: out_of_pool(group, i),
+}
+
+
+def in_block(group: str, work: Callable[[Handler], object]) -> None:
+    with Handler(group) as db:
+        work(db)
+
+
+def copy_in(db: Handler, i: int) -> None:
+    with db.copy("COPY t FROM STDIN") as copy:
+        copy.write_row((i,))
+
+
+def in_transaction(db: Handler, i: int) -> None:
+    with db.transaction():
+        db.query(INSERT, (i,))
+
+
+def in_pipeline(db: Handler, i: int) -> None:
+    with db.pipeline():
+        db.query(INSERT, (i,))
+
+
+def out_of_pool(group: str, i: int) -> None:
+    with Connection.getconn(group) as conn:
+        conn.execute(INSERT, (i,))
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+@pytest.mark.parametrize("way", list(WRITES))
+def test_each_way_to_write_gives_a_token_that_reads_then_wait_for(
+    servers: Cluster, init: Any, group: str, way: str
+) -> None:
+    init(fresh_wait=0)
+    if way == "function":
+        servers.primary.execute(
+            "CREATE OR REPLACE FUNCTION put(int) RETURNS void LANGUAGE sql AS 'INSERT INTO t VALUES ($1)'"
+        )
+    if way == "begin" and group == "manual":
+        pytest.skip("the block begins its transactions itself")
+    number = next(_numbers)
+    with paused(*servers.standbys), pgdbpool.read_your_writes() as seen:
+        WRITES[way](group, number)
+        assert seen.token is not None
+        ((end,),) = servers.primary.execute("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
+        (position,) = seen.token.positions
+        assert end - 100 <= position.lsn <= end
+        assert Connection.fetchval("prefer", COUNT, (number,)) > 0
+        with pytest.raises(StaleReadError):
+            Connection.fetchval("auto_read", COUNT, (number,))
+    assert status("prefer").fresh_from_primary == 1
+
+
+def test_a_block_that_only_reads_gives_no_token(init: Any, servers: Cluster) -> None:
+    servers.primary.execute("CREATE OR REPLACE FUNCTION nine() RETURNS int LANGUAGE sql AS 'SELECT 9'")
+    init()
+    with pgdbpool.read_your_writes() as seen:
+        for group in ("auto", "manual"):
+            with Handler(group) as db:
+                assert db.fetchval("SELECT nine()") == 9  # may write, as far as the text says
+                assert db.fetchval("SELECT count(*) FROM t") is not None
+            assert db.token is None
+            assert Connection.fetchval(group, "SELECT nine()") == 9
+    assert seen.token is None
+
+
+def test_a_block_that_failed_or_was_rolled_back_gives_no_token(init: Any) -> None:
+    init()
+    with pgdbpool.read_your_writes() as seen:
+        with Handler("manual") as db:
+            db.query(INSERT, (0,))
+            db.rollback()
+        with pytest.raises(ZeroDivisionError), Handler("manual") as db:
+            db.query(INSERT, (0,))
+            raise ZeroDivisionError
+        for group in ("auto", "manual"):
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                Connection.execute(group, "INSERT INTO t SELECT 1 / 0")
+            with pytest.raises(psycopg.errors.DivisionByZero), Handler(group) as db:
+                db.query("INSERT INTO t SELECT 1 / 0")
+    assert seen.token is None
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_a_deferred_constraint_that_fails_at_the_commit_is_raised_and_gives_no_token(
+    servers: Cluster, init: Any, group: str
+) -> None:
+    servers.primary.execute("""
+        DROP TABLE IF EXISTS late; CREATE TABLE late (i int UNIQUE DEFERRABLE INITIALLY DEFERRED);
+        INSERT INTO late VALUES (1)""")
+    init()
+    with pgdbpool.read_your_writes() as seen:
+        with pytest.raises(psycopg.errors.UniqueViolation), Handler(group) as db:
+            db.query("INSERT INTO late VALUES (1)")
+        with pytest.raises(psycopg.errors.UniqueViolation):
+            Connection.execute(group, "INSERT INTO late VALUES (1)")
+        assert Connection.fetchval(group, "SELECT 1") == 1
+    assert seen.token is None
+
+
+def test_the_blocks_own_token_and_that_of_a_group(init: Any) -> None:
+    init()
+    with pgdbpool.read_your_writes() as seen:
+        with Handler("manual") as first:
+            first.query(INSERT, (0,))
+            assert first.token is None  # nothing is committed yet
+        with Handler("auto") as second:
+            second.query(INSERT, (0,))
+            assert second.token is not None
+    assert first.token is not None
+    assert first.token != second.token
+    assert seen.token == second.token == first.token | second.token
+    with Handler("auto") as outside:
+        outside.query(INSERT, (0,))
+        asked = outside.token
+    assert asked is not None
+    assert asked | seen.token == asked
+    assert Connection.token("auto") | asked == Connection.token("manual")
+    with pytest.raises(pgdbpool.BlockClosedError):
+        _ = outside.token
+    with pytest.raises(pgdbpool.TargetUnavailableError, match="is a standby on timeline"):
+        Connection.token("auto_read")
+
+
+# Contexts.
+
+
+def test_contexts_compose(init: Any) -> None:
+    init()
+    _, before = write()
+    with pgdbpool.read_your_writes(str(before)) as outer:
+        assert outer.token == before
+        with pgdbpool.read_your_writes() as inner:
+            assert inner.token == before  # what is inside both sees what the outer one does
+            _, written = write()
+        assert inner.token == outer.token == written
+        assert inner.written == written
+    assert pgdbpool.read_your_writes()(lambda: None)() is None
+
+
+def test_a_thread_has_a_context_of_its_own_unless_it_is_given_a_copy(init: Any) -> None:
+    init()
+    found: list[Any] = []
+    with pgdbpool.read_your_writes() as seen:
+        plain = threading.Thread(target=lambda: found.append(write()[1]))
+        plain.start()
+        plain.join()
+        assert seen.token is None
+        if Connection.get_threading_model() == "threaded":
+            context = contextvars.copy_context()
+            copied = threading.Thread(target=lambda: context.run(lambda: found.append(write()[1])))
+            copied.start()
+            copied.join()
+            assert seen.token == found[1]
+
+
+# Guards.
+
+
+@pytest.mark.parametrize("group", READING)
+def test_a_read_waits_for_a_standby_that_is_about_to_have_the_write(
+    servers: Cluster, init: Any, group: str
+) -> None:
+    init(fresh_wait=5)
+    with paused(*servers.standbys):
+        number, token = write()
+        timer = threading.Timer(
+            0.1, lambda: [s.execute("SELECT pg_wal_replay_resume()") for s in servers.standbys]
+        )
+        timer.start()
+        with Handler(group, after=token) as db:
+            assert db.fetchval(COUNT, (number,)) == 1
+        timer.join()
+    assert status(group).fresh_waits == 1
+    assert status(group).fresh_refused == 0
+
+
+@pytest.mark.parametrize("group", READING)
+def test_a_read_goes_to_the_other_standby(servers: Cluster, init: Any, group: str) -> None:
+    init(fresh_wait=5)
+    late, early = servers.standbys
+    with paused(late):
+        number, token = write()
+        wait_for(lambda: early.execute(COUNT, (number,)) == [(1,)])
+        for _ in range(4):
+            with Handler(group, after=token) as db:
+                assert db.fetchval(COUNT, (number,)) == 1
+                assert db.endpoint == early.label
+    assert status(group).fresh_waits == 0
+
+
+READS: dict[str, Callable[[Handler, int], int]] = {
+    "query": lambda db, i: db.query(COUNT, (i,)).fetchone()[0],
+    "fetchmany": lambda db, i: db.fetchmany(COUNT, [(i,)])[0][0],
+    "cursor": lambda db, i: db.cursor().execute(COUNT, (i,)).fetchone()[0],
+    "client cursor": lambda db, i: psycopg.ClientCursor(db.connection).execute(COUNT, (i,)).fetchone()[0],
+    "stream": lambda db, i: next(iter(db.cursor().stream(COUNT, (i,))))[0],
+    "copy": lambda db, i: copied(db, i),
+    "several": lambda db, i: db.fetchval(f"SELECT 1; SELECT count(*) FROM t WHERE i = {i}"),
+    "pipeline": lambda db, i: pipelined(db, i),
+    "transaction": lambda db, i: transacted(db, i),
+    "named cursor": lambda db, i: named(db, i),
+    "connection": lambda db, i: db.connection.execute(COUNT, (i,)).fetchone()[0],
+}
+
+
+def copied(db: Handler, i: int) -> int:
+    with db.copy(f"COPY (SELECT count(*) FROM t WHERE i = {i}) TO STDOUT") as copy:
+        return int(b"".join(bytes(data) for data in copy))
+
+
+def pipelined(db: Handler, i: int) -> Any:
+    with db.pipeline():
+        return db.query(COUNT, (i,)).fetchone()[0]
+
+
+def transacted(db: Handler, i: int) -> Any:
+    with db.transaction():
+        return db.fetchval(COUNT, (i,))
+
+
+def named(db: Handler, i: int) -> Any:
+    with db.transaction(), db.cursor("name") as cursor:
+        return cursor.execute(COUNT, (i,)).fetchone()[0]
+
+
+@pytest.mark.parametrize("group", [*READING, "prefer"])
+@pytest.mark.parametrize("way", list(READS))
+def test_no_way_to_read_gives_a_stale_row(servers: Cluster, init: Any, group: str, way: str) -> None:
+    init(fresh_wait=0)
+    with paused(*servers.standbys):
+        number, token = write()
+        if group == "prefer":
+            with Handler(group, after=token) as db:
+                assert READS[way](db, number) == 1
+            with pgdbpool.read_your_writes(token), Handler(group) as db:
+                assert READS[way](db, number) == 1
+        else:
+            with pytest.raises(StaleReadError) as caught, Handler(group, after=token) as db:
+                READS[way](db, number)
+            assert set(caught.value.servers) == {node.label for node in servers.standbys}
+            assert not caught.value.lost
+    servers.wait_in_sync()
+    with Handler(group, after=token) as db:
+        assert READS[way](db, number) == 1
+
+
+def test_the_writes_inside_a_block_that_is_open_already_are_seen_too(servers: Cluster, init: Any) -> None:
+    init(fresh_wait=0)
+    with paused(*servers.standbys), pgdbpool.read_your_writes(), Handler("prefer") as db:
+        assert db.fetchval("SELECT 1") == 1
+        number, _ = write()
+        assert db.fetchval(COUNT, (number,)) == 1
+
+
+def test_a_session_that_the_block_has_made_its_own_is_not_left_for_another(
+    servers: Cluster, init: Any
+) -> None:
+    init(fresh_wait=0)
+    with paused(*servers.standbys), pgdbpool.read_your_writes(), Handler("prefer") as db:
+        db.query("SET work_mem = '5MB'")
+        number, _ = write()
+        with pytest.raises(StaleReadError):
+            db.fetchval(COUNT, (number,))
+
+
+def test_a_connection_out_of_its_pool_reads_its_writes_too(servers: Cluster, init: Any) -> None:
+    init(fresh_wait=0)
+    for group in ("prefer", "auto_read", "manual_read"):
+        conn = Connection.getconn(group)
+        with paused(*servers.standbys), pgdbpool.read_your_writes():
+            assert conn.execute("SELECT 1").fetchone()[0] == 1
+            conn.commit()
+            number, _ = write()
+            if group == "prefer":
+                cursor = conn.cursor()
+                assert cursor.execute(COUNT, (number,)).fetchone()[0] == 1
+                assert cursor.execute(COUNT, (number,)).fetchone()[0] == 1
+            else:
+                with pytest.raises(StaleReadError):
+                    conn.execute(COUNT, (number,))
+        servers.wait_in_sync()
+        assert conn.execute(COUNT, (number,)).fetchone()[0] == 1
+        conn.close()
+    assert [status(group).in_use for group in ("prefer", "auto_read", "manual_read")] == [0, 0, 0]
+    assert status("prefer").size <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["auto_read", "manual_read"])
+def test_in_repeatable_read_the_snapshot_is_not_older_than_the_guard(
+    servers: Cluster, init: Any, group: str
+) -> None:
+    """The guard's own statement would take the snapshot before it looks, and pass all the same."""
+    servers.primary.execute("ALTER ROLE app SET default_transaction_isolation = 'repeatable read'")
+    try:
+        servers.wait_in_sync()
+        init(*(server(node, user="app") for node in servers.nodes), fresh_wait=5)
+        for _ in range(200):
+            number, token = write("manual")
+            with Handler(group, after=token) as db:
+                assert db.fetchval(COUNT, (number,)) == 1
+                assert db.fetchval("SHOW transaction_isolation") == "repeatable read"
+    finally:
+        servers.primary.execute("ALTER ROLE app RESET default_transaction_isolation")
+
+
+def test_a_role_without_privileges_is_guarded_too(servers: Cluster, init: Any) -> None:
+    init(*(server(node, user="app") for node in servers.nodes), fresh_wait=0)
+    with paused(*servers.standbys):
+        number, token = write()
+        with pytest.raises(StaleReadError):
+            Connection.fetchval("auto_read", COUNT, (number,), after=token)
+        assert Connection.fetchval("prefer", COUNT, (number,), after=token) == 1
+    servers.wait_in_sync()
+    assert Connection.fetchval("auto_read", COUNT, (number,), after=token) == 1
+
+
+def test_a_token_of_another_cluster_guards_nothing_here(servers: Cluster, init: Any) -> None:
+    from pgdbpool._util.token import Position
+
+    init()
+    foreign = Token([Position(12345, 1, 2**60)])
+    assert Connection.fetchval("auto_read", "SELECT 1", after=foreign) == 1
+
+
+# The positions of writes.
+
+
+def test_the_position_inside_of_a_statements_own_transaction_is_before_its_commit(init: Any) -> None:
+    init()
+    with pgdbpool.read_your_writes() as seen, Handler("auto") as db:
+        inside = db.fetchval(
+            "INSERT INTO t VALUES (0) RETURNING pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')"
+        )
+    assert seen.token is not None
+    assert seen.token.positions[0].lsn > inside
+
+
+def test_with_synchronous_commit_off_the_token_is_at_the_commit(servers: Cluster, init: Any) -> None:
+    """Only the position to insert at is: what is written or flushed is behind it."""
+    init(settings={"synchronous_commit": "off"})
+    with servers.primary.connect() as admin, pgdbpool.read_your_writes() as seen:
+        behind = 0
+        for _ in range(30):
+            with Handler("manual") as db:
+                db.query(INSERT, (0,))
+            ((flushed,),) = admin.execute("SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn").fetchall()
+            assert seen.token is not None
+            behind += flushed < seen.token.positions[0].lsn
+    assert behind > 20
+
+
+def test_a_position_behind_the_header_of_a_new_page_is_that_of_the_last_records_end(
+    servers: Cluster, init: Any
+) -> None:
+    """Where a record fills its page, the position to insert at is one that no standby has until the next."""
+    from pgdbpool._servers.positions import PAGE, SHORT_HEADER
+
+    init(fresh_wait=1)
+    with pgdbpool.read_your_writes() as seen, servers.primary.connect() as admin:
+
+        def write_bytes(number: int) -> None:
+            Connection.execute("auto", "SELECT pg_logical_emit_message(true, '', repeat('x', %s))", (number,))
+
+        def at() -> int:
+            ((lsn,),) = admin.execute("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn").fetchall()
+            return int(lsn)
+
+        for _ in range(100):
+            while PAGE - at() % PAGE < 5000:
+                write_bytes(1000)
+            before = at()
+            write_bytes(1000)
+            after = at()
+            write_bytes(1000 + PAGE - after % PAGE - (after - before))
+            if (raw := at()) % PAGE == SHORT_HEADER:  # else the server has written something itself
+                break
+        assert raw % PAGE == SHORT_HEADER
+        assert seen.token is not None
+        assert seen.token.positions[0].lsn == raw - SHORT_HEADER
+        assert Connection.fetchval("auto_read", "SELECT 1") == 1
+
+
+@pytest.mark.slow
+def test_a_commit_that_did_not_wait_for_its_standby_is_read_from_the_primary(
+    servers: Cluster, init: Any
+) -> None:
+    init(fresh_wait=0)
+    node = servers.primary
+    node.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    node.execute("SELECT pg_reload_conf()")
+    try:
+        for group in ("auto", "manual"):
+            canceller = threading.Timer(0.3, lambda: cancel_waiting(node))
+            canceller.start()
+            with pgdbpool.read_your_writes() as seen:
+                number = next(_numbers)
+                with pytest.raises(NotReplicatedError), Handler(group) as db:
+                    db.query(INSERT, (number,))
+                assert seen.token is not None
+                with Handler("prefer") as db:
+                    assert db.fetchval(COUNT, (number,)) == 1
+                    assert db.endpoint == node.label
+            canceller.join()
+    finally:
+        node.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        node.execute("SELECT pg_reload_conf()")
+
+
+def cancel_waiting(node: Node) -> None:
+    waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    ((pid,),) = wait_for(lambda: node.execute(waiting))
+    node.execute("SELECT pg_cancel_backend(%s)", (pid,))
+
+
+def test_a_lost_commit_may_be_there_and_is_looked_for_on_the_primary(
+    servers: Cluster, init: Any, proxy_to: Any
+) -> None:
+    proxy = proxy_to(servers.primary)
+    init(server(servers.primary, port=proxy.port), *servers.standbys, fresh_wait=0)
+    with pgdbpool.read_your_writes() as seen:
+        number = next(_numbers)
+        with pytest.raises(pgdbpool.ConnectionLostError) as caught, Handler("manual") as db:
+            db.query(INSERT, (number,))
+            proxy.cut_after(b"COMMIT")
+        assert caught.value.maybe_committed
+        assert seen.token is not None
+        with pytest.raises(StaleReadError):
+            Connection.fetchval("auto_read", COUNT, (number,))
+        assert Connection.fetchval("prefer", COUNT, (number,)) in (0, 1)
+
+
+# Round trips.
+
+
+def test_a_guarded_read_takes_one_round_trip(servers: Cluster, mode: str, proxy_to: Any) -> None:
+    primary, standby = servers.primary, servers.standbys[0]
+    proxy = proxy_to(standby)
+    entries = [server(primary, label="primary"), server(standby, port=proxy.port, label="standby")]
+    read = {"endpoints": ["standby"], "target": "standby", "connection_count": 1}
+    groups = {"read": read, "manual": {**read, "autocommit": False}, "auto": {"endpoints": ["primary"]}}
+    Connection.init(config(entries, mode, **groups))
+    try:
+        for group, trips in (("read", 1), ("manual", 2)):
+            for _ in range(3):
+                number, token = write()
+                wait_for(lambda number=number: standby.execute(COUNT, (number,)) == [(1,)])
+                before, passed = proxy.round_trips, status(group).guards_passed
+                with Handler(group, after=token) as db:
+                    assert db.fetchval(COUNT, (number,)) == 1
+                assert proxy.round_trips - before == trips
+                assert status(group).guards_passed == passed + 1
+                with Handler(group, after=token) as db:  # its standby is known to have it
+                    assert db.fetchval(COUNT, (number,)) == 1
+                assert status(group).guards_passed == passed + 1
+    finally:
+        Connection.reset()
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_a_write_takes_as_many_round_trips_with_its_token_as_without(
+    servers: Cluster, mode: str, proxy_to: Any, group: str
+) -> None:
+    proxy = proxy_to(servers.primary)
+    proxy.delay = 0.003  # libpq sends at each Sync: so what it sends at once is counted as one
+    entry = server(servers.primary, port=proxy.port)
+    few = {"connection_count": 1, "prepare_threshold": None}
+    Connection.init(config([entry], mode, auto=few, manual={**few, "autocommit": False}))
+
+    def trips() -> list[int]:
+        counts = []
+        for way in ("query", "executemany", "cursor", "one-shot", "one-shots", "getconn"):
+            WRITES[way](group, 0)
+            proxy.reset_counts()
+            WRITES[way](group, 0)
+            counts.append(proxy.round_trips)
+        return counts
+
+    try:
+        without = trips()
+        with pgdbpool.read_your_writes() as seen:
+            assert trips() == without
+            assert seen.token is not None
+    finally:
+        Connection.reset()
+
+
+def test_outside_of_a_context_nothing_more_is_sent(servers: Cluster, mode: str, proxy_to: Any) -> None:
+    proxy = proxy_to(servers.primary)
+    entry = server(servers.primary, port=proxy.port)
+    Connection.init(config([entry], mode, manual={"connection_count": 1, "autocommit": False}))
+    try:
+        Connection.execute("manual", INSERT, (0,))
+        counts = []
+        for _ in range(2):
+            proxy.reset_counts()
+            with Handler("manual") as db:
+                db.query(INSERT, (0,))
+            counts.append(proxy.bytes_up)
+            with pgdbpool.read_your_writes(), Handler("manual") as db:
+                db.query(INSERT, (0,))
+        assert counts[0] == counts[1]
+    finally:
+        Connection.reset()
