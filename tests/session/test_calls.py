@@ -18,6 +18,7 @@ from support import config
 from pgdbpool import Connection, Handler
 from pgdbpool._request import correlation as tracing
 from pgdbpool._request import deadline as deadlines
+from pgdbpool._request import freshness, special
 
 CALLS = {"threaded": (17, 29), "non-threaded": (19, 31)}
 """Of Python functions, and of those and built-in ones together."""
@@ -40,7 +41,7 @@ def calls(function: Callable[[], None]) -> tuple[int, int]:
 
 @pytest.fixture(params=list(CALLS))
 def mode(request: pytest.FixtureRequest, known_cluster: Any, monkeypatch: Any) -> Iterator[str]:
-    for module in (tracing, deadlines):  # as in a process that has used neither
+    for module in (tracing, deadlines, freshness, special):  # as in a process that has used none of them
         monkeypatch.setattr(module, "in_use", False)
     auto: dict[str, Any] = {"connection_count": 1}
     watched = {**auto, "leak_after": 60, "slow_block": 60, "slow_query": 60, "max_hold": 120}
@@ -89,6 +90,8 @@ def test_a_statement_makes_no_call_for_what_its_block_does_not_use(mode: str) ->
     assert "pgdbpool._lending.group" in names
     assert not names & {
         "pgdbpool._request.correlation",
+        "pgdbpool._request.freshness",
+        "pgdbpool._session.guarding",
         "pgdbpool._util.log_events",
         "pgdbpool._session.slow_statements",
         "pgdbpool._util.durations",
