@@ -179,6 +179,7 @@ def _groups(
                 "paused": next((group["paused"] for group in serving if group["paused"]), None),
                 "connections": dict(connections),
                 **counts,
+                "ended": _ended(counts, seen),
                 "history": _history(snapshots, "groups", name, now, width=4),
             }
         )
@@ -196,6 +197,13 @@ def _configs(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         elif config is not None:
             found.append({"pids": [pid], "config": config})
     return found
+
+
+def _ended(counts: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many connections ended with their processes, which are not counted as closed."""
+    there: int = sum(group["idle"] + group["in_use"] for group in groups)
+    closed: int = counts["opened"] - sum(counts["discarded"].values())
+    return max(closed - there, 0)
 
 
 def _events(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from uuid import uuid4
 import psycopg
 
 import pgdbpool as dbpool
+from pgdbpool.wsgi import StatusApp, mount
 
 logger = logging.getLogger("example")
 logging.basicConfig(format="%(asctime)s [%(process)d] %(levelname)s %(message)s")
@@ -55,7 +56,7 @@ class Refused(Exception):
         self.headers = headers
 
 
-def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+def bank(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Answer one request."""
     request = f"{environ['REQUEST_METHOD']} {environ.get('PATH_INFO', '')!r}"
     try:
@@ -85,6 +86,10 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
     ]
     start_response(f"{response.status} {HTTPStatus(response.status).phrase}", headers)
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+
+# The pools of all workers, with buttons to drain a server. Without a token, only for this machine.
+application = mount(bank, "/-/pools", StatusApp(actions=True))
 
 
 def route(environ: dict[str, Any]) -> Response:

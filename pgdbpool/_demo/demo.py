@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..cluster._installation import find_installation
 
 HOST = "127.0.0.1"
 DATABASE = "bank"
+STATUS_PAGE = "/-/pools/"
 WorkerClass = Literal["sync", "gthread"]
 App = Literal["plain", "sqlalchemy", "flask", "django"]
 APPS: dict[App, tuple[str, tuple[str, ...]]] = {
@@ -112,10 +114,12 @@ def create_database(cluster: Cluster) -> None:
     cluster.wait_in_sync()
 
 
-def write_config(cluster: Cluster) -> Path:
+def write_config(cluster: Cluster, runtime_dir: str | None = None) -> Path:
     """Write the example's configuration with the cluster's servers in place of its own; return the path."""
     config = yaml.safe_load((example_directory() / "pgdbpool.yaml").read_text())
     config["db"] = [_server(node, cluster.password) for node in cluster.nodes]
+    if runtime_dir is not None:
+        config["runtime_dir"] = runtime_dir
     path = cluster.directory / "pgdbpool.yaml"
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # it has a password
         yaml.safe_dump(config, file, sort_keys=False)
@@ -150,6 +154,7 @@ class Gunicorn:
         self,
         config: Path,
         *,
+        runtime_dir: str = "",
         port: int = 0,
         workers: int = 2,
         worker_class: WorkerClass = "gthread",
@@ -182,6 +187,7 @@ class Gunicorn:
             **{name: value for name, value in os.environ.items() if not name.startswith("GUNICORN_")},
             "PGDBPOOL_CONFIG": str(config),
             "POOL_TYPE": "non-threaded" if worker_class == "sync" else "threaded",
+            "PGDBPOOL_DEMO_RUNTIME_DIR": runtime_dir,
             "PYTHONPATH": path,
             "PYTHONDONTWRITEBYTECODE": "1",  # nothing is left in the example's directory
         }
@@ -300,17 +306,20 @@ def started(options: Options, log: IO[bytes] | None = None) -> Iterator[tuple[Cl
     cluster = Cluster(options.standbys, options.version, auth="scram-sha-256")
     with cluster:
         create_database(cluster)
-        server = Gunicorn(
-            write_config(cluster),
-            port=options.port,
-            workers=options.workers,
-            worker_class=options.worker_class,
-            threads=options.threads,
-            app=options.app,
-            log=log,
-        )
-        with server:
-            yield cluster, server
+        # Not in the cluster's directory, which may belong to another user: gunicorn's user must own it.
+        with tempfile.TemporaryDirectory(prefix="pgdbpool-", ignore_cleanup_errors=True) as runtime_dir:
+            server = Gunicorn(
+                write_config(cluster, runtime_dir),
+                runtime_dir=runtime_dir,
+                port=options.port,
+                workers=options.workers,
+                worker_class=options.worker_class,
+                threads=options.threads,
+                app=options.app,
+                log=log,
+            )
+            with server:
+                yield cluster, server
 
 
 def run(options: Options) -> NoReturn:
@@ -366,6 +375,7 @@ def facts(cluster: Cluster, server: Gunicorn) -> dict[str, Any]:
     return {
         "status": "running",
         "url": server.url,
+        "status_page": server.url + STATUS_PAGE,
         "gunicorn": {"host": HOST, "port": server.port, "pid": server.pid},
         "config": str(cluster.directory / "pgdbpool.yaml"),
         "servers": facts_of_servers(cluster),
@@ -393,8 +403,9 @@ PostgreSQL {version}:
 gunicorn: process {server.pid}, {server.description}
 configuration: {cluster.directory / "pgdbpool.yaml"}
 
+Look first at        {url}{STATUS_PAGE}  (the pools of all workers, live)
 The example runs at  {url}/
 
-Try in another terminal:
+Try in another terminal, and watch the page:
 {lines}
 Ctrl-C stops everything and removes the data."""

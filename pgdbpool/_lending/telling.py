@@ -165,8 +165,8 @@ class TellingGroup(ConfiguredGroup):
         return len(blocks) >= limit and all(block.thread == me for block in blocks)
 
     def long_holders(self) -> tuple[str, ...]:
-        """Return the blocks that have held a connection for `leak_after`, or by default for a second."""
-        return self._holders(self.config.leak_after or LONG)
+        """Return the blocks that have held a connection for a second, or for a shorter `leak_after`."""
+        return self._holders(min(self.config.leak_after or LONG, LONG))
 
     def _holders(self, least: float = 0.0) -> tuple[str, ...]:
         now, names = monotonic(), describe.thread_names()

@@ -140,7 +140,7 @@ def _endpoint(
     cells = [
         f"<strong>{escape(label)}</strong> <small>{escape(role)}, weight {endpoint['weight']}</small>",
         f'<span class="state {state}"><span aria-hidden="true">{SYMBOLS[state]}</span> {state}</span>{some}',
-        f"{endpoint['connections']}{_plot([row[0] for row in endpoint['history']], 'connections')}",
+        _connections(endpoint, _period(endpoint["history"], view)),
         f'{share:.0%}<svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect class="rest" width="100" height="6"/><rect width="{share * 100:.1f}" height="6"/></svg>',
         _lag(endpoint),
@@ -156,6 +156,12 @@ def _endpoint(
             f'<button aria-label="{verb.capitalize()} {escape(label)}">{verb.capitalize()}</button></form>'
         )
     return cells
+
+
+def _connections(endpoint: Mapping[str, Any], period: str) -> str:
+    values = [row[0] for row in endpoint["history"]]
+    plot = _plot(values, f"connections, last {period}")
+    return f"{endpoint['connections']}{plot}<small>0 to {max(values)} in {period}</small>"
 
 
 def _lag(endpoint: Mapping[str, Any]) -> str:
@@ -187,7 +193,8 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     waits = " · ".join(_duration(quantile(counts, view["buckets"], share)) for share in SHARES)
     waits = waits.replace(" ", "\N{NO-BREAK SPACE}")
     percentiles = " · ".join(f"p{share * 100:.0f}" for share in SHARES)
-    discarded = ", ".join(f"{number} {escape(why)}" for why, number in sorted(group["discarded"].items()))
+    closed = [f"{number:,} {escape(why)}" for why, number in sorted(group["discarded"].items())]
+    closed += [f"{group['ended']:,} with their process"] if group["ended"] else []
     facts = [
         _fact("In use", f"{busy} <small>of {group['max_size']}</small>"),
         _fact("Idle", str(group["idle"])),
@@ -198,17 +205,14 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
         _fact(f"Wait at most ({percentiles})", waits),
         _fact("Blocks", f"{group['checkouts']:,}"),
         _fact("Opened", f"{group['opened']:,}"),
-        _fact("Closed", discarded or "none"),
+        _fact("Closed", ", ".join(closed) or "none"),
     ]
     blocks = [row[0] / step for row in history[:-1]]  # the last step is not over yet
-    period = "last " + _number(len(history) * step // 60, "minute", "minutes")
+    period = _period(history, view)
+    used, queued = [row[1] for row in history], [row[2] for row in history]
     plots = [
-        _figure("Blocks per second", _rate(blocks[-1]), _plot(blocks, f"blocks per second, {period}")),
-        _figure(
-            "In use, and waiting",
-            f"{busy} + {waiting}",
-            _plot([row[1] for row in history], f"in use and waiting, {period}", [row[2] for row in history]),
-        ),
+        _figure("Blocks per second", _rate(blocks[-1]), blocks, period),
+        _figure("In use, and waiting", f"{busy} + {waiting}", used, period, queued),
     ]
     return (
         f'<article class="card" aria-label="Group {name}"><h3>{name}</h3>'
@@ -217,12 +221,25 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(title: str, value: str, plot: str) -> str:
-    return f"<figure><figcaption>{title} <b>{value}</b></figcaption>{plot}</figure>"
+def _figure(
+    title: str, value: str, values: Sequence[float], period: str, above: Sequence[float] | None = None
+) -> str:
+    """Return a plot with its title, its value now, its scale and its span of time."""
+    most = max(map(sum, zip(values, above or [0] * len(values), strict=True)), default=0)
+    return (
+        f"<figure><figcaption>{title} <b>{value}</b></figcaption>"
+        f"{_plot(values, f'{title.lower()}, last {period}', above)}"
+        f'<div class="axis" aria-hidden="true"><span>{period} ago</span><span>0 to {_rate(most)}</span>'
+        "<span>now</span></div></figure>"
+    )
+
+
+def _period(history: Sequence[Any], view: Mapping[str, Any]) -> str:
+    return _number(len(history) * view["step"] // 60, "minute", "minutes")
 
 
 def _rate(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
 
 
 # Holders, events, processes.
@@ -236,7 +253,7 @@ def _holders(view: Mapping[str, Any]) -> str:
     content = (
         _table(["Process", "Group", "Held by"], rows)
         if rows
-        else '<p class="none">No block has held its connection for longer than a second.</p>'
+        else '<p class="none">No block has held its connection for more than a second.</p>'
     )
     return _section("holders", "Long holders", content)
 
@@ -279,20 +296,26 @@ def _processes(view: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table that a narrow screen shows as a list: each cell knows its column."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    """Return a table that a narrow screen shows as a list: each cell knows its column.
+
+    The roles keep it a table for screen readers there: a changed `display` would take them away.
+    """
+    head = "".join(f'<th scope="col" role="columnheader">{column}</th>' for column in columns)
     body = "".join(
-        "<tr>"
+        '<tr role="row">'
         + "".join(
-            f'<th scope="row">{cell}</th>'
+            f'<th scope="row" role="rowheader">{cell}</th>'
             if place == 0
-            else f'<td data-column="{columns[place]}">{cell}</td>'
+            else f'<td role="cell" data-column="{columns[place]}">{cell}</td>'
             for place, cell in enumerate(row)
         )
         + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        f'<table role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{body}</tbody></table>'
+    )
 
 
 def _plot(values: Sequence[float], what: str, above: Sequence[float] | None = None) -> str:

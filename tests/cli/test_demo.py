@@ -132,6 +132,7 @@ def test_a_signal_ends_the_demo_and_leaves_nothing(signum: signal.Signals, room:
         [config] = re.findall(r"configuration: (\S+)", said)
         assert Path(config).stat().st_mode & 0o077 == 0  # it holds the password
         assert get(f"{url}/health")[0] == 200
+        assert said.index(f"{url}/-/pools/") < said.index(f"{url}/accounts")
         demo.process.send_signal(signum)
         demo.process.send_signal(signum)  # the impatient user's second does no harm
         assert demo.process.wait(15) == 0
@@ -150,6 +151,8 @@ def test_the_demo_tells_scripts_what_runs_where(room: Path) -> None:
         assert {found["gunicorn"]["pid"], *(e["pid"] for e in found["servers"])} <= demo.family()
         assert "pass" in Path(found["config"]).read_text()
         assert "Try in another" not in demo.output
+        page = f"{found['status_page']}status.json"
+        wait_for(lambda: len(get(page)[1]["processes"]) == 2, what="both workers are shown")
         demo.process.send_signal(signal.SIGTERM)
         assert demo.process.wait(15) == 0
 

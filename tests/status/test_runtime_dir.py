@@ -171,6 +171,10 @@ def test_counts_stay_when_their_processes_have_exited(known_cluster: Any, place:
         first.wait(10)
         wait_for(lambda: len(gather(place)["processes"]) == 1, what="the file of the dead one is swept")
         assert counted(place) == 32
+        [group] = gather(place)["groups"]
+        assert group["ended"] > 0
+        there = group["in_use"] + group["idle"]
+        assert group["opened"] == there + group["ended"] + sum(group["discarded"].values())
         assert len(list(Path(place).glob("*.status"))) == 1
         second.communicate(timeout=20)  # it ends by itself
         with RuntimeDir(place) as room:
@@ -314,6 +318,17 @@ def test_long_holders_are_reported_without_values(start: Callable[..., None], pl
     assert "SELECT '...'" in holder["text"]
     assert "secret" not in json.dumps(gather(place))
     assert "another" not in holder["text"]
+
+
+def test_a_block_of_a_second_is_a_long_holder_also_if_a_leak_takes_longer(
+    start: Callable[..., None], place: str
+) -> None:
+    start(leak_after=30)
+    with Handler("g") as db:
+        db.query("SELECT 1")
+        began = time.monotonic()
+        wait_for(lambda: told(place) and gather(place)["holders"], what="the holder is told")
+        assert time.monotonic() - began > 0.9
 
 
 # The command.

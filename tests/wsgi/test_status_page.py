@@ -29,6 +29,38 @@ PICTURES = Path(__file__).parents[2] / "doc" / "pictures"
 WORKERS = ("--workers", "4", "--worker-class", "gthread", "--threads", "6")
 
 
+LOW_CONTRAST = """
+(() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgb = colour => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = rgb(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 255) return light(colour);
+    }
+    return 1;
+  };
+  const low = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+    if (!own || !element.checkVisibility()) continue;
+    const [a, b] = [light(rgb(getComputedStyle(element).color)), ground(element)].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) low.push(element.textContent.trim());
+  }
+  return low;
+})()
+"""
+"""Returns the texts with a contrast below 4.5 to 1."""
+
+
 def wait_for(condition: Callable[[], Any], what: str = "") -> Any:
     """Wait for the page: a browser on a busy machine takes its time for each look at it."""
     return wait_until(condition, 60, what)
@@ -157,6 +189,44 @@ def test_the_page_works_by_keyboard_and_on_a_phone(site: Site, browser: Browser)
     assert browser.run("document.activeElement.getAttribute('aria-label')") == "Drain db-1"
     browser.press("Enter")
     wait_for(lambda: "draining" in state(browser, "db-1"), what="drained by keyboard")
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out_and_every_text_has_contrast(
+    site: Site, browser: Browser, width: int, scheme: str
+) -> None:
+    browser.look(width, scheme=scheme, mobile=width < 800)
+    browser.go(site.url)
+    wait_for(lambda: "db-3" in browser.text("#endpoints"), what="the page is there")
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+    # WCAG 2.2, 1.4.3: https://www.w3.org/TR/WCAG22/#contrast-minimum
+    assert browser.run(LOW_CONTRAST) == []
+
+
+@needs_chromium
+def test_the_plots_have_a_scale_and_a_span_of_time(site: Site, browser: Browser) -> None:
+    wait_for(lambda: browser.text("#groups .axis"), what="the plots are there")
+    axis = browser.text("#groups .axis").split()
+    assert axis[1:3] == ["minute", "ago"]
+    assert axis[3:5] == ["0", "to"]
+    assert axis[-1] == "now"
+    labels = browser.run("[...document.querySelectorAll('.plot')].map(p => p.getAttribute('aria-label'))")
+    assert all(re.search(r", last \d+ minutes?: most [\d.e+]+, now", label) for label in labels)
+
+
+@needs_chromium
+def test_a_screen_reader_finds_tables_on_a_phone_too(site: Site, browser: Browser) -> None:
+    browser.look(390, 844, mobile=True)
+    browser.go(site.url)
+    wait_for(lambda: "db-3" in browser.text("#endpoints"), what="the page is there")
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    roles = [node["role"]["value"] for node in nodes if not node["ignored"]]
+    assert roles.count("table") >= 2
+    assert {"columnheader", "rowheader", "cell"} <= set(roles)
+    names = {node["name"]["value"] for node in nodes if node["role"]["value"] == "button"}
+    assert {"Drain db-1", "Drain db-2", "Drain db-3"} <= names
 
 
 @needs_chromium
