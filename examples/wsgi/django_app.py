@@ -39,6 +39,7 @@ from django.urls import path
 from django.views.decorators.http import require_GET, require_POST
 
 from pgdbpool import Connection, ConnectionLostError
+from pgdbpool.wsgi import StatusApp, mount
 
 T = TypeVar("T")
 
@@ -173,4 +174,4 @@ urlpatterns = [
     path("transfers", post_transfer),
     path("health", get_health),
 ]
-application = get_wsgi_application()
+application = mount(get_wsgi_application(), "/-/pools", StatusApp(actions=True))

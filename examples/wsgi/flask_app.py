@@ -28,6 +28,7 @@ application.config["PGDBPOOL"] = os.environ.get("PGDBPOOL_CONFIG") or Path(__fil
     "pgdbpool.yaml"
 )
 application.config["PGDBPOOL_DEADLINE"] = 10
+application.config["PGDBPOOL_STATUS"] = "/-/pools"
 application.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+pgdbpool://write"
 application.config["SQLALCHEMY_BINDS"] = {"read": "postgresql+pgdbpool://read"}
 PgDbPool(application)

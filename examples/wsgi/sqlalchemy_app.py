@@ -21,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 
 from pgdbpool import Connection
 from pgdbpool.contrib.sqlalchemy import RoutingSession
+from pgdbpool.wsgi import StatusApp, mount
 
 CONFIG = os.environ.get("PGDBPOOL_CONFIG") or str(Path(__file__).with_name("pgdbpool.yaml"))
 T = TypeVar("T")
@@ -147,7 +148,7 @@ def answer_request(environ: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     raise Refused(404, "there is nothing at this address")
 
 
-def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+def accounts(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Answer one request in JSON."""
     headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
     try:
@@ -162,3 +163,6 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
     body = json.dumps(found, default=str).encode()
     start_response(f"{status} {HTTPStatus(status).phrase}", [*headers, ("Content-Length", str(len(body)))])
     return [body]
+
+
+application = mount(accounts, "/-/pools", StatusApp(actions=True))
