@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,11 @@ BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sy
 SOURCES = ("pyproject.toml", "setup.cfg", "README.md", "LICENSE")
 
 
-def built(source: Path, kind: str, target: Path) -> Path:
+def built(source: Path, kind: str, target: Path, **environ: str) -> Path:
     """Build a distribution by the backend's own hook, without an index."""
     command = [sys.executable, "-c", BUILD, f"build_{kind}", str(target)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    env = {**os.environ, **environ}
+    done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return target / done.stdout.splitlines()[-1]
 
@@ -70,6 +72,19 @@ def test_the_wheel_has_the_command_and_the_licence(wheel: Path) -> None:
         commands = archive.read(metadata["entry_points.txt"]).decode()
     assert "pgdbpool = pgdbpool._cli.main:main" in commands
     assert "licenses/LICENSE" in metadata
+
+
+def test_the_wheel_is_the_same_whenever_and_wherever_it_is_built(source: Path, tmp_path: Path) -> None:
+    wheels = []
+    for place in ("one", "another"):
+        shutil.copytree(source, tmp_path / place)
+        for path in (tmp_path / place).rglob("*"):
+            os.utime(path, (1_700_000_000, 1_700_000_000 + len(place) * 1000))
+        (tmp_path / f"{place}-wheel").mkdir()
+        wheels.append(
+            built(tmp_path / place, "wheel", tmp_path / f"{place}-wheel", SOURCE_DATE_EPOCH="1700000000")
+        )
+    assert wheels[0].read_bytes() == wheels[1].read_bytes()
 
 
 def test_the_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:

@@ -136,10 +136,13 @@ def test_the_readme_has_its_example() -> None:
     assert len(example.text.splitlines()) <= 12
 
 
-def test_the_links_of_the_readme_exist() -> None:
-    links = re.findall(r"\]\(([^):]+)\)", README.read_text(encoding="utf-8"))
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_the_links_of_the_readme_exist_and_work_on_pypi() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("https://")] == []
+    ours = re.compile(r"https://\S+/python-dbpool/(?:blob/)?HEAD/([^?]+)")
+    paths = [match[1] for match in map(ours.match, links) if match]
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_the_alerts_name_metrics_that_exist() -> None:
