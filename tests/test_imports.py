@@ -30,7 +30,7 @@ ROOMS = {
     "_status": "errors _util _session _servers _lending stats",
     "_process": "errors _util _config _session _servers _lending _status sizing stats",
     "_api": "errors _error_categories _util _config _request _session _servers _lending _process rls stats",
-    "": "errors _error_categories _request _session _api",
+    "": "errors _error_categories _util _request _session _api",
     "pool": "errors _api",
     "overview": "_api _status",
     "wsgi": "errors _util _request _status _api overview",
