@@ -12,6 +12,7 @@ from weakref import ref
 import psycopg
 from psycopg import rows
 
+from .._process.fork import UWSGI
 from .._request import correlation as tracing
 from .._request import freshness, special
 from .._servers.positions import written
@@ -116,13 +117,14 @@ class Handler(Queries):
     def __enter__(self) -> Handler:
         if self._block is not None:
             raise BlockClosedError("a Handler opens one block: make another Handler for the next")
-        group = self._group = Connection.group(self._group.name)  # the process may have been forked
+        group, pools = self._group, Connection._pools
+        if pools is None or pools.groups.get(group.name) is not group or UWSGI:
+            group = self._group = Connection.group(group.name)  # the process was forked, the pools replaced
         caller = sys._getframe(1)
         if caller.f_globals is tracing.CONTEXTLIB:
             caller = tracing.caller_of(caller)
         binding = group.bind(self._tenant, self._override, self._settings)
-        block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
-        block.high = self._high
+        block = Block(group.manual, binding, (caller.f_code, caller.f_lasti), self._high)
         if special.in_use:
             frame = caller if group.config.leak_stack else None
             begin_special(block, frame, getattr(self, "_correlation_id", None), getattr(self, "_after", None))

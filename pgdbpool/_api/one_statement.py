@@ -176,8 +176,8 @@ class _OneShot:
         self.group, self.timeout, self.answered = group, timeout, False
         caller = sys._getframe(2)
         binding = group.bind(tenant, tenant_override, settings)
-        self.block = block = Block(group.manual, binding, (caller.f_code, caller.f_lasti))
-        block.high = priority != "normal" and is_high(priority)
+        high = priority != "normal" and is_high(priority)
+        self.block = block = Block(group.manual, binding, (caller.f_code, caller.f_lasti), high)
         if special.in_use or correlation_id is not None or after is not None:
             given = None if correlation_id is None else tracing.clean(correlation_id)
             seen = None if after is None else freshness.Seen(after)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T", default=Any)  # what the group's row factory makes, if none is given
 
+_item = tuple.__getitem__
 _NO_ROWS = (
     "execute() returns the command tag, {!r}, and no rows: write db.query(...) for a cursor, or "
     "db.fetch(...), fetchrow(...) or fetchval(...)"
@@ -217,7 +218,8 @@ def plain_row(cursor: psycopg.Cursor[Any]) -> Row | None:
     """Return the first row of the last statement's result, or None, whatever the row factory."""
     if not has_rows(cursor):
         return None
-    cursor.row_factory = rows.row
+    if cursor.row_factory is not rows.row:
+        cursor.row_factory = rows.row  # which looks for the columns' names
     row: Row | None = cursor.fetchone()
     return row
 
@@ -227,7 +229,7 @@ def value_in(row: Row | None, column: int | str) -> Any:
     if row is None:
         return None
     try:
-        return row[column]
+        return _item(row, column) if type(column) is int else row[column]
     except IndexError:
         names = ", ".join(row.keys())
         raise IndexError(f"no column {column!r}; the columns from 0 on are {names}") from None

@@ -59,6 +59,12 @@ class Pause(NamedTuple):
     until: float
 
 
+class Beat:
+    """When there is work to do for the background, on the clock of `monotonic`."""
+
+    due_at = 0.0
+
+
 class ConfiguredGroup:
     """The configured part of a group: plain attributes, which a reload replaces one by one."""
 
@@ -82,6 +88,8 @@ class ConfiguredGroup:
         self.name = config.name
         self.lock_free = lock_free
         self._later_probe = probe
+        self.beat = Beat()
+        """Says, in lock-free mode, when a checkout has to call its probe."""
         self._revive = revive
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
         self._lent: dict[PooledConnection, Block] = {}

@@ -62,6 +62,10 @@ LEFT_EVERY = 0.01
 """Seconds between two checks of a lock-free checkout for the end of a session left in a commit."""
 
 
+_UP = State.UP  # looked up once: a member of an enumeration is found slowly
+_IN_RECOVERY = b"in_hot_standby"
+
+
 def users_of(endpoint: Endpoint) -> Sequence[Group]:
     """Return the groups that use the server."""
     return cast("Sequence[Group]", endpoint.groups)
@@ -134,30 +138,28 @@ class Group(FreshGroup):
         :raises DBConnectionError: none can be opened, with each endpoint's own reason.
         :raises DeadlineExceeded: the current deadline has passed already.
         """
-        now = monotonic()
-        deadline = now + (self._timeout if timeout is None else timeout)
         if deadlines.in_use:
-            deadline = deadlines.earlier(deadline, self.name)
+            deadlines.check(self.name)
+        now, probe, pool = monotonic(), self._probe, self._pool
         conn: PooledConnection | None = None
-        discarded = False
         try:
-            if self._probe is not None:
-                now = self._maintain(now, deadline)
-            while conn is None:
-                try:
-                    got = self._pool.take(0.0, block.high)
-                except NoConnection as none:
-                    got = self._queue(none.reason, deadline, now, block.high)
-                    now = monotonic()
-                # Two cases: a free slot to open a connection in, or an idle connection, perhaps unusable.
-                if isinstance(got, Slot):
-                    conn, now = self._fill(got, deadline, block.high)
-                elif (reason := self._reason_unusable(got, now, deadline)) is None:
-                    conn = got
-                else:
-                    self._drop_unfit(got, reason)
-                    discarded = True
-                    now = monotonic()
+            # Mostly a connection is idle, and these comparisons, which `_reason_unusable` makes too, are all.
+            idle = None
+            if probe is None or (
+                probe is self._later_probe and now < self.beat.due_at and not pool.missing
+            ):  # fmt: skip
+                idle = pool.grab(block.thread)
+            if idle is not None:
+                used_at, endpoint = idle.used_at, idle.endpoint
+                if (
+                    used_at > endpoint.condemned_at and used_at > endpoint.suspected_at
+                    and now < idle.expires_at and now - used_at <= self._ping_after
+                    and not self._excluded and not idle.poll(0)
+                    and (self._any_role or idle.pgconn.parameter_status(_IN_RECOVERY) == self._wanted)
+                ):  # fmt: skip
+                    conn = idle
+            if conn is None:
+                conn, now = self._find(idle, block, now, self._timeout if timeout is None else timeout)
             block.since = now
             conn.lend_to(block)
             self._lent[conn] = block
@@ -166,9 +168,38 @@ class Group(FreshGroup):
         except BaseException as error:
             self._undo_checkout(conn, block, error)
             raise
-        if discarded or self._pool.missing:
-            self._pool.refill()
+        if pool.missing:
+            pool.refill()
         return conn
+
+    def _find(
+        self, got: PooledConnection | Slot | None, block: Block, now: float, timeout: float
+    ) -> tuple[PooledConnection, float]:
+        """Return a working connection within the timeout, and the time; `got` is tried first."""
+        deadline = now + timeout
+        if deadlines.in_use:
+            deadline = deadlines.earlier(deadline, self.name)
+        if got is None and self._probe is not None:
+            now = self._maintain(now, deadline)
+        conn: PooledConnection | None = None
+        while conn is None:
+            if got is None:
+                try:
+                    got = self._pool.take(0.0, block.high)
+                except NoConnection as none:
+                    got = self._queue(none.reason, deadline, now, block.high)
+                    now = monotonic()
+            # Two cases: a free slot to open a connection in, or an idle connection, perhaps unusable.
+            if isinstance(got, Slot):
+                conn, now = self._fill(got, deadline, block.high)
+            elif (reason := self._reason_unusable(got, now, deadline)) is None:
+                conn = got
+            else:
+                self._drop_unfit(got, reason)
+                self._pool.refill()
+                now = monotonic()
+            got = None
+        return conn, now
 
     def _fill(self, slot: Slot, deadline: float, high: bool) -> tuple[PooledConnection | None, float]:
         """Open a connection in the slot; return it, or None if `take` has to be repeated, and the time."""
@@ -211,7 +242,14 @@ class Group(FreshGroup):
                 self._not_lent(conn)
                 return
             block.conn = None
-            reason = self._reason_to_close(conn)
+            now = conn.used_at = monotonic()
+            # Mostly these comparisons, which `_reason_to_close` makes too, find a connection to lend again.
+            ready = (
+                conn.pgconn.transaction_status == IDLE and now < conn.expires_at and not conn.turn.locked()
+                and not (conn.touched or conn.altered) and conn.endpoint.state is _UP
+                and not (self._excluded or self._uneven or self._always_clean)
+            )  # fmt: skip
+            reason = None if ready else self._reason_to_close(conn, now)
             held = conn.used_at - block.since
             recent = conn.uses.recent
             recent.append(held)  # `Tally.add`, without a call
@@ -250,8 +288,7 @@ class Group(FreshGroup):
         end(conn)
         return reason
 
-    def _reason_to_close(self, conn: PooledConnection) -> str | None:
-        now = conn.used_at = monotonic()
+    def _reason_to_close(self, conn: PooledConnection, now: float) -> str | None:
         if conn.pgconn.transaction_status != IDLE:
             return "lost" if conn.closed else "not idle"
         if now >= conn.expires_at:
@@ -261,7 +298,7 @@ class Group(FreshGroup):
             return "not clean"
         if (conn.touched or conn.altered) and not self._restored(conn):
             return "not clean"
-        if conn.endpoint.state is not State.UP:
+        if conn.endpoint.state is not _UP:
             return str(conn.endpoint.state.value)
         if self._excluded and conn.endpoint in self._excluded:
             return "barred"
@@ -394,7 +431,7 @@ class Group(FreshGroup):
         ):
             return reason
         # After the ping, since a changed role is reported with the next message.
-        if not self._any_role and conn.pgconn.parameter_status(b"in_hot_standby") != self._wanted:
+        if not self._any_role and conn.pgconn.parameter_status(_IN_RECOVERY) != self._wanted:
             return self._unwanted(conn, deadline)
         return None
 

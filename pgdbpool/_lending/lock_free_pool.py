@@ -51,6 +51,18 @@ class LockFreePool:
     def lendable(self) -> list[PooledConnection]:
         return list(self._idle)
 
+    def grab(self, thread: int) -> PooledConnection | None:
+        if self._owner != thread or self._reserved or self._closed:
+            return None
+        try:
+            conn = self._idle.popleft()
+        except IndexError:
+            return None
+        self.taken += 1
+        if self._least_idle and len(self._idle) < self._least_idle:
+            self._least_idle = len(self._idle)
+        return conn
+
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         if self._closed:
             raise NoConnection(NoConnection.CLOSED)

@@ -58,6 +58,12 @@ class Pool(Protocol):
     def lendable(self) -> list[PooledConnection]:
         """Return the idle connections."""
 
+    def grab(self, thread: int) -> PooledConnection | None:
+        """Take an idle connection without waiting; None leaves it to `take` to decide.
+
+        :param thread: the calling thread.
+        """
+
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         """Take the longest idle connection, or a slot in which the caller opens one.
 

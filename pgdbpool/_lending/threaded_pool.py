@@ -64,8 +64,13 @@ class _Room(MaintenanceTask):
 class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     """A pool for many threads: a fair queue, and workers that keep `min_size` connections.
 
-    `_lock` guards `_pool`, `_queue` and the slots; it is never held during a wait. It is re-entrant, since
+    `_lock` guards `_queue` and the slots; it is never held during a wait. It is re-entrant, since
     garbage collection may free a slot anywhere.
+
+    `_pool` is a deque, whose operations are one step each, so `grab` and `give` use it without the lock. They
+    take nothing from a waiter: a connection is in it only if nobody waited when it was given back. For the
+    moment between: `give` looks at the queue again after it has appended, and a waiter at `_pool` after it
+    has queued, so that one of them sees the other.
 
     The last `reserved` connections go to high-priority callers only. Others wait until more than `reserved`
     are free; this is rechecked on every release.
@@ -132,7 +137,8 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def _shrink_pool(self) -> None:
         if self._shrinks:
-            super()._shrink_pool()
+            with suppress(IndexError):  # the last idle connection was taken meanwhile
+                super()._shrink_pool()
 
     @property
     def size(self) -> int:
@@ -153,6 +159,20 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         with self._lock:
             return list(self._pool)
 
+    def grab(self, thread: int) -> PooledConnection | None:
+        return None if self._reserved or self._closed else self._pop()
+
+    def _pop(self) -> PooledConnection | None:
+        """Take an idle connection, if there is one."""
+        try:
+            conn = self._pool.popleft()
+        except IndexError:
+            return None
+        self.taken += 1
+        if len(self._pool) < self._nconns_min:  # psycopg_pool shrinks by this number
+            self._nconns_min = len(self._pool)
+        return conn
+
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         if not self._opened:
             self.open()
@@ -160,19 +180,15 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             if self._closed:
                 raise NoConnection(NoConnection.CLOSED)
             if high or not self._reserved or self._free() > self._reserved:
-                if self._pool:
-                    try:
-                        conn = self._pool.popleft()
-                    except IndexError:  # a signal handler took the last one
-                        return self.take(timeout, high)
-                    self.taken += 1
-                    if len(self._pool) < self._nconns_min:  # psycopg_pool shrinks by this number
-                        self._nconns_min = len(self._pool)
+                if (conn := self._pop()) is not None:
                     return conn
                 if not self._full and (slot := self._slots.new()):
                     self.taken += 1
                     return slot
             queue, waiter = self._enqueue(timeout, high)
+            if not self._reserved and (conn := self._pop()) is not None:  # given back since the look above
+                queue.remove(waiter)
+                return conn
         return self._await(queue, waiter, timeout)
 
     def _enqueue(self, timeout: float, high: bool) -> tuple[deque[Waiter], Waiter]:
@@ -239,10 +255,21 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
         return False
 
     def give(self, conn: PooledConnection) -> None:
+        queue = self._queue
+        if not (queue.high or queue.normal or self._closed or self._reserved):
+            conn.lent = False  # no call between this line and the next: nothing can interrupt
+            self._pool.append(conn)
+            if not (queue.high or queue.normal or self._closed):
+                return
+            with self._lock:
+                try:
+                    self._pool.remove(conn)
+                except ValueError:
+                    return  # taken already
+            conn.lent = True
         with self._lock:
             if not self._closed:
-                queue = self._queue
-                if not (queue.high or queue.normal) or not self._serve(conn):
+                if not self._serve(conn):
                     conn.lent = False  # no call between this line and the next: nothing can interrupt
                     self._pool.append(conn)
                 return
@@ -328,12 +355,11 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             self._min_size, self._max_size, self._slots.limit = min_size, max_size, max_size
             self._shrinks, self.max_idle = max_idle > 0, max_idle or LOOK_AFTER
             self.max_waiting, self._reserved = max_waiting, reserved
-            while self._pool and self.waiting:  # connections that are no longer reserved
-                conn = self._pool.popleft()
+            while self.waiting and (conn := self._pop()) is not None:  # that are no longer reserved
+                self.taken -= 1
                 if not self._serve(conn):
                     self._pool.appendleft(conn)
                     break
-                self._nconns_min = min(self._nconns_min, len(self._pool))
         for _ in range(self.waiting):
             self._slot_freed()
 

@@ -15,6 +15,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
+from .._lending.configured import Beat
 from .._lending.group import users_of
 from .._lending.hold_limits import HoldWatcher
 from .._servers.endpoint import PROBE_AFTER, PROBE_TIMEOUT, Endpoint, State
@@ -213,6 +214,7 @@ class Monitor:
         *,
         threaded: bool,
         publisher: Publisher | None = None,
+        beat: Beat | None = None,
     ) -> None:
         self.prober = Prober()
         self.doubts = SuspectProbes()
@@ -229,16 +231,16 @@ class Monitor:
         self._news = threading.Lock()
         """Released to wake the thread. An Event could stay locked after an interruption by a signal."""
         self._news.acquire()
-        self._due_at = 0.0
+        self._beat = Beat() if beat is None else beat
         self._failed = ""
         """How a step failed last; the same failure is not logged again."""
 
     def step(self) -> float:
         """Do the work that is due, without waiting; return the seconds until there may be more to do."""
-        if (left := self._due_at - monotonic()) > 0:
+        if (left := self._beat.due_at - monotonic()) > 0:
             return left
         now = monotonic()
-        self._due_at = soon = now + 0.01
+        self._beat.due_at = soon = now + 0.01
         if self._next is not None:
             self.observer.close()
             self.observer, self._next = self._next, None
@@ -246,8 +248,8 @@ class Monitor:
         pause = min(map(self._try, self._parts()))
         if self.publisher is not None:
             pause = min(pause, self._try(self.publisher))
-        if self._due_at == soon:  # no call of `wake` meanwhile
-            self._due_at = now + pause
+        if self._beat.due_at == soon:  # no call of `wake` meanwhile
+            self._beat.due_at = now + pause
         return pause
 
     def _patronis(self, observer: Observer) -> Patronis | None:
@@ -288,7 +290,7 @@ class Monitor:
 
     def wake(self) -> None:
         """Step again soon; in threaded mode, start the thread if it is not running."""
-        self._due_at = 0.0
+        self._beat.due_at = 0.0
         if self._lock is None:
             return
         self._wake_thread()

@@ -14,6 +14,8 @@ _Result = TypeVar("_Result")
 
 _begin_anew: Callable[[], None] = lambda: None  # noqa: E731
 _noticing = threading.Lock()
+UWSGI = "uwsgi" in sys.modules
+"""Whether a process may be forked without a word to Python."""
 _pid = os.getpid()
 _parent: int | None = None
 
@@ -43,7 +45,7 @@ def notice() -> None:
 
 def noticed(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Decorate a function to call `notice` first under uWSGI; elsewhere no block pays for it."""
-    if "uwsgi" not in sys.modules:
+    if not UWSGI:
         return function
 
     @wraps(function)

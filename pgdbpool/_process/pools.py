@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from .._lending.configured import Beat
 from .._lending.group import Group, users_of
 from .._lending.hold_limits import HoldWatcher
 from .._servers.endpoint import Endpoint, Role, State
@@ -49,6 +50,7 @@ class Pools:
         self.config = self.wanted = config
         self.owner: Any = None
         """What changes the configuration for an order: `Connection`."""
+        self._beat = Beat()
         self.paused = False
         """Whether a group may be paused."""
         self._shown: tuple[Config, dict[str, Any]] | None = None
@@ -74,6 +76,7 @@ class Pools:
             LeftSessionWatch(self.groups.values()),
             threaded=config.type == "threaded",
             publisher=self.publisher,
+            beat=self._beat,
         )
         for endpoint in self.endpoints.values():
             endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
@@ -105,6 +108,7 @@ class Pools:
             probe=self._step if lock_free else None,
             revive=self._revive if lock_free else None,
         )
+        group.beat = self._beat
         group.on_first_use = self._first_use
         group.await_writer = self._await_writer
         group.on_left = self._wake

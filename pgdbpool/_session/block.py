@@ -68,7 +68,9 @@ class Block:
     seen: Seen
     """What its reads must see, and what learns of its writes; of a `GuardedBlock`."""
 
-    def __init__(self, manual: bool, binding: Binding, place: tuple[CodeType, int]) -> None:
+    def __init__(
+        self, manual: bool, binding: Binding, place: tuple[CodeType, int], high: bool = False
+    ) -> None:
         self.open = True
         self.watch: ref[Any] | None = None
         """Reports when the Handler is garbage-collected."""
@@ -78,7 +80,7 @@ class Block:
         """Whether an open transaction was lost with its connection and has not been rolled back yet."""
         self.committed = False
         """Whether part of a manual-commit block was, or may have been, committed."""
-        self.high = False
+        self.high = high
         """Whether the block may take the group's reserved connections."""
         self.manual = manual
         """Whether its transactions end with commit(), rollback() or the block itself."""

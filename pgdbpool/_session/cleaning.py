@@ -15,8 +15,8 @@ from .._request.tenant import milliseconds
 from .commands import CLEANING, CLEANING_TO_READ, CLIENT_GRACE, IDLE, INERROR, NOTHING, Command, deallocate
 from .pooler_safety import left_in_session
 from .prepared import ROLLBACK, dropping, is_stale
-from .short_way import alike, dumpers
-from .state import ConnectionState, Context, own_names
+from .short_way import shared
+from .state import ConnectionState, own_names
 from .statement_shape import StatementTraits, shape_with_escapes, text_of
 
 _WRITTEN_BY = (b"IntervalStyle", b"standard_conforming_strings")
@@ -204,14 +204,11 @@ class CleanedConnection(ConnectionState):
 
     def _own_adapters(self) -> None:
         """Give the next block a copy of the adapters, so that its own registrations end with it."""
-        self.adapters_shared = self.context = self.dumps = None
+        self.adapters_shared = self.dumps = None
         if self._adapters is not None:
             self._adapters = AdaptersMap(self._adapters)
 
     def share_adapters(self) -> AdaptersMap:
-        """Return the adapters shared by cursors that register none, made for the first of them."""
-        if (shared := self.adapters_shared) is not None and alike(shared, self.adapters):
-            return shared
-        self.adapters_shared = shared = AdaptersMap(self.adapters)
-        self.context, self.dumps = Context(shared, self), dumpers.transformer(shared)
-        return shared
+        """Return the adapters shared by cursors that register none."""
+        self.adapters_shared, self.dumps = shared.of(self.adapters)
+        return self.adapters_shared

@@ -25,6 +25,7 @@ INERROR = int(pq.TransactionStatus.INERROR)
 OPEN = (INTRANS, INERROR)
 OVER = (IDLE, UNKNOWN)
 BAD = int(pq.ConnStatus.BAD)
+TUPLES_OK = int(pq.ExecStatus.TUPLES_OK)  # the states below it are successes too
 FATAL = int(pq.ExecStatus.FATAL_ERROR)
 
 Command = tuple[bytes, Sequence[bytes | None] | None]

@@ -32,7 +32,7 @@ RECOVERY_CONFLICT = "40001"
 """SQLSTATE of a statement that a standby cancelled since its replay could wait no longer."""
 
 _COPY_IN = psycopg.pq.ExecStatus.COPY_IN
-_NO_ROWS = (psycopg.pq.ExecStatus.COMMAND_OK, psycopg.pq.ExecStatus.EMPTY_QUERY)
+_NO_ROWS = (int(psycopg.pq.ExecStatus.COMMAND_OK), int(psycopg.pq.ExecStatus.EMPTY_QUERY))
 
 
 def _goes_on(conn: PooledConnection, error: psycopg.Error) -> bool:
@@ -419,8 +419,9 @@ def commits_with(what: StatementTraits) -> bool:
 
 def has_rows(cursor: psycopg.Cursor[Any]) -> bool:
     """Go to the last statement's result, waiting for it in a pipeline, and tell whether it has rows."""
-    cursor._fetch_pipeline()
-    if cursor._execmany_returning is None and len(cursor._results) > 1:
-        cursor.set_result(-1)
+    if cursor.pgresult is None or len(cursor._results) != 1:
+        cursor._fetch_pipeline()
+        if cursor._execmany_returning is None and len(cursor._results) > 1:
+            cursor.set_result(-1)
     # Of one that failed it says yes: fetching then raises.
     return cursor.pgresult is None or cursor.pgresult.status not in _NO_ROWS

@@ -18,7 +18,7 @@ from psycopg import pq
 
 from .. import errors
 from .connection import PooledConnection
-from .state import OUTSIDE, Context, own_names
+from .state import OUTSIDE, own_names
 
 _CHOSEN = (
     "row_factory", "cursor_factory", "server_cursor_factory", "_adapters", "_isolation_level", "_read_only",
@@ -112,8 +112,6 @@ def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
         if hasattr(conn, name):
             setattr(heir, name, getattr(conn, name))
     heir.turn, heir.step, heir.handed_out = Lock(), None, False
-    if heir.adapters_shared is not None:
-        heir.context = Context(heir.adapters_shared, heir)
     if replacing is not None:
         heir.replacing = replacing
     for listener in ("notice_handler", "notify_handler"):

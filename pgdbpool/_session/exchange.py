@@ -20,7 +20,19 @@ from .._request import correlation as tracing
 from .._request import deadline as deadlines
 from .._servers.positions import Facts, facts_of
 from .._util.client_settings import InForce
-from .commands import ACTIVE, BAD, CLIENT_GRACE, EMPTY, FATAL, IDLE, INTRANS, NOTHING, Command, set_local
+from .commands import (
+    ACTIVE,
+    BAD,
+    CLIENT_GRACE,
+    EMPTY,
+    FATAL,
+    IDLE,
+    INTRANS,
+    NOTHING,
+    TUPLES_OK,
+    Command,
+    set_local,
+)
 from .guarding import POSITION, SYNC, XID, GuardedConnection
 from .liveness import INTERRUPTIONS
 from .prepared import ROLLBACK
@@ -37,6 +49,7 @@ MOST_NAMES = 20
 """How often a session prepares a preamble: anew after a block that touched it; nothing removes the old."""
 MOST_LEFT = 100
 """Answers that are taken at most from a connection that was lost."""
+_NONE_KNOWN: dict[bytes, bytes] = {}
 _names = itertools.count(1)
 
 
@@ -119,18 +132,17 @@ class ExchangingConnection(GuardedConnection):
         late = 0.0
         if pgconn.flush():
             deadline = self._flush(deadline, 1)
-        elif patience is None or patience > 0:
-            # Nothing was read since, so there is more to come: the first wait is the same for most.
-            if not self.wait_readable(None if patience is None else patience * 1000):
-                raise self._unanswered()
-            pgconn.consume_input()
+        elif self.wait_readable(None if patience is None else patience * 1000 if patience > 0 else 0):
+            pgconn.consume_input()  # nothing was read before, and mostly this is all
+        else:
+            raise self._unanswered()
         while True:
             if pgconn.is_busy():
                 late = self._await_answer(deadline, late)
             if (result := pgconn.get_result()) is None:
                 return
             results.append(result)
-            if result.status in _COPYING:
+            if result.status > TUPLES_OK and result.status in _COPYING:
                 return
 
     def _is_lost_after(self, results: list[PGresult], error: BaseException, status: int) -> bool:
@@ -177,16 +189,19 @@ class ExchangingConnection(GuardedConnection):
         if self.unusable or self.streamed:
             commands = self._before_sending(commands)
         began_in, patience = pgconn.transaction_status, self.patience
-        if many > 1 or deadlines.in_use or self.until is not None:
-            deadline = self._deadline(many)
-        else:
-            deadline = None if patience is None else monotonic() + patience
+        bounded = many > 1 or deadlines.in_use or self.until is not None
+        patience = self._patience_for(many) if bounded else patience
+        deadline = None if patience is None else monotonic() + patience
         cleaning = len(self.cleaning) if self.stale else 0
         outcomes: list[list[PGresult]] = []
         try:
             before = self._send_all(commands, send, after)
             if pgconn.flush():
                 deadline = self._flush(deadline, many)
+            elif self.wait_readable(None if patience is None else patience * 1000 if patience > 0 else 0):
+                pgconn.consume_input()
+            else:
+                raise self._unanswered()
             if not self._take_answers(outcomes, deadline, many, cleaning):
                 return outcomes[-1:]
             pgconn.exit_pipeline_mode()
@@ -197,8 +212,8 @@ class ExchangingConnection(GuardedConnection):
             self._hear(notify)
         if self.not_replicated:
             self._check_replicated()
-        if commands:
-            self._check(outcomes[:before])
+        if commands and (self.stale or self.follows or outcomes[before - 1][-1].status > TUPLES_OK):
+            self._check(outcomes[:before])  # after a failure all the others are skipped
         return outcomes[before:]
 
     def _exchange_and_tell(
@@ -248,10 +263,13 @@ class ExchangingConnection(GuardedConnection):
     ) -> int:
         """Queue all that goes into the pipeline; return how many answers the commands will have."""
         pgconn, before = self.pgconn, len(commands)
+        known = _NONE_KNOWN if self.touched else self._known
         pgconn.enter_pipeline_mode()
         for sql, values in commands:
             if values is None:
                 pgconn.send_query_params(sql, None)
+            elif sql in known:
+                pgconn.send_query_prepared(known[sql], values)
             else:
                 before += self._send_bound(sql, values)
         if send is not None:
@@ -284,9 +302,10 @@ class ExchangingConnection(GuardedConnection):
                 if cleaning and len(outcomes) == cleaning:
                     self._forget_notifications()
                 outcomes.append(current := [])
-                if many > 1:
-                    deadline = self._deadline(many)
-            elif (status := result.status) == _SYNC:
+                deadline = self._deadline(many) if many > 1 else deadline
+            elif (status := result.status) <= TUPLES_OK:
+                current.append(result)
+            elif status == _SYNC:
                 if self.syncs:
                     self.syncs -= 1  # what follows has a Sync of its own
                     continue
@@ -356,13 +375,8 @@ class ExchangingConnection(GuardedConnection):
 
         It is the same for every block, and parsing it would be half of its cost for the server.
         """
-        if self.touched or self.local or self._prepared.prepare_threshold is None:
-            self.pgconn.send_query_params(sql, values)
-            return 0
-        if name := self._known.get(sql):
-            self.pgconn.send_query_prepared(name, values)
-            return 0
-        if self.named >= MOST_NAMES:
+        unprepared = self.touched or self.local or self._prepared.prepare_threshold is None
+        if unprepared or self.named >= MOST_NAMES:
             self.pgconn.send_query_params(sql, values)
             return 0
         self._known[sql] = name = b"_pgdbpool_%d" % next(_names)
@@ -404,9 +418,13 @@ class ExchangingConnection(GuardedConnection):
             return behind
         return error
 
+    def _patience_for(self, many: int) -> float | None:
+        """Return how long to wait for the next of so many answers."""
+        return self._within_deadline(None if self.patience is None else self.patience * many)
+
     def _deadline(self, many: int) -> float | None:
         """Return until when to wait for the next of so many answers."""
-        patience = self._within_deadline(None if self.patience is None else self.patience * many)
+        patience = self._patience_for(many)
         return None if patience is None else monotonic() + patience
 
     def _flush(self, deadline: float | None, many: int) -> float | None:

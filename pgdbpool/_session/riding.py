@@ -24,7 +24,7 @@ from psycopg.adapt import AdaptersMap, Transformer
 
 from .. import errors
 from .block import Block
-from .commands import NOTHING, Command
+from .commands import NOTHING, TUPLES_OK, Command
 from .connection import PooledConnection
 from .rows import row as make_rows
 from .short_way import MOST_MAKERS, Plan, remember
@@ -44,11 +44,9 @@ FLUSH_EVERY = 4
 # Looked up once: a member of an enumeration is found slowly.
 _SHOULD, _YES, _NO = Prepare.SHOULD, Prepare.YES, Prepare.NO
 _TEXT = psycopg.pq.Format.TEXT
-_TUPLES_OK = int(psycopg.pq.ExecStatus.TUPLES_OK)
 _ENCODING, _UTF8 = b"client_encoding", b"UTF8"
 _COLUMNS = vars(_column)
-_COMMAND_OK = int(psycopg.pq.ExecStatus.COMMAND_OK)
-_new_query = PostgresQuery.__new__
+_new_query, _new_tuple = PostgresQuery.__new__, tuple.__new__
 ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 
 
@@ -150,7 +148,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
 
     def _check_result_for_fetch(self) -> PGresult:
         result = self.pgresult
-        if result and result.status == _TUPLES_OK and self.block.open and not self._closed:
+        if result and result.status == TUPLES_OK and self.block.open and not self._closed:
             return result
         if not self.block.open:
             raise errors.BlockClosedError(ENDED)
@@ -179,7 +177,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
     def fetchone(self) -> Any:
         """Return the next row, or None."""
         result, pos = self.pgresult, self._pos
-        if not result or result.status != _TUPLES_OK or self._closed or not self.block.open:
+        if not result or result.status != TUPLES_OK or self._closed or not self.block.open:
             return super().fetchone()  # which says what is wrong
         if pos >= result.ntuples:
             return None
@@ -235,15 +233,16 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
     def _ride_known(self, plan: Plan, preamble: Sequence[Command], query: str, params: Any) -> bool:
         """Send a known statement; return False, with nothing sent, if psycopg has to convert it."""
         conn = self._conn
-        prepared, pgconn = conn._prepared, conn.pgconn
-        if self._adapters is not conn.adapters_shared or self._closed:
+        prepared, pgconn, adapters = conn._prepared, conn.pgconn, self._adapters
+        if adapters is not conn.adapters_shared or self._closed:
             return False
         values = formats = None
         key: tuple[bytes, tuple[int, ...]] = plan.bare
         if params is not None:
-            if (given := plan.values(params)) is None or pgconn.parameter_status(_ENCODING) != _UTF8:
+            given = plan.values(params)
+            if given is None or pgconn.parameter_status(_ENCODING) != _UTF8:
                 return False
-            tx = conn.dumps or Transformer(conn.context)
+            tx = conn.dumps or Transformer(Context(adapters, conn))
             try:
                 values = tx.dump_sequence(given, plan.formats)
             except psycopg.Error:  # psycopg's to refuse, or to adapt by the session's state
@@ -254,7 +253,12 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             return False
         if self._results:
             self._reset()
-        answer, *more = self._send_known(key, name, values, formats, preamble)
+        more: list[list[PGresult]] | None = None
+        if name and not (preamble or self.after):
+            pgconn.send_query_prepared(name, values, formats, self.format)
+            answer = conn.receive()
+        else:
+            answer, *more = self._send_known(key, name, values, formats, preamble)
         self._show_known(answer, name)
         if name:
             prepared._names.move_to_end(key)
@@ -273,9 +277,6 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
     ) -> list[list[PGresult]]:
         """Send a statement as psycopg does, and wait; return its answer and those after it."""
         conn, pgconn, rides = self._conn, self._pgconn, preamble or self.after
-        if name and not rides:
-            pgconn.send_query_prepared(name, values, formats, self.format)
-            return [conn.receive()]
         if name:
             send = partial(pgconn.send_query_prepared, name, values, formats, self.format)
         else:
@@ -289,16 +290,15 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
 
     def _show_known(self, answer: list[PGresult], name: bytes | None) -> None:
         """Set the answer as the cursor's result, as psycopg's `_set_results` does, or raise its error."""
-        conn, result = self._conn, answer[0] if answer else None
-        status = None if result is None else result.status
-        if len(answer) != 1 or (status != _TUPLES_OK and status != _COMMAND_OK):
-            self._check_results(answer)
-        assert result is not None
+        if len(answer) != 1 or answer[0].status > TUPLES_OK:
+            self._check_results(answer)  # raises, unless a COPY or an empty statement
+        conn, result = self._conn, answer[0]
+        status = result.status
         self._results, self._pos, self._iresult, self.pgresult = answer, 0, 0, result
         self._execmany_returning, self._statusmessage = None, result.command_status
-        tx = self._tx = Transformer(conn.context)
+        tx = self._tx = Transformer(_new_tuple(Context, (self._adapters, conn)))
         tx.set_pgresult(result)
-        if status == _TUPLES_OK:
+        if status == TUPLES_OK:
             self._rowcount = result.ntuples
         else:
             changed = result.command_tuples
@@ -325,9 +325,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         self._reset()
         if not self._last_query or self._last_query is not query:
             self._last_query = None
-            conn = self._conn
-            shared = self._adapters is conn.adapters_shared
-            self._tx = Transformer(conn.context if shared else Context(self._adapters, conn))
+            self._tx = Transformer(Context(self._adapters, self._conn))
 
     def _exchange(
         self,

@@ -94,26 +94,8 @@ def _depends(dumper: type[Any]) -> bool:
     return module in ("range", "multirange") or dumper.__name__ in ("TimedeltaDumper", "BytesDumper")
 
 
-class _Dumpers:
-    """The adapters of parameters that depend on nothing of a session but its encoding, UTF-8."""
-
-    def __init__(self) -> None:
-        self._of: list[Any] = []
-        self._map: AdaptersMap | None = None
-
-    def transformer(self, adapters: AdaptersMap) -> abc.Transformer | None:
-        """Return what adapts parameters for all statements of a connection, or None.
-
-        It holds no connection, since that would be a cycle which keeps a lost connection's slot. So it is
-        None if the application has registered dumpers of its own, which may ask for the connection.
-        """
-        of = list(adapters._dumpers.values())
-        if of != self._of:  # compared by identity, as long as nothing was registered
-            self._map, self._of = _independent(adapters), of
-        return None if self._map is None else Transformer(self._map)
-
-
 def _independent(adapters: AdaptersMap) -> AdaptersMap | None:
+    """Return the adapters without the dumpers that depend on the session; None if others might."""
     found = AdaptersMap(adapters)
     for format, known in adapters._dumpers.items():
         if any(dumper.__module__.partition(".")[0] not in _DRIVERS for dumper in known.values()):
@@ -123,11 +105,31 @@ def _independent(adapters: AdaptersMap) -> AdaptersMap | None:
     return found
 
 
-dumpers = _Dumpers()
+class _Shared:
+    """A copy of adapters for the cursors of all connections that have the same."""
+
+    def __init__(self) -> None:
+        self._copy = AdaptersMap()
+        self._dumping: AdaptersMap | None = None
+
+    def of(self, adapters: AdaptersMap) -> tuple[AdaptersMap, abc.Transformer | None]:
+        """Return the copy, and what adapts the parameters of all known statements of a connection.
+
+        The latter holds no connection, since that would be a cycle which keeps a lost connection's slot. So
+        it is None if the application has registered dumpers of its own, which may ask for the connection.
+        """
+        copy, dumping = self._copy, self._dumping
+        if not _alike(copy, adapters):
+            copy, dumping = AdaptersMap(adapters), _independent(adapters)
+            self._copy, self._dumping = copy, dumping
+        return copy, None if dumping is None else Transformer(dumping)
 
 
-def alike(one: AdaptersMap, other: AdaptersMap) -> bool:
-    """Return whether two maps of adapters are copies, and nothing was registered in either since."""
+shared = _Shared()
+
+
+def _alike(one: AdaptersMap, other: AdaptersMap) -> bool:
+    """Return whether two maps of adapters are equal; quickly, if neither was changed since it was copied."""
     return (
         list(one._dumpers.values()) == list(other._dumpers.values())
         and one._loaders == other._loaders

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import Lock, RLock, get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import ref
 
 import psycopg
@@ -50,18 +50,11 @@ class Keeper(Protocol):
         """Count a guard."""
 
 
-class Context:
-    """What psycopg's adaptation asks of a cursor; it does not hand the connection out, nor keep it."""
+class Context(NamedTuple):
+    """What psycopg's adaptation asks of a cursor; a cursor itself would hand its connection out."""
 
-    __slots__ = ("_conn", "adapters")
-
-    def __init__(self, adapters: AdaptersMap, conn: ConnectionState) -> None:
-        self.adapters, self._conn = adapters, ref(conn)
-
-    @property
-    def connection(self) -> Any:
-        """The connection; it lives as long as its cursors."""
-        return self._conn()
+    adapters: AdaptersMap
+    connection: Any
 
 
 class ConnectionState(psycopg.Connection[Any]):
@@ -71,7 +64,7 @@ class ConnectionState(psycopg.Connection[Any]):
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
-        "client_encoding", "context", "crossed", "dumps", "ending", "endpoint", "expires_at", "follows",
+        "client_encoding", "crossed", "dumps", "ending", "endpoint", "expires_at", "follows",
         "guarding", "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated",
         "own_handlers", "owner", "patience", "plain", "poll", "proven", "reads", "replacing", "riding",
         "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed", "syncs", "taken_away",
@@ -207,11 +200,9 @@ class ConnectionState(psycopg.Connection[Any]):
     by_itself: bool
     """The value of `autocommit` outside a block: the group's mode."""
     adapters_shared: AdaptersMap | None
-    """A copy of the adapters, while they are unchanged, shared by cursors that register none."""
+    """Copies of the adapters, while they are unchanged, for cursors that register none."""
     client_encoding: bytes | None
     speaks_utf8: bool
-    context: Context | None
-    """What psycopg's adaptation gets in place of a cursor that shares the adapters."""
     dumps: Transformer | None
     """What adapts the parameters of known statements, unless that takes one of each statement's own."""
     makers: dict[bytes, Any]
@@ -233,7 +224,7 @@ class ConnectionState(psycopg.Connection[Any]):
         self.crossed = self.follows = self.guarding = self.telling = False
         self.proven, self.syncs = None, 0
         self.local = ()
-        self.patience = self.until = self.adapters_shared = self.context = self.dumps = None
+        self.patience = self.until = self.adapters_shared = self.dumps = None
         self.makers = {}
         self.speaks_utf8 = self.plain = self.by_itself = True
         self.shown, self.own_handlers = (), ((), ())

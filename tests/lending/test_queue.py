@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +186,35 @@ def test_threads_share_fairly(start: Any) -> None:
     status = Connection.status().groups["g"]
     assert (status.in_use, status.idle, status.waiting) == (0, 2, 0)
     assert even > 0.5
+
+
+@pytest.mark.slow
+def test_no_waiter_is_left_beside_an_idle_connection(start: Any) -> None:
+    """Connections go in and out without the lock, and threads may change over at any step."""
+    start(connection_count=2, timeout=20)
+    before, blocks = sys.getswitchinterval(), [0] * 6
+    longest = [0.0] * len(blocks)
+    deadline = time.monotonic() + 1.5
+
+    def work(number: int) -> None:
+        while (began := time.monotonic()) < deadline:
+            with Handler("g"):
+                longest[number] = max(longest[number], time.monotonic() - began)
+                if blocks[number] % 50 == 0:
+                    time.sleep(0.0001)  # so that the others queue
+            blocks[number] += 1
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(blocks)) as threads:
+            for future in [threads.submit(work, number) for number in range(len(blocks))]:
+                future.result(30)
+    finally:
+        sys.setswitchinterval(before)
+    group = Connection.status().groups["g"]
+    assert (group.in_use, group.waiting, group.size) == (0, 0, group.idle)
+    assert group.checkouts == sum(blocks)
+    assert max(longest) < 5  # a waiter that was forgotten would have waited to its timeout
 
 
 def test_an_interrupted_wait_loses_nothing(start: Any) -> None:
