@@ -17,6 +17,7 @@ from .._process.reload import ReloadMethods
 from .._process.unknown import unknown_endpoint, unknown_group
 from .._request import freshness
 from .._request.deadline import deadline
+from .._servers.endpoint import has_everywhere
 from .._servers.positions import written
 from .._session import block as blocks
 from .._session.block import UNBOUND, Block
@@ -278,6 +279,14 @@ class Connection(OneShots, Borrowing, ReloadMethods):
                 group=group,
             )
         return Token([position])
+
+    @classmethod
+    def is_everywhere(cls, token: Token) -> bool:
+        """Return whether each standby of the pools is known to have what the token stands for.
+
+        No server is asked: what reads have found out counts.
+        """
+        return cls._pools is not None and has_everywhere(token.positions, cls._pools.endpoints.values())
 
     @classmethod
     def drain(cls, label: str) -> None:

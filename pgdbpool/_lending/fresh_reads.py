@@ -17,12 +17,12 @@ from .._request.freshness import Seen
 from .._servers.endpoint import Endpoint, Role, State
 from .._servers.positions import TIMELINES, Facts, Verdict, history_query, judge
 from .._session.block import Block
-from .._session.commands import IDLE, MIN_TIMEOUT
+from .._session.commands import BAD, IDLE, MIN_TIMEOUT
 from .._session.connection import PooledConnection
 from .._session.slot import Slot
 from .._util import log_events as events
 from .._util.token import Position
-from ..errors import Error, StaleReadError, one_line
+from ..errors import QueryDeadlineError, StaleReadError, one_line
 from .pausing import PausingGroup
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.02
@@ -91,12 +91,18 @@ class FreshGroup(PausingGroup):
 
         :raises StaleReadError: what it must see is lost.
         """
-        facts = conn.ask_facts() if ask else conn.proven
+        try:
+            facts = conn.ask_facts() if ask else conn.proven
+            verdicts = {p: self._judge(conn, p, facts) for p in search.seen.required() if facts is not None}
+        except QueryDeadlineError:
+            raise
+        except psycopg.Error as error:
+            search.told[conn.endpoint] = f"not to be asked: {one_line(error)}"
+            return False
         if facts is None:
             search.told[conn.endpoint] = "silent about its write-ahead log"
             return False
         search.told[conn.endpoint] = str(facts)
-        verdicts = {p: self._judge(conn, p, facts) for p in search.seen.required()}
         for position, verdict in verdicts.items():
             if verdict is Verdict.LOST and not search.seen.forgives(position):
                 search.lost.append(position)
@@ -117,16 +123,12 @@ class FreshGroup(PausingGroup):
         return judge(position, facts, TIMELINES)
 
     def _learn_history(self, conn: PooledConnection, system: int, timeline: int) -> None:
-        history, reason = None, "there is none"
         try:
-            value = conn.ask(history_query(timeline)).get_value(0, 0)
-            history = None if value is None else value.decode("ascii", "replace")
-        except psycopg.Error as error:
-            if conn.closed:
-                raise
+            if (value := conn.ask(history_query(timeline)).get_value(0, 0)) is not None:
+                TIMELINES.note(system, timeline, value.decode("ascii", "replace"))
+        except psycopg.errors.InsufficientPrivilege as error:
+            TIMELINES.note(system, timeline, None)
             reason = one_line(error)
-        TIMELINES.note(system, timeline, history)
-        if history is None:
             events.ENDPOINT_NO_HISTORY(
                 "endpoint %s: the history of timeline %d cannot be read: %s", conn.endpoint.label, timeline,
                 reason, endpoint=conn.endpoint.label, timeline=timeline, reason=reason,
@@ -157,15 +159,18 @@ class FreshGroup(PausingGroup):
     def _awaited(self, search: _Search, conn: PooledConnection) -> PooledConnection | None:
         """Wait for this standby to have it, for `fresh_wait`; less if it does not replay anything."""
         began = monotonic()
-        until, pause = min(began + self.config.fresh_wait, search.until), FIRST_PAUSE
+        # A question that the time of the block does not suffice for would cost the connection.
+        until, pause = min(began + self.config.fresh_wait, search.until - MIN_TIMEOUT), FIRST_PAUSE
         at = None if conn.proven is None else conn.proven.lsn
-        if self.config.fresh_wait <= 0 or (conn.proven is not None and not conn.proven.standby):
+        if until <= began or conn.closed or (conn.proven is not None and not conn.proven.standby):
             return None
         self.fresh_waits += 1
         while (left := until - monotonic()) > 0:
             time.sleep(min(pause, left))
             if self._has_it(search, conn):
                 return conn
+            if conn.pgconn.status == BAD:
+                return None
             pause = min(pause * 1.5, LONGEST_PAUSE)
             stands = conn.proven is None or conn.proven.lsn == at
             if stands and monotonic() - began > self.config.fresh_wait / 2:
@@ -198,16 +203,13 @@ class FreshGroup(PausingGroup):
             other = self._connect_to(endpoint, slot, search)
             if other is None:
                 return None
+        has_it = False
         try:
             has_it = self._has_it(search, other)
-        except (psycopg.Error, Error) as error:
-            self.give_back(other, "lost" if other.closed else None)
-            if isinstance(error, StaleReadError):
-                raise
-            search.told[endpoint] = f"not to be asked: {one_line(error)}"
-            return None
+        finally:
+            if not has_it:
+                self.give_back(other, "lost" if other.closed else None)
         if not has_it:
-            self.give_back(other)
             return None
         self._borrowed.discard(other)
         if conn.block is not None:

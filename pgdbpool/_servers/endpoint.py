@@ -23,11 +23,12 @@ from psycopg.conninfo import make_conninfo
 from .._config.service_file import service_of
 from .._util import log_events as events
 from .._util.background_call import Latch
+from .._util.token import Position
 from ..errors import one_line
 from .connect_parameters import ConnectParameters
 from .credentials import Login
 from .host_names import Name
-from .positions import Facts
+from .positions import TIMELINES, Facts, Verdict, judge
 from .replication import QUERY, Lag, ServerReport, read
 from .startup_probe import StartupProbe
 from .tcp_round_trip import round_trip
@@ -469,3 +470,13 @@ class Endpoint:
         timeout = self.statement_timeout(group)
         params["options"] = self.config.server_options(timeout, service.get("options"))
         return make_conninfo("", **params)
+
+
+def has_everywhere(positions: Iterable[Position], endpoints: Iterable[Endpoint]) -> bool:
+    """Return whether each server that is not a primary is known to have what the positions stand for."""
+    facts = [endpoint.facts for endpoint in endpoints if endpoint.role is not Role.PRIMARY]
+    return all(
+        known is not None and judge(position, known, TIMELINES) is Verdict.PASSED
+        for position in positions
+        for known in facts
+    )

@@ -140,8 +140,10 @@ def judge(position: Position, facts: Facts, timelines: Timelines) -> Verdict:
         return Verdict.BEHIND if facts.lsn < position.lsn else Verdict.UNPROVEN
     if timeline > position.timeline:
         if (included := timelines.includes(facts.system, timeline, position)) is None:
-            # Nothing is fresher than the primary; a standby may yet be one that others have left behind.
-            return Verdict.UNPROVEN if facts.standby else Verdict.PASSED
+            # Where the history may not be read, nothing is fresher than the primary. A standby may yet be one
+            # that others have left behind.
+            unreadable = timelines.knows(facts.system, timeline)
+            return Verdict.PASSED if unreadable and not facts.standby else Verdict.UNPROVEN
         if not included:
             return Verdict.LOST
     if facts.lsn >= position.lsn:

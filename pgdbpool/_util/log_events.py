@@ -205,6 +205,12 @@ STATEMENT_RETRIED = Event(
     "statement.retried", DEBUG, "A statement whose connection was lost is sent again on another one.",
     "group", "correlation_id", "reason", "sqlstate",
 )  # fmt: skip
+TOKEN_LOST = Event(
+    "token.lost", WARNING,
+    "What a client of `ReadYourWritesMiddleware` has written was lost in a failover or a crash: its reads go "
+    "on without it.",
+    "reason",
+)  # fmt: skip
 RUN_RETRIED = Event(
     "run.retried", DEBUG, "An attempt of `run` failed, and is repeated after so many seconds.",
     "group", "correlation_id", "attempt", "seconds", "reason", "sqlstate",

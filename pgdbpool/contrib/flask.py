@@ -39,7 +39,8 @@ from ..errors import (
     TenantRequiredError,
     classify,
 )
-from ..wsgi import HealthApp, StatusApp, in_context, mount
+from ..wsgi import HealthApp, StatusApp, mount
+from ..wsgi._context import in_context
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -1,4 +1,4 @@
-"""For WSGI: a request's tenant and deadline, bound for all of its code, and answers to probes."""
+"""For WSGI: a request's tenant, deadline and token, bound for all of its code, and answers to probes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import Context, copy_context
+from collections.abc import Callable, Iterable
+from contextvars import copy_context
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from .._api.connection import Connection
 from .._request import deadline as deadlines
 from .._request.tenant import set_current
 from ..errors import NotInitializedError
+from ._context import in_context
+from ._freshness import ReadYourWritesMiddleware
 from ._status_page import StatusApp
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DeadlineMiddleware",
     "HealthApp",
+    "ReadYourWritesMiddleware",
     "StatusApp",
     "TenantMiddleware",
     "TenantRefused",
@@ -213,34 +216,6 @@ class HealthApp:
             return good, report
         states = {name: part["status"] for name, part in parts.items()}
         return good, {"status": report["status"], "pid": report["pid"], "groups": states}
-
-
-def in_context(
-    context: Context, app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse
-) -> Iterable[bytes]:
-    """Run the application in the context, and so each step of its streamed body and its `close()`."""
-    return _Body(context, context.run(app, environ, start_response))
-
-
-class _Body:
-    """A response body, each step of which runs in the request's context."""
-
-    def __init__(self, context: Context, body: Iterable[bytes]) -> None:
-        self._context = context
-        self._body = body
-        self._steps: Iterator[bytes] | None = None
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        if self._steps is None:
-            self._steps = self._context.run(iter, self._body)
-        return self._context.run(next, self._steps)
-
-    def close(self) -> None:
-        if close := getattr(self._body, "close", None):
-            self._context.run(close)
 
 
 def _answer(start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> list[bytes]:
