@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 from contextvars import ContextVar
-from typing import Any
 
+from .._util import log_events as events
 from .._util.scoped_value import Binding, Scope, Variable, current
 from .._util.token import UNKNOWN, Position, Token
 from . import special
@@ -34,8 +34,8 @@ class Seen:
         self._token = given
         self.written: Token | None = None
         """Where the writes of the blocks inside ended."""
-        self.on_lost: Any = None
-        """Called with a position that a failover has lost, in place of an error."""
+        self.forgiving = False
+        """Whether writes that a failover has lost are logged and forgotten, in place of an error."""
 
     @property
     def token(self) -> Token | None:
@@ -62,16 +62,11 @@ class Seen:
 
     def forgives(self, position: Position) -> bool:
         """Return whether reads go on without a position that was lost; if so, it is forgotten."""
-        at: Seen | None = self
-        while at is not None and at.on_lost is None:
-            at = at._outer
-        if at is None:
+        if not self.forgiving and (self._outer is None or not self._outer.forgives(position)):
             return False
-        at.on_lost(position)
-        inner: Seen | None = self
-        while inner is not None:
-            inner._forget(position)
-            inner = inner._outer
+        if self.forgiving:
+            events.TOKEN_LOST("a write was lost in a failover or a crash: %s", position, reason=str(position))
+        self._forget(position)
         return True
 
     def _forget(self, position: Position) -> None:

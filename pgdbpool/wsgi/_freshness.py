@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._api.connection import Connection
 from .._request.freshness import Seen, set_current
-from .._util import log_events as events
-from .._util.token import Position, Token
+from .._util.token import Token
 from ._context import in_context
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class ReadYourWritesMiddleware:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         token = self._read(environ)
         seen = Seen(token)
-        seen.on_lost = _log_lost
+        seen.forgiving = True
         context = copy_context()
         context.run(set_current, seen)
         response = _Response(start_response, lambda: self._headers(environ, seen, token))
@@ -127,12 +126,6 @@ def _cookie(text: str, name: str) -> str:
     except CookieError:
         found = None
     return "" if found is None else found.value
-
-
-def _log_lost(position: Position) -> None:
-    events.TOKEN_LOST(
-        "what a client has written was lost in a failover or a crash: %s", position, reason=str(position)
-    )
 
 
 class _Response:
