@@ -47,13 +47,16 @@ class Borrowing:
         It is a psycopg connection. In a manual-commit group its first statement begins a transaction, and
         `commit` and `rollback` end it; each transaction, or each statement in autocommit mode, takes the
         tenant that is current when it begins. A `with` block of it commits or rolls back, and gives it back.
-        A `Handler` is safer wherever a `with` block will do: its connection comes back by itself.
+        A `Handler` is safer wherever a `with` block will do: its connection comes back by itself. While no
+        server of the group is up, as in a restart, it waits for one, as psycopg_pool's `getconn` does.
 
         The parameters are those of a `Handler`.
 
         :param tenant: the tenant of all transactions, instead of the current one of each.
         :param skip: top-level packages that the call may come through: their lines are not the caller's.
-        :raises PoolTimeout: no connection became free in time; and what entering a `Handler` raises.
+        :param timeout: seconds to wait for a connection, and for a server that is up.
+        :raises PoolTimeout: no connection became free in time.
+        :raises DBOfflineError: no server was up in time; and what entering a `Handler` raises.
         """
         found = cls.group(group)
         frame = _caller(sys._getframe(1), ("pgdbpool", "contextlib", *skip))
@@ -67,7 +70,7 @@ class Borrowing:
             stay.seen = freshness.Seen(after)
         if found.limiter is not None:
             found.admit(stay)
-        return keep(found.checkout(stay, timeout))
+        return keep(stay.take())
 
     @classmethod
     def putconn(cls, conn: Any) -> None:

@@ -84,7 +84,8 @@ def load(
 
 
 def load_runtime_dir(
-    source: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ
+    source: Mapping[Any, Any] | str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> tuple[str, str | None]:
     """Return where a configuration comes from, and its `runtime_dir`; nothing else of it has to be valid.
 
@@ -92,7 +93,9 @@ def load_runtime_dir(
 
     :raises ConfigError: the file cannot be read, or its `runtime_dir` is not valid.
     """
-    if source is None and not environ.get("PGDBPOOL_CONFIG"):
+    if isinstance(source, Mapping):
+        origin, tree = "dict", dict(source)
+    elif source is None and not environ.get("PGDBPOOL_CONFIG"):
         origin, tree = "environment", {"runtime_dir": environ.get("PGDBPOOL_RUNTIME_DIR") or None}
     else:
         variable = "PGDBPOOL_CONFIG" if source is None else ""

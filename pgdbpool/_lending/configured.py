@@ -126,6 +126,8 @@ class ConfiguredGroup:
         self._move_at = 0.0
         self._refill_at = 0.0
         self.on_first_use: Callable[[], None] = lambda: None
+        self.look_sooner: Callable[[Collection[Endpoint]], None] = lambda endpoints: None
+        """Has the servers asked now whether they are up and what they are: a connection waits for one."""
         self.await_writer: Callable[[Any, float], bool] = lambda group, deadline: False
         """Waits until the deadline for a primary to be promoted; returns whether one is available."""
         self.on_left: Callable[[], None] = lambda: None

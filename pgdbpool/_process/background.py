@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 WAIT = 0.25
 """Seconds that lock-free requests wait, all together, for the next answer to a probe if no server is up."""
 
+SOONER_AFTER = 0.1
+"""Least seconds between two probes that are made sooner for connections that wait."""
+
 RETRY_AFTER = 1.0
 """Seconds after which a part that failed is stepped again."""
 
@@ -232,6 +235,7 @@ class Monitor:
         """Released to wake the thread. An Event could stay locked after an interruption by a signal."""
         self._news.acquire()
         self._beat = Beat() if beat is None else beat
+        self._hurried_at = 0.0
         self._failed = ""
         """How a step failed last; the same failure is not logged again."""
 
@@ -263,6 +267,16 @@ class Monitor:
     def _hurry(self, endpoint: Endpoint) -> None:
         self.prober.hurry(endpoint)
         self.observer.hurry(endpoint)
+
+    def look_sooner(self, endpoints: Collection[Endpoint]) -> None:
+        """Ask these endpoints now, since a connection waits for one; ten times a second at most."""
+        now = monotonic()
+        if now - self._hurried_at < SOONER_AFTER:
+            return
+        self._hurried_at = now
+        for endpoint in endpoints:
+            self._hurry(endpoint)
+        self.wake()
 
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = [self.prober, self.doubts, self.observer, self.holds, self.vigil]

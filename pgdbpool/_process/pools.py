@@ -111,6 +111,7 @@ class Pools:
         group.beat = self._beat
         group.on_first_use = self._first_use
         group.await_writer = self._await_writer
+        group.look_sooner = self._look_sooner
         group.on_left = self._wake
         group.nested = self._nested
         return group
@@ -118,6 +119,9 @@ class Pools:
     def _nested(self) -> bool:
         me = get_ident()
         return any(group.held_by(me) for group in self.all_groups)
+
+    def _look_sooner(self, endpoints: Collection[Endpoint]) -> None:
+        self.monitor.look_sooner(endpoints)
 
     def _await_writer(self, group: Group, deadline: float) -> bool:
         patronis = self.monitor.patronis

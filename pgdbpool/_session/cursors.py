@@ -240,13 +240,15 @@ class BlockCursor(RidingCursor):
         # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
         # block had made its own (a lock, a temporary table) is gone, and it should know.
         # Nor can a server that takes no writes have done any.
-        return not touched and ((rode and self.block.manual) or (autocommit and self._conn.reads and single))
+        return not touched and (
+            (rode and self.block.manual) or (autocommit and self._conn.reads_only and single)
+        )
 
     def _note_conflict(
         self, error: psycopg.Error, autocommit: bool, rode: bool, touched: bool, single: bool
     ) -> None:
         """Note in the error whether a statement that a standby cancelled for its replay can be sent again."""
-        if self._conn.reads and isinstance(error, errors.DBQueryError):
+        if self._conn.reads_only and isinstance(error, errors.DBQueryError):
             error.repeatable = self._may_repeat(autocommit, rode, touched, single)
 
     def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:

@@ -233,8 +233,17 @@ class LiveConnection(CleanedConnection):
     @property
     def read_only_by_choice(self) -> bool:
         """Whether it may be the block that has made its transactions read only, and not the server."""
+        return self.touched or self._block_reads
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether the statements of the block cannot write: by the group's target, or by its settings."""
+        return self.reads or self._block_reads
+
+    @property
+    def _block_reads(self) -> bool:
         modes = None if self.block is None else self.block.binding.modes
-        return self.touched or (modes is not None and bool(modes.read_only))
+        return modes is not None and bool(modes.read_only)
 
     def _kind_of(self, error: psycopg.Error) -> type[errors.DBQueryError]:
         """Return the class of the package for an error, by what became of the connection."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from time import monotonic, sleep
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 from weakref import ref
@@ -14,6 +15,7 @@ from weakref import ref
 import psycopg
 
 from .. import errors
+from .._request import deadline as deadlines
 from .._request import freshness
 from .._request.freshness import Seen
 from .._request.tenant import current_tenant
@@ -44,6 +46,9 @@ _OTHER_TENANT = (
 
 _AT_BEGIN: Any = vars(Block)["at_begin"]
 
+ASK_EVERY = 0.02
+"""Seconds between two checkouts while no server is up."""
+
 Answer = TypeVar("Answer")
 
 
@@ -51,6 +56,9 @@ class Lender(Protocol):
     """The operations of a group that a connection outside its pool uses."""
 
     name: str
+    config: Any
+    endpoints: Any
+    look_sooner: Callable[[Any], None]
 
     @property
     def on_drop(self) -> Callable[[ref[Any]], None]:
@@ -123,6 +131,23 @@ class Stay(Block):
         """Return what must precede its next unit of work, so that it reads nothing stale."""
         seen = self.sees()
         return NOTHING if seen is None or self.conn is None else self.conn.guards_for(seen)
+
+    def take(self) -> PooledConnection:
+        """Lend a connection; while no server of the group is up, wait for one, within the timeout.
+
+        :raises DBOfflineError: none was up in time.
+        """
+        timeout = self.group.config.timeout if self.timeout is None else self.timeout
+        left = deadlines.time_left() if deadlines.in_use else None
+        until = monotonic() + (timeout if left is None else min(timeout, left))
+        while True:
+            try:
+                return self.group.checkout(self, timeout)
+            except errors.DBOfflineError:
+                if (timeout := until - monotonic()) <= ASK_EVERY:
+                    raise
+            self.group.look_sooner(self.group.endpoints)
+            sleep(ASK_EVERY)
 
     def check_tenant(self) -> None:
         """Refuse to go on in a transaction whose tenant is not the current one.
@@ -228,7 +253,7 @@ class KeptConnection(PooledConnection):
             cls, stay.lost = type(self), False
             stay.group.discard(self, "lost")
             stay.part()
-            other = stay.group.checkout(stay, stay.timeout)
+            other = stay.take()
             self._continue_with(other, stay, cls)
 
     def again(self, follow: Callable[[], None], attempt: Callable[[], Answer]) -> Answer:

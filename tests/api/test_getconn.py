@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -138,6 +140,25 @@ def test_attributes_can_be_set_on_a_connection_that_goes_on_elsewhere(
         assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
         with conn.transaction():
             assert conn.execute("SHOW transaction_isolation").fetchone() == ("serializable",)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_server_that_is_away_is_waited_for(start: Any, group: str) -> None:
+    proxy = start()
+    conn = Connection.getconn(group)
+    conn.execute("SELECT 1")
+    conn.rollback()
+    proxy.stop()
+    with pytest.raises(pgdbpool.DBOfflineError):
+        Connection.getconn("auto_t", timeout=0.1)
+    with pgdbpool.deadline(0.1), pytest.raises(pgdbpool.DBConnectionError):
+        Connection.getconn("auto_t")
+    with ThreadPoolExecutor() as pool:
+        pool.submit(lambda: (time.sleep(0.3), proxy.start()))
+        with Connection.getconn("manual_t", timeout=5) as other:
+            assert other.execute("SELECT 2").fetchone() == (2,)
+    assert conn.execute("SELECT 3").fetchone() == (3,)
+    conn.close()
 
 
 def test_a_connection_whose_owner_is_gone_is_replaced_and_its_place_named(start: Any) -> None:

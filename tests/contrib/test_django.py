@@ -184,7 +184,15 @@ def test_a_schema_is_a_tenant(from_file: Any, known_cluster: Any) -> None:
     with known_cluster.primary.connect() as admin:
         for name in ("a", "b"):
             admin.execute(f"CREATE SCHEMA {name}; CREATE TABLE {name}.names AS SELECT '{name}' AS name")
-    from_file()
+    proxy = from_file()
+    value("SELECT 1")
+    proxy.reset_counts()
+    with schema("a"):
+        assert value("SELECT name FROM names") == "a"
+        assert proxy.syncs == 1
+        with transaction.atomic():
+            assert [value("SELECT name FROM names") for _ in range(2)] == ["a", "a"]
+        assert proxy.syncs == 4
     for name in ("a", "b", "a"):
         with schema(name):
             assert value("SELECT name FROM names") == name
@@ -372,7 +380,7 @@ def test_a_group_that_is_not_there_is_named(from_file: Any) -> None:
 
 
 def test_the_check_of_a_database_is_that_of_its_group(by_itself: Any) -> None:
-    proxy = by_itself(OPTIONS={"query_timeout": 30})
+    proxy = by_itself(OPTIONS={"query_timeout": "30s"})
     assert connections["default"].validation.check() == []
     connections["default"].close_pool()
     connections.settings["default"]["OPTIONS"] = {}

@@ -1,9 +1,11 @@
 """Run Django's own tests over both backends, and compare what fails.
 
+    python -m tests.django_suite /path/to/django/tests                          # what concerns a backend
     python -m tests.django_suite /path/to/django/tests basic transactions ...
+    python -m tests.django_suite /path/to/django/tests --quick                  # over the pool alone, 15 s
 
-The directory is `tests` of Django's source distribution, of the version that is installed. Without
-labels the part that CI runs is run; `--all` runs everything.
+The directory is `tests` of Django's source distribution, of the version that is installed. `--all` runs
+everything. A project's CI runs the quick part, with the directory in PGDBPOOL_TEST_DJANGO.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ PART = (
     "backends", "basic", "transactions", "transaction_hooks", "queries", "select_for_update", "servers",
     "multiple_database", "test_runner", "migrations",
 )  # fmt: skip
+QUICK = ("basic", "transactions", "transaction_hooks", "select_for_update")
 # What tests the inside of Django's own backend, each with the reason.
 EXCEPTIONS = {
     "test_connect_pool": "asks for Django's own pool",
@@ -73,13 +76,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.django_suite", description=__doc__)
     parser.add_argument("tests", type=Path)
     parser.add_argument("labels", nargs="*")
+    parser.add_argument("--quick", action="store_true", help="a short part, over the pool alone")
     parser.add_argument("--all", action="store_true", help="all tests")
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for each backend")
     given = parser.parse_args()
-    labels = [] if given.all else given.labels or list(PART)
-    failed = []
-    for engine in ENGINES:
+    labels = [] if given.all else given.labels or list(QUICK if given.quick else PART)
+    failed: list[set[str]] = [set()] if given.quick else []
+    for engine in ENGINES[len(failed) :]:
         bad, summary = run(engine, given.tests.resolve(), labels, given.parallel, given.timeout)
         failed.append(bad)
         print(f"{engine}: {summary}")

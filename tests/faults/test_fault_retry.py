@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from support import config, server
 
@@ -135,5 +136,35 @@ def test_a_statement_of_a_read_only_group_is_sent_again(
             with pytest.raises(pgdbpool.ConnectionLostError):
                 db.query("SELECT 45 + 1")  # so is what the block has set
         assert proxy.cuts == 3
+    finally:
+        Connection.reset()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_statement_of_a_group_whose_settings_forbid_writes_is_sent_again(
+    known_cluster: Any, proxy_to: Any, mode: str, cut: str
+) -> None:
+    proxy = proxy_to(known_cluster.primary)
+    entry = server(known_cluster.primary, port=proxy.port)
+    forbid = {"default_transaction_read_only": "on"}
+    groups = {"reads": {"connection_count": 1, "settings": forbid}, "any": {"connection_count": 1}}
+    Connection.init(config([entry], mode, **groups))
+    try:
+        for group, block in (("reads", {}), ("any", {"settings": forbid})):
+            with Handler(group, **block) as db:
+                getattr(proxy, cut)(b"SELECT 41")
+                assert db.query("SELECT 41 + 1").fetchone()[0] == 42
+                with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+                    db.query("CREATE TABLE t (i int)")
+        getattr(proxy, cut)(b"SELECT 43")
+        assert Connection.fetchval("reads", "SELECT 43 + 1") == 44
+        conn = Connection.getconn("reads")
+        getattr(proxy, cut)(b"SELECT 45")
+        assert conn.execute("SELECT 45 + 1").fetchone()[0] == 46
+        conn.close()
+        with Handler("any") as db, pytest.raises(pgdbpool.ConnectionLostError):
+            getattr(proxy, cut)(b"SELECT 47")
+            db.query("SELECT 47 + 1")
+        assert proxy.cuts == 5
     finally:
         Connection.reset()

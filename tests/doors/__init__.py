@@ -1,0 +1,1 @@
+"""The doors measured beside the frameworks' own pools: `python -m tests.doors`."""

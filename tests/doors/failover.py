@@ -1,0 +1,155 @@
+"""Each way under gunicorn, driven by HTTP while servers fail."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pgdbpool.cluster import Cluster
+from tests.benchmarks.bench import create_tables, server
+
+from .ways import INTERRUPTED, WAYS, environment
+
+CLIENTS = 6
+EVERY = 0.01
+"""Clients, and seconds that each waits between two requests."""
+
+
+def kill_a_standby(cluster: Cluster) -> None:
+    """Kill a standby, which stays away."""
+    cluster.standbys[0].kill()
+
+
+def restart_all_standbys(cluster: Cluster) -> None:
+    """Restart all standbys at once."""
+    standbys = cluster.standbys
+    for node in standbys:
+        node.stop()
+    for node in standbys:
+        node.start()
+
+
+def restart_the_primary(cluster: Cluster) -> None:
+    """Restart the primary."""
+    cluster.primary.restart()
+
+
+def promote_a_standby(cluster: Cluster) -> None:
+    """Kill the primary and promote a standby."""
+    standby = cluster.standbys[0]
+    cluster.primary.kill()
+    standby.promote()
+
+
+EVENTS: dict[str, Callable[[Cluster], None]] = {
+    "a standby killed": kill_a_standby,
+    "all standbys restarted": restart_all_standbys,
+    "the primary restarted": restart_the_primary,
+    "primary killed, standby promoted": promote_a_standby,
+}
+
+
+class Site:
+    """A way under gunicorn; a context manager."""
+
+    def __init__(self, way: str, servers: list[dict[str, Any]], log: Any) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        bind = f"fd://{self._listener.fileno()}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", "--bind", bind, "--workers", "2", "--worker-class", "gthread",
+             "--threads", "3", "--no-control-socket", "--graceful-timeout", "1",
+             f"tests.doors.{WAYS[way].site}:application"],
+            env={**os.environ, **environment(way, servers)},
+            cwd=Path(__file__).parents[2],
+            pass_fds=[self._listener.fileno()],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+
+    def __enter__(self) -> Site:
+        deadline = time.monotonic() + 30
+        for path in ("/read", "/write") * 4:
+            while self.ask(path)[0] != 200:
+                if time.monotonic() > deadline:
+                    raise RuntimeError("the site does not answer")
+                time.sleep(0.05)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(5)
+        self._listener.close()
+
+    def ask(self, path: str) -> tuple[int, float]:
+        """Send a request; return its status, 0 for none, and the seconds that it took."""
+        begun = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request("GET", path)
+            status = connection.getresponse().status
+        except (OSError, http.client.HTTPException):
+            status = 0
+        finally:
+            connection.close()
+        return status, time.monotonic() - begun
+
+
+def under(site: Site, event: Callable[[], None], before: float, after: float) -> list[tuple[int, float]]:
+    """Return what each request was answered, from before an event to some seconds after it."""
+    answers: list[tuple[int, float]] = []
+    end = threading.Event()
+
+    def client(number: int) -> None:
+        while not end.is_set():
+            answers.append(site.ask("/write" if number % 2 else "/read"))
+            time.sleep(EVERY)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+    for each in clients:
+        each.start()
+    try:
+        time.sleep(before)
+        event()
+        time.sleep(after)
+    finally:
+        end.set()
+        for each in clients:
+            each.join()
+    return answers
+
+
+def measure(
+    ways: tuple[str, ...] = INTERRUPTED, after: float = 4.0
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return requests, errors and the slowest request, by event and way."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for title, event in EVENTS.items():
+        for way in ways:
+            # A cluster for each, since some of the events leave another one behind.
+            with Cluster(2, settings={"max_connections": 60}) as cluster:
+                create_tables(cluster.primary, logged=True)
+                cluster.wait_in_sync()
+                with Site(way, [server(node) for node in cluster.nodes], subprocess.DEVNULL) as site:
+                    answers = under(site, lambda: event(cluster), 1.0, after)  # noqa: B023
+            found.setdefault(title, {})[way] = {
+                "requests": len(answers),
+                "errors": sum(status != 200 for status, _ in answers),
+                "slowest": max(seconds for _, seconds in answers),
+            }
+            print(f"{title}, {WAYS[way].label}: {found[title][way]}", file=sys.stderr, flush=True)
+    return found
