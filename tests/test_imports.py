@@ -13,6 +13,7 @@ import pytest
 from rooms import FILES, PACKAGE, module_of, room_of
 
 import pgdbpool
+from pgdbpool._session.state import ConnectionState
 
 # What each room may import, type-only imports included. A room is a module or a package below `pgdbpool`.
 ROOMS = {
@@ -191,3 +192,32 @@ def test_a_room_says_what_lives_there_and_what_must_not(room: str) -> None:
     first, _, second = text.partition("\n\n")
     assert first.endswith(".")
     assert second.endswith(".")
+
+
+HOLDERS = {"conn", "connection", "heir", "other", "spare"}
+"""Names of variables that hold a connection."""
+
+
+def written(path: Path, names: set[str], holders: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield function and attribute of each assignment to one of these attributes of a connection."""
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                if (
+                    isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr in names
+                    and isinstance(node.value, ast.Name) and node.value.id in holders
+                ):  # fmt: skip
+                    yield function.name, node.attr
+
+
+def test_a_connection_is_changed_in_its_room_alone() -> None:
+    own = {*ConnectionState.__slots__, *ConnectionState.__annotations__}
+    elsewhere = [path for path in FILES if room_of(module_of(path)) != "_session"]
+    changed = {name for path in elsewhere for _, name in written(path, own, HOLDERS)}
+    assert changed == {"block", "lent", "used_at"}  # in one step with other notes of the pool
+
+
+def test_what_a_block_leaves_is_noted_in_one_place() -> None:
+    noted = {"touched", "altered", "handed_out"}
+    functions = {function for path in FILES for function, _ in written(path, noted, {*HOLDERS, "self"})}
+    assert functions == {"__init__", "mark", "keep_touched", "restore_attributes", "_hand_over"}

@@ -179,8 +179,7 @@ def _visit(
             facts.error, facts.down = str(error), error.down
         return str(error)
     connected = monotonic() - began
-    conn.patience = max(timeout, 1.0)
-    conn.settled = None  # no block will have it, so that psycopg's cursors may be used
+    conn.serve_a_report(max(timeout, 1.0))
     try:
         if not facts.reachable:
             facts.reachable, facts.error = True, None

@@ -88,7 +88,7 @@ class ClosingGroup(TellingGroup):
         for slot in self._pool.slots():
             conn = slot.conn() if slot.conn is not None else None
             if conn is not None and unwanted(conn):
-                conn.expires_at = EXPIRED
+                conn.expire()
         for conn in self._pool.remove(lambda conn: conn.expires_at == EXPIRED):
             self._drop(conn, "expired")
         self._pool.refill()
@@ -108,7 +108,7 @@ class ClosingGroup(TellingGroup):
                 self._drop(conn, "interrupted")
             return None
         # The thread that removed it from `_lent` owns it: the end of the block finds nothing to give back.
-        conn.taken_away = True
+        conn.take_from_block()
         seconds = monotonic() - block.since
         self.overdue += 1
         self._discarded["max_hold"] += 1
@@ -117,7 +117,7 @@ class ClosingGroup(TellingGroup):
         conn.cut_from_other_thread(deadline)
         if conn.block is None:
             conn.close()
-        slot, conn.slot = conn.slot, None
+        slot = conn.leave_slot()
         if slot is not None:
             self._free(conn, slot)
         self._pool.refill()

@@ -110,14 +110,12 @@ class _Attempt:
     def prepare(self, conn: PooledConnection) -> None:
         """Make a new session the group's, before the application's `configure` sees it."""
         endpoint, group = self._endpoint, self._group
-        conn.until = max(self.deadline, monotonic() + MIN_TIMEOUT)
-        conn.endpoint = endpoint
-        conn.watch()
-        conn._autocommit, conn.by_itself = True, group.autocommit
+        until = max(self.deadline, monotonic() + MIN_TIMEOUT)
         # psycopg forgets prepared statements by DEALLOCATE ALL, which would drop those of sqlprepare too.
-        conn.prepare_threshold = None if group.sqlprepare else group.prepare_threshold
+        threshold = None if group.sqlprepare else group.prepare_threshold
+        conn.begin_set_up(endpoint, until, autocommit=group.autocommit, prepare_threshold=threshold)
         if endpoint.config.pooler:  # each transaction may be on another session
-            conn.local = (("statement_timeout", str(self._statement_timeout)),)
+            conn.bind_always(("statement_timeout", str(self._statement_timeout)))
         endpoint.note_role(conn, self.began)
         if group.target in ("standby", "read-only"):
             _forbid_writes(endpoint, conn)
@@ -127,15 +125,12 @@ class _Attempt:
     def release(self, conn: PooledConnection, row_factory: Any) -> None:
         """Lift the limits of the set-up, so that blocks can use the connection."""
         group, milliseconds = self._group, self._statement_timeout
-        conn.until = None
-        conn.patience = milliseconds / 1000 + CLIENT_GRACE if milliseconds else None
-        conn.row_factory = row_factory
-        conn.cursor_factory = BlockCursor
-        conn.server_cursor_factory = BlockServerCursor
+        patience = milliseconds / 1000 + CLIENT_GRACE if milliseconds else None
+        conn.end_set_up(patience, row_factory, BlockCursor, BlockServerCursor)
         conn.snapshot_attributes()
         if group.max_lifetime:
             # Jitter, so that connections opened together are not all replaced together.
-            conn.expires_at = monotonic() + group.max_lifetime * random.uniform(0.95, 1.0)
+            conn.expire(monotonic() + group.max_lifetime * random.uniform(0.95, 1.0))
 
     def refusal(self, error: psycopg.Error | Error) -> DialError:
         """Return the error for a session that the server, or the application's `configure`, refused."""
@@ -158,12 +153,11 @@ class _Attempt:
 
 def _forbid_writes(endpoint: Endpoint, conn: PooledConnection) -> None:
     """Make the session itself refuse writes: its server may be promoted before the pool learns of it."""
-    conn.reads = True
     if endpoint.config.pooler:
-        conn.local += (("transaction_read_only", "on"),)
+        conn.bind_always(("transaction_read_only", "on"))
     else:
         psycopg.Cursor(conn).execute(FORBID_WRITES)
-        conn.cleaning = conn.plain_cleaning
+    conn.only_read()
 
 
 def connect(endpoint: Endpoint, group: GroupConfig) -> psycopg.Connection[Any]:

@@ -459,17 +459,15 @@ class Group(FreshGroup):
             return None if suits(target, role, endpoint.read_only) else "role"
         since = monotonic()
         if conn.asked_role is not None and not endpoint.config.pooler:
-            conn.asked_role = None
+            conn.note_role(None)
         elif not endpoint.config.pooler and (reason := self._ping(conn, deadline)):
             return reason
         # The server behind a pooler has to be queried, for no longer than a ping may take.
-        conn.until = monotonic() + min(self.config.ping_timeout, max(deadline - monotonic(), MIN_TIMEOUT))
         try:
-            role = endpoint.note_role(conn, since)
+            with conn.bounded(min(self.config.ping_timeout, max(deadline - monotonic(), MIN_TIMEOUT))):
+                role = endpoint.note_role(conn, since)
         except psycopg.Error:
             return "lost"
-        finally:
-            conn.until = None
         return None if suits(target, role, endpoint.read_only) else "role"
 
     def apply(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:

@@ -41,7 +41,7 @@ class Hooks:
                 f"configure of group {self._config.name!r} left autocommit = {left}, and the group has "
                 f"`autocommit: {str(wanted).lower()}`: put it back, or change the group's key"
             )
-        conn._autocommit = True  # for psycopg; the block itself sends BEGIN
+        conn.stay_in_autocommit()
 
     def _on_checkout(self, conn: PooledConnection) -> None:
         """Call the hook for a checkout; raises `HookError` if it failed."""
@@ -50,10 +50,10 @@ class Hooks:
 
     def _at_checkin(self, conn: PooledConnection, reason: str | None) -> str | None:
         """Call the hook for a checkin; return the reason to close the connection, if any."""
-        conn.times_lent += 1
+        times = conn.count_block()
         if self._config.on_checkin is not None and not self._tell("on_checkin", conn):
             return reason or "on_checkin failed"
-        if 0 < self._config.max_uses <= conn.times_lent:
+        if 0 < self._config.max_uses <= times:
             return reason or "used up"
         return reason
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from time import monotonic
 from typing import Any
-from weakref import ref
 
 import psycopg
 
@@ -26,7 +25,6 @@ from ..errors import (
     UnsafeRoleError,
     one_line,
 )
-from .closing import EXPIRED
 from .dialling import connect, dial
 from .eligibility import EligibleGroup
 
@@ -90,7 +88,7 @@ class OpeningGroup(EligibleGroup):
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
         self._adopt(conn, slot)
         if generation != self._generation:
-            conn.expires_at = EXPIRED
+            conn.expire()
         if self._excluded and conn.endpoint in self._excluded and conn.endpoint.outdated:
             conn.cut_from_other_thread(
                 0.0
@@ -125,15 +123,9 @@ class OpeningGroup(EligibleGroup):
 
     def _adopt(self, conn: PooledConnection, slot: Slot) -> None:
         """Attach the connection to the group and to its slot."""
-        slot.endpoint = conn.endpoint
-        conn.keeper, conn.slot, conn.uses = self, slot, self.uses.get(conn.endpoint, Tally())
-        if self.config.annotate:
-            conn.annotates = True
-            name = conn.pgconn.parameter_status(b"application_name") or b""
-            conn.own_name = name.decode("ascii", "replace")
+        conn.enter_group(self, slot, self.uses.get(conn.endpoint, Tally()), self.config.annotate)
         if isinstance(conn, TimedConnection) and self.config.slow_query is not None:
-            conn.slow_after, conn.on_slow = self.config.slow_query, self.note_slow_statement
-        slot.conn = ref(conn)
+            conn.report_slow(self.config.slow_query, self.note_slow_statement)
 
     def _revived(self, tried: Collection[Endpoint], deadline: float) -> bool:
         """Return whether a server that was down is up again; in lock-free mode the checkout itself probes."""
@@ -217,7 +209,7 @@ class OpeningGroup(EligibleGroup):
             cursor = psycopg.Cursor(conn)
             cursor.execute('SELECT * FROM "SQLPrepare"."PrepareQueries"()')
             cursor.execute("SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql")
-            conn.own_statements = tuple(name for (name,) in cursor.fetchall())
+            conn.keep_statements(name for (name,) in cursor.fetchall())
         if self._hooks.configure is not None:
             self._hooks.configure(conn)
         if self.config.tenant is not None and self.config.tenant.verify != "off":

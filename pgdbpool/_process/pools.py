@@ -370,7 +370,7 @@ class Pools:
             group.closed_by = by
             for conn, block in group.held():
                 if block.thread != but:
-                    conn.cut_by = by
+                    conn.note_end_of_pools(by)
 
     def abandon(self) -> None:
         """In a forked child, let go of the parent's pools without touching sockets, locks or threads."""

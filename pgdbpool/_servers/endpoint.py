@@ -117,6 +117,9 @@ class ServerSession(Protocol):
     reads: bool
     used_at: float
 
+    def note_role(self, role: str | None) -> None:
+        """Note the role that the server has answered; None to have it asked anew."""
+
     @property
     def closed(self) -> bool:
         """Whether it was closed or lost."""
@@ -362,7 +365,7 @@ class Endpoint:
             since = monotonic()
             in_recovery = conn.ask(b"SELECT pg_is_in_recovery()").get_value(0, 0)
             role = Role.STANDBY if in_recovery == b"t" else Role.PRIMARY
-            conn.asked_role = role.value
+            conn.note_role(role.value)
         if not conn.reads and since >= self.role_changed_at:  # such a connection makes itself read only
             self.read_only = status(b"default_transaction_read_only") == b"on"
         self._note(role, since)
@@ -432,7 +435,7 @@ class Endpoint:
         status = conn.pgconn.parameter_status
         standby = None if self.config.pooler else status(b"in_hot_standby")
         if standby is None:  # before PostgreSQL 14, and behind a pooler: ask again
-            conn.asked_role = None
+            conn.note_role(None)
         elif (
             standby == b"on"
             or conn.reads

@@ -35,6 +35,11 @@ _ATTRIBUTES = (
 class CleanedConnection(ConnectionState):
     """A connection that tracks the changes of a block and undoes them."""
 
+    def only_read(self) -> None:
+        """Note that the session refuses writes, which its cleaning must not undo."""
+        self.reads = True
+        self.cleaning = self.plain_cleaning
+
     @property
     def plain_cleaning(self) -> tuple[Command, ...]:
         """The commands that clean the session if no prepared statement must be dropped."""

@@ -23,6 +23,10 @@ class TimedConnection(PooledConnection):
     on_slow: Callable[[PooledConnection, Any, float], None]
     """Called with the connection, the statement and its duration in seconds."""
 
+    def report_slow(self, after: float, to: Callable[[PooledConnection, Any, float], None]) -> None:
+        """Tell of statements that take that long (seconds)."""
+        self.slow_after, self.on_slow = after, to
+
     def receive(self, began_in: int = ACTIVE) -> list[PGresult]:
         """Wait, as any connection, for the answer to a statement that was sent alone."""
         with self._timed(getattr(self.block, "statement", None)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from math import inf
 from threading import Lock, RLock, get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -237,6 +238,85 @@ class ConnectionState(psycopg.Connection[Any]):
         # The same object except under gevent: `poll` checks and never waits.
         self.poll, self.wait_readable = greenlets.polls(self.pgconn.socket)
         self.used_at = monotonic()
+
+    # What its group, and nobody else, does with it.
+
+    def begin_set_up(
+        self, endpoint: Endpoint, until: float, *, autocommit: bool, prepare_threshold: int | None
+    ) -> None:
+        """Make a new session one of the endpoint's; the set-up has to be over at a time of `monotonic`."""
+        self.endpoint, self.until = endpoint, until
+        self.watch()
+        self._autocommit, self.by_itself = True, autocommit
+        self.prepare_threshold = prepare_threshold
+
+    def bind_always(self, *settings: tuple[str, str]) -> None:
+        """Bind settings in every transaction, since a pooler's session cannot keep them."""
+        self.local += settings
+
+    def stay_in_autocommit(self) -> None:
+        """Take back what `configure` told psycopg of transactions: the block sends BEGIN itself."""
+        self._autocommit = True
+
+    def end_set_up(
+        self, patience: float | None, row_factory: Any, cursor_factory: Any, server_cursor_factory: Any
+    ) -> None:
+        """Lift the limits of the set-up, and take what blocks begin with."""
+        self.until, self.patience = None, patience
+        self.row_factory, self.cursor_factory = row_factory, cursor_factory
+        self.server_cursor_factory = server_cursor_factory
+
+    def serve_a_report(self, patience: float) -> None:
+        """Serve a report in place of blocks, so that psycopg's own cursors may be used."""
+        self.patience, self.settled = patience, None
+
+    def enter_group(self, keeper: Keeper, slot: Slot, uses: Tally, annotates: bool) -> None:
+        """Belong to a group and its slot from now on; `annotates` shows its blocks' ids at the server."""
+        self.keeper, self.slot, self.uses, self.annotates = keeper, slot, uses, annotates
+        slot.endpoint, slot.conn = self.endpoint, ref(self)
+        if annotates:
+            self.own_name = (self.pgconn.parameter_status(b"application_name") or b"").decode(
+                "ascii", "replace"
+            )
+
+    def keep_statements(self, names: Iterable[str]) -> None:
+        """Keep prepared statements that belong to the session itself in every cleaning."""
+        self.own_statements = tuple(names)
+
+    def expire(self, at: float = -inf) -> None:
+        """Have the connection replaced at that time, or when its block ends."""
+        self.expires_at = at
+
+    def note_role(self, role: str | None) -> None:
+        """Note what a server that does not report its role has answered; None to have it asked anew."""
+        self.asked_role = role
+
+    def note_end_of_pools(self, by: str) -> None:
+        """Note what has closed the pools during the block."""
+        self.cut_by = by
+
+    def take_from_block(self) -> None:
+        """Have the block see the connection as lost."""
+        self.taken_away = True
+
+    def leave_slot(self) -> Slot | None:
+        """Return the slot, which is no longer the connection's."""
+        slot, self.slot = self.slot, None
+        return slot
+
+    def count_block(self) -> int:
+        """Return how many blocks had the connection, with the one that ends now."""
+        self.times_lent += 1
+        return self.times_lent
+
+    @contextmanager
+    def bounded(self, seconds: float) -> Iterator[None]:
+        """Let no wait in the body end later than that."""
+        self.until = monotonic() + seconds
+        try:
+            yield
+        finally:
+            self.until = None
 
     @property  # type: ignore[override]
     def lock(self) -> AbstractContextManager[Any]:
