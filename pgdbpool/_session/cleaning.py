@@ -215,5 +215,6 @@ class CleanedConnection(ConnectionState):
 
     def share_adapters(self) -> AdaptersMap:
         """Return the adapters shared by cursors that register none."""
-        self.adapters_shared, self.dumps = shared.of(self.adapters)
+        # psycopg would copy the global ones, only to have them copied here.
+        self.adapters_shared, self.dumps = shared.of(self._adapters or psycopg.adapters)
         return self.adapters_shared

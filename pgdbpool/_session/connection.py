@@ -64,7 +64,7 @@ class PooledConnection(TwoPhaseConnection):
             self.clean_what_shows()
         failed, text = self.failed
         statement = None if self.block is None else getattr(self.block, "statement", None)
-        return _Info(self.pgconn, text if failed is not None and failed is statement else "")
+        return _Info(self, text if failed is not None and failed is statement else "")
 
     def _start_query(self) -> PQGen[None]:
         """Admit a cursor that the block did not create; every psycopg cursor calls this first."""
@@ -195,12 +195,30 @@ class PooledConnection(TwoPhaseConnection):
                     self.patience, self.holder = patience, 0
 
 
+def asked_by_driver(frame: FrameType) -> bool:
+    """Return whether psycopg or this package asks for libpq's connection: they note what they do."""
+    name: str = frame.f_globals["__name__"]
+    return name.startswith(("psycopg", "pgdbpool."))
+
+
 class _Info(psycopg.ConnectionInfo):
     """psycopg's connection info, with the error that libpq forgets when a pipeline ends."""
 
-    def __init__(self, pgconn: Any, failure: str) -> None:
-        super().__init__(pgconn)
+    def __init__(self, conn: PooledConnection, failure: str) -> None:
+        self._conn = conn
+        super().__init__(conn.pgconn)
         self._failure = failure
+
+    @property
+    def pgconn(self) -> Any:
+        """libpq's connection; if the application uses it, the session is cleaned after the block."""
+        if not asked_by_driver(sys._getframe(1)):
+            self._conn.mark(session=True)
+        return self._pgconn
+
+    @pgconn.setter
+    def pgconn(self, value: Any) -> None:
+        self._pgconn = value
 
     @property
     def error_message(self) -> str:

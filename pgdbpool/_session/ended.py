@@ -8,6 +8,7 @@ block pays for it. A reference to libpq itself (`connection.pgconn`) is not guar
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from threading import Lock, RLock
 from typing import Any, NoReturn
@@ -109,7 +110,7 @@ def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
     replacing = getattr(heir, "replacing", None)
     heir.__dict__ = {**conn.__dict__}  # not `update`: see `snapshot_attributes`
     for name in _kind(type(conn)).slots:
-        if hasattr(conn, name):
+        with suppress(AttributeError):  # not set yet
             setattr(heir, name, getattr(conn, name))
     heir.turn, heir.step, heir.handed_out = Lock(), None, False
     if replacing is not None:

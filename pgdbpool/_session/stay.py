@@ -21,7 +21,7 @@ from .._request.freshness import Seen
 from .._request.tenant import current_tenant
 from .block import UNBOUND, Binding, Block
 from .commands import ACTIVE, IDLE, INTRANS, NOTHING, OPEN, Command
-from .connection import PooledConnection
+from .connection import PooledConnection, asked_by_driver
 from .cursors import BlockCursor
 from .ended import Ended, adopt, pass_on
 from .server_cursor import BlockServerCursor
@@ -200,6 +200,17 @@ class KeptConnection(PooledConnection):
     def belong_to(self, owner: object) -> None:
         """Close the connection, and let the pool replace it, once the owner is garbage-collected."""
         self.stay.watch = ref(owner, self.stay.group.on_drop)
+
+    @property
+    def pgconn(self) -> Any:
+        """libpq's connection; if the application uses it, the session is cleaned after the block."""
+        if not asked_by_driver(sys._getframe(1)):
+            self.mark(session=True)
+        return vars(self)["pgconn"]
+
+    @pgconn.setter
+    def pgconn(self, value: Any) -> None:
+        vars(self)["pgconn"] = value
 
     # Units of work.
 
@@ -478,7 +489,6 @@ def give_back(conn: PooledConnection) -> None:
     except psycopg.Error:
         PooledConnection.close(conn)  # the server rolls back by itself
     finally:
-        conn.mark(session=True)  # work done directly over libpq is unknown
         conn.__class__ = cls
         stay.group.checkin(conn)
         stay.open = False

@@ -377,6 +377,11 @@ class TransactingConnection(ExchangingConnection):
     def rollback(self) -> None:
         """Roll the open transaction back, if any."""
         self.check_free()
+        if self.pgconn.transaction_status == IDLE and not (
+            self._pipeline or self._num_transactions or self._tpc or self.turn.locked()
+        ):
+            self.bound = self.crossed = self.explicit = False
+            return
         with self.alone():
             if self._pipeline and self.block is not None and self.block.settings:
                 raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))

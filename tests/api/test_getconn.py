@@ -356,6 +356,22 @@ def test_session_state_is_cleaned_for_the_next_block(start: Any) -> None:
             assert db.query("SELECT to_regclass('pg_temp.mine')").fetchone()[0] is None
 
 
+def test_only_work_over_libpq_itself_is_cleaned_unseen(start: Any) -> None:
+    start()
+    for work in ("none", "pgconn", "info"):
+        with Connection.getconn("auto") as conn:
+            conn.execute("SELECT 1")
+            conn.rollback()
+            assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+            if work != "none":
+                libpq = conn.pgconn if work == "pgconn" else conn.info.pgconn
+                libpq.exec_(b"SET search_path TO elsewhere")
+        with Handler("auto") as db:
+            assert db._conn is not None
+            assert db._conn.stale is (work != "none")
+            assert db.query("SHOW search_path").fetchone()[0] != "elsewhere"
+
+
 def test_a_leak_names_the_line_that_took_the_connection(start: Any, caplog: Any, mode: str) -> None:
     start(leak_after=0.1)
     caplog.set_level(logging.WARNING, "pgdbpool")

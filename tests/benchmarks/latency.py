@@ -10,7 +10,17 @@ from .bench import Bench, server
 from .crew import Crew, pin
 from .summary import Rounds, percentile
 
-OPERATIONS = ("read", "tenant_read", "transaction 3", "write")
+OPERATIONS = (
+    "read",
+    "tenant_read",
+    "transaction 3",
+    "write",
+    "fetchval",
+    "rows",
+    "block_write",
+    "deadline_read",
+)
+"""The one with a deadline is last: a process that has used one asks for it from then on."""
 DELAYS = (0.5, 2.0)
 """Milliseconds that the network takes for a round trip."""
 

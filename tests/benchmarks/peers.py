@@ -20,6 +20,7 @@ TENANT_READ = "SELECT id, name FROM tenant_items WHERE id = %s"
 BIND = "SELECT set_config('app.tenant_id', %s, true)"
 UPDATE = "UPDATE items SET hits = hits + 1 WHERE id = %s"
 TENANT_UPDATE = "UPDATE tenant_items SET hits = hits + 1 WHERE id = %s"
+MANY = "SELECT id, name, hits, id * 2 AS twice, now() AS at FROM items ORDER BY id LIMIT 50"
 TENANT = 7
 READ_1, TENANT_READ_1, BIND_1, UPDATE_1, TENANT_UPDATE_1 = (  # as asyncpg writes parameters
     text.replace("%s", "$1") for text in (READ, TENANT_READ, BIND, UPDATE, TENANT_UPDATE)
@@ -58,6 +59,22 @@ class Peer:
 
     def write(self) -> None:
         """Update one row and commit, in as few steps as the pool has for it."""
+        raise Unsupported("no such operation")
+
+    def fetchval(self) -> Any:
+        """Read one value, in a block of its own."""
+        raise Unsupported("no such operation")
+
+    def rows(self) -> Any:
+        """Read 50 rows of 5 columns, in a block of its own."""
+        raise Unsupported("no such operation")
+
+    def block_write(self) -> None:
+        """Update one row in a transaction, and commit it at its end."""
+        raise Unsupported("no such operation")
+
+    def deadline_read(self) -> Any:
+        """Read one row, with a deadline for the request."""
         raise Unsupported("no such operation")
 
     def checkout(self) -> None:
@@ -134,6 +151,21 @@ class Bare(Peer):
     def write(self) -> None:
         self._connection().execute(UPDATE, (self.row,))
 
+    def fetchval(self) -> Any:
+        return self._connection().execute(READ, (1,)).fetchone()[0]
+
+    def rows(self) -> Any:
+        return self._connection().execute(MANY).fetchall()
+
+    def block_write(self) -> None:
+        connection = self._connection()
+        connection.execute("BEGIN")
+        connection.execute(UPDATE, (self.row,))
+        connection.execute("COMMIT")
+
+    def deadline_read(self) -> Any:
+        return self.read()  # it has none
+
 
 class Pgdbpool(Peer):
     """pgdbpool 2, threaded: each block looks at its connection first."""
@@ -169,6 +201,21 @@ class Pgdbpool(Peer):
 
     def write(self) -> None:
         self.package.Connection.execute("write", UPDATE, (self.row,))
+
+    def fetchval(self) -> Any:
+        return self.package.Connection.fetchval("read", READ, (1,))
+
+    def rows(self) -> Any:
+        with self.handler("read") as db:
+            return db.query(MANY).fetchall()
+
+    def block_write(self) -> None:
+        with self.handler("write") as db:
+            db.query(UPDATE, (self.row,))
+
+    def deadline_read(self) -> Any:
+        with self.package.deadline(30):
+            return self.read()
 
     def checkout(self) -> None:
         with self.handler("read"):

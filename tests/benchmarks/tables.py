@@ -14,6 +14,10 @@ OPERATIONS = {
     "transaction 3": "tenant transaction, 3 statements",
     "transaction 10": "tenant transaction, 10 statements",
     "write": "one write",
+    "fetchval": "one value",
+    "rows": "50 rows",
+    "block_write": "transaction, 1 write",
+    "deadline_read": "read, deadline in use",
 }
 MODES = {
     "threaded": "pgdbpool", "non-threaded": "pgdbpool, lock-free", "lock": "a lock, without a pool",

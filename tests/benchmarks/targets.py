@@ -94,12 +94,28 @@ TARGETS = (
         _trips("transaction 3", "pgdbpool"), _trips("transaction 3", *CHECKED),
     ),
     Target(
-        "read_ratio", "loopback on one core, plain block with liveness check / bare execute", 1.08, False, "",
+        "read_ratio", "loopback on one core, plain block with liveness check / bare execute", 0.8, False, "",
         _ratio(ONE, "read", "pgdbpool"), _ratio(ONE, "read", *CHECKED),
     ),
     Target(
-        "tenant_ratio", "loopback on one core, tenant read block / bare execute", 1.15, False, "",
+        "tenant_ratio", "loopback on one core, tenant read block / bare execute", 0.95, False, "",
         _ratio(ONE, "tenant_read", "pgdbpool"), _ratio(ONE, "tenant_read", *CHECKED),
+    ),
+    Target(
+        "fetchval_ratio", "loopback on one core, Connection.fetchval / bare execute", 0.8, False, "",
+        _ratio(ONE, "fetchval", "pgdbpool"),
+    ),
+    Target(
+        "block_write_ratio", "loopback on one core, manual-commit block of one write / bare BEGIN to COMMIT",
+        0.7, False, "", _ratio(ONE, "block_write", "pgdbpool"),
+    ),
+    Target(
+        "deadline_ratio", "loopback on one core, plain block with a deadline / bare execute", 0.9, False, "",
+        _ratio(ONE, "deadline_read", "pgdbpool"),
+    ),
+    Target(
+        "rows_ratio", "loopback on one core, block of 50 rows by 5 columns / bare execute", 0.92, False, "",
+        _ratio(ONE, "rows", "pgdbpool"),
     ),
     Target(
         "read_ratio_two", "loopback on two cores, plain block / bare execute", 1.08, False, "",
@@ -114,15 +130,15 @@ TARGETS = (
         _ratio("0.5 ms", "tenant_read", "pgdbpool"), _ratio("0.5 ms", "tenant_read", *CHECKED),
     ),
     Target(
-        "checkout_ratio", "checkout and checkin, threaded / psycopg_pool", 2.0, False, "",
+        "checkout_ratio", "checkout and checkin, threaded / psycopg_pool", 1.1, False, "",
         _checkout("pgdbpool"), _checkout("psycopg_pool"),
     ),
     Target(
-        "lock_free_ratio", "checkout and checkin, lock-free / psycopg_pool", 0.8, False, "",
+        "lock_free_ratio", "checkout and checkin, lock-free / psycopg_pool", 1.1, False, "",
         _checkout("pgdbpool-lock-free"), _checkout("psycopg_pool"),
     ),
     Target(
-        "throughput_ratio", "8 threads on 4 connections, checked reads / psycopg_pool with check", 1.3, True,
+        "throughput_ratio", "8 threads on 4 connections, checked reads / psycopg_pool with check", 2.0, True,
         "", _throughput("pgdbpool", "psycopg_pool-check"),
         _throughput("psycopg_pool-check", "psycopg_pool-check"),
     ),
@@ -146,7 +162,7 @@ TARGETS = (
         _restart("pgdbpool", "errors", 1), _restart("psycopg_pool-check", "errors", 1),
     ),
     Target(
-        "memory", "Python's memory of an idle connection above a bare one", 2048, False, "bytes",
+        "memory", "Python's memory of an idle connection above a bare one", 1200, False, "bytes",
         lambda parts: parts["footprint"]["memory"].get("pgdbpool"),
         lambda parts: parts["footprint"]["memory"].get("psycopg_pool"),
     ),

@@ -202,7 +202,7 @@ def test_status_reports_connections_in_use(start: Any, mode: str) -> None:
         status = Connection.status()
         group = status.groups["auto"]
         assert (group.in_use, group.idle, group.size, group.min_size, group.max_size) == (1, 1, 2, 2, 2)
-        assert "test_status_tells" in group.holders[0]
+        assert "test_status_reports" in group.holders[0]
     (endpoint,) = status.endpoints.values()
     assert (endpoint.state, endpoint.role, endpoint.connections) == ("up", "primary", 4)
     assert json.loads(json.dumps(status.to_dict()))["groups"]["auto"]["in_use"] == 1
