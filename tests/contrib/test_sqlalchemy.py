@@ -399,12 +399,25 @@ def test_a_routing_session_reads_elsewhere_until_it_writes(start: Any) -> None:
             lambda: session.execute(sa.delete(Account)),
             lambda: session.execute(text("UPDATE accounts SET name = 'w'")),
             lambda: session.execute(text("SELECT * FROM accounts FOR NO KEY UPDATE")),
+            lambda: session.execute(text("SELECT 1; DELETE FROM accounts")),
             lambda: session.execute(with_insert),
         ):  # fmt: skip
             assert through(lambda: session.execute(read).all()) == {"read"}
             assert through(write) == {"write"}
             assert through(lambda: session.execute(read).all()) == {"write"}
             session.rollback()
+
+
+def test_a_read_that_flushes_first_sees_what_it_flushed(start: Any) -> None:
+    start()
+    writing, reading = ready(), ready("read")
+    Base.metadata.create_all(writing)
+    with RoutingSession(writing=writing, reading=reading) as session:
+        session.add(Account(id=1, name="x"))
+        assert session.scalars(sa.select(Account.name)).all() == ["x"]
+        assert session.get_bind(clause=sa.select(Account)) is writing
+        session.rollback()
+        assert session.get_bind(clause=sa.select(Account)) is reading
 
 
 def test_savepoints_of_a_routing_session_are_where_it_writes(start: Any) -> None:

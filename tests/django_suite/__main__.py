@@ -31,6 +31,8 @@ EXCEPTIONS = {
     "test_connect_pool": "asks for Django's own pool",
     "test_connect_pool_set_to_true": "asks for Django's own pool",
     "test_connect_pool_with_timezone": "asks for Django's own pool",
+    "test_pool_check_can_be_overridden": "asks for Django's own pool",
+    "test_pool_options_not_mutated": "asks for Django's own pool",
     "test_pooling_health_checks": "asks for Django's own pool",
     "test_pooling_not_support_persistent_connections": "asks for Django's own pool",
     "test_connect_server_side_binding": "compares the class of the cursor, which is the pool's",

@@ -13,7 +13,8 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.expression import SelectBase
 
 _READS = re.compile(r"\s*(select|values|table|show)\b", re.IGNORECASE)
-_LOCKS = re.compile(r"\bfor\s+(no\s+key\s+)?(update|share|key\s+share)\b|\binto\b", re.IGNORECASE)
+_MORE = re.compile(r"\bfor\s+(no\s+key\s+)?(update|share|key\s+share)\b|\binto\b|;\s*\S", re.IGNORECASE)
+"""What locks or makes a table, or another statement, in a text that begins as a read."""
 
 
 class RoutingSession(Session):
@@ -81,12 +82,12 @@ def writes(clause: Any) -> bool:
     """Return whether a statement may do more than read."""
     if isinstance(clause, TextClause):
         text = clause.text
-        return _READS.match(text) is None or _LOCKS.search(text) is not None
+        return _READS.match(text) is None or _MORE.search(text) is not None
     if not isinstance(clause, SelectBase) and not getattr(clause, "is_select", False):
         return True
     return any(
         getattr(part, "is_dml", False)
         or getattr(part, "_for_update_arg", None) is not None
-        or (isinstance(part, TextClause) and part is not clause and _LOCKS.search(part.text) is not None)
+        or (isinstance(part, TextClause) and part is not clause and _MORE.search(part.text) is not None)
         for part in visitors.iterate(clause)
     )
