@@ -110,7 +110,9 @@ class FreshGroup(PausingGroup):
             self.fresh_refused += 1
             raise search.error(self.name)
         has_it = all(verdict in (Verdict.PASSED, Verdict.LOST) for verdict in verdicts.values())
-        if not has_it and ask:
+        if has_it:
+            conn.endpoint.behind_at = 0.0
+        elif ask:
             conn.endpoint.note_behind(facts)
         return has_it
 
@@ -154,7 +156,7 @@ class FreshGroup(PausingGroup):
             for endpoint in self.endpoints
             if endpoint is not but and endpoint.state is State.UP and endpoint not in self._excluded
         ]
-        return sorted(usable, key=lambda e: -(e.facts.lsn if e.facts is not None else 0))
+        return sorted(usable, key=lambda endpoint: -endpoint.position)
 
     def _awaited(self, search: _Search, conn: PooledConnection) -> PooledConnection | None:
         """Wait for this standby to have it, for `fresh_wait`; less if it does not replay anything."""

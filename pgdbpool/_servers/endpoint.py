@@ -173,6 +173,8 @@ class Endpoint:
         self.lag: Lag | None = None
         """How far a standby is behind, if a group limits that."""
         self.reported_at = 0.0
+        self.position = 0
+        """How far it was seen in the write-ahead log, on whichever timeline."""
         self.facts: Facts | None = None
         """What it had of the write-ahead log when it was last asked."""
         self.behind_at = 0.0
@@ -399,11 +401,17 @@ class Endpoint:
             return
         self.reported_at = report.at
         self.timeline, self.system = report.timeline, report.system
+        self.position = report.position or 0
         self.on_seen(self)
+
+    def note_facts(self, facts: Facts) -> None:
+        """Remember what the server has of the write-ahead log."""
+        self.facts, self.position = facts, facts.lsn
 
     def note_behind(self, facts: Facts) -> None:
         """Remember what the server had of the write-ahead log when that was too little for a read."""
-        self.facts, self.behind_at = facts, monotonic()
+        self.note_facts(facts)
+        self.behind_at = monotonic()
 
     def found_behind(self) -> Facts | None:
         """Return what the server has of the write-ahead log, if that was too little a moment ago."""

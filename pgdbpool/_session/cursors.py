@@ -199,7 +199,7 @@ class BlockCursor(RidingCursor):
             return preamble
         if not self.after and not outcome.may_commit(self.block.statement, inside=False):
             return preamble
-        conn.telling = True
+        conn.tell_next()
         return preamble or EMPTY
 
     def _commented(self, query: Any) -> Any:

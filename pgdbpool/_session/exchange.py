@@ -183,10 +183,10 @@ class ExchangingConnection(GuardedConnection):
         :param many: how many statements the server may keep the answers of: each has its time.
         :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
         """
-        if self.telling and send is not None:
-            return self._exchange_and_tell(commands, send, after, many)
         pgconn = self.pgconn
         if self.unusable or self.streamed:
+            if self.telling and send is not None:
+                return self._exchange_and_tell(commands, send, after, many)
             commands = self._before_sending(commands)
         began_in, patience = pgconn.transaction_status, self.patience
         bounded = many > 1 or deadlines.in_use or self.until is not None
@@ -274,11 +274,11 @@ class ExchangingConnection(GuardedConnection):
                 before += self._send_bound(sql, values)
         if send is not None:
             send()
-        for command in after:
-            if command is SYNC:
-                pgconn.pipeline_sync()
+        for sql, _ in after:
+            if sql:
+                pgconn.send_query_params(sql, None)
             else:
-                pgconn.send_query_params(command[0], None)
+                pgconn.pipeline_sync()
         pgconn.pipeline_sync()
         return before
 

@@ -100,9 +100,13 @@ class GuardedConnection(LiveConnection):
         """Remember what the server has; behind a pooler the next transaction may be on another one."""
         if not self.endpoint.config.pooler:
             self.proven = facts
-            self.endpoint.facts = facts
+            self.endpoint.note_facts(facts)
 
     # Where writes ended.
+
+    def tell_next(self) -> None:
+        """Let the exchange of the next statement tell where its writes ended."""
+        self.telling = self.streamed = True  # both are looked for at once
 
     def learns(self) -> Seen | None:
         """Return what is to learn of the block's writes; None if nothing is, or a standby can have none."""

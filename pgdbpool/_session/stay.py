@@ -236,6 +236,12 @@ class KeptConnection(PooledConnection):
         if self.pgconn.transaction_status == IDLE and (binding := stay.bind()) is not stay.binding:
             self._rebind(stay, binding)
 
+    def renew_alone(self) -> None:
+        """Begin a unit of work for what cannot ride, on a server that has what it must see."""
+        self.renew()
+        if freshness.in_use:
+            self.freshen(self.stay)
+
     def _rebind(self, stay: Stay, binding: Binding) -> None:
         """Let the next unit of work bind something else."""
         late = binding.special and not stay.binding.special
@@ -376,12 +382,12 @@ class KeptConnection(PooledConnection):
 
     def transaction(self, savepoint_name: str | None = None, force_rollback: bool = False) -> Any:
         """Open a transaction, or a savepoint inside an open one."""
-        self.renew()
+        self.renew_alone()
         return super().transaction(savepoint_name, force_rollback)
 
     def pipeline(self) -> Any:
         """Switch to pipeline mode."""
-        self.renew()
+        self.renew_alone()
         return super().pipeline()
 
     # Giving it back.
@@ -424,7 +430,7 @@ class Returned(Ended):
     def _refuse_returned(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise errors.BlockClosedError(GIVEN_BACK)
 
-    again = renew = terminate = _refuse_returned
+    again = renew = renew_alone = terminate = _refuse_returned
 
     def __exit__(self, *raised: object) -> None:
         """Do nothing: it is given back."""

@@ -49,14 +49,14 @@ class StayCursor(_Following, BlockCursor):
 
     def stream(self, query: Any, params: Any = None, **kwargs: Any) -> Iterator[Any]:
         """Iterate row by row over a result that the client does not hold as a whole."""
-        self._conn.renew()
+        self._conn.renew_alone()
         self._follow()
         yield from super().stream(query, params, **kwargs)
 
     @contextmanager
     def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
         """Start a COPY."""
-        self._conn.renew()
+        self._conn.renew_alone()
         self._follow()
         with super().copy(statement, params, writer=writer) as copy:
             yield copy
@@ -76,7 +76,7 @@ class StayServerCursor(_Following, BlockServerCursor):
 
     def execute(self, query: Any, params: Any = None, **kwargs: Any) -> StayServerCursor:
         """Declare the cursor for the query."""
-        self._conn.renew()
+        self._conn.renew_alone()
         self._follow()
         super().execute(query, params, **kwargs)
         return self

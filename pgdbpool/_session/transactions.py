@@ -361,7 +361,7 @@ class TransactingConnection(ExchangingConnection):
 
     def _commit_and_tell(self, status: int) -> PGresult:
         """Commit, and learn in the same round trip where the block's writes ended; return the answer."""
-        self.telling = True
+        self.tell_next()
         try:
             return self.exchange(NOTHING, lambda: None, COMMIT)[-1][-1]
         except psycopg.Error as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from pgbouncer import PROGRAM, PgBouncer
 from support import config, server, wait_for
 
 import pgdbpool
@@ -433,6 +434,84 @@ def test_a_connection_out_of_its_pool_reads_its_writes_too(servers: Cluster, ini
     assert status("prefer").size <= 3
 
 
+KEPT_READS: dict[str, Callable[[Any, int], Any]] = {
+    "execute": lambda conn, i: conn.execute(COUNT, (i,)).fetchone()[0],
+    "executemany": lambda conn, i: returned(conn, i),
+    "stream": lambda conn, i: next(iter(conn.cursor().stream(COUNT, (i,))))[0],
+    "copy": lambda conn, i: copied(conn.cursor(), i),
+    "pipeline": lambda conn, i: kept_pipeline(conn, i),
+    "transaction": lambda conn, i: kept_transaction(conn, i),
+    "named cursor": lambda conn, i: conn.cursor("name", withhold=True).execute(COUNT, (i,)).fetchone()[0],
+}
+
+
+def returned(conn: Any, i: int) -> Any:
+    cursor = conn.cursor()
+    cursor.executemany(COUNT, [(i,)], returning=True)
+    return cursor.fetchone()[0]
+
+
+def kept_pipeline(conn: Any, i: int) -> Any:
+    with conn.pipeline():
+        return conn.execute(COUNT, (i,)).fetchone()[0]
+
+
+def kept_transaction(conn: Any, i: int) -> Any:
+    with conn.transaction():
+        return conn.execute(COUNT, (i,)).fetchone()[0]
+
+
+@pytest.mark.parametrize("way", list(KEPT_READS))
+def test_no_way_to_read_over_a_kept_connection_gives_a_stale_row(
+    servers: Cluster, init: Any, way: str
+) -> None:
+    init(fresh_wait=0)
+    with paused(*servers.standbys):
+        number, token = write()
+        with Connection.getconn("prefer", after=token) as conn:
+            assert KEPT_READS[way](conn, number) == 1
+        with pgdbpool.read_your_writes(token), Connection.getconn("prefer") as conn:
+            assert KEPT_READS[way](conn, number) == 1
+        with pytest.raises(StaleReadError), Connection.getconn("auto_read", after=token) as conn:
+            KEPT_READS[way](conn, number)
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="PgBouncer is not installed")
+def test_behind_pgbouncer_each_transaction_is_guarded(servers: Cluster, mode: str) -> None:
+    """It hands out what its server said when it logged in, and may give each transaction another session."""
+    standby = servers.standbys[0]
+    with PgBouncer(standby, ("postgres",), pool_size=2) as pooled:
+        entries = [
+            server(servers.primary, label="primary"),
+            server(pooled, label="pooled", pooler="transaction"),
+        ]
+        few = {"connection_count": 2, "min_size": 1, "fresh_wait": 0}
+        read = {**few, "endpoints": ["pooled"], "target": "standby"}
+        groups = {
+            "auto": {**few, "endpoints": ["primary"]},
+            "read": read,
+            "manual": {**read, "autocommit": False},
+            "prefer": {**few, "target": "prefer-standby"},
+        }
+        Connection.init(config(entries, mode, **groups))
+        try:
+            for way in (READS["query"], READS["stream"], READS["several"], READS["transaction"]):
+                with paused(standby):
+                    number, token = write()
+                    for group in ("read", "manual"):
+                        with pytest.raises(StaleReadError), Handler(group, after=token) as db:
+                            way(db, number)
+                    with Handler("prefer", after=token) as db:
+                        assert way(db, number) == 1
+                wait_for(lambda number=number: standby.execute(COUNT, (number,)) == [(1,)])
+                for group in ("read", "manual"):
+                    for _ in range(2):
+                        with Handler(group, after=token) as db:
+                            assert way(db, number) == 1
+        finally:
+            Connection.reset()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto_read", "manual_read"])
 def test_in_repeatable_read_the_snapshot_is_not_older_than_the_guard(
@@ -534,31 +613,41 @@ def test_a_commit_that_did_not_wait_for_its_standby_is_read_from_the_primary(
     servers: Cluster, init: Any
 ) -> None:
     init(fresh_wait=0)
-    node = servers.primary
+    node, over = servers.primary, threading.Event()
+    canceller = threading.Thread(target=cancel_waiting, args=(node, over))
     node.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
     node.execute("SELECT pg_reload_conf()")
+    canceller.start()
     try:
         for group in ("auto", "manual"):
-            canceller = threading.Timer(0.3, lambda: cancel_waiting(node))
-            canceller.start()
-            with pgdbpool.read_your_writes() as seen:
-                number = next(_numbers)
-                with pytest.raises(NotReplicatedError), Handler(group) as db:
-                    db.query(INSERT, (number,))
-                assert seen.token is not None
-                with Handler("prefer") as db:
-                    assert db.fetchval(COUNT, (number,)) == 1
-                    assert db.endpoint == node.label
-            canceller.join()
+            number, seen = wait_for(lambda group=group: not_replicated(group))
+            assert seen.token is not None
+            with pgdbpool.read_your_writes(seen.token), Handler("prefer") as db:
+                assert db.fetchval(COUNT, (number,)) == 1
+                assert db.endpoint == node.label
     finally:
         node.execute("ALTER SYSTEM RESET synchronous_standby_names")
         node.execute("SELECT pg_reload_conf()")
+        over.set()
+        canceller.join()
 
 
-def cancel_waiting(node: Node) -> None:
-    waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-    ((pid,),) = wait_for(lambda: node.execute(waiting))
-    node.execute("SELECT pg_cancel_backend(%s)", (pid,))
+def not_replicated(group: str) -> tuple[int, pgdbpool.Seen] | None:
+    """Write a row; return its number if its commit did not wait: the server takes a moment to reload."""
+    number = next(_numbers)
+    with pgdbpool.read_your_writes() as seen:
+        try:
+            with Handler(group) as db:
+                db.query(INSERT, (number,))
+        except NotReplicatedError:
+            return number, seen
+    return None
+
+
+def cancel_waiting(node: Node, over: threading.Event) -> None:
+    with node.connect() as admin:
+        while not over.wait(0.05):
+            admin.execute("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
 
 
 def test_a_lost_commit_may_be_there_and_is_looked_for_on_the_primary(
