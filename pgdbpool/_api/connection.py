@@ -308,6 +308,25 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         cls._endpoint(label).undrain()
 
     @classmethod
+    def pause(cls, group: str, seconds: float = 60.0) -> None:
+        """Hold new blocks of a group back in this process, each within its own `timeout`, until `resume`.
+
+        A block that a thread enters inside another one goes on. `pgdbpool pause` does it in all processes.
+
+        :param seconds: after which the pause ends by itself.
+        :raises UnconfiguredGroupError: there is no such group; the error lists the groups.
+        """
+        cls._current().pause([cls.group(group)], "Connection.pause()", seconds)
+
+    @classmethod
+    def resume(cls, group: str) -> None:
+        """Let the blocks of a paused group go on.
+
+        :raises UnconfiguredGroupError: there is no such group; the error lists the groups.
+        """
+        cls._current().resume([cls.group(group)])
+
+    @classmethod
     def _endpoint(cls, label: str) -> Endpoint:
         endpoints = cls._current().endpoints
         try:

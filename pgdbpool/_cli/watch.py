@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import sys
 import time
 from collections import deque
@@ -36,7 +35,7 @@ def watch(show: Show, every: float, sorts: Sequence[str], sort: str) -> int:
                 print(text, flush=True)
                 time.sleep(every)
                 continue
-            width, height = shutil.get_terminal_size()
+            width, height = os.get_terminal_size()
             view, text = show(views[0] if views else None, width, sort)
             views.append(view)
             while len(views) > 1 and views[1]["time"] <= view["time"] - RATE_OVER:

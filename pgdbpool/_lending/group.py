@@ -349,8 +349,7 @@ class Group(FreshGroup):
         greenlets.check()
         self.used = True
         self.on_first_use()  # an order to pause may be in force
-        if self._pause is None:
-            self._probe = self._later_probe
+        self._set_probe()
         if self._later_probe is not None:
             self._later_probe()
         return self._pause is not None
@@ -501,7 +500,7 @@ class Group(FreshGroup):
 
     def close(self, timeout: float) -> None:
         """Close the pool; connections in use are closed as they come back."""
-        self._pause = None
+        self._pause = None  # held blocks go on, and find the pool closed
         self._pool.close(timeout)
 
     def abandon(self) -> None:

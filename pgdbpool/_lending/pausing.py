@@ -31,12 +31,18 @@ class PausingGroup(OpeningGroup):
         A block inside another one goes on: the outer one could not end otherwise.
         """
         self._pause = Pause(by, until)
-        self._probe = self._paused
+        self._set_probe()
 
     def resume(self) -> None:
         """Let the blocks go on."""
         self._pause = None
+        self._set_probe()
+
+    def _set_probe(self) -> None:
+        """Have the next checkout look at the pause, if there is one."""
         self._probe = self._usual_probe()
+        if self._pause is not None:  # last: another thread may just have set it
+            self._probe = self._paused
 
     def _usual_probe(self) -> Callable[[], object] | None:
         return self._later_probe if self.used else self._first_use
@@ -68,7 +74,7 @@ class PausingGroup(OpeningGroup):
                 time.sleep(min(HELD_EVERY, deadline - now))
                 if self._later_probe is not None:
                     self._later_probe()  # no thread would see that the pause is over
-            if pause is not None:
+            if pause is not None and self._pause is pause:
                 self.resume()
         finally:
             self.held_back.remove(place)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from time import monotonic
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ConfigError
@@ -26,7 +25,12 @@ class Ordered(Protocol):
     groups: dict[str, Group]
     endpoints: dict[str, Endpoint]
     owner: Any
-    paused: bool
+
+    def pause(self, groups: Iterable[Group], by: str, seconds: float) -> None:
+        """Hold new blocks of groups back."""
+
+    def resume(self, groups: Iterable[Group]) -> int:
+        """Let the blocks of groups go on; return how many were held."""
 
 
 def obey(pools: Ordered, order: Order) -> str:
@@ -34,6 +38,8 @@ def obey(pools: Ordered, order: Order) -> str:
 
     :raises Error: it cannot be executed; nothing was changed.
     """
+    if order["do"] not in _ORDERS:
+        raise ConfigError(f"{order['do']!r} is not an order that this version of pgdbpool knows")
     return _ORDERS[order["do"]](pools, order)
 
 
@@ -102,19 +108,12 @@ def _pause(pools: Ordered, order: Order) -> str:
     if left <= 0:
         return "it was over already"
     groups = _groups(pools, order)
-    pools.paused = True
-    for group in groups:
-        group.pause(order["by"], monotonic() + left)
+    pools.pause(groups, order["by"], left)
     return f"new blocks are held; {_ending(sum(len(group.held()) for group in groups))}"
 
 
 def _resume(pools: Ordered, order: Order) -> str:
-    held = 0
-    for group in _groups(pools, order):
-        held += len(group.held_back)
-        group.resume()
-    pools.paused = any(group.paused_by for group in pools.groups.values())
-    return f"{held} held blocks go on"
+    return f"{pools.resume(_groups(pools, order))} held blocks go on"
 
 
 _ORDERS: dict[str, Callable[[Ordered, Order], str]] = {

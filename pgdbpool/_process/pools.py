@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,22 @@ class Pools:
         group.on_left = self._wake
         group.nested = self._nested
         return group
+
+    def pause(self, groups: Iterable[Group], by: str, seconds: float) -> None:
+        """Hold new blocks of groups back for some seconds, or until `resume`."""
+        self.paused = True
+        until = monotonic() + seconds
+        for group in groups:
+            group.pause(by, until)
+
+    def resume(self, groups: Iterable[Group]) -> int:
+        """Let the blocks of groups go on; return how many were held."""
+        held = 0
+        for group in groups:
+            held += len(group.held_back)
+            group.resume()
+        self.paused = any(group.paused_by for group in self.groups.values())
+        return held
 
     def _nested(self) -> bool:
         me = get_ident()

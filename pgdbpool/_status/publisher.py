@@ -111,11 +111,11 @@ class Publisher:
 
     def begin(self) -> None:
         """Start publishing; first execute the orders that are in force."""
-        self.needed = not self._closed
-        self._due = 0.0
-        if self.needed and self._room is None:
+        if self._room is None and not self._closed:
             with suppress(OSError, RuntimeDirError), RuntimeDir(self._path) as room:
                 self._obey_orders(room)
+        self.needed = not self._closed  # from here on the thread executes orders
+        self._due = 0.0
 
     def step(self) -> float:
         """Execute new orders and publish if due; return the seconds until the next step."""

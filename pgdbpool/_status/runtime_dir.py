@@ -130,7 +130,7 @@ class RuntimeDir:
     def orders(self) -> list[dict[str, Any]]:
         """Return the orders that are in force or were given a moment ago, by their numbers."""
         found = self._json("orders.json").get("orders")
-        return found if isinstance(found, list) else []
+        return [order for order in found if _is_order(order)] if isinstance(found, list) else []
 
     def orders_mark(self) -> object:
         """Return a value that changes with each new order; it costs one system call."""
@@ -260,6 +260,17 @@ def add_counts(total: dict[str, Any], more: dict[str, Any]) -> None:
             total[name] = [a + b for a, b in zip_longest(known, value, fillvalue=0)]
         else:
             total[name] = total.get(name, 0) + value
+
+
+def _is_order(found: object) -> bool:
+    """Return whether a part of the file, which anybody with the right may have edited, is an order."""
+    return (
+        isinstance(found, dict)
+        and {"n": int, "time": float, "do": str, "by": str}.items()
+        <= {key: type(value) for key, value in found.items()}.items()
+        and {"group", "endpoint"} <= found.keys()
+        and (found["do"] != "pause" or isinstance(found.get("until"), float))
+    )
 
 
 def stands(order: Mapping[str, Any], now: float) -> bool:

@@ -266,6 +266,35 @@ def test_an_order_drains_in_every_process_and_in_those_that_start_later(
     assert ("order", "ordered by test: in use again") in events
 
 
+def test_what_is_no_order_is_passed_over(
+    start: Callable[..., None], place: str, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    os.mkdir(place, 0o700)
+    good = {"n": 5, "do": "fly", "by": "ann", "time": time.time() + 60, "group": None, "endpoint": None}
+    wrong = [
+        1,
+        None,
+        {},
+        {**good, "n": "5"},
+        {**good, "do": None},
+        {**good, "do": "pause"},
+        {**good, "by": 1},
+    ]
+    Path(place, "orders.json").write_text(json.dumps({"orders": [*wrong, good]}))
+    start(mode)
+    blocks(1)
+    wait_for(lambda: blocks(1) or (told(place) and told(place)[0]["answers"]), what="an answer")
+    assert [answer["text"] for answer in told(place)[0]["answers"]] == [
+        "'fly' is not an order that this version of pgdbpool knows"
+    ]
+    for text in ("", "[]", "{", '{"orders": 1}'):
+        Path(place, "orders.json").write_text(text)
+        with RuntimeDir(place) as room:
+            assert room.orders() == []
+            room.order("resume", by="ann")
+            assert len(room.orders()) == 1
+
+
 def test_lock_free_publishes_at_checkin_at_most_once_a_second(start: Callable[..., None], place: str) -> None:
     start("non-threaded")
     publisher = Connection._current().publisher
