@@ -194,7 +194,7 @@ def _show(answers: list[Answer], busy: Mapping[int, int], as_json: bool) -> None
         output.show_json({"answers": told})
         return
     if not answers:
-        print("no process publishes its status here: nobody was there to take the order")
+        print("no process publishes its status here, so none took the order")
     words = {True: "done", False: "failed", None: "silent"}
     rows = [
         (

@@ -196,6 +196,7 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
     closed = [f"{number:,} {escape(why)}" for why, number in sorted(group["discarded"].items())]
     closed += [f"{group['ended']:,} with their process"] if group["ended"] else []
     facts = [
+        *([_fact("Paused by", escape(group["paused"]), warn=True)] if group["paused"] else []),
         _fact("In use", f"{busy} <small>of {group['max_size']}</small>"),
         _fact("Idle", str(group["idle"])),
         _fact("Waiting", str(waiting), warn=waiting > 0),

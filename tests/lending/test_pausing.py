@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -13,6 +14,8 @@ from support import config, wait_for
 
 from pgdbpool import Connection, Handler, NotInitializedError, PoolTimeout, TooManyWaiting
 from pgdbpool._status.runtime_dir import RuntimeDir
+from pgdbpool.overview import gather
+from pgdbpool.wsgi._status_html import page
 
 
 @pytest.fixture
@@ -121,9 +124,12 @@ def test_a_block_is_held_and_goes_on_by_orders(start: Any, tmp_path: Path) -> No
     start(runtime_dir=place)
     Connection.fetchval("g", "SELECT 1")
     with RuntimeDir(place, create=True) as room:
-        seconds = {"until": room_time() + 30}
+        seconds = {"until": time.time() + 30}
         room.order("pause", by="ann", group="g", **seconds)
         wait_for(lambda: _held("g"), what="the pause is in force")
+        paused = lambda: [group["paused"] for group in gather(place)["groups"]]  # noqa: E731
+        wait_for(lambda: paused() == ["ann", None], what="it is published")
+        assert page(gather(place), None, alone=False).count("Paused by") == 1
         timer = threading.Timer(0.3, lambda: room.order("resume", by="ann"))
         timer.start()
         began = monotonic()
@@ -135,12 +141,6 @@ def test_a_block_is_held_and_goes_on_by_orders(start: Any, tmp_path: Path) -> No
         start(runtime_dir=place)
         assert _held("g")
         assert _held("other")
-
-
-def room_time() -> float:
-    import time
-
-    return time.time()
 
 
 def _held(group: str) -> bool:
