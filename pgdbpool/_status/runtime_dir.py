@@ -1,4 +1,4 @@
-"""The directory in which the processes of one application publish the status of their pools.
+"""The directory in which the processes of one application publish their status, and find orders.
 
 Each process has one file there and holds a lock on it for as long as it lives: a file that can be locked
 belongs to a process that has exited, in whatever container it ran. Its counters are added to `gone.json`
