@@ -21,12 +21,15 @@ from .._session.commands import BAD, IDLE, MIN_TIMEOUT
 from .._session.connection import PooledConnection
 from .._session.slot import Slot
 from .._util import log_events as events
-from .._util.token import Position
+from .._util.token import UNKNOWN, Position, lsn_text
 from ..errors import QueryDeadlineError, StaleReadError, one_line
 from .pausing import PausingGroup
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.02
 """Seconds between two questions to a standby that is waited for: they grow by half each time."""
+
+WAITING_SINCE = 190000
+"""The version of PostgreSQL with WAIT FOR LSN."""
 
 ADMITS_PRIMARY = ("any", "prefer-standby")
 
@@ -168,7 +171,7 @@ class FreshGroup(PausingGroup):
             return None
         self.fresh_waits += 1
         while (left := until - monotonic()) > 0:
-            time.sleep(min(pause, left))
+            self._let_pass(search, conn, min(pause, left), left)
             if self._has_it(search, conn):
                 return conn
             if conn.pgconn.status == BAD:
@@ -178,6 +181,20 @@ class FreshGroup(PausingGroup):
             if stands and monotonic() - began > self.config.fresh_wait / 2:
                 return None  # its replay is paused, or the primary is away
         return None
+
+    def _let_pass(self, search: _Search, conn: PooledConnection, pause: float, left: float) -> None:
+        """Let some time pass; PostgreSQL 19 and later ends it when the standby has got there."""
+        system = None if conn.proven is None else conn.proven.system
+        needed = [p.lsn for p in search.seen.required() if p.system == system and p.lsn != UNKNOWN]
+        if conn.pgconn.server_version < WAITING_SINCE or not needed:
+            time.sleep(pause)
+            return
+        # It looks at no timeline, so what the standby has is asked all the same.
+        within = f"WITH (TIMEOUT '{max(1, int(1000 * left))}ms', NO_THROW)"
+        try:
+            conn.ask(f"WAIT FOR LSN '{lsn_text(max(needed))}' {within}".encode())
+        except psycopg.Error:
+            time.sleep(pause)
 
     def _on_the_primary(self, search: _Search, conn: PooledConnection) -> PooledConnection | None:
         for endpoint in self._others(conn.endpoint):

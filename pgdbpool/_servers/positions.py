@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # have reached it on the old. What a standby receives is shown to members of pg_read_all_stats alone; others
 # see the timeline of the control file, which may lag behind. A standby that receives nothing tells none.
 # https://www.postgresql.org/docs/current/monitoring-stats.html#MONITORING-PG-STAT-WAL-RECEIVER-VIEW
-_FACTS = """
+_SYSTEM = "(SELECT system_identifier FROM pg_catalog.pg_control_system())"
+_FACTS = f"""
     SELECT system, standby, lsn, pg_catalog.lower(CASE
         WHEN NOT standby THEN pg_catalog.left(pg_catalog.pg_walfile_name(lsn), 8)
         ELSE pg_catalog.lpad(pg_catalog.to_hex((
@@ -28,7 +29,7 @@ _FACTS = """
                 (SELECT min_recovery_end_timeline FROM pg_catalog.pg_control_recovery())) END)
             FROM pg_catalog.pg_stat_get_wal_receiver() WHERE lsn IS NOT NULL)), 8, '0') END) AS timeline
     FROM (SELECT standby,
-              (SELECT system_identifier FROM pg_catalog.pg_control_system()) AS system,
+              {_SYSTEM} AS system,
               CASE WHEN standby THEN pg_catalog.pg_last_wal_replay_lsn()
                   ELSE pg_catalog.pg_current_wal_insert_lsn() END AS lsn
           FROM pg_catalog.pg_is_in_recovery() AS standby OFFSET 0) AS here OFFSET 0"""
@@ -45,6 +46,8 @@ GUARD = f"""
             OR (NOT standby AND $3::text[] = '{{}}') AS passed
         FROM ({_FACTS}) AS facts OFFSET 0) AS guard""".encode()
 """The query that fails unless the server has what a position stands for."""
+KNOWN_GUARD = GUARD.replace(_SYSTEM.encode(), b"$1::text")
+"""The same for a session whose server is known, which saves a look into the server's control file."""
 _ANSWER = re.compile(r"pgdbpool (\d+) ([sp]) ([0-9A-F]+/[0-9A-F]+) ([0-9a-f]{8}|-)")
 # As it may be anywhere in the file: other lines, and comments, are left out by the pattern.
 _HISTORY = "SELECT pg_catalog.pg_read_file('pg_wal/{:08X}.history', 0, 100000, true)"
@@ -151,12 +154,29 @@ def judge(position: Position, facts: Facts, timelines: Timelines) -> Verdict:
     return Verdict.BEHIND if facts.standby else Verdict.LOST
 
 
-def guard(position: Position, timelines: Timelines) -> tuple[bytes, list[bytes | None]]:
-    """Return the command that fails unless the server has what the position stands for."""
+def guard(position: Position, timelines: Timelines, facts: Facts | None) -> tuple[bytes, list[bytes | None]]:
+    """Return the command that fails unless the server has what the position stands for.
+
+    :param facts: what the server was found to have before, in the same session.
+    """
+    command, system = (GUARD, position.system) if facts is None else (KNOWN_GUARD, facts.system)
     if position.lsn == UNKNOWN:
-        return GUARD, [b"%d" % position.system, b"0/0", b"{}"]
+        return command, [b"%d" % system, b"0/0", b"{}"]
     accepted = ",".join(f"{timeline:08x}" for timeline in timelines.of(position))
-    return GUARD, [b"%d" % position.system, lsn_text(position.lsn).encode(), f"{{{accepted}}}".encode()]
+    return command, [b"%d" % system, lsn_text(position.lsn).encode(), f"{{{accepted}}}".encode()]
+
+
+def query(facts: Facts | None) -> bytes:
+    """Return the query for what a server has.
+
+    :param facts: what it was found to have before, in the same session: a primary stays on its timeline.
+    """
+    if facts is None or facts.standby or facts.timeline is None:
+        return QUERY
+    return (
+        f"SELECT pg_catalog.concat_ws(' ', 'pgdbpool', '{facts.system}', 'p', "
+        f"pg_catalog.pg_current_wal_insert_lsn(), '{facts.timeline:08x}')"
+    ).encode()
 
 
 def history_query(timeline: int) -> bytes:

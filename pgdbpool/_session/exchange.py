@@ -18,7 +18,7 @@ from psycopg.generators import execute
 from .. import errors
 from .._request import correlation as tracing
 from .._request import deadline as deadlines
-from .._servers.positions import Facts, facts_of
+from .._servers.positions import Facts, facts_of, query
 from .._util.client_settings import InForce
 from .commands import (
     ACTIVE,
@@ -33,7 +33,7 @@ from .commands import (
     Command,
     set_local,
 )
-from .guarding import POSITION, SYNC, XID, GuardedConnection
+from .guarding import SYNC, XID, GuardedConnection
 from .liveness import INTERRUPTIONS
 from .prepared import ROLLBACK
 
@@ -84,7 +84,8 @@ class ExchangingConnection(GuardedConnection):
         """
         with self.lock:
             try:
-                ((result,),) = self.exchange(NOTHING, partial(self.pgconn.send_query_params, *POSITION))
+                send = partial(self.pgconn.send_query_params, query(self.proven), None)
+                ((result,),) = self.exchange(NOTHING, send)
                 if result.status == FATAL:
                     raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
             except psycopg.Error as error:
@@ -221,9 +222,9 @@ class ExchangingConnection(GuardedConnection):
     ) -> list[list[PGresult]]:
         """Send commands and a statement as `exchange` does, and learn where its writes ended."""
         self.telling, self.syncs = False, 0 if after else 1
-        asked = (XID, *after, POSITION) if after else (XID, SYNC, POSITION)  # `after` is a COMMIT
+        end = *(after or (SYNC,)), (query(self.proven), None)  # after a COMMIT, or a Sync, which implies one
         try:
-            outcomes = ExchangingConnection.exchange(self, commands, send, asked, many)
+            outcomes = ExchangingConnection.exchange(self, commands, send, (XID, *end), many)
         except BaseException as error:
             self.syncs = 0
             if self.closed or isinstance(error, errors.NotReplicatedError):

@@ -13,7 +13,7 @@ import psycopg
 
 from .. import errors
 from .._request.freshness import Seen
-from .._servers.positions import QUERY, TIMELINES, Facts, Verdict, facts_of, guard, judge, read, written
+from .._servers.positions import TIMELINES, Facts, Verdict, facts_of, guard, judge, read, written
 from .commands import BEGIN, COMMIT, FATAL, NOTHING, Command
 from .liveness import LiveConnection
 
@@ -29,7 +29,6 @@ XID: Command = (b"SELECT pg_catalog.txid_current_if_assigned() AS " + _MARK, Non
 """Asks whether the transaction has written anything."""
 SYNC: Command = (b"", None)
 """Stands for a Sync between two commands."""
-POSITION: Command = (QUERY, None)
 _FATAL = int(psycopg.pq.ExecStatus.FATAL_ERROR)
 
 
@@ -54,7 +53,7 @@ class GuardedConnection(LiveConnection):
         if (facts := self.endpoint.found_behind()) is not None:
             self._check_ahead(missing, facts)
         self.guarding = self.follows = True
-        return BEGIN + tuple(guard(position, TIMELINES) for position in missing) + COMMIT
+        return BEGIN + tuple(guard(position, TIMELINES, self.proven) for position in missing) + COMMIT
 
     @property
     def refuses_stale(self) -> bool:
