@@ -50,7 +50,8 @@ def paused(servers: Any) -> Iterator[None]:
 
 
 def test_an_engine_reads_what_another_one_has_written(servers: Any) -> None:
-    writing, reading = engine("write"), engine("read")
+    writing, reading, standby = engine("write"), engine("read"), engine("standby")
+    standby.connect().close()  # the first one asks for the server's version
     with reading.connect() as before, paused(servers):
         assert before.scalar(COUNT, {"i": 1}) == 0
         before.commit()
@@ -61,7 +62,7 @@ def test_an_engine_reads_what_another_one_has_written(servers: Any) -> None:
             assert before.scalar(COUNT, {"i": 1}) == 1  # a connection of before as well
             with reading.connect() as conn:
                 assert conn.scalar(COUNT, {"i": 1}) == 1
-            with engine("standby").connect() as conn, pytest.raises(OperationalError) as caught:
+            with standby.connect() as conn, pytest.raises(OperationalError) as caught:
                 conn.scalar(COUNT, {"i": 1})
             assert isinstance(caught.value.orig, StaleReadError)
 
