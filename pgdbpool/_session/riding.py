@@ -239,7 +239,8 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         values = formats = None
         key: tuple[bytes, tuple[int, ...]] = plan.bare
         if params is not None:
-            given = plan.values(params)
+            fits = plan.names is None and type(params) is tuple and len(params) == plan.count
+            given = params if fits else plan.values(params)
             if given is None or pgconn.parameter_status(_ENCODING) != _UTF8:
                 return False
             tx = conn.dumps or Transformer(Context(adapters, conn))

@@ -38,7 +38,9 @@ Variable = ContextVar["Binding[T] | None"]
 
 def current(variable: Variable[T]) -> T | None:
     """Return the value that the context has, or None."""
-    binding = _live(variable)
+    binding = variable.get()
+    if binding is not None and binding.over:
+        binding = _live(variable)
     return None if binding is None else binding.value
 
 
