@@ -199,6 +199,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         """Send the statement as psycopg sends it alone, after the preamble; the caller has the turn."""
         conn = self._conn
         first: tuple[Command, ...] | None = None
+        name = b""
         try:
             if (
                 plan is not None and prepare is None and binary is None and self.known
@@ -225,7 +226,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             RidingCursor._ride(self, first, query, params, prepare, binary, many, again=True)
             return
         self._last_query = query
-        if plan is None and many is None:
+        if plan is None and many is None and (name or conn._prepared.prepare_threshold is None):
             remember(query, conn)
         if conn._prepared._to_flush:
             conn.wait(conn._prepared.maintain_gen(conn))

@@ -12,11 +12,12 @@ It uses psycopg's private `_query2pg`, `AdaptersMap._dumpers`, `_dumpers_by_oid`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psycopg
 from psycopg._queries import _query2pg
-from psycopg.adapt import AdaptersMap, Dumper, Transformer
+from psycopg.adapt import AdaptersMap, Dumper, PyFormat, Transformer
 
 from .statement_shape import StatementTraits, shape
 
@@ -39,9 +40,13 @@ class Plan:
         self.what = what
         self.bare = text.encode(), ()
         """Its key among psycopg's prepared statements if it is executed without parameters."""
-        self.query, self.formats, self.names, parts = _query2pg(self.bare[0], "utf-8")
-        self.count = len(parts) - 1
-        """The number of its placeholders."""
+        self.query, self.formats, self.count = b"", list[PyFormat](), -1
+        """What psycopg makes of it for parameters, and the number of its placeholders."""
+        self.names: list[str] | None = None
+        """The names of the placeholders, if they have names."""
+        with suppress(psycopg.Error):  # `%` in a text without parameters
+            self.query, self.formats, self.names, parts = _query2pg(self.bare[0], "utf-8")
+            self.count = len(parts) - 1
 
     def values(self, params: Any) -> Sequence[Any] | None:
         """Return the parameters in the order of their placeholders; None if they may not fit."""
@@ -61,7 +66,7 @@ plans: dict[str, Plan] = {}
 
 
 def remember(text: Any, conn: psycopg.Connection[Any]) -> None:
-    """Keep a statement that was executed, if a text is all there is to it."""
+    """Keep a statement that may come again, if its text is all there is to it."""
     if type(text) is not str or len(text) > LONGEST:
         return
     what = shape(text, conn)
@@ -69,8 +74,8 @@ def remember(text: Any, conn: psycopg.Connection[Any]) -> None:
         return
     try:
         plan = Plan(text, what)
-    except (psycopg.Error, UnicodeError):
-        return  # of `%` in a text that has no parameters
+    except UnicodeError:
+        return
     if len(plans) >= MOST_PLANS:
         plans.clear()
     plans[text] = plan
