@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from psycopg.adapt import AdaptersMap
+from psycopg.adapt import AdaptersMap, Transformer
 
 from .. import errors
 from .._request.tenant import milliseconds
@@ -216,5 +216,8 @@ class CleanedConnection(ConnectionState):
     def share_adapters(self) -> AdaptersMap:
         """Return the adapters shared by cursors that register none."""
         # psycopg would copy the global ones, only to have them copied here.
-        self.adapters_shared, self.dumps = shared.of(self._adapters or psycopg.adapters)
-        return self.adapters_shared
+        copy, independent = shared.of(self._adapters or psycopg.adapters)
+        if copy is not self.adapters_shared:
+            self.adapters_shared = copy
+            self.dumps = None if independent is None else Transformer(independent)
+        return copy

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import psycopg
 from psycopg._queries import _query2pg
-from psycopg.adapt import AdaptersMap, Dumper, PyFormat, Transformer
+from psycopg.adapt import AdaptersMap, Dumper, PyFormat
 
 from .statement_shape import StatementTraits, shape
-
-if TYPE_CHECKING:
-    from psycopg import abc
 
 LONGEST = 4096
 """Characters of the longest text that is kept: a longer one holds its data, and hardly comes again."""
@@ -114,20 +111,18 @@ class _Shared:
     """A copy of adapters for the cursors of all connections that have the same."""
 
     def __init__(self) -> None:
-        self._copy = AdaptersMap()
-        self._dumping: AdaptersMap | None = None
+        self._last: tuple[AdaptersMap, AdaptersMap | None] = AdaptersMap(), None
 
-    def of(self, adapters: AdaptersMap) -> tuple[AdaptersMap, abc.Transformer | None]:
-        """Return the copy, and what adapts the parameters of all known statements of a connection.
+    def of(self, adapters: AdaptersMap) -> tuple[AdaptersMap, AdaptersMap | None]:
+        """Return the copy, and what of it can adapt the parameters of all known statements of a connection.
 
-        The latter holds no connection, since that would be a cycle which keeps a lost connection's slot. So
-        it is None if the application has registered dumpers of its own, which may ask for the connection.
+        That must hold no connection, since it would be a cycle which keeps a lost connection's slot. So it is
+        None if the application has registered dumpers of its own, which may ask for the connection.
         """
-        copy, dumping = self._copy, self._dumping
-        if not _alike(copy, adapters):
-            copy, dumping = AdaptersMap(adapters), _independent(adapters)
-            self._copy, self._dumping = copy, dumping
-        return copy, None if dumping is None else Transformer(dumping)
+        last = self._last  # other threads may replace it
+        if not _alike(last[0], adapters):
+            self._last = last = AdaptersMap(adapters), _independent(adapters)
+        return last
 
 
 shared = _Shared()
