@@ -75,6 +75,16 @@ def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], no
     }
 
 
+def stranded(view: Mapping[str, Any], label: str) -> str | None:
+    """Return a group that would have no endpoint left that is up without this one, or None."""
+    up = {endpoint["label"] for endpoint in view["endpoints"] if endpoint["state"] == "up"}
+    for group in view["groups"]:
+        if label in group["connections"] and not (up - {label}).intersection(group["connections"]):
+            name: str = group["name"]
+            return name
+    return None
+
+
 def _forking(snapshots: Sequence[Mapping[str, Any]]) -> set[int]:
     """Return the processes that serve nothing: others were forked from them, and they had no block."""
     parents = {snapshot.get("parent") for snapshot in snapshots}

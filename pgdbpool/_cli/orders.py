@@ -16,7 +16,7 @@ from .._config.declarations import nearest
 from .._status.answers import Answer, await_quiet, give
 from .._status.runtime_dir import RuntimeDir
 from ..errors import ConfigError
-from ..overview import gather
+from ..overview import gather, stranded
 
 DONE, FAILED, UNANSWERED = 0, 1, 3
 LONGEST_PAUSE = 3600
@@ -45,7 +45,7 @@ those that start later, until `pgdbpool undrain`.
 
   pgdbpool drain pgdbpool.yaml --endpoint db2:5432
 """,
-        "endpoint!",
+        "endpoint! force",
     ),
     "undrain": Command(
         "put a drained server back into use",
@@ -132,6 +132,8 @@ def add(commands: output.Commands) -> None:
                 "--for", dest="seconds", type=output.whole(1, LONGEST_PAUSE), default=60, metavar="S",
                 help="the pause ends by itself after S seconds (60)",
             )  # fmt: skip
+        if "force" in command.options:
+            parser.add_argument("--force", action="store_true", help="even if a group has no other server")
         parser.add_argument(
             "--timeout", type=output.seconds, default=10.0, metavar="S", help="for all answers together (10)"
         )
@@ -151,7 +153,13 @@ def run(options: argparse.Namespace) -> int:
     if options.do == "pause":
         order["until"] = time.time() + options.seconds
     directory = runtime_dir(options.place)
-    _check_names(gather(directory), order)
+    view = gather(directory)
+    _check_names(view, order)
+    if options.do == "drain" and not options.force and (group := stranded(view, options.endpoint)):
+        raise ConfigError(
+            f"{options.endpoint} is not drained: the group {group!r} has no other endpoint that is up; "
+            "--force drains it all the same"
+        )
     deadline = time.monotonic() + options.timeout
     with RuntimeDir(directory) as room, output.Progress() as progress:
         answers = give(

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from .._api.connection import Connection
 from .._status.runtime_dir import RuntimeDir
 from ..errors import NotInitializedError, RuntimeDirError
-from ..overview import gather
+from ..overview import gather, stranded
 from ..wsgi import _status_html as statushtml
 from ._access import AccessCheck, HTTPResponse, Permission
 
@@ -142,7 +142,7 @@ class StatusApp:
         view = gather(self._runtime_dir)
         if label not in (endpoint["label"] for endpoint in view["endpoints"]):
             raise HTTPResponse(HTTPStatus.NOT_FOUND, f"there is no endpoint {label!r}")
-        if drain and (group := _stranded(view, label)):
+        if drain and (group := stranded(view, label)):
             raise HTTPResponse(
                 HTTPStatus.CONFLICT,
                 f"{label} is not drained: the group {group!r} has no other endpoint that is up",
@@ -175,16 +175,6 @@ def _form(environ: WSGIEnvironment) -> dict[str, str]:
     except UnicodeDecodeError:
         raise HTTPResponse(HTTPStatus.BAD_REQUEST, "this did not come from the page") from None
     return {name: values[0] for name, values in parse_qs(text).items()}
-
-
-def _stranded(view: dict[str, Any], label: str) -> str | None:
-    """Return a group that would have no endpoint left that is up."""
-    up = {endpoint["label"] for endpoint in view["endpoints"] if endpoint["state"] == "up"}
-    for group in view["groups"]:
-        if label in group["connections"] and not (up - {label}).intersection(group["connections"]):
-            name: str = group["name"]
-            return name
-    return None
 
 
 @cache

@@ -122,6 +122,19 @@ def test_a_server_is_drained_and_used_again_in_every_worker(site: Any, run: Run)
     assert "drain db1" in {event["endpoint"] for event in gather(running.runtime_dir)["events"]}
 
 
+def test_the_last_server_of_a_group_is_not_drained_by_mistake(
+    site: Any, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = site()
+    for label in ("db0", "db1"):
+        assert run("drain", running.runtime_dir, "--endpoint", label)[0] == 0
+    assert main(["drain", running.runtime_dir, "--endpoint", "db2"]) == 1
+    assert "the group 'read' has no other endpoint that is up; --force drains" in capsys.readouterr().err
+    status, answers = run("drain", running.runtime_dir, "--endpoint", "db2", "--force")
+    assert (status, len(answers)) == (0, 2)
+    assert running.ask("/")[0] == 503
+
+
 def test_connections_are_replaced_and_groups_resized(site: Any, run: Run) -> None:
     running = site()
     before = group(running, "read")["opened"]
