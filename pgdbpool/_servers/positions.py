@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 
 # The position is read before the timeline: so a standby that turns to another one in between is not taken to
 # have reached it on the old. What a standby receives is shown to members of pg_read_all_stats alone; others
-# see the timeline of the control file, which may lag behind. A standby that receives nothing tells none.
+# see the timeline of the control file, marked with a c, which may lag behind. A standby that receives nothing
+# tells none.
 # https://www.postgresql.org/docs/current/monitoring-stats.html#MONITORING-PG-STAT-WAL-RECEIVER-VIEW
 _SYSTEM = "(SELECT system_identifier FROM pg_catalog.pg_control_system())"
 _FACTS = f"""
     SELECT system, standby, lsn, pg_catalog.lower(CASE
         WHEN NOT standby THEN pg_catalog.left(pg_catalog.pg_walfile_name(lsn), 8)
-        ELSE pg_catalog.lpad(pg_catalog.to_hex((
-            SELECT coalesce(received_tli, CASE WHEN pid IS NOT NULL THEN greatest(
-                (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()),
-                (SELECT min_recovery_end_timeline FROM pg_catalog.pg_control_recovery())) END)
-            FROM pg_catalog.pg_stat_get_wal_receiver() WHERE lsn IS NOT NULL)), 8, '0') END) AS timeline
+        ELSE (SELECT coalesce(
+                pg_catalog.lpad(pg_catalog.to_hex(received_tli), 8, '0'),
+                CASE WHEN pid IS NOT NULL THEN 'c' || pg_catalog.lpad(pg_catalog.to_hex(greatest(
+                    (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()),
+                    (SELECT min_recovery_end_timeline FROM pg_catalog.pg_control_recovery()))), 7, '0') END)
+            FROM pg_catalog.pg_stat_get_wal_receiver() WHERE lsn IS NOT NULL) END) AS timeline
     FROM (SELECT standby,
               {_SYSTEM} AS system,
               CASE WHEN standby THEN pg_catalog.pg_last_wal_replay_lsn()
@@ -48,6 +50,14 @@ GUARD = f"""
 """The query that fails unless the server has what a position stands for."""
 KNOWN_GUARD = GUARD.replace(_SYSTEM.encode(), b"$1::text")
 """The same for a session whose server is known, which saves a look into the server's control file."""
+# The value of a CASE's ELSE must depend on the server: PostgreSQL would work out a constant one beforehand.
+FAST_GUARD = b"""
+    SELECT CASE WHEN pg_catalog.pg_last_wal_replay_lsn() >= $2::pg_lsn AND (
+            SELECT received_tli FROM pg_catalog.pg_stat_get_wal_receiver()) = ANY ($3::int[])
+        THEN 'pgdbpool ' || $1::text || ' s ' || $2::text || ' ' || $4::text
+        ELSE ('pgdbpool ' || $1::text || ' s ' || pg_catalog.pg_last_wal_replay_lsn() || ' -')::int::text
+        END"""
+"""The same for a session that has seen what its standby receives: a third of the others' time."""
 _ANSWER = re.compile(r"pgdbpool (\d+) ([sp]) ([0-9A-F]+/[0-9A-F]+) ([0-9a-f]{8}|-)")
 # As it may be anywhere in the file: other lines, and comments, are left out by the pattern.
 _HISTORY = "SELECT pg_catalog.pg_read_file('pg_wal/{:08X}.history', 0, 100000, true)"
@@ -74,6 +84,8 @@ class Facts(NamedTuple):
     lsn: int
     timeline: int | None
     """The one that a primary writes, or that a standby receives; None if it receives nothing."""
+    received: bool = True
+    """Whether the session sees what a standby receives, else its timeline is that of a restartpoint."""
 
     def __str__(self) -> str:
         role = "a standby" if self.standby else "a primary"
@@ -86,7 +98,9 @@ def read(text: str) -> Facts | None:
     if (found := _ANSWER.search(text)) is None:
         return None
     system, role, lsn, timeline = found.groups()
-    return Facts(int(system), role == "s", lsn_of(lsn), None if timeline == "-" else int(timeline, 16))
+    received = timeline[0] != "c"
+    number = None if timeline == "-" else int(timeline if received else timeline[1:], 16)
+    return Facts(int(system), role == "s", lsn_of(lsn), number, received)
 
 
 def written(facts: Facts) -> Position | None:
@@ -162,8 +176,12 @@ def guard(position: Position, timelines: Timelines, facts: Facts | None) -> tupl
     command, system = (GUARD, position.system) if facts is None else (KNOWN_GUARD, facts.system)
     if position.lsn == UNKNOWN:
         return command, [b"%d" % system, b"0/0", b"{}"]
-    accepted = ",".join(f"{timeline:08x}" for timeline in timelines.of(position))
-    return command, [b"%d" % system, lsn_text(position.lsn).encode(), f"{{{accepted}}}".encode()]
+    values = [b"%d" % system, lsn_text(position.lsn).encode()]
+    accepted = timelines.of(position)
+    if facts is not None and facts.standby and facts.received and facts.timeline is not None:
+        return FAST_GUARD, [*values, b"{%s}" % b",".join(b"%d" % t for t in accepted), b"%08x" % accepted[0]]
+    texts = b",".join(b"%08x,c%07x" % (timeline, timeline) for timeline in accepted)
+    return command, [*values, b"{%s}" % texts]
 
 
 def query(facts: Facts | None) -> bytes:

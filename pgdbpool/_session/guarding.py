@@ -14,6 +14,7 @@ import psycopg
 from .. import errors
 from .._request.freshness import Seen
 from .._servers.positions import TIMELINES, Facts, Verdict, facts_of, guard, judge, read, written
+from .._util.token import lsn_text
 from .commands import BEGIN, COMMIT, FATAL, NOTHING, Command
 from .liveness import LiveConnection
 
@@ -86,9 +87,10 @@ class GuardedConnection(LiveConnection):
         self._end_guarding(facts is None)
         if facts is None:
             return None
-        self.prove(facts)
+        if facts.timeline is not None or self.proven is None:
+            self.prove(facts)
         self.endpoint.note_behind(facts)
-        return self._behind(str(facts))
+        return self._behind(f"at {lsn_text(facts.lsn)}")
 
     def _end_guarding(self, passed: bool) -> None:
         self.guarding, self.follows = False, self.block is not None and bool(self.block.binding.report)

@@ -90,6 +90,7 @@ def test_a_position_of_another_cluster_guards_nothing() -> None:
 def test_facts_are_read_from_the_servers_text_in_any_language() -> None:
     text = "ungültige Eingabesyntax für Typ integer: „pgdbpool 9 s 1/A0 00000003“"
     assert read(text) == Facts(9, True, 0x1000000A0, 3)
+    assert read("pgdbpool 9 s 1/A0 c0000003") == Facts(9, True, 0x1000000A0, 3, received=False)
     assert read("pgdbpool 9 s 0/0 -") == Facts(9, True, 0, None)
     assert read('invalid input syntax for type integer: "x"') is None
     assert str(read(text)) == "a standby on timeline 3, at 1/A0"
