@@ -165,7 +165,7 @@ class EligibleGroup(ClosingGroup):
         lost: set[Endpoint] = set()
         if not self._pool.mine():
             return lost
-        for conn in self._pool.remove(lambda conn: bool(conn.poll(0))):
+        for conn in self._pool.remove(lambda conn: conn.has_input()):
             alive = conn.alive()  # without the lock of the pool: it may call a notice handler
             if not alive:
                 lost.add(conn.endpoint)

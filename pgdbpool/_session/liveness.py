@@ -62,6 +62,16 @@ class LiveConnection(CleanedConnection):
             return False
         return pgconn.status != BAD
 
+    def has_input(self) -> bool:
+        """Return whether something has arrived; for a thread that does not have the connection.
+
+        A poll object serves one thread at a time, and another may take the connection at any moment.
+        """
+        try:
+            return bool(greenlets.polls(self.pgconn.socket)[0](0))
+        except (psycopg.OperationalError, ValueError):
+            return False  # it was closed meanwhile
+
     def ping(self, timeout: float) -> bool:
         """Return whether the server answers an empty query within the timeout (seconds)."""
         pgconn = self.pgconn

@@ -265,3 +265,34 @@ def test_an_exhausted_lock_free_group_raises_at_once(start: Any) -> None:
     with Handler("g"):
         with pytest.raises(pgdbpool.PoolExhausted, match="waiting is in vain"):
             Handler("g").__enter__()
+
+
+@pytest.mark.slow
+def test_a_status_and_the_threads_that_take_connections_disturb_nothing(start: Any) -> None:
+    start(connection_count=4, min_size=4)
+    blocks = 0
+    ends_at = time.monotonic() + 2
+    ends = threading.Event()
+
+    def work() -> int:
+        done = 0
+        while not ends.is_set():
+            with Handler("g"):
+                done += 1
+        return done
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            futures = [threads.submit(work) for _ in range(3)]
+            try:
+                while time.monotonic() < ends_at:
+                    Connection.status()
+            finally:
+                ends.set()
+            blocks = sum(future.result(30) for future in futures)
+    finally:
+        sys.setswitchinterval(before)
+    assert blocks > 100
+    assert Connection.status().groups["g"].discarded == {}
