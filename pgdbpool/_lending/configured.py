@@ -193,7 +193,7 @@ class ConfiguredGroup:
         chosen = current if tenant is None else tenant
         kind = type(chosen)
         # Not a subclass: its values may be equal without being the same tenant.
-        if (kind is not str and kind is not int and not is_uuid(kind)) or (
+        if (kind is not str and kind is not int and chosen is not None and not is_uuid(kind)) or (
             tenant is not None and current is not None
         ):
             return self._bind(tenant, override, {})

@@ -100,7 +100,7 @@ class PgDbPool:
                 "or to None for the environment, before init_app"
             )
         seconds = config.get("PGDBPOOL_DEADLINE")
-        if seconds is not None and (isinstance(seconds, bool) or not seconds > 0):
+        if seconds is not None and (type(seconds) not in (int, float) or not seconds > 0):
             raise ValueError(f"PGDBPOOL_DEADLINE={seconds!r} is not a time: give seconds above 0")
         app.wsgi_app = self._wrapped(app)  # type: ignore[assignment, method-assign]
         app.before_request(self._begin)

@@ -142,6 +142,19 @@ def test_attributes_can_be_set_on_a_connection_that_goes_on_elsewhere(
             assert conn.execute("SHOW transaction_isolation").fetchone() == ("serializable",)
 
 
+@pytest.mark.parametrize("group", ["auto", "manual", "auto_t", "manual_t"])
+def test_units_of_work_without_a_tenant_share_one_binding(start: Any, group: str) -> None:
+    start(settings={"work_mem": "5MB"})
+    bindings = set()
+    for _ in range(2):
+        with Connection.getconn(group) as conn:
+            for _ in range(2):
+                assert conn.execute("SHOW work_mem").fetchone() == ("5MB",)
+                conn.commit()
+                bindings.add(conn.stay.binding)
+    assert len(bindings) == 1
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_server_that_is_away_is_waited_for(start: Any, group: str) -> None:
     proxy = start()

@@ -176,7 +176,7 @@ def test_the_commands_take_the_applications_configuration(
     assert "no process publishes" in runner.invoke(args=["pgdbpool", "status"]).output
 
 
-@pytest.mark.parametrize("seconds", [0, -1, True])
+@pytest.mark.parametrize("seconds", [0, "5", -1, True])
 def test_a_deadline_that_is_not_a_time_is_refused_before_anything_is_opened(seconds: Any) -> None:
     app = flask.Flask("shop")
     app.config.update(PGDBPOOL={}, PGDBPOOL_DEADLINE=seconds)
