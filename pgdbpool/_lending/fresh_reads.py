@@ -22,7 +22,7 @@ from .._session.connection import PooledConnection
 from .._session.slot import Slot
 from .._util import log_events as events
 from .._util.token import UNKNOWN, Position, lsn_text
-from ..errors import QueryDeadlineError, StaleReadError, one_line
+from ..errors import HookError, QueryDeadlineError, StaleReadError, one_line
 from .pausing import PausingGroup
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.02
@@ -231,13 +231,29 @@ class FreshGroup(PausingGroup):
         if not has_it:
             return None
         self._borrowed.discard(other)
-        if conn.block is not None:
-            self.checkin(conn)
-        other.lend_to(search.block)
-        self._lent[other] = search.block
-        if self._on_checkout is not None:
-            self._on_checkout(other)
+        self._swap(search.block, conn, other)
         return other
+
+    def _swap(self, block: Block, conn: PooledConnection, other: PooledConnection) -> None:
+        """Lend a connection in place of another one, which comes back.
+
+        :raises HookError: the block keeps the connection that it had.
+        """
+        other.lend_to(block)
+        self._lent[other] = block
+        try:
+            if self._on_checkout is not None:
+                self._on_checkout(other)
+        except HookError:
+            del self._lent[other]
+            other.block = None
+            self._drop(other, "on_checkout failed")
+            if conn in self._lent:
+                conn.lend_to(block)
+            raise
+        if conn in self._lent:
+            self.checkin(conn)
+        block.conn = other
 
     def _give_up(self, conn: PooledConnection) -> Slot | None:
         """Close the block's connection; return its slot, for a connection to another server."""

@@ -401,6 +401,44 @@ def test_the_writes_inside_a_block_that_is_open_already_are_seen_too(servers: Cl
         assert db.fetchval(COUNT, (number,)) == 1
 
 
+def test_hooks_see_the_connection_that_a_block_goes_on_with(servers: Cluster, init: Any) -> None:
+    calls: list[tuple[str, str]] = []
+    init(
+        fresh_wait=0,
+        on_checkout=lambda conn: calls.append(("out", conn.endpoint.label)),
+        on_checkin=lambda conn: calls.append(("in", conn.endpoint.label)),
+    )
+    with paused(*servers.standbys):
+        number, token = write()
+        calls.clear()
+        with Handler("prefer", after=token) as db:
+            assert db.fetchval(COUNT, (number,)) == 1
+    (_, standby), *_ = calls
+    primary = servers.primary.label
+    assert standby != primary
+    assert calls == [("out", standby), ("out", primary), ("in", standby), ("in", primary)]
+
+
+def test_a_hook_that_fails_leaves_the_block_its_connection(servers: Cluster, init: Any) -> None:
+    def refuse_the_primary(conn: Any) -> None:
+        if refusing and conn.endpoint.label == servers.primary.label:
+            raise ZeroDivisionError
+
+    refusing = False
+    init(fresh_wait=0, on_checkout=refuse_the_primary)
+    with paused(*servers.standbys):
+        number, token = write()
+        refusing = True
+        with Handler("prefer", after=token) as db:
+            for _ in range(2):
+                with pytest.raises(pgdbpool.HookError):
+                    db.fetchval(COUNT, (number,))
+    servers.wait_in_sync()
+    with Handler("prefer", after=token) as db:
+        assert db.fetchval(COUNT, (number,)) == 1
+    assert status("prefer").in_use == 0
+
+
 def test_a_session_that_the_block_has_made_its_own_is_not_left_for_another(
     servers: Cluster, init: Any
 ) -> None:
