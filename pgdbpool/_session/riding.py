@@ -247,13 +247,13 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             tx = conn.dumps or Transformer(Context(adapters, conn))
             try:
                 values = tx.dump_sequence(given, plan.formats)
-            except psycopg.Error:  # psycopg's to refuse, or to adapt by the session's state
+            except Exception:  # noqa: BLE001 - psycopg refuses it too, or adapts it by the session's state
                 return False
             key, formats = (plan.query, tx.types or ()), tx.formats
         name = prepared._names.get(key) if prepared.prepare_threshold is not None else b""
         if name is None:
             return False
-        if self._results:
+        if self._results or self._query is not None:
             self._reset()
         more: list[list[PGresult]] | None = None
         if name and not (preamble or self.after):

@@ -123,7 +123,7 @@ class Statements:
             ("SELECT %s", ()),
             ("SELECT i, %s::text FROM generate_series(1, %s) i", ("a", self.random.randrange(40))),
             ("SELECT i FROM t WHERE false", None), ("SELECT", None), (f"SELECT {wide}, %s::int", (1,)),
-            ("SELECT v AS a, v AS a, n FROM t", None),
+            ("SELECT v AS a, v AS a, n FROM t ORDER BY i", None),
             ("SELECT m FROM t WHERE m = %s", (self.choice(("sad", "x")),)),
             ("INSERT INTO t (v, n) VALUES (%s, %s)", (self.choice(("a", None)), 2)),
             ("INSERT INTO t (v, m) VALUES (%s, %s) RETURNING *", ("b", "happy")),
@@ -139,7 +139,7 @@ class Statements:
             ("WITH w AS (SELECT %s::int AS i) SELECT i FROM w", (5,)), ("SHOW TimeZone", None),
             ("SELECT %d", (1,)),
             ("SELECT '2 days'::interval, now() IS NOT NULL, '1999-01-02'::date, %s::bool", (True,)),
-            ("TABLE t", None),
+            ("TABLE late", None), ("SELECT * FROM t ORDER BY i", None),
         ]  # fmt: skip
         return self.choice(made)
 
