@@ -277,8 +277,8 @@ class ResultError(DBQueryError, psycopg.DataError):
 class StaleReadError(DBQueryError, psycopg.OperationalError):
     """No server that the group reads from has replayed the writes that the block must see: nothing was read.
 
-    `servers` has, by label, how far each server is that was asked. If `lost` is set, the writes were lost in
-    a failover or a crash, and no server will ever have them.
+    `servers` has, by label, how far each server is that was asked. If `lost` is set, the writes may have been
+    lost in a failover or a crash: they are beyond the point from which the new primary went on.
     """
 
     category = Category.UNAVAILABLE

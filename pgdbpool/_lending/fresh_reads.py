@@ -49,7 +49,11 @@ class _Search:
         """Return the error for a block that no server can serve."""
         servers = {endpoint.label: what for endpoint, what in self.told.items()}
         needed = ", ".join(map(str, self.seen.required()))
-        what = "was lost in a failover or a crash" if self.lost else "is not on a server that it reads from"
+        what = (
+            "may have been lost in a failover or a crash"
+            if self.lost
+            else "is not on a server that it reads from"
+        )
         error = StaleReadError(
             f"group {group!r}: what the block must see ({needed}) {what}: nothing was read; "
             + "; ".join(f"{label} is {text}" for label, text in servers.items()),

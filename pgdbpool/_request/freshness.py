@@ -35,7 +35,7 @@ class Seen:
         self.written: Token | None = None
         """Where the writes of the blocks inside ended."""
         self.forgiving = False
-        """Whether writes that a failover has lost are logged and forgotten, in place of an error."""
+        """Whether writes that a failover may have lost are logged and forgotten, in place of an error."""
 
     @property
     def token(self) -> Token | None:
@@ -65,7 +65,9 @@ class Seen:
         if not self.forgiving and (self._outer is None or not self._outer.forgives(position)):
             return False
         if self.forgiving:
-            events.TOKEN_LOST("a write was lost in a failover or a crash: %s", position, reason=str(position))
+            events.TOKEN_LOST(
+                "a write may have been lost in a failover or a crash: %s", position, reason=str(position)
+            )
         self._forget(position)
         return True
 

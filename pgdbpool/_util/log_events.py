@@ -207,7 +207,7 @@ STATEMENT_RETRIED = Event(
 )  # fmt: skip
 TOKEN_LOST = Event(
     "token.lost", WARNING,
-    "What a client of `ReadYourWritesMiddleware` has written was lost: its reads go on without it.",
+    "What a client of `ReadYourWritesMiddleware` has written may be lost: its reads go on without it.",
     "reason",
 )  # fmt: skip
 RUN_RETRIED = Event(

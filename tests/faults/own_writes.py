@@ -65,7 +65,7 @@ class Report:
     silent: int = 0
     """Rows that a reader did not find, and that were lost, without the error for that."""
     false_alarms: int = 0
-    """Rows that were called lost, and are there."""
+    """Rows that were called lost, and are there: a token may include a few bytes that others have written."""
     counts: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
