@@ -6,6 +6,8 @@ import gc
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -367,9 +369,27 @@ def test_settings_that_contradict_are_refused_with_the_remedy(keys: Any, remedy:
     (found,) = _checks.check_settings()
     assert remedy in f"{found.msg} {found.hint}"
     assert found.id == "pgdbpool.E001"
+    assert connections["default"].validation.check() == [found]
     if "CONN_MAX_AGE" not in keys:
         with pytest.raises(ImproperlyConfigured, match=remedy):
             value("SELECT 1")
+
+
+@pytest.mark.slow
+def test_the_installed_application_checks_the_settings(tmp_path: Path) -> None:
+    database = {"ENGINE": ENGINE, "NAME": "postgres", "CONN_MAX_AGE": 60}
+    text = (
+        f"SECRET_KEY, USE_TZ, INSTALLED_APPS, DATABASES = 'x', True, [{ENGINE!r}], {{'default': {database}}}"
+    )
+    (tmp_path / "checked_settings.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "django", "check", "--settings=checked_settings"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), *sys.path))},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "pgdbpool.E001" in done.stderr
+    assert "max_lifetime" in done.stderr
 
 
 def test_a_group_that_is_not_there_is_named(from_file: Any) -> None:
@@ -391,8 +411,7 @@ def test_the_check_of_a_database_is_that_of_its_group(by_itself: Any) -> None:
     found = {each.id: each for each in connections["default"].validation.check()}
     assert found["pgdbpool.unreachable"].level == WARNING
     assert found["pgdbpool.no-server"].level == ERROR
-    connections.settings["default"]["OPTIONS"] = {"hold": "for ever"}
-    connections["default"].settings_dict["OPTIONS"]["connection_count"] = "many"
+    connections["default"].settings_dict["OPTIONS"] = {"connection_count": "many"}
     (wrong,) = connections["default"].validation.check()
     assert wrong.id == "pgdbpool.E002"
     assert "connection_count" in wrong.msg

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from django.apps import apps
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
@@ -60,12 +61,15 @@ def check_settings(app_configs: Any = None, **kwargs: Any) -> list[checks.CheckM
     found: list[checks.CheckMessage] = []
     for alias in connections:
         if connections.settings[alias]["ENGINE"] == __package__:
-            given = connections[alias].settings_dict
-            found += [
-                checks.Error(f"DATABASES[{alias!r}]: {what}", hint=remedy, id="pgdbpool.E001")
-                for what, remedy in (*_age(given), *_contradictions(given))
-            ]
+            found += _errors(alias, connections[alias].settings_dict)
     return found
+
+
+def _errors(alias: str, given: Mapping[str, Any]) -> list[checks.CheckMessage]:
+    return [
+        checks.Error(f"DATABASES[{alias!r}]: {what}", hint=remedy, id="pgdbpool.E001")
+        for what, remedy in (*_age(given), *_contradictions(given))
+    ]
 
 
 checks.register(check_settings)
@@ -76,6 +80,9 @@ class DatabaseValidation(BaseDatabaseValidation):  # type: ignore[misc]
 
     def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
         """Report what `pgdbpool check` finds in the group and its servers, but for mere hints."""
+        if wrong := _errors(self.connection.alias, self.connection.settings_dict):
+            known = apps.ready and apps.is_installed(str(__package__))  # then `check_settings` reports it
+            return [] if known else wrong
         from ..._diagnosis.advice import advise  # no request needs it
         from ..._diagnosis.inspection import inspect
 
