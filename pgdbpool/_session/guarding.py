@@ -30,7 +30,6 @@ XID: Command = (b"SELECT pg_catalog.txid_current_if_assigned() AS " + _MARK, Non
 """Asks whether the transaction has written anything."""
 SYNC: Command = (b"", None)
 """Stands for a Sync between two commands."""
-_FATAL = int(psycopg.pq.ExecStatus.FATAL_ERROR)
 
 
 class GuardedConnection(LiveConnection):
@@ -49,16 +48,15 @@ class GuardedConnection(LiveConnection):
         :raises StaleReadError: it has not, as is known already; nothing was sent.
         """
         required = seen.required()
-        if not required or self.refuses_stale or not (missing := self.lacking(required)):
+        if not required or self._only_writers() or not (missing := self.lacking(required)):
             return NOTHING
         if (facts := self.endpoint.found_behind()) is not None:
             self._check_ahead(missing, facts)
         self.guarding = self.follows = True
         return BEGIN + tuple(guard(position, TIMELINES, self.proven) for position in missing) + COMMIT
 
-    @property
-    def refuses_stale(self) -> bool:
-        """Whether its group takes none but servers that write, which have all that was written."""
+    def _only_writers(self) -> bool:
+        """Return whether its group uses only servers that take writes: these need no guard."""
         return self.keeper is not None and self.keeper.writes
 
     def _check_ahead(self, missing: Iterable[Position], facts: Facts) -> None:
