@@ -221,3 +221,8 @@ def test_what_a_block_leaves_is_noted_in_one_place() -> None:
     noted = {"touched", "altered", "handed_out"}
     functions = {function for path in FILES for function, _ in written(path, noted, {*HOLDERS, "self"})}
     assert functions == {"__init__", "mark", "keep_touched", "restore_attributes", "_hand_over"}
+
+
+def test_no_file_has_more_than_500_lines_but_the_declarations() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert [path.name for path, number in lines.items() if number > 500] == ["model.py"]

@@ -10,7 +10,8 @@ from .._request import correlation as tracing
 from .._request import freshness
 from .._session import describe
 from .._session.block import is_high
-from .._session.stay import GIVEN_BACK, KeptConnection, Returned, Stay, give_back, keep
+from .._session.stay import GIVEN_BACK, KeptConnection, Returned, give_back, keep
+from .._session.stay_block import Stay
 from .._util.token import Token
 from ..errors import BlockClosedError
 

@@ -1,7 +1,7 @@
 """One pool of connections over the endpoints of a group.
 
 Its layers, each of which knows those below alone: `configured`, `telling`, `closing`, `eligibility`,
-`opening`, `pausing`, `fresh_reads`. Here is what blocks come through: `checkout` and `checkin`.
+`opening`, `pausing`, `fresh_reads`, `usability`. Here is what blocks come through: `checkout` and `checkin`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
-import psycopg
-
 from .._request import deadline as deadlines
-from .._servers.balance import suits
 from .._servers.endpoint import Endpoint, State
 from .._session import describe
 from .._session.block import Block
-from .._session.commands import IDLE, MIN_TIMEOUT
+from .._session.commands import IDLE
 from .._session.connection import PooledConnection
 from .._session.ended import end, succeed
 from .._session.slot import Slot
@@ -39,11 +36,10 @@ from ..errors import (
     SettingError,
     TooManyWaiting,
 )
-from .fresh_reads import FreshGroup
 from .lock_free_pool import LockFreePool
-from .opening import DOWN_AFTER
 from .pool import NoConnection, Pool
 from .threaded_pool import ThreadedPool
+from .usability import IN_RECOVERY, CheckingGroup
 
 if TYPE_CHECKING:
     from .._config.model import GroupConfig
@@ -63,7 +59,6 @@ LEFT_EVERY = 0.01
 
 
 _UP = State.UP  # looked up once: a member of an enumeration is found slowly
-_IN_RECOVERY = b"in_hot_standby"
 
 
 def users_of(endpoint: Endpoint) -> Sequence[Group]:
@@ -71,7 +66,7 @@ def users_of(endpoint: Endpoint) -> Sequence[Group]:
     return cast("Sequence[Group]", endpoint.groups)
 
 
-class Group(FreshGroup):
+class Group(CheckingGroup):
     """One pool of connections over the group's endpoints.
 
     `_lock` is held while an endpoint is chosen and the slot assigned to it, so that two requests do not
@@ -155,7 +150,7 @@ class Group(FreshGroup):
                     used_at > endpoint.condemned_at and used_at > endpoint.suspected_at
                     and now < idle.expires_at and now - used_at <= self._ping_after
                     and not self._excluded and not idle.poll(0)
-                    and (self._any_role or idle.pgconn.parameter_status(_IN_RECOVERY) == self._wanted)
+                    and (self._any_role or idle.pgconn.parameter_status(IN_RECOVERY) == self._wanted)
                 ):  # fmt: skip
                     conn = idle
             if conn is None:
@@ -413,61 +408,6 @@ class Group(FreshGroup):
             with suppress(NoConnection):
                 return self._pool.take(0.0, high)
         raise self._exhausted(PoolTimeout, deadline - now, high)
-
-    def _reason_unusable(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
-        """Return why an idle connection must not be lent, or None; a ping only if one is due."""
-        endpoint, used_at = conn.endpoint, conn.used_at
-        if used_at <= endpoint.condemned_at:
-            return "condemned"
-        if now >= conn.expires_at:
-            return "expired"
-        if self._excluded and endpoint in self._excluded:
-            return "barred"
-        if conn.poll(0) and not conn.alive():
-            return "lost"
-        if (now - used_at > self._ping_after or used_at <= endpoint.suspected_at) and (
-            reason := self._ping(conn, deadline)
-        ):
-            return reason
-        # After the ping, since a changed role is reported with the next message.
-        if not self._any_role and conn.pgconn.parameter_status(_IN_RECOVERY) != self._wanted:
-            return self._unwanted(conn, deadline)
-        return None
-
-    def _ping(self, conn: PooledConnection, deadline: float) -> str | None:
-        """Ping a connection; return why it must not be lent, or None."""
-        limit = self.config.ping_timeout
-        timeout = min(limit, max(deadline - monotonic(), MIN_TIMEOUT))
-        if conn.ping(timeout):
-            return None
-        if conn.closed:
-            return "lost"
-        if timeout < min(limit, DOWN_AFTER):
-            return "ping cut short"
-        conn.endpoint.condemn(f"no answer to a ping within {timeout:.3g} s")
-        return "ping"
-
-    def _unwanted(self, conn: PooledConnection, deadline: float) -> str | None:
-        """Return why a connection whose server may have changed its role must not be lent, or None.
-
-        Its report of the role is as old as its last message. If that differs from the known role, the
-        connection is pinged or queried: the server may have been promoted since.
-        """
-        endpoint, target = conn.endpoint, self.config.target
-        if (role := endpoint.heard(conn)) is not None:
-            return None if suits(target, role, endpoint.read_only) else "role"
-        since = monotonic()
-        if conn.asked_role is not None and not endpoint.config.pooler:
-            conn.note_role(None)
-        elif not endpoint.config.pooler and (reason := self._ping(conn, deadline)):
-            return reason
-        # The server behind a pooler has to be queried, for no longer than a ping may take.
-        try:
-            with conn.bounded(min(self.config.ping_timeout, max(deadline - monotonic(), MIN_TIMEOUT))):
-                role = endpoint.note_role(conn, since)
-        except psycopg.Error:
-            return "lost"
-        return None if suits(target, role, endpoint.read_only) else "role"
 
     def apply(self, config: GroupConfig, endpoints: Sequence[Endpoint], row_factory: Any) -> None:
         """Apply a changed configuration; connections that fit it are kept."""

@@ -1,8 +1,9 @@
 """The connection as a block sees it: it reaches the server only while a block has it.
 
 Each layer uses only the layers below it: `state` (attributes, and the thread that may use them), `cleaning`
-(changes to the session), `liveness` (waits and losses), `exchange` (pipelines), `transactions` and
-`two_phase`. This module hooks into psycopg's own cursors and pipelines.
+(changes to the session), `liveness` (waits and losses), `guarding` (reads that must not be stale),
+`request_settings`, `exchange` (pipelines), `transactions` and `two_phase`. This module hooks into psycopg's
+own cursors and pipelines.
 
 `restore_attributes` resets attributes that psycopg has no public setter for, and `pipeline` replaces a
 pipeline's `result_queue`. The minor version of psycopg is pinned for that.

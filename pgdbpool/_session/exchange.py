@@ -16,7 +16,6 @@ from psycopg import pq, waiting
 from psycopg.generators import execute
 
 from .. import errors
-from .._request import correlation as tracing
 from .._request import deadline as deadlines
 from .._servers.positions import Facts, facts_of, query
 from .._util.client_settings import InForce
@@ -26,16 +25,14 @@ from .commands import (
     CLIENT_GRACE,
     EMPTY,
     FATAL,
-    IDLE,
-    INTRANS,
     NOTHING,
     TUPLES_OK,
     Command,
-    set_local,
 )
-from .guarding import SYNC, XID, GuardedConnection
+from .guarding import SYNC, XID
 from .liveness import INTERRUPTIONS
 from .prepared import ROLLBACK
+from .request_settings import RequestConnection
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
@@ -43,8 +40,6 @@ if TYPE_CHECKING:
 
 _SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 _COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
-MARGIN = 0.1
-"""Seconds that the server's statement_timeout comes before the deadline of the request, at most."""
 MOST_NAMES = 20
 """How often a session prepares a preamble: anew after a block that touched it; nothing removes the old."""
 MOST_LEFT = 100
@@ -56,7 +51,7 @@ _names = itertools.count(1)
 Own = TypeVar("Own", bound="ExchangingConnection")
 
 
-class ExchangingConnection(GuardedConnection):
+class ExchangingConnection(RequestConnection):
     """A connection that sends pending commands together with a statement."""
 
     def run(self, commands: Sequence[Command]) -> None:
@@ -453,42 +448,6 @@ class ExchangingConnection(GuardedConnection):
             yield
         finally:
             self.patience = patience
-
-    def limit(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
-        """Add the statement_timeout that the current deadline leaves to what goes before a statement.
-
-        A little less than the remaining time: the server's answer must be there before the client gives up.
-        """
-        status = self.pgconn.transaction_status
-        if status == IDLE:
-            self.limited = False
-        left = deadlines.time_left()
-        if self.own_timeout or status not in (IDLE, INTRANS):
-            return preamble
-        usual = None if self.patience is None else self.patience - CLIENT_GRACE
-        allowed = usual
-        if left is not None and (usual is None or left < usual):
-            self.limited, allowed = True, left - min(MARGIN, left / 2)
-        elif not self.limited:
-            return preamble
-        # 0 is no bound. In a transaction what an earlier statement has bound is put back.
-        milliseconds = 0 if allowed is None else max(1, round(allowed * 1000))
-        return preamble + set_local((("statement_timeout", str(milliseconds)),))
-
-    def annotate(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
-        """Add the block's correlation id, as a part of application_name, once in each transaction.
-
-        Not to the statement's text, since that is what plans are known by: with a comment of its own, each
-        block's would be parsed and planned anew, at the server and in psycopg.
-        """
-        block, status = self.block, self.pgconn.transaction_status
-        if status == IDLE:
-            self.annotated = False
-        if block is None or self.annotated or status not in (IDLE, INTRANS):
-            return preamble
-        self.annotated = True
-        name = tracing.application_name(self.own_name, block.correlation_id)
-        return preamble + set_local((("application_name", name),))
 
     def expose(self: Own) -> Own:
         """Give the connection itself to the block, which may then do anything with it.

@@ -6,25 +6,22 @@ Each transaction, or each statement in autocommit mode, takes the tenant that is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from time import monotonic, sleep
-from types import CodeType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import ref
 
 import psycopg
 
 from .. import errors
-from .._request import deadline as deadlines
 from .._request import freshness
-from .._request.freshness import Seen
-from .._request.tenant import current_tenant
-from .block import UNBOUND, Binding, Block
-from .commands import ACTIVE, IDLE, INTRANS, NOTHING, OPEN, Command
+from .block import Binding, Block
+from .commands import ACTIVE, IDLE, INTRANS, OPEN
 from .connection import PooledConnection, asked_by_driver
 from .cursors import BlockCursor
 from .ended import Ended, adopt, pass_on
 from .server_cursor import BlockServerCursor
+from .stay_block import Stay
 from .stay_cursors import StayCursor, StayServerCursor
 
 if TYPE_CHECKING:
@@ -39,125 +36,7 @@ _TOUCHED = (
     "the connection was lost, and with it what was set up in its session: nothing was sent; give it back and "
     "take another"
 )
-_OTHER_TENANT = (
-    "group {!r}: the open transaction has another tenant than the current one, and keeps it; commit() or "
-    "rollback() before the tenant changes"
-)
-
-_AT_BEGIN: Any = vars(Block)["at_begin"]
-
-ASK_EVERY = 0.02
-"""Seconds between two checkouts while no server is up."""
-
 Answer = TypeVar("Answer")
-
-
-class Lender(Protocol):
-    """The operations of a group that a connection outside its pool uses."""
-
-    name: str
-    config: Any
-    endpoints: Any
-    look_sooner: Callable[[Any], None]
-
-    @property
-    def on_drop(self) -> Callable[[ref[Any]], None]:
-        """The callback of a reference to the owner of a connection."""
-
-    def bind(self, tenant: Any, override: bool, settings: Mapping[str, Any] | None) -> Binding:
-        """Return the binding of a unit of work."""
-
-    def checkout(self, block: Block, timeout: float | None = None) -> PooledConnection:
-        """Lend a working connection."""
-
-    def discard(self, conn: PooledConnection, reason: str) -> None:
-        """Take back a connection that must not be used again."""
-
-    def checkin(self, conn: PooledConnection) -> None:
-        """Take a connection back."""
-
-    def take_over(self, conn: PooledConnection, heir: PooledConnection) -> None:
-        """Note that a connection in use continues in another object."""
-
-    def note_retry(self, block: Block | None, error: errors.Error) -> None:
-        """Count a statement that is sent again."""
-
-    def fresh(self, block: Block, conn: PooledConnection, timeout: float | None) -> PooledConnection:
-        """Return a connection to a server that has what the block must see."""
-
-
-class Stay(Block):
-    """The time that a connection is out of its pool, from `getconn` to `putconn`."""
-
-    __slots__ = ("group", "override", "own_settings", "tenant", "timeout")
-
-    def __init__(
-        self,
-        group: Lender,
-        manual: bool,
-        place: tuple[CodeType, int],
-        tenant: Any,
-        override: bool,
-        settings: Mapping[str, Any] | None,
-        timeout: float | None,
-    ) -> None:
-        self.group, self.tenant, self.override = group, tenant, override
-        self.own_settings, self.timeout = settings, timeout
-        try:
-            binding = self.bind()
-        except errors.TenantRequiredError:
-            binding = UNBOUND  # the first unit of work has to have one
-        super().__init__(manual, binding, place)
-
-    def bind(self) -> Binding:
-        """Return the binding of a unit of work that begins now."""
-        return self.group.bind(self.tenant, self.override, self.own_settings)
-
-    @property
-    def at_begin(self) -> tuple[Command, ...]:
-        """What goes before the first statement of a unit of work: first of all the guards, if any are due."""
-        commands: tuple[Command, ...] = _AT_BEGIN.__get__(self)
-        return self.guards() + commands if freshness.in_use else commands
-
-    @at_begin.setter
-    def at_begin(self, commands: tuple[Command, ...]) -> None:
-        _AT_BEGIN.__set__(self, commands)
-
-    def sees(self) -> Seen | None:
-        """Return what its reads must see, and what learns of its writes: now, as its tenant is."""
-        return getattr(self, "seen", None) or freshness.current_seen()
-
-    def guards(self) -> tuple[Command, ...]:
-        """Return what must precede its next unit of work, so that it reads nothing stale."""
-        seen = self.sees()
-        return NOTHING if seen is None or self.conn is None else self.conn.guards_for(seen)
-
-    def take(self) -> PooledConnection:
-        """Lend a connection; while no server of the group is up, wait for one, within the timeout.
-
-        :raises DBOfflineError: none was up in time.
-        """
-        timeout = self.group.config.timeout if self.timeout is None else self.timeout
-        left = deadlines.time_left() if deadlines.in_use else None
-        until = monotonic() + (timeout if left is None else min(timeout, left))
-        while True:
-            try:
-                return self.group.checkout(self, timeout)
-            except errors.DBOfflineError:
-                if (timeout := until - monotonic()) <= ASK_EVERY:
-                    raise
-            self.group.look_sooner(self.group.endpoints)
-            sleep(ASK_EVERY)
-
-    def check_tenant(self) -> None:
-        """Refuse to go on in a transaction whose tenant is not the current one.
-
-        :raises TenantConflictError: another tenant became the current one since the transaction began.
-        """
-        if self.tenant is not None or current_tenant() is None:
-            return
-        if self.bind().settings != self.binding.settings:
-            raise errors.TenantConflictError(_OTHER_TENANT.format(self.group.name))
 
 
 class KeptConnection(PooledConnection):
@@ -312,9 +191,7 @@ class KeptConnection(PooledConnection):
             return
         with self.replacing:
             cls = type(self)
-            other: PooledConnection = pass_on(
-                self, next(plain for plain, kept in _kept.items() if kept is cls)
-            )
+            other: PooledConnection = pass_on(self, _plain(cls))
             stay.group.take_over(self, other)
             stay.conn = other
             try:
@@ -460,6 +337,11 @@ def _class(
     return found
 
 
+def _plain(cls: type[PooledConnection]) -> type[PooledConnection]:
+    """Return the class that a connection has in its pool; another thread may be adding one."""
+    return next(plain for plain, kept in list(_kept.items()) if kept is cls)
+
+
 def _bases(cls: type[PooledConnection]) -> tuple[type[Any], ...]:
     return (KeptConnection,) if cls is PooledConnection else (KeptConnection, cls)
 
@@ -488,7 +370,7 @@ def give_back(conn: PooledConnection) -> None:
         return
     if not isinstance(stay := conn.block, Stay):
         raise errors.BlockClosedError(GIVEN_BACK)
-    cls = next(plain for plain, kept in _kept.items() if kept is type(conn))
+    cls = _plain(type(conn))
     try:
         if not conn.closed and conn.pgconn.transaction_status in OPEN and not conn.turn.locked():
             conn.give_up()
