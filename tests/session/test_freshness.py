@@ -174,6 +174,7 @@ def out_of_pool(group: str, i: int) -> None:
         conn.execute(INSERT, (i,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["auto", "manual"])
 @pytest.mark.parametrize("way", list(WRITES))
 def test_each_way_to_write_gives_a_token_that_reads_then_wait_for(
@@ -372,6 +373,7 @@ def named(db: Handler, i: int) -> Any:
         return cursor.execute(COUNT, (i,)).fetchone()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [*READING, "prefer"])
 @pytest.mark.parametrize("way", list(READS))
 def test_no_way_to_read_gives_a_stale_row(servers: Cluster, init: Any, group: str, way: str) -> None:
