@@ -43,7 +43,7 @@ class GuardedConnection(LiveConnection):
         return [p for p in positions if judge(p, facts, TIMELINES) is not Verdict.PASSED]
 
     def guards_for(self, seen: Seen) -> tuple[Command, ...]:
-        """Return the commands that fail, and with them what follows, unless the server has what was seen.
+        """Return the commands that fail, with all that follow, unless the server has the seen writes.
 
         :raises StaleReadError: it has not, as is known already; nothing was sent.
         """
@@ -108,7 +108,7 @@ class GuardedConnection(LiveConnection):
         self.telling = self.streamed = True  # both are looked for at once
 
     def learns(self) -> Seen | None:
-        """Return what is to learn of the block's writes; None if nothing is, or a standby can have none."""
+        """Return the object that notes the block's writes; None without one, or on a standby."""
         seen = None if self.block is None else self.block.sees()
         if seen is None or self.reads or self.closed:
             return None

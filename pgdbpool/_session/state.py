@@ -292,7 +292,7 @@ class ConnectionState(psycopg.Connection[Any]):
         self.asked_role = role
 
     def note_end_of_pools(self, by: str) -> None:
-        """Note what has closed the pools during the block."""
+        """Note the cause of pools closed during the block."""
         self.cut_by = by
 
     def take_from_block(self) -> None:

@@ -31,7 +31,7 @@ class ReadYourWritesMiddleware:
     """Lets each client read what it has written, though the reads come from standbys and other processes.
 
     A request that writes gives its client a signed token, in a cookie or a header; the next requests bring
-    it, and their reads see what was written. A value that is forged, cut, too old, or of other servers counts
+    it, and their reads see the writes. A value that is forged, cut, too old, or of other servers counts
     as none.
 
     :param app: the WSGI application.

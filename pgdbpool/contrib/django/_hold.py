@@ -23,7 +23,7 @@ class Holding(base.DatabaseWrapper):  # type: ignore[misc]
         """The cursors that are open, or the database itself while it connects."""
 
     def connect(self) -> None:
-        """Connect; what is asked for that does not give the connection back."""
+        """Connect; calls on the way there do not give the connection back."""
         self._open = WeakSet([self])
         try:
             super().connect()
