@@ -210,8 +210,8 @@ def test_watch_fits_the_terminal_sorts_and_ends_at_q(
         call("send-keys", "s")
         wait_for(lambda: "by in use" in screen(), what="sorted by the next column")
         call("send-keys", "q")
-        wait_for((tmp_path / "ended").exists, what="q ends it")
-        assert (tmp_path / "ended").read_text() == "ended 0\n"
+        ended = tmp_path / "ended"
+        wait_for(lambda: ended.exists() and ended.read_text() == "ended 0\n", what="q ends it")
     finally:
         call("kill-server")
 

@@ -431,8 +431,9 @@ CANCELLED = [
 
 @pytest.mark.parametrize(("group", "statement"), CANCELLED)
 def test_a_statement_that_cannot_be_committing_is_cancelled(
-    primary: Primary, start: Any, group: str, statement: str
+    primary: Primary, start: Any, group: str, statement: str, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr("pgdbpool._process.pools.CUT_WITHIN", 10)  # that long on a machine that is busy
     start(query_timeout=60_000)
 
     def sleep() -> None:
