@@ -60,7 +60,8 @@ class LiveConnection(CleanedConnection):
                 pgconn.is_busy()  # parses the input
         except psycopg.OperationalError:
             return False
-        return pgconn.status != BAD
+        # The server's last message may be there a moment before the end of the stream.
+        return pgconn.status != BAD and not self.ended_by_server
 
     def has_input(self) -> bool:
         """Return whether something has arrived; for a thread that does not have the connection.

@@ -76,6 +76,11 @@ def stopped_waiting(notice: PGresult) -> bool:
     )
 
 
+def ends_session(notice: PGresult) -> bool:
+    """Return whether the notice is the server's last message of the session, which comes before its end."""
+    return notice.error_field(_SEVERITY) in (b"FATAL", b"PANIC")
+
+
 def may_commit(statement: Any, inside: bool) -> bool:
     """Return whether a running statement may be committing something.
 

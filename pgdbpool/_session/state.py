@@ -65,8 +65,8 @@ class ConnectionState(psycopg.Connection[Any]):
     # share their keys: 1,300 bytes for each connection, and slower to read.
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
-        "client_encoding", "crossed", "dumps", "ending", "endpoint", "expires_at", "follows",
-        "guarding", "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated",
+        "client_encoding", "crossed", "dumps", "ended_by_server", "ending", "endpoint", "expires_at",
+        "follows", "guarding", "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated",
         "own_handlers", "owner", "patience", "plain", "poll", "proven", "reads", "replacing", "riding",
         "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed", "syncs", "taken_away",
         "telling", "touched", "turn", "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
@@ -117,6 +117,8 @@ class ConnectionState(psycopg.Connection[Any]):
     """Syncs to come before the last one of the pipeline."""
     not_replicated: bool
     """Whether the server has just said that a commit did not wait for its standby."""
+    ended_by_server: bool
+    """Whether the server has said, while the connection was idle, that it ends the session."""
     severed: bool = False
     """Whether another thread closes it during its block, which cannot begin anything more."""
     left: int = 0
@@ -215,6 +217,7 @@ class ConnectionState(psycopg.Connection[Any]):
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         self.owner, self.holder, self.step, self.replacing = 0, 0, None, RLock()
         self.abandoned = self.unusable = self.taken_away = self.not_replicated = False
+        self.ended_by_server = False
         before = len(vars(self))
         super().__init__(pgconn, *args, **kwargs)
         own_names.update(list(vars(self))[before:])
@@ -387,8 +390,9 @@ own_names = {"_pool", "_created_at", "_expire_at", *ConnectionState.__annotation
 
 
 def _notice(wself: ref[ConnectionState], notice: PGresult) -> None:
-    """Handle a notice; record a commit that did not wait for its standby."""
+    """Handle a notice; record a commit that did not wait for its standby, and the end of the session."""
     conn = wself()
-    if conn is not None and outcome.stopped_waiting(notice):
-        conn.not_replicated = True
+    if conn is not None:
+        conn.not_replicated = conn.not_replicated or outcome.stopped_waiting(notice)
+        conn.ended_by_server = conn.ended_by_server or outcome.ends_session(notice)
     psycopg.Connection._notice_handler(wself, notice)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -797,3 +798,18 @@ def test_a_connection_that_is_lost_while_it_is_cleaned_is_replaced(start: Any, a
         assert db.connection.info.backend_pid != pid
         assert db.fetchval("SELECT 1") == 1
     assert proxy
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_session_is_lost_with_the_servers_last_message_before_the_end_of_the_stream(
+    start: Any, admin: Any, group: str
+) -> None:
+    start()
+    for _ in range(10):
+        with handler(group) as db:
+            pid, readable = pid_of(db), select.poll()
+            readable.register(db.connection.pgconn.socket, select.POLLIN)
+        admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        assert readable.poll(5000)  # the process of the backend takes a moment longer to end
+        with handler(group) as db:
+            assert pid_of(db) != pid
