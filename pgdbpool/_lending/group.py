@@ -250,6 +250,7 @@ class Group(CheckingGroup):
             recent.append(held)  # `Tally.add`, without a call
             if len(recent) >= BATCH:
                 conn.uses.count()
+                conn.renew_adapters()
             if self._at_checkin is not None:
                 reason = self._at_checkin(conn, reason)
             if conn.handed_out:

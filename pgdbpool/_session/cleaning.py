@@ -213,6 +213,10 @@ class CleanedConnection(ConnectionState):
         if self._adapters is not None:
             self._adapters = AdaptersMap(self._adapters)
 
+    def renew_adapters(self) -> None:
+        """Forget what has adapted the parameters so far: it keeps each of their classes."""
+        self.adapters_shared = self.dumps = None
+
     def share_adapters(self) -> AdaptersMap:
         """Return the adapters shared by cursors that register none."""
         # psycopg would copy the global ones, only to have them copied here.

@@ -156,7 +156,7 @@ class PooledConnection(TwoPhaseConnection):
         with self._wrapped_pipeline(), self.preparing():
             try:
                 with super().pipeline() as pipeline:
-                    self.mark(kept=True)  # psycopg's Pipeline reaches it
+                    self.mark(attributes=True, kept=True)  # a Pipeline reaches it, and may be left open
                     if not isinstance(pipeline.result_queue, _Answers):
                         pipeline.result_queue = _Answers(pipeline.result_queue)
                     yield pipeline

@@ -117,7 +117,12 @@ class BlockCursor(RidingCursor):
             with conn.owning():
                 super().execute(query, params, prepare=prepare, binary=binary)
         elif self._rides(what, preamble, autocommit):
-            self._ride(preamble, query, params, prepare, binary)
+            try:
+                self._ride(preamble, query, params, prepare, binary)
+            finally:
+                if not preamble and special.in_use:  # with one it tells itself; CALL commits before it fails
+                    with conn.owning():
+                        conn.tell_of_alone(block, autocommit)
             if preamble and not what.ends:
                 conn.bound = conn.pgconn.transaction_status != IDLE
         else:
@@ -155,6 +160,9 @@ class BlockCursor(RidingCursor):
             return
         block.failure = errors.without_frames(error)
         block.committed = block.committed or (what.ends and what.number > 1)
+        if what.ends and what.number > 1 and special.in_use:
+            with conn.owning():
+                conn.tell_now()
         if error.sqlstate == RECOVERY_CONFLICT:
             self._note_conflict(error, autocommit, rode, touched, what.number == 1)
         if conn.pgconn.transaction_status == ACTIVE and not _goes_on(conn, error):
@@ -228,6 +236,7 @@ class BlockCursor(RidingCursor):
         if not errors.undone(error):
             error.maybe_executed = error.maybe_executed or autocommit
             error.maybe_committed = error.maybe_committed or ends
+        self._conn.lose_track_after(error)
         if isinstance(error, errors.TransactionTimeoutError) or errors.is_poolers_refusal(error):
             return  # it would take as long again
         idle = isinstance(error, errors.IdleSessionTimeoutError) and not self._conn._pipeline

@@ -119,6 +119,15 @@ class ExchangingConnection(RequestConnection):
             self._look_back(began_in)
         return results
 
+    def run_alone(self, sql: bytes, began_in: int) -> PGresult:
+        """Send a command alone, and return its answer; raises what `receive` does."""
+        try:
+            self.pgconn.send_query(sql)
+            return ExchangingConnection.receive(self, began_in)[-1]
+        except BaseException as interruption:
+            self.stop_unwaited(interruption, began_in)
+            raise
+
     def _take_results(self, results: list[PGresult]) -> None:
         """Take the results of a statement that was sent alone; of a COPY, only the first."""
         pgconn, patience = self.pgconn, self.patience

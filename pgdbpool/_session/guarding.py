@@ -15,6 +15,7 @@ from .. import errors
 from .._request.freshness import Seen
 from .._servers.positions import TIMELINES, Facts, Verdict, facts_of, guard, judge, read, written
 from .._util.token import lsn_text
+from . import outcome
 from .commands import BEGIN, COMMIT, FATAL, NOTHING, Command
 from .liveness import LiveConnection
 
@@ -135,6 +136,16 @@ class GuardedConnection(LiveConnection):
         else:
             self.prove(facts)
             seen.note(position)
+
+    def lose_track_after(self, error: errors.ConnectionLostError) -> None:
+        """Note that the block may have written, if the error leaves that open."""
+        unknown = error.maybe_executed or error.maybe_committed
+        if not (unknown or isinstance(error, errors.NotReplicatedError)) or self.block is None or self.reads:
+            return
+        role, statement = self.endpoint.role, getattr(self.block, "statement", None)
+        wrote = error.maybe_committed or outcome.may_commit(statement, inside=False)
+        if wrote and (role is None or role.value != "standby"):
+            self.lose_track()
 
     def lose_track(self) -> None:
         """Note that something may have been written, nobody knows up to where."""

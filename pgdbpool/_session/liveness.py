@@ -141,6 +141,11 @@ class LiveConnection(CleanedConnection):
             self._cancel_and_close()
         self._note_loss(interruption, status)
 
+    def stop_unwaited(self, interruption: BaseException, status: int = ACTIVE) -> None:
+        """Do not let a statement run on that was sent, if the interruption came before the wait for it."""
+        if self.pgconn.transaction_status == ACTIVE:
+            self._interrupted(interruption, status)
+
     def _look_back(self, status: int) -> None:
         """Find out what an answer leaves behind that is not in it."""
         if self.closed:

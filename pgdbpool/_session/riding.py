@@ -218,10 +218,15 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             else:
                 self._exchange_many(preamble, query, *many)
         except psycopg.Error as error:
-            if not again and self._may_resend(query):
-                first = conn.before_resending(error, preamble)
-            if first is None:
+            if (
+                again
+                or not self._may_resend(query)
+                or (first := conn.before_resending(error, preamble)) is None
+            ):
                 raise conn.own_error(error)  # noqa: B904  it is the same object
+        except BaseException as interruption:
+            conn.stop_unwaited(interruption)
+            raise
         if first is not None:
             RidingCursor._ride(self, first, query, params, prepare, binary, many, again=True)
             return
@@ -235,7 +240,10 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         """Send a known statement; return False, with nothing sent, if psycopg has to convert it."""
         conn = self._conn
         prepared, pgconn, adapters = conn._prepared, conn.pgconn, self._adapters
-        if adapters is not conn.adapters_shared or self._closed:
+        if (
+            adapters is not conn.adapters_shared or self._closed
+            or not (plan.ascii or pgconn.parameter_status(_ENCODING) == _UTF8)
+        ):  # fmt: skip
             return False
         values = formats = None
         key: tuple[bytes, tuple[int, ...]] = plan.bare

@@ -19,7 +19,7 @@ import psycopg
 from psycopg._queries import _query2pg
 from psycopg.adapt import AdaptersMap, Dumper, PyFormat
 
-from .statement_shape import StatementTraits, shape
+from .statement_shape import StatementTraits, code_of, shape
 
 LONGEST = 4096
 """Characters of the longest text that is kept: a longer one holds its data, and hardly comes again."""
@@ -31,10 +31,12 @@ _DRIVERS = ("psycopg", "psycopg_binary", "psycopg_c")
 class Plan:
     """A statement's traits, and its text as psycopg sends it."""
 
-    __slots__ = ("bare", "count", "formats", "names", "query", "what")
+    __slots__ = ("ascii", "bare", "count", "formats", "names", "query", "what")
 
     def __init__(self, text: str, what: StatementTraits) -> None:
         self.what = what
+        self.ascii = text.isascii()
+        """Whether it has the same bytes in every encoding of a session."""
         self.bare = text.encode(), ()
         """Its key among psycopg's prepared statements if it is executed without parameters."""
         self.query, self.formats, self.count = b"", list[PyFormat](), -1
@@ -69,6 +71,8 @@ def remember(text: Any, conn: psycopg.Connection[Any]) -> None:
     what = shape(text, conn)
     if what.special or what.uncommon or what.sets:
         return
+    if code_of(text).lstrip()[:7].lower().startswith(("fetch", "execute")):
+        return  # its columns are those of a cursor or statement, which may be another one next time
     try:
         plan = Plan(text, what)
     except UnicodeError:

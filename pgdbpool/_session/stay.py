@@ -110,10 +110,17 @@ class KeptConnection(PooledConnection):
             stay.check_tenant()
         if status in (INTRANS, ACTIVE) or self.turn.locked():
             return
-        if self.closed or (status == IDLE and not self.alive()):
+        if self.closed or (status == IDLE and self._is_lost()):
             self._get_another(stay)
         if self.pgconn.transaction_status == IDLE and (binding := stay.bind()) is not stay.binding:
             self._rebind(stay, binding)
+
+    def _is_lost(self) -> bool:
+        """Return whether the server has ended the session; what arrived may be another thread's answer."""
+        if not (self.ended_by_server or self.has_input()):
+            return False
+        with self.turn:
+            return self.pgconn.transaction_status == IDLE and not self.alive()
 
     def renew_alone(self) -> None:
         """Begin a unit of work for what cannot ride, on a server that has what it must see."""

@@ -244,14 +244,9 @@ class TransactingConnection(ExchangingConnection):
             try:
                 yield
                 if special.in_use and self.block is block:
-                    self._tell_of_alone(block, autocommit)
-            except Exception as error:
-                if autocommit and self.closed and isinstance(error, errors.ConnectionLostError):
-                    error.maybe_executed = not errors.undone(error)
-                if self.block is block:
-                    block.failure = errors.without_frames(
-                        error
-                    )  # the cause, if it is swallowed and the block then ends
+                    self.tell_of_alone(block, autocommit)
+            except (Exception, GeneratorExit) as error:  # the latter of a stream that is left early
+                self._after_failure(block, error, autocommit)
                 raise
             return
         try:
@@ -264,11 +259,31 @@ class TransactingConnection(ExchangingConnection):
         if self.block is block:
             self.commit()
 
-    def _tell_of_alone(self, block: Block, autocommit: bool) -> None:
-        """Tell where the writes ended of a statement outside of a transaction, which could not ride."""
-        if not autocommit or self.pgconn.transaction_status != IDLE or self.learns() is None:
+    def _after_failure(self, block: Block, error: BaseException, autocommit: bool) -> None:
+        """Note in the block that its statement failed; a part may be committed."""
+        lost = error if isinstance(error, errors.ConnectionLostError) else None
+        if lost is not None and autocommit and self.closed:
+            lost.maybe_executed = not errors.undone(lost)
+        if self.block is not block:
             return
-        if self.pipelines or outcome.may_commit(getattr(block, "statement", None), inside=False):
+        if lost is not None:
+            self.lose_track_after(lost)
+        if special.in_use:
+            self.tell_of_alone(block, autocommit)
+        if isinstance(error, Exception):
+            block.failure = errors.without_frames(error)  # the cause, if it is swallowed and the block ends
+
+    def tell_of_alone(self, block: Block, autocommit: bool) -> None:
+        """Tell where the writes ended of a statement outside of a transaction, which could not ride."""
+        if self._pipeline or self.learns() is None:  # in a pipeline its outermost end tells
+            return
+        if self.pipelines:
+            if autocommit or block.committed:
+                self.tell_now()
+            return
+        if not autocommit or self.pgconn.transaction_status != IDLE:
+            return
+        if outcome.may_commit(getattr(block, "statement", None), inside=False):
             self.tell_now()
 
     def undo(self) -> None:
@@ -353,8 +368,7 @@ class TransactingConnection(ExchangingConnection):
         if special.in_use and self.learns() is not None:
             answer = self._commit_and_tell(status)
         else:
-            self.pgconn.send_query(b"COMMIT")
-            answer = ExchangingConnection.receive(self, status)[-1]
+            answer = self.run_alone(b"COMMIT", status)
         if answer.status == FATAL:
             error = psycopg.errors.error_from_result(answer, encoding=self.pgconn._encoding)
             raise self.own_error(error, status)
@@ -373,6 +387,7 @@ class TransactingConnection(ExchangingConnection):
         if (block := self.block) is not None:
             block.lost = False  # or committed: nobody knows, and this error says so
             block.committed = block.committed or error.maybe_committed
+            self.lose_track_after(error)
 
     def rollback(self) -> None:
         """Roll the open transaction back, if any."""
@@ -447,6 +462,7 @@ class TransactingConnection(ExchangingConnection):
         except errors.ConnectionLostError as error:
             unknown = body_ended and outermost and not errors.undone(error)
             error.maybe_committed = error.maybe_committed or unknown
+            self.lose_track_after(error)
             raise
         except OutOfOrderTransactionNesting as error:
             self._note_crossed(block, error, outermost)
@@ -460,7 +476,7 @@ class TransactingConnection(ExchangingConnection):
     def _note_left(self, block: Block, outermost: bool) -> None:
         """Note that psycopg has committed a transaction, or released a savepoint."""
         block.committed = block.committed or outermost
-        if special.in_use and outermost:
+        if special.in_use and outermost and not self._pipeline:  # else its end tells
             self.tell_now()
 
     def _send_due_of_transaction(self, block: Block) -> bool:

@@ -285,8 +285,8 @@ def _in_force(order: Mapping[str, Any], new: Mapping[str, Any], now: float) -> b
     for pair in (("drain", "undrain"), ("pause", "resume")):
         if order["do"] in pair and new["do"] in pair and order["endpoint"] == new["endpoint"]:
             return order["group"] != new["group"] and new["group"] is not None
-    recent = now - order["time"] < KEPT
-    return recent or (stands(order, now) and order["do"] != "resume")
+    # The resumption of one group stands beside a pause of all.
+    return now - order["time"] < KEPT or stands(order, now)
 
 
 def _abandoned(fd: int) -> bool:

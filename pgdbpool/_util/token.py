@@ -58,7 +58,10 @@ class Token:
             or urlsafe_b64encode(packed).rstrip(b"=") != text.encode()
         ):
             raise ValueError(f"{text!r} is not a token: use str() of one") from None
-        return cls(Position(*parts) for parts in _PACKED.iter_unpack(packed))
+        positions = [Position(*parts) for parts in _PACKED.iter_unpack(packed)]
+        if any(position.timeline >> 31 for position in positions):  # an integer at the server
+            raise ValueError(f"{text!r} is not a token: use str() of one")
+        return cls(positions)
 
     def __str__(self) -> str:
         return urlsafe_b64encode(b"".join(_PACKED.pack(*p) for p in self.positions)).rstrip(b"=").decode()

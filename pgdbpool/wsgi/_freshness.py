@@ -7,7 +7,6 @@ import re
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import copy_context
-from http.cookies import CookieError, SimpleCookie
 from time import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ SHORTEST = 16
 """Characters that the secret has at least."""
 SIGNATURE = 22
 """Characters of the signature: 128 bits of it."""
-_SIGNED = re.compile(r"([\w-]{27,1000})\.([0-9a-f]{1,16})\.([\w-]{22})")
+_SIGNED = re.compile(r"([\w-]{27,1000})\.([0-9a-f]{1,16})\.([\w-]{22})", re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
@@ -121,11 +120,11 @@ class ReadYourWritesMiddleware:
 
 def _cookie(text: str, name: str) -> str:
     """Return the value of a cookie, or nothing."""
-    try:
-        found = SimpleCookie(text).get(name)
-    except CookieError:
-        found = None
-    return "" if found is None else found.value
+    for part in text.split(";"):  # the others may be anything: a strict parser drops all for one of them
+        key, _, value = part.partition("=")
+        if key.strip() == name:
+            return value.strip(' \t"')
+    return ""
 
 
 class _Response:

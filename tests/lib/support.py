@@ -138,6 +138,7 @@ def kill_backends(admin: psycopg.Connection[Any], *pids: int) -> None:
     wait_for(lambda: admin.execute(gone, ([pid for pid, _ in ended],)).fetchone()[0], what="backends gone")
     # The server forgets a backend a moment before its process, and with it the socket, has ended.
     wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid, _ in ended), what="processes gone")
+    time.sleep(0.02)  # a busy kernel delivers their last words a moment later, on loopback too
 
 
 def pools_backends(admin: psycopg.Connection[Any]) -> int:

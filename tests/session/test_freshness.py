@@ -112,6 +112,13 @@ def test_text_that_is_no_token_is_refused_before_anything_is_sent(text: Any) -> 
             pass
 
 
+def test_a_token_that_no_server_can_have_written_is_refused() -> None:
+    from pgdbpool._util.token import Position
+
+    with pytest.raises(ValueError, match="is not a token"):
+        Token.parse(str(Token([Position(1, 2**31, 5)])))
+
+
 def test_joined_tokens_keep_the_last_position_of_each_cluster() -> None:
     from pgdbpool._util.token import Position
 
@@ -142,6 +149,10 @@ WRITES: dict[str, Callable[[str, int], object]] = {
     "begin": lambda group, i: in_block(
         group, lambda db: [db.query(s) for s in ("BEGIN", f"INSERT INTO t VALUES ({i})", "COMMIT")]
     ),
+    "do": lambda group, i: in_block(group, lambda db: db.query(DO.format(i))),
+    "one-shot do": lambda group, i: Connection.execute(group, DO.format(i)),
+    "transaction in a pipeline": lambda group, i: in_block(group, lambda db: in_both(db, i)),
+    "do that fails after a commit": lambda group, i: in_block(group, lambda db: fails_after_commit(db, i)),
     "one-shot": lambda group, i: Connection.execute(group, INSERT, (i,)),
     "one-shots": lambda group, i: Connection.executemany(group, INSERT, [(i,)]),
     "run": lambda group, i: pgdbpool.run(group, lambda db: db.query(INSERT, (i,))),
@@ -169,6 +180,19 @@ def in_pipeline(db: Handler, i: int) -> None:
         db.query(INSERT, (i,))
 
 
+DO = "DO $$ BEGIN INSERT INTO t VALUES ({}); END $$"
+
+
+def in_both(db: Handler, i: int) -> None:
+    with db.pipeline(), db.transaction():
+        db.query(INSERT, (i,))
+
+
+def fails_after_commit(db: Handler, i: int) -> None:
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        db.query(f"DO $$ BEGIN INSERT INTO t VALUES ({i}); COMMIT; PERFORM 1 / 0; END $$")
+
+
 def out_of_pool(group: str, i: int) -> None:
     with Connection.getconn(group) as conn:
         conn.execute(INSERT, (i,))
@@ -185,7 +209,7 @@ def test_each_way_to_write_gives_a_token_that_reads_then_wait_for(
         servers.primary.execute(
             "CREATE OR REPLACE FUNCTION put(int) RETURNS void LANGUAGE sql AS 'INSERT INTO t VALUES ($1)'"
         )
-    if way == "begin" and group == "manual":
+    if way in ("begin", "do that fails after a commit") and group == "manual":
         pytest.skip("the block begins its transactions itself")
     number = next(_numbers)
     with paused(*servers.standbys), pgdbpool.read_your_writes() as seen:

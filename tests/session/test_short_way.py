@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import gc
 import ipaddress
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -18,6 +21,7 @@ from psycopg.types.range import Range
 from psycopg.types.string import StrDumper
 from support import config, server
 
+import pgdbpool
 from pgdbpool import Connection, Handler
 from pgdbpool._session import short_way
 from pgdbpool._session.riding import RidingCursor
@@ -312,3 +316,52 @@ def test_known_statements_do_not_skip_a_cleaning(
             row = db.query("SELECT coalesce(current_setting('app.tenant', true), '') AS left").fetchone()
             assert row[0] == ""
     assert sum(taken) > 10
+
+
+def test_a_text_that_is_not_ascii_is_written_in_the_sessions_encoding(start: Callable[..., None]) -> None:
+    start(options={"search_path": "own", "client_encoding": "LATIN1"})
+    for _ in range(3):
+        with Handler("unprepared") as db:
+            assert db.fetchval("SELECT 'é'") == "é"
+            assert db.fetchval("SELECT length('é')") == 1
+
+
+@pytest.mark.parametrize("name", ["manual", "unprepared"])
+def test_fetch_and_execute_have_the_columns_of_their_cursor_or_statement(
+    start: Callable[..., None], name: str
+) -> None:
+    start()
+    for columns in ("1 AS a, 2 AS b", "3 AS x, 4 AS y", "5 AS p, 6 AS q, 7 AS r"):
+        names = [column.split()[-1] for column in columns.split(", ")]
+        for _ in range(7):
+            with Handler(name) as db, db.transaction():
+                db.query(f"DECLARE cu CURSOR FOR SELECT {columns}")
+                assert list(db.query("FETCH ALL FROM cu").fetchone().keys()) == names
+            with Handler(name) as db, db.transaction():
+                db.query(f"PREPARE made AS SELECT {columns}")
+                assert list(db.query("EXECUTE made").fetchone().keys()) == names
+                db.query("DEALLOCATE made")
+
+
+def test_parameters_classes_are_not_kept_for_ever(start: Callable[..., None]) -> None:
+    start()
+    kept = []
+    for number in range(600):
+        made = type(f"Text{number}", (str,), {})
+        kept.append(weakref.ref(made))
+        with Handler("auto") as db:
+            db.query("SELECT %s", (made("x"),)).fetchone()
+        del made
+    gc.collect()
+    assert sum(made() is not None for made in kept) < 300
+
+
+@pytest.mark.parametrize("name", ["auto", "manual"])
+def test_a_pipeline_that_was_left_open_is_not_the_next_blocks(start: Callable[..., None], name: str) -> None:
+    start()
+    with suppress(psycopg.Error, pgdbpool.Error), Handler(name) as db:
+        pipeline = db.pipeline()
+        pipeline.__enter__()
+    with Handler(name, settings={"app.left": "two"}) as db:
+        assert db.fetchval("SELECT current_setting('app.left', true)") == "two"
+    del pipeline

@@ -38,9 +38,11 @@ class Holding(base.DatabaseWrapper):  # type: ignore[misc]
 
     def set_autocommit(self, autocommit: bool, *arguments: Any, **options: Any) -> None:
         """End or begin autocommit mode; at the end of a transaction the connection is given back."""
-        super().set_autocommit(autocommit, *arguments, **options)
-        if self._shortly and autocommit:
-            self._let_go()
+        try:
+            super().set_autocommit(autocommit, *arguments, **options)
+        finally:  # a function of on_commit may have raised
+            if self._shortly and autocommit and self.autocommit:
+                self._let_go()
 
     def create_cursor(self, name: str | None = None) -> Any:
         """Return a cursor; when the last one is closed the connection is given back."""
