@@ -2,8 +2,8 @@
 
 Each layer uses only the layers below it: `state` (attributes, and the thread that may use them), `cleaning`
 (changes to the session), `liveness` (waits and losses), `guarding` (reads that must not be stale),
-`request_settings`, `exchange` (pipelines), `transactions` and `two_phase`. This module hooks into psycopg's
-own cursors and pipelines.
+`request_settings`, `exchange` (pipelines), `telling`, `transactions` and `two_phase`. This module hooks into
+psycopg's own cursors and pipelines.
 
 `restore_attributes` resets attributes that psycopg has no public setter for, and `pipeline` replaces a
 pipeline's `result_queue`. The minor version of psycopg is pinned for that.
