@@ -80,7 +80,7 @@ def test_eight_threads_share_four_connections_evenly(
         futures = [threads.submit(run, i) for i in range(8)]
         ready.wait(10)
         try:
-            spread = 100 * (1 - evenness(blocks, of=320))
+            spread = 100 * (1 - evenness(blocks, of=800))
         finally:
             stop.set()
         for future in futures:
