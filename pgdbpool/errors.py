@@ -369,10 +369,14 @@ def ends_session(error: psycopg.Error) -> bool:
 
     Source: https://www.postgresql.org/docs/current/protocol-error-fields.html (field V).
     """
-    severity = error.diag.severity_nonlocalized
+    return is_last_word(error.diag.severity_nonlocalized, error.sqlstate)
+
+
+def is_last_word(severity: str | None, sqlstate: str | None) -> bool:
+    """Return whether fields of an error say that the server ended the session; see `ends_session`."""
     if severity is not None:  # decides: an ERROR of class 08 comes from a foreign server
         return severity in ("FATAL", "PANIC")
-    return (error.sqlstate or "").startswith("08")
+    return (sqlstate or "").startswith("08")
 
 
 _OWN_ENDS: dict[str | None, type[ConnectionLostError]] = {

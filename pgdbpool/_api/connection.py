@@ -352,6 +352,20 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         return cls._pools
 
     @classmethod
+    def _is_open(cls) -> bool:
+        """Return whether the pools are open, for integrations that open them if nobody did.
+
+        :raises NotInitializedError: `close`, `terminate` or a signal ended them: nothing is to open others.
+        """
+        try:
+            cls._current()
+        except NotInitializedError:
+            if cls.is_closing():
+                raise
+            return False
+        return True
+
+    @classmethod
     def _refusal(cls) -> NotInitializedError:
         """Return the error for a block that may not begin."""
         if cls._handlers is not None:

@@ -14,7 +14,7 @@ import psycopg
 
 from .._request import deadline as deadlines
 from .._request.freshness import Seen
-from .._servers.endpoint import Endpoint, Role, State
+from .._servers.endpoint import DialError, Endpoint, Role, State
 from .._servers.positions import TIMELINES, Facts, Verdict, history_query, judge
 from .._session.block import Block
 from .._session.commands import BAD, IDLE, MIN_TIMEOUT
@@ -275,9 +275,10 @@ class FreshGroup(PausingGroup):
         """Open a connection to this server in the slot; return None if that fails."""
         slot.endpoint = endpoint
         budget = max(min(search.until - monotonic(), self._connect_timeout), MIN_TIMEOUT)
-        failures: dict[Endpoint, object] = {}
+        failures: dict[Endpoint, DialError | None] = {}
+        generation = self._generation
         try:
-            conn = self._dial(endpoint, budget, 1, failures)  # type: ignore[arg-type]
+            conn = self._dial(endpoint, budget, 1, failures)
         except BaseException:
             self._pool.free(slot)
             raise
@@ -285,8 +286,7 @@ class FreshGroup(PausingGroup):
             self._pool.free(slot)
             search.told[endpoint] = str(failures.get(endpoint) or "not of the group's target")
             return None
-        self._adopt(conn, slot)
-        self._opened += 1
+        self._adopt(conn, slot, generation)
         self._uneven = True  # its place is evened out at release
         self._borrowed.add(conn)
         return conn

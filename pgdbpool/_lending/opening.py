@@ -86,14 +86,7 @@ class OpeningGroup(EligibleGroup):
             raise
         finally:
             failures.clear()  # their tracebacks keep this frame, and so the slot, alive in a cycle
-        self._adopt(conn, slot)
-        if generation != self._generation:
-            conn.expire()
-        if self._excluded and conn.endpoint in self._excluded and conn.endpoint.outdated:
-            conn.cut_from_other_thread(
-                0.0
-            )  # excluded since a moment ago, when `_cut` could not find this connection
-        self._opened += 1
+        self._adopt(conn, slot, generation)
         return conn
 
     def _first_that_suits(
@@ -121,11 +114,17 @@ class OpeningGroup(EligibleGroup):
                 spare.close()
             raise
 
-    def _adopt(self, conn: PooledConnection, slot: Slot) -> None:
-        """Attach the connection to the group and to its slot."""
+    def _adopt(self, conn: PooledConnection, slot: Slot, generation: int) -> None:
+        """Attach the connection to the group and to its slot; `generation` is from before it was opened."""
         conn.enter_group(self, slot, self.uses.get(conn.endpoint, Tally()), self.config.annotate)
         if isinstance(conn, TimedConnection) and self.config.slow_query is not None:
             conn.report_slow(self.config.slow_query, self.note_slow_statement)
+        if generation != self._generation:
+            conn.expire()
+        if self._excluded and conn.endpoint in self._excluded and conn.endpoint.outdated:
+            # Excluded since a moment ago, when `_cut` could not find this connection.
+            conn.cut_from_other_thread(0.0)
+        self._opened += 1
 
     def _revived(self, tried: Collection[Endpoint], deadline: float) -> bool:
         """Return whether a server that was down is up again; in lock-free mode the checkout itself probes."""

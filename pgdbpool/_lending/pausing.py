@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from ..errors import PoolTimeout, TooManyWaiting
 from .configured import Pause
@@ -19,6 +20,10 @@ class PausingGroup(OpeningGroup):
 
     While it is paused, `_probe` returns True: so the checkout of a group that is not paused has no test more.
     """
+
+    if TYPE_CHECKING:
+
+        def _first_use(self) -> bool: ...
 
     used = False
     """Whether this process has used the group."""
@@ -46,9 +51,6 @@ class PausingGroup(OpeningGroup):
 
     def _usual_probe(self) -> Callable[[], object] | None:
         return self._later_probe if self.used else self._first_use
-
-    def _first_use(self) -> bool:
-        raise NotImplementedError
 
     def _paused(self) -> bool:
         if (usual := self._usual_probe()) is not None:

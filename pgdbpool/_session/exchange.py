@@ -19,6 +19,7 @@ from .. import errors
 from .._request import deadline as deadlines
 from .._servers.positions import Facts, facts_of, query
 from .._util.client_settings import InForce
+from . import outcome
 from .commands import (
     ACTIVE,
     BAD,
@@ -357,7 +358,8 @@ class ExchangingConnection(RequestConnection):
                     break
                 if (answer := self.pgconn.get_result()) is not None:
                     answers.append(answer)
-        return next((answer for answer in reversed(answers) if _ends_session(answer)), None)
+        failed = (answer for answer in reversed(answers) if answer.status == FATAL)
+        return next(filter(outcome.ends_session, failed), None)
 
     def _ended_by(self, answer: PGresult, status: int) -> psycopg.Error:
         """Close the connection, and return the error that the server ended it with."""
@@ -479,8 +481,3 @@ class ExchangingConnection(RequestConnection):
             if self.stale and self._shown() != self.shown:
                 self.run(self.cleaning)
                 self.shown = self._shown()  # the server's defaults may be others by now
-
-
-def _ends_session(answer: PGresult) -> bool:
-    """Return whether an answer is the server's word that it ends the session, not libpq's own."""
-    return answer.status == FATAL and errors.ends_session(psycopg.errors.error_from_result(answer))

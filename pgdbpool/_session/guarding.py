@@ -13,6 +13,7 @@ import psycopg
 
 from .. import errors
 from .._request.freshness import Seen
+from .._servers.endpoint import Role
 from .._servers.positions import TIMELINES, Facts, Verdict, facts_of, guard, judge, read, written
 from .._util.token import lsn_text
 from . import outcome
@@ -142,9 +143,9 @@ class GuardedConnection(LiveConnection):
         unknown = error.maybe_executed or error.maybe_committed
         if not (unknown or isinstance(error, errors.NotReplicatedError)) or self.block is None or self.reads:
             return
-        role, statement = self.endpoint.role, getattr(self.block, "statement", None)
+        statement = getattr(self.block, "statement", None)
         wrote = error.maybe_committed or outcome.may_commit(statement, inside=False)
-        if wrote and (role is None or role.value != "standby"):
+        if wrote and self.endpoint.role is not Role.STANDBY:
             self.lose_track()
 
     def lose_track(self) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg import pq
 from psycopg.sql import Composable
 
+from ..errors import is_last_word
 from .statement_shape import code_of
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ def stopped_waiting(notice: PGresult) -> bool:
     )
 
 
-def ends_session(notice: PGresult) -> bool:
-    """Return whether the notice is the server's last message of the session, which comes before its end."""
-    return notice.error_field(_SEVERITY) in (b"FATAL", b"PANIC")
+def ends_session(result: PGresult) -> bool:
+    """Return whether an error or notice is the server's last message of the session; not libpq's own."""
+    severity, sqlstate = result.error_field(_SEVERITY) or b"", result.error_field(_SQLSTATE) or b""
+    return is_last_word(severity.decode() or None, sqlstate.decode())
 
 
 def may_commit(statement: Any, inside: bool) -> bool:

@@ -242,7 +242,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         prepared, pgconn, adapters = conn._prepared, conn.pgconn, self._adapters
         if (
             adapters is not conn.adapters_shared or self._closed
-            or not (plan.ascii or pgconn.parameter_status(_ENCODING) == _UTF8)
+            or not ((params is None and plan.ascii) or pgconn.parameter_status(_ENCODING) == _UTF8)
         ):  # fmt: skip
             return False
         values = formats = None
@@ -250,7 +250,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         if params is not None:
             fits = plan.names is None and type(params) is tuple and len(params) == plan.count
             given = params if fits else plan.values(params)
-            if given is None or pgconn.parameter_status(_ENCODING) != _UTF8:
+            if given is None:
                 return False
             tx = conn.dumps or Transformer(Context(adapters, conn))
             try:
@@ -348,10 +348,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         def send() -> None:
             if preparing is _SHOULD:
                 self._send_prepare(name, query)
-            if preparing is _NO:
-                self._execute_send(query, force_extended=True, binary=binary)
-            else:
-                self._send_query_prepared(name, query, binary=binary)
+            self._send(query, preparing, name, binary, extended=True)
 
         number = 2 if preparing is _SHOULD else 1
         answers = self._conn.exchange(preamble, send, self.after)

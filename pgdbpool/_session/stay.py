@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 from weakref import ref
 
 import psycopg
@@ -43,6 +43,8 @@ class KeptConnection(PooledConnection):
     """The methods of a connection that is out of its pool; its class while it is."""
 
     __slots__ = ()
+    in_pool: ClassVar[type[PooledConnection]]
+    """The class that such a connection has in its pool."""
 
     @property
     def stay(self) -> Stay:
@@ -198,7 +200,7 @@ class KeptConnection(PooledConnection):
             return
         with self.replacing:
             cls = type(self)
-            other: PooledConnection = pass_on(self, _plain(cls))
+            other: PooledConnection = pass_on(self, cls.in_pool)
             stay.group.take_over(self, other)
             stay.conn = other
             try:
@@ -339,14 +341,9 @@ def _class(
     if found is None:
         bases = (methods, cls) if methods is Returned else _bases(cls)
         found = known.setdefault(
-            cls, type(cls.__name__, bases, {"__slots__": (), "__module__": cls.__module__})
+            cls, type(cls.__name__, bases, {"__slots__": (), "__module__": cls.__module__, "in_pool": cls})
         )
     return found
-
-
-def _plain(cls: type[PooledConnection]) -> type[PooledConnection]:
-    """Return the class that a connection has in its pool; another thread may be adding one."""
-    return next(plain for plain, kept in list(_kept.items()) if kept is cls)
 
 
 def _bases(cls: type[PooledConnection]) -> tuple[type[Any], ...]:
@@ -377,7 +374,7 @@ def give_back(conn: PooledConnection) -> None:
         return
     if not isinstance(stay := conn.block, Stay):
         raise errors.BlockClosedError(GIVEN_BACK)
-    cls = _plain(type(conn))
+    cls = cast(KeptConnection, conn).in_pool
     try:
         if not conn.closed and conn.pgconn.transaction_status in OPEN and not conn.turn.locked():
             conn.give_up()

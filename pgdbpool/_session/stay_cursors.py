@@ -26,6 +26,11 @@ class _Following:
         if self._pgconn is not self._conn.pgconn:
             self._pgconn, self._last_query = self._conn.pgconn, None
 
+    def _begin_alone(self) -> None:
+        """Begin a unit of work for a statement that cannot ride."""
+        self._conn.renew_alone()
+        self._follow()
+
 
 class StayCursor(_Following, BlockCursor):
     """A cursor whose statements begin units of work, each with the tenant that is current then."""
@@ -49,15 +54,13 @@ class StayCursor(_Following, BlockCursor):
 
     def stream(self, query: Any, params: Any = None, **kwargs: Any) -> Iterator[Any]:
         """Iterate row by row over a result that the client does not hold as a whole."""
-        self._conn.renew_alone()
-        self._follow()
+        self._begin_alone()
         yield from super().stream(query, params, **kwargs)
 
     @contextmanager
     def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
         """Start a COPY."""
-        self._conn.renew_alone()
-        self._follow()
+        self._begin_alone()
         with super().copy(statement, params, writer=writer) as copy:
             yield copy
 
@@ -76,7 +79,6 @@ class StayServerCursor(_Following, BlockServerCursor):
 
     def execute(self, query: Any, params: Any = None, **kwargs: Any) -> StayServerCursor:
         """Declare the cursor for the query."""
-        self._conn.renew_alone()
-        self._follow()
+        self._begin_alone()
         super().execute(query, params, **kwargs)
         return self

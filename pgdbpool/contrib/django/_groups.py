@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from ..._api.connection import Connection
 from ..._config.load import load
 from ..._config.model import GROUP_KEYS, Config, EndpointConfig, GroupConfig
-from ...errors import ConfigError, NotInitializedError
+from ...errors import ConfigError
 
 OWN_OPTIONS = ("config", "group", "hold")
 DJANGOS_OPTIONS = (
@@ -60,7 +60,7 @@ def group_of(alias: str, settings: Mapping[str, Any], timezone: str | None) -> s
         if settings["OPTIONS"].get("config") is None:
             return _add(_key(alias, settings, timezone), lambda: _from_settings(alias, settings, timezone))
         config, group = _from_file(settings)
-        if not _is_open():
+        if not Connection._is_open():
             Connection.init(config, wait=False)  # type: ignore[arg-type]
         database = MAINTENANCE if settings["NAME"] is None else settings["NAME"]
         endpoints = _endpoints(config, group)
@@ -77,7 +77,7 @@ def alone(name: str) -> Config:
 
 def forget(database: str) -> None:
     """Remove the groups that were added for a database with their connections, so that it can be dropped."""
-    if not _is_open():
+    if not Connection._is_open():
         return
     with Connection._lock:
         config = Connection._present()
@@ -90,20 +90,10 @@ def forget(database: str) -> None:
         Connection._change(_config(config, groups, {e.label: e for e in config.endpoints}))
 
 
-def _is_open() -> bool:
-    try:
-        Connection._current()
-    except NotInitializedError:
-        if Connection.is_closing():
-            raise
-        return False
-    return True
-
-
 def _from_file(settings: Mapping[str, Any]) -> tuple[Config, GroupConfig]:
     options = settings["OPTIONS"]
     try:
-        config = Connection._present() if _is_open() else load(options["config"])
+        config = Connection._present() if Connection._is_open() else load(options["config"])
     except ConfigError as error:
         raise ImproperlyConfigured(str(error)) from error
     name = options.get("group")
@@ -168,10 +158,10 @@ def _place(host: str, port: str) -> dict[str, Any]:
 def _add(key: Key, make: Callable[[], tuple[list[EndpointConfig], GroupConfig]]) -> str:
     """Add a group to the pools, or open the pools with it, unless it is there."""
     name = _made.get(key)
-    if name is not None and _is_open() and name in Connection._present().groups:
+    if name is not None and Connection._is_open() and name in Connection._present().groups:
         return name
     endpoints, group = make()
-    present = Connection._present() if _is_open() else Config(endpoints=(), groups={})
+    present = Connection._present() if Connection._is_open() else Config(endpoints=(), groups={})
     groups = dict(present.groups)
     servers = {e.label: e for e in present.endpoints}
     number, suffix = 1, ""
@@ -183,7 +173,7 @@ def _add(key: Key, make: Callable[[], tuple[list[EndpointConfig], GroupConfig]])
     groups[group.name] = group
     servers.update({e.label: e for e in endpoints})
     changed = _config(present, groups, servers)
-    if _is_open():
+    if Connection._is_open():
         Connection._change(changed)
     else:
         Connection.init(changed, wait=False)  # type: ignore[arg-type]

@@ -16,7 +16,6 @@ from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 
 from ..._api.connection import Connection
 from ..._api.one_statement import BlockOptions
-from ...errors import NotInitializedError
 from ._pool import GroupPool
 
 _FRAMEWORKS = ("sqlalchemy", "alembic", "flask_sqlalchemy", "sqlmodel")
@@ -147,10 +146,8 @@ class PgDbPoolDialect(PGDialect_psycopg):
 
 def _init_once(config: str | Mapping[str, Any]) -> None:
     """Open the pools, unless they are open."""
+    if Connection._is_open():  # mostly: this is asked for each connection
+        return
     with Connection._lock:
-        try:
-            Connection.status()
-        except NotInitializedError:
-            if Connection.is_closing():
-                raise
+        if not Connection._is_open():
             Connection.init(config)
