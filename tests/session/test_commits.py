@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from linecache import getline
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ class Work(threading.Thread):
             self.work()
         except BaseException as error:  # noqa: BLE001  looked at by the test
             self.error = error
+
+    def waits(self) -> bool:
+        """Return whether its thread stands in a line that waits for the server's answer."""
+        frame = sys._current_frames().get(self.ident or 0)
+        while frame is not None and "wait_readable(" not in getline(frame.f_code.co_filename, frame.f_lineno):
+            frame = frame.f_back
+        return frame is not None
 
     def end(self) -> Any:
         self.join(15)
@@ -415,6 +423,7 @@ def test_a_commit_within_the_bound_is_a_success(primary: Primary, start: Any, mo
         primary.lonely()
         work = Work(way)
         wait_for(primary.waiting)
+        wait_for(work.waits)  # between sending and waiting, it would be refused with `maybe_executed`
         ending = Work(Connection.terminate)
         wait_for(Connection.is_closing)
         primary.release()
