@@ -184,7 +184,7 @@ class Handler(Queries):
         if params is not None:
             if not params:
                 params = checked_parameters(params)
-            elif isinstance(statement, str) and ";" in statement and shape(statement, conn).number > 1:
+            elif (not isinstance(statement, str) or ";" in statement) and shape(statement, conn).number > 1:
                 make = BlockClientCursor
         try:
             return make(conn).execute(statement, params)

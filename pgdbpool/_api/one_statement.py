@@ -21,7 +21,7 @@ from ..errors import DBQueryError, Error, ResultError, one_line
 from .queries import all_rows, command_tag, first_row, plain_row, resends, rows_of_all, value_in
 
 if TYPE_CHECKING:
-    from psycopg.abc import Params
+    from psycopg.abc import Params, QueryNoTemplate
     from psycopg.abc import Query as Statement
     from psycopg.rows import RowFactory
     from typing_extensions import Unpack
@@ -129,7 +129,11 @@ class OneShots:
 
     @classmethod
     def executemany(
-        cls, group: str, statement: Statement, params_seq: Iterable[Params], **block: Unpack[BlockOptions]
+        cls,
+        group: str,
+        statement: QueryNoTemplate,
+        params_seq: Iterable[Params],
+        **block: Unpack[BlockOptions],
     ) -> int:
         """Execute a statement once for each set of parameters, in one transaction; return the rows in all."""
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
@@ -140,7 +144,7 @@ class OneShots:
     def fetchmany(
         cls,
         group: str,
-        statement: Statement,
+        statement: QueryNoTemplate,
         params_seq: Iterable[Params],
         *,
         row_factory: RowFactory[T] | None = None,

@@ -14,7 +14,7 @@ from ..errors import DBQueryError, QueryDeadlineError, StaleReadError
 from .copy import Copying
 
 if TYPE_CHECKING:
-    from psycopg.abc import Params
+    from psycopg.abc import Params, QueryNoTemplate
     from psycopg.abc import Query as Statement
     from psycopg.rows import RowFactory
     from typing_extensions import TypeVar
@@ -78,7 +78,11 @@ class Queries(Copying):
         return first_value(self.query(statement, params), column)
 
     def fetchmany(
-        self, statement: Statement, params_seq: Iterable[Params], *, row_factory: RowFactory[T] | None = None
+        self,
+        statement: QueryNoTemplate,
+        params_seq: Iterable[Params],
+        *,
+        row_factory: RowFactory[T] | None = None,
     ) -> list[T]:
         """Execute a statement once for each set of parameters; return all of their rows in one list.
 
@@ -86,14 +90,16 @@ class Queries(Copying):
         """
         return rows_of_all(self._many(statement, params_seq, returning=True), row_factory)
 
-    def executemany(self, statement: Statement, params_seq: Iterable[Params]) -> int:
+    def executemany(self, statement: QueryNoTemplate, params_seq: Iterable[Params]) -> int:
         """Execute a statement once for each set of parameters; return the number of rows in all.
 
         It is one transaction, and all sets travel in one pipeline.
         """
         return self._many(statement, params_seq, returning=False).rowcount
 
-    def _many(self, statement: Statement, params_seq: Iterable[Params], *, returning: bool) -> BlockCursor:
+    def _many(
+        self, statement: QueryNoTemplate, params_seq: Iterable[Params], *, returning: bool
+    ) -> BlockCursor:
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         try:
             cursor = BlockCursor(self._live())

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg import sql
+from psycopg._compat import Template
 
 from .. import errors
 from .._request import deadline as deadlines
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 RECOVERY_CONFLICT = "40001"
 """SQLSTATE of a statement that a standby cancelled since its replay could wait no longer."""
 
+_NO_PLACE = (
+    "executemany() binds sets of parameters, and a template string has its values already: give the "
+    "statement as text with %s, or execute a template string for each set"
+)
 _COPY_IN = psycopg.pq.ExecStatus.COPY_IN
 _NO_ROWS = (int(psycopg.pq.ExecStatus.COMMAND_OK), int(psycopg.pq.ExecStatus.EMPTY_QUERY))
 
@@ -127,7 +133,10 @@ class BlockCursor(RidingCursor):
                 conn.bound = conn.pgconn.transaction_status != IDLE
         else:
             with conn.owning(), conn.ready(), conn.waiting_for(what.number):
-                prepare = prepare if what.number == 1 else False
+                if what.number > 1:
+                    prepare = False
+                    if params is None and isinstance(query, Template):  # the server binds for one statement
+                        query = sql.as_bytes(query, conn)
                 self._ride(NOTHING, self._commented(query), params, prepare, binary)
         if what.controls:
             self._end_control(what)
@@ -262,6 +271,8 @@ class BlockCursor(RidingCursor):
 
     def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
         """Execute the statement once for each of the parameter sets, in one pipeline with the preamble."""
+        if isinstance(query, Template):
+            raise TypeError(_NO_PLACE)
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         self._conn.check_free()
         with self._conn.alone():

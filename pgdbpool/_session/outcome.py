@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from psycopg import pq
-from psycopg.sql import Composable
 
 from ..errors import is_last_word
-from .statement_shape import code_of
+from .statement_shape import code_of, text_of
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -88,7 +88,10 @@ def may_commit(statement: Any, inside: bool) -> bool:
 
     :param inside: whether it runs in an explicit transaction, which continues after it.
     """
-    text = _text(statement)
+    try:
+        text = text_of(statement, None)
+    except psycopg.Error:  # only the connection's own adapters can write a value into it
+        text = None
     if text is None:
         return True
     code = code_of(text, escaping="\\" in text, name=" quoted_name")
@@ -109,12 +112,3 @@ def _without_aliases(code: str) -> str:
     """Return the code without what names columns as a call names arguments: `COPY t (a) TO`, `AS t (a)`."""
     code = re.sub(r"\A(\s*COPY)\s+[\w.]+\s*\(", r"\1 (", code, flags=re.IGNORECASE)
     return re.sub(r"\bAS\s+\w+\s*\(", "AS (", code, flags=re.IGNORECASE)
-
-
-def _text(statement: Any) -> str | None:
-    """Return a statement's text, or None if it cannot be read."""
-    if isinstance(statement, Composable):
-        return statement.as_string(None)
-    if isinstance(statement, bytes):
-        return statement.decode("utf-8", "replace")
-    return statement if isinstance(statement, str) else None

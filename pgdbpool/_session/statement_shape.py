@@ -310,18 +310,20 @@ def shape_with_escapes(query: Any, conn: psycopg.Connection[Any]) -> StatementTr
     return UNKNOWN if text is None else _analyse(text, escaping=True)
 
 
-def text_of(query: Any, conn: psycopg.Connection[Any]) -> str | None:
+def text_of(query: Any, conn: psycopg.Connection[Any] | None) -> str | None:
     """Return the text of a statement; None of what psycopg refuses."""
+    if isinstance(query, str):
+        return query
     if isinstance(query, Composable):
         return query.as_string(conn)
     if isinstance(query, bytes):
         return query.decode("utf-8", "replace")
     if isinstance(query, Template):
         return "".join(_filled(query, conn))
-    return query if isinstance(query, str) else None
+    return None
 
 
-def _filled(template: Template, conn: psycopg.Connection[Any]) -> Iterator[str]:
+def _filled(template: Template, conn: psycopg.Connection[Any] | None) -> Iterator[str]:
     """Yield the parts of a template string's statement as psycopg composes it, but for its parameters."""
     for part in template:
         if isinstance(part, str):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from psycopg import sql
+from psycopg._compat import Interpolation, Template
 
 LONGEST_STATEMENT = 1000
 """Maximum length of a reported statement."""
@@ -18,14 +19,12 @@ def text_of(statement: Any) -> str | None:
     """Return a statement in one line for people, without values: literals of `psycopg.sql` are left out."""
     if statement is None:
         return None
-    if isinstance(statement, sql.Composable):
+    if isinstance(statement, (sql.Composable, Template)):
         text = "".join(_parts(statement))
     elif isinstance(statement, bytes):
         text = statement.decode("utf-8", "replace")
     elif isinstance(statement, str):
         text = statement
-    elif strings := getattr(statement, "strings", None):  # a template string
-        text = "{}".join(strings)
     else:
         return type(statement).__name__
     text = _SPACE.sub(" ", text[: 4 * LONGEST_STATEMENT]).strip()
@@ -40,16 +39,29 @@ class Filled(sql.SQL):
         self.statement = statement
 
 
-def _parts(composable: sql.Composable) -> Iterator[str]:
-    if isinstance(composable, sql.Composed):
-        for part in composable:
+def _parts(statement: Any) -> Iterator[str]:
+    if isinstance(statement, (sql.Composed, Template)):
+        for part in statement:
             yield from _parts(part)
-    elif isinstance(composable, sql.Literal):
+    elif isinstance(statement, str):
+        yield statement
+    elif isinstance(statement, sql.Literal):
         yield "..."
-    elif isinstance(composable, Filled):
-        yield text_of(composable.statement) or ""
+    elif isinstance(statement, Filled):
+        yield text_of(statement.statement) or ""
+    elif isinstance(statement, sql.Composable):
+        yield statement.as_string()
+    elif isinstance(statement.value, (sql.Composable, Template)):
+        yield from _parts(statement.value)
     else:
-        yield composable.as_string()
+        yield _interpolated(statement)
+
+
+def _interpolated(part: Interpolation[Any]) -> str:
+    """Return the name that a template string inserts, or the expression of a value."""
+    if part.format_spec == "i":
+        return sql.Identifier(str(part.value)).as_string()
+    return f"{{{part.expression}}}"
 
 
 def comment_on(statement: Any, text: str) -> Any:
@@ -61,7 +73,7 @@ def comment_on(statement: Any, text: str) -> Any:
         return comment.encode() + statement
     if isinstance(statement, sql.Composable):
         return sql.SQL(comment) + statement
-    return statement
+    return Template(comment, *statement) if isinstance(statement, Template) else statement
 
 
 def without_values(text: str) -> str:

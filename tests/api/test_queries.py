@@ -126,6 +126,19 @@ def test_of_several_statements_it_is_the_last_one_that_counts(start: Any, group:
         assert db.execute("SELECT 1; DELETE FROM t") == "DELETE 1"
 
 
+@pytest.mark.parametrize("kind", [str.encode, psycopg.sql.SQL], ids=["bytes", "sql"])
+@GROUPS
+def test_several_statements_that_are_not_text_share_parameters_too(
+    start: Any, group: str, kind: Callable[[str], Any]
+) -> None:
+    start()
+    several = kind("INSERT INTO t VALUES (%s); SELECT i + 1 FROM t")
+    with Handler(group) as db:
+        assert db.fetchval(several, (1,)) == 2
+        db.execute("DELETE FROM t")
+    assert Connection.fetchval(group, several, (1,)) == 2
+
+
 @GROUPS
 def test_the_rows_are_those_of_the_groups_row_factory(start: Any, group: str) -> None:
     start(row_factory="dict")

@@ -11,13 +11,15 @@ from psycopg._compat import Interpolation, Template
 REAL = sys.version_info >= (3, 14)
 
 
-class _Filled(Template):
-    """What psycopg sees of a template string where the interpreter has none."""
+if not REAL:
 
-    parts: tuple[Any, ...]
+    class _Filled(Template):
+        """What psycopg sees of a template string if the interpreter has none."""
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.parts)
+        parts: tuple[Any, ...]
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.parts)
 
 
 def template(*parts: Any) -> Any:
