@@ -16,9 +16,10 @@ from .._request.tenant import Bound, bind_settings, bind_tenant, current_tenant,
 from .._servers.balance import Candidate
 from .._servers.endpoint import Endpoint
 from .._session.block import UNBOUND, Binding, Block
-from .._session.commands import CLIENT_GRACE, INHERIT_PATIENCE
+from .._session.commands import INHERIT_PATIENCE
 from .._session.connection import PooledConnection
 from .._session.slow_statements import TimedConnection
+from .._util import bounds
 from .._util.durations import Tally
 from ..errors import (
     SettingError,
@@ -48,7 +49,7 @@ def _patience(settings: Bound) -> float | None:
     """Return the seconds that the client waits for a statement under these settings."""
     for name, value in settings:
         if name.lower() == "statement_timeout" and (timeout := milliseconds(value)) is not None:
-            return timeout / 1000 + CLIENT_GRACE if timeout else None
+            return timeout / 1000 + bounds.CLIENT_GRACE if timeout else None
     return INHERIT_PATIENCE
 
 

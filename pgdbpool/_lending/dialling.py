@@ -16,10 +16,11 @@ from psycopg.errors import ConnectionTimeout, _WaitTimeout
 from .._servers.credentials import refused
 from .._servers.endpoint import PROBE_TIMEOUT, DialError, Endpoint
 from .._servers.host_names import UnresolvedError, destination, places
-from .._session.commands import CLIENT_GRACE, FORBID_WRITES, MIN_TIMEOUT
+from .._session.commands import FORBID_WRITES
 from .._session.connection import PooledConnection, pooled
 from .._session.cursors import BlockCursor
 from .._session.server_cursor import BlockServerCursor
+from .._util import bounds
 from .._util import log_events as events
 from ..errors import CredentialError, Error, HookError, QueryDeadlineError, one_line
 
@@ -110,7 +111,7 @@ class _Attempt:
     def prepare(self, conn: PooledConnection) -> None:
         """Make a new session the group's, before the application's `configure` sees it."""
         endpoint, group = self._endpoint, self._group
-        until = max(self.deadline, monotonic() + MIN_TIMEOUT)
+        until = max(self.deadline, monotonic() + bounds.MIN_TIMEOUT)
         # psycopg forgets prepared statements by DEALLOCATE ALL, which would drop those of sqlprepare too.
         threshold = None if group.sqlprepare else group.prepare_threshold
         conn.begin_set_up(endpoint, until, autocommit=group.autocommit, prepare_threshold=threshold)
@@ -125,7 +126,7 @@ class _Attempt:
     def release(self, conn: PooledConnection, row_factory: Any) -> None:
         """Lift the limits of the set-up, so that blocks can use the connection."""
         group, milliseconds = self._group, self._statement_timeout
-        patience = milliseconds / 1000 + CLIENT_GRACE if milliseconds else None
+        patience = milliseconds / 1000 + bounds.CLIENT_GRACE if milliseconds else None
         conn.end_set_up(patience, row_factory, BlockCursor, BlockServerCursor)
         conn.snapshot_attributes()
         if group.max_lifetime:
@@ -277,7 +278,7 @@ def _is_down(endpoint: Endpoint, error: psycopg.Error, deadline: float, conclusi
         endpoint.note_full()
         return False
     probe = endpoint.probe()
-    probe.run(min(max(deadline - monotonic(), MIN_TIMEOUT), PROBE_TIMEOUT))
+    probe.run(min(max(deadline - monotonic(), bounds.MIN_TIMEOUT), PROBE_TIMEOUT))
     if probe.sqlstate == "53300":
         endpoint.note_full()
     else:

@@ -17,9 +17,10 @@ from .._request.freshness import Seen
 from .._servers.endpoint import DialError, Endpoint, Role, State
 from .._servers.positions import TIMELINES, Facts, Verdict, history_query, judge
 from .._session.block import Block
-from .._session.commands import BAD, IDLE, MIN_TIMEOUT
+from .._session.commands import BAD, IDLE
 from .._session.connection import PooledConnection
 from .._session.slot import Slot
+from .._util import bounds
 from .._util import log_events as events
 from .._util.token import UNKNOWN, Position, lsn_text
 from ..errors import HookError, QueryDeadlineError, StaleReadError, one_line
@@ -169,7 +170,7 @@ class FreshGroup(PausingGroup):
         """Wait for this standby to have it, for `fresh_wait`; less if it does not replay anything."""
         began = monotonic()
         # A question that the time of the block does not suffice for would cost the connection.
-        until, pause = min(began + self.config.fresh_wait, search.until - MIN_TIMEOUT), FIRST_PAUSE
+        until, pause = min(began + self.config.fresh_wait, search.until - bounds.MIN_TIMEOUT), FIRST_PAUSE
         at = None if conn.proven is None else conn.proven.lsn
         if until <= began or conn.closed or (conn.proven is not None and not conn.proven.standby):
             return None
@@ -274,7 +275,7 @@ class FreshGroup(PausingGroup):
     def _connect_to(self, endpoint: Endpoint, slot: Slot, search: _Search) -> PooledConnection | None:
         """Open a connection to this server in the slot; return None if that fails."""
         slot.endpoint = endpoint
-        budget = max(min(search.until - monotonic(), self._connect_timeout), MIN_TIMEOUT)
+        budget = max(min(search.until - monotonic(), self._connect_timeout), bounds.MIN_TIMEOUT)
         failures: dict[Endpoint, DialError | None] = {}
         generation = self._generation
         try:

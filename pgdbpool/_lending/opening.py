@@ -10,10 +10,11 @@ import psycopg
 
 from .._servers.balance import order, suits
 from .._servers.endpoint import DialError, DialInProgress, Endpoint, Role, State
-from .._session.commands import BEGIN, MIN_TIMEOUT, set_local
+from .._session.commands import BEGIN, set_local
 from .._session.connection import PooledConnection
 from .._session.slot import Slot
 from .._session.slow_statements import TimedConnection
+from .._util import bounds
 from .._util import log_events as events
 from .._util.durations import Tally
 from ..errors import (
@@ -138,7 +139,7 @@ class OpeningGroup(EligibleGroup):
         """Dial one endpoint within its share of the budget; note the failure, if any."""
         failures[endpoint] = None
         full = self._dial_timeout(endpoint)
-        timeout = max(min(budget / left, full), MIN_TIMEOUT)
+        timeout = max(min(budget / left, full), bounds.MIN_TIMEOUT)
         # A timeout of a request that had hardly any time left is not evidence against the server.
         conclusive = timeout >= 0.9 * min(full / left, DOWN_AFTER)
         in_progress: DialInProgress | None = None
@@ -149,7 +150,7 @@ class OpeningGroup(EligibleGroup):
                 if in_progress is None:
                     if endpoint.state is not State.UP:
                         return None  # found by the other dial
-                    timeout, conclusive = max(deadline - monotonic(), MIN_TIMEOUT), False
+                    timeout, conclusive = max(deadline - monotonic(), bounds.MIN_TIMEOUT), False
             began = monotonic()
             conn = dial(
                 endpoint, self.config, timeout, conclusive, self._row_factory, self._set_up, self._kind

@@ -14,9 +14,9 @@ from .._servers.balance import suits
 from .._servers.endpoint import DialError, Endpoint, Role, State
 from .._session import describe
 from .._session.block import Block
-from .._session.commands import MIN_TIMEOUT
 from .._session.connection import PooledConnection
 from .._session.statement_text import text_of
+from .._util import bounds
 from .._util import log_events as events
 from ..errors import (
     DBConnectionError,
@@ -248,7 +248,9 @@ class TellingGroup(ConfiguredGroup):
         error = kind(f"group {self.name!r}: {what}: {texts}", group=self.name, endpoints=evidence)
         error.refused = any(failure.refused for failure in dialled)
         if isinstance(error, ServerFullError):
-            error.pause = max(min(endpoint.full_until for endpoint in full) - monotonic(), MIN_TIMEOUT / 10)
+            error.pause = max(
+                min(endpoint.full_until for endpoint in full) - monotonic(), bounds.MIN_TIMEOUT / 10
+            )
         down = next((e for e in self.endpoints if e.state is not State.UP and e.last_error), None)
         if dialled:
             error.__cause__ = dialled[0].__cause__

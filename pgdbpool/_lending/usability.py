@@ -7,8 +7,8 @@ from time import monotonic
 import psycopg
 
 from .._servers.balance import suits
-from .._session.commands import MIN_TIMEOUT
 from .._session.connection import PooledConnection
+from .._util import bounds
 from .fresh_reads import FreshGroup
 from .opening import DOWN_AFTER
 
@@ -41,7 +41,7 @@ class CheckingGroup(FreshGroup):
     def _ping(self, conn: PooledConnection, deadline: float) -> str | None:
         """Ping a connection; return why it must not be lent, or None."""
         limit = self.config.ping_timeout
-        timeout = min(limit, max(deadline - monotonic(), MIN_TIMEOUT))
+        timeout = min(limit, max(deadline - monotonic(), bounds.MIN_TIMEOUT))
         if conn.ping(timeout):
             return None
         if conn.closed:
@@ -67,7 +67,7 @@ class CheckingGroup(FreshGroup):
             return reason
         # The server behind a pooler has to be queried, for no longer than a ping may take.
         try:
-            with conn.bounded(min(self.config.ping_timeout, max(deadline - monotonic(), MIN_TIMEOUT))):
+            with conn.bounded(min(self.config.ping_timeout, max(deadline - monotonic(), bounds.MIN_TIMEOUT))):
                 role = endpoint.note_role(conn, since)
         except psycopg.Error:
             return "lost"

@@ -16,6 +16,7 @@ from .._lending.group import Group, users_of
 from .._lending.hold_limits import HoldWatcher
 from .._servers.endpoint import Endpoint, Role, State
 from .._session import rows
+from .._util import bounds
 from .._util import log_events as events
 from .._util.durations import Tally
 from ..errors import one_line
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from .._config.model import Config, EndpointConfig, GroupConfig
     from .._status.publisher import Publisher
     from ..stats import EndpointStatus, Status
-
-CUT_WITHIN = 0.5
-"""Seconds that cancelling, and waiting for commits, may take if connections are closed under their blocks."""
 
 ASK_WITHIN = 0.1
 """Seconds that a status may wait in lock-free mode for a server that has closed idle connections."""
@@ -420,8 +418,8 @@ class Pools:
         A possible commit has until the end of the time; other statements are cancelled first.
         """
         self.blame(by, but)
-        self.close(CUT_WITHIN)  # first, so that no block goes on with another connection
-        deadline = monotonic() + CUT_WITHIN
+        self.close(bounds.CUT_WITHIN)  # first, so that no block goes on with another connection
+        deadline = monotonic() + bounds.CUT_WITHIN
         lent = [conn for group in self.all_groups for conn in group.lent(but)]
         committing = [conn for conn in lent if conn.refuse_from_now_on()]
         for conn in lent:

@@ -12,7 +12,8 @@ from psycopg.adapt import AdaptersMap, Transformer
 
 from .. import errors
 from .._request.tenant import milliseconds
-from .commands import CLEANING, CLEANING_TO_READ, CLIENT_GRACE, IDLE, INERROR, NOTHING, Command, deallocate
+from .._util import bounds
+from .commands import CLEANING, CLEANING_TO_READ, IDLE, INERROR, NOTHING, Command, deallocate
 from .pooler_safety import left_in_session
 from .prepared import ROLLBACK, dropping, is_stale
 from .short_way import shared
@@ -76,7 +77,7 @@ class CleanedConnection(ConnectionState):
             if allowed < 1 or self.patience is None:  # less than a millisecond rounds to 0: no limit
                 self.patience = None
             else:
-                self.patience = max(self.patience, allowed / 1000 + CLIENT_GRACE)
+                self.patience = max(self.patience, allowed / 1000 + bounds.CLIENT_GRACE)
         return what
 
     def _strings_conform(self) -> bool:

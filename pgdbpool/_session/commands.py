@@ -58,12 +58,6 @@ FORBID_WRITES = b"SET default_transaction_read_only = on"
 CLEANING_TO_READ: tuple[Command, ...] = (*CLEANING[:-1], (FORBID_WRITES, None), CLEANING[-1])
 """The cleaning of a read-only session: RESET ALL alone would allow writes."""
 
-CLIENT_GRACE = 1.0
-"""Seconds that the client waits beyond the server's own statement_timeout."""
-
-MIN_TIMEOUT = 0.05
-"""Minimum timeout (seconds) of a connect, ping or probe, even if the caller's deadline is nearer."""
-
 INHERIT_PATIENCE = -1.0
 """The patience of a block without a statement_timeout: the connection's own applies."""
 

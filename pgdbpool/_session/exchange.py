@@ -18,18 +18,10 @@ from psycopg.generators import execute
 from .. import errors
 from .._request import deadline as deadlines
 from .._servers.positions import Facts, facts_of, query
+from .._util import bounds
 from .._util.client_settings import InForce
 from . import outcome
-from .commands import (
-    ACTIVE,
-    BAD,
-    CLIENT_GRACE,
-    EMPTY,
-    FATAL,
-    NOTHING,
-    TUPLES_OK,
-    Command,
-)
+from .commands import ACTIVE, BAD, EMPTY, FATAL, NOTHING, TUPLES_OK, Command
 from .guarding import SYNC, XID
 from .liveness import INTERRUPTIONS
 from .prepared import ROLLBACK
@@ -338,7 +330,7 @@ class ExchangingConnection(RequestConnection):
                     raise self._unanswered()
                 if left <= 0:  # this process may have stood still while the answer came
                     late = late or monotonic()
-                    if monotonic() > late + CLIENT_GRACE:  # it does not stop sending
+                    if monotonic() > late + bounds.CLIENT_GRACE:  # it does not stop sending
                         raise self._unanswered()
             pgconn.consume_input()
             if not pgconn.is_busy():

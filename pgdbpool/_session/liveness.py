@@ -18,10 +18,10 @@ from psycopg.errors import _WaitTimeout
 
 from .. import errors
 from .._request import deadline as deadlines
-from .._util import greenlets
+from .._util import bounds, greenlets
 from . import outcome
 from .cleaning import CleanedConnection
-from .commands import ACTIVE, BAD, CLIENT_GRACE, IDLE, MIN_TIMEOUT, OPEN, OVER
+from .commands import ACTIVE, BAD, IDLE, OPEN, OVER
 from .prepared import is_stale
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class LiveConnection(CleanedConnection):
         rest = deadlines.time_left()
         if rest is None or self.block is None:  # opening a connection has a bound that knows of it
             return patience
-        rest = max(rest, CLIENT_GRACE if self.ending else 0.0)
+        rest = max(rest, bounds.CLIENT_GRACE if self.ending else 0.0)
         return rest if patience is None else min(patience, rest)
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
@@ -296,11 +296,8 @@ class LiveConnection(CleanedConnection):
         left = self._within_deadline(self.patience)
         try:
             if not self.may_commit():
-                self.cancel_safe(
-                    timeout=max(
-                        MIN_TIMEOUT, min(timeout, CLIENT_GRACE, CLIENT_GRACE if left is None else left)
-                    )
-                )
+                allowed = min(timeout, bounds.CLIENT_GRACE, timeout if left is None else left)
+                self.cancel_safe(timeout=max(bounds.MIN_TIMEOUT, allowed))
             elif not self.holder or issubclass(sys.exc_info()[0] or Exception, INTERRUPTIONS):
                 self.close()
         except (psycopg.Error, OSError) as error:
@@ -309,7 +306,7 @@ class LiveConnection(CleanedConnection):
             self._note_loss(error, status)
         else:
             if self.holder:  # which puts it back
-                self.until = min(monotonic() + CLIENT_GRACE, self.until or inf)
+                self.until = min(monotonic() + bounds.CLIENT_GRACE, self.until or inf)
 
     def _check_connection_ok(self) -> None:
         """Raise if nothing can be sent; psycopg asks before it makes a cursor or sends a command of its own.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from .._request import correlation as tracing
 from .._request import deadline as deadlines
-from .commands import CLIENT_GRACE, IDLE, INTRANS, Command, set_local
+from .._util import bounds
+from .commands import IDLE, INTRANS, Command, set_local
 from .guarding import GuardedConnection
-
-MARGIN = 0.1
-"""Seconds that the server's statement_timeout comes before the deadline of the request, at most."""
 
 
 class RequestConnection(GuardedConnection):
@@ -25,10 +23,10 @@ class RequestConnection(GuardedConnection):
         left = deadlines.time_left()
         if self.own_timeout or status not in (IDLE, INTRANS):
             return preamble
-        usual = None if self.patience is None else self.patience - CLIENT_GRACE
+        usual = None if self.patience is None else self.patience - bounds.CLIENT_GRACE
         allowed = usual
         if left is not None and (usual is None or left < usual):
-            self.limited, allowed = True, left - min(MARGIN, left / 2)
+            self.limited, allowed = True, left - min(bounds.MARGIN, left / 2)
         elif not self.limited:
             return preamble
         # 0 is no bound. In a transaction what an earlier statement has bound is put back.

@@ -12,10 +12,10 @@ control_socket_disable = True
 keepalive = 0
 
 if os.environ.get("HOOKS"):
-    import pgdbpool._process.pools
+    import pgdbpool._util.bounds
     from pgdbpool.contrib.gunicorn import worker_abort, worker_exit, worker_int  # noqa: F401
 
-    pgdbpool._process.pools.CUT_WITHIN = 5  # that long on a machine that is busy
+    pgdbpool._util.bounds.CUT_WITHIN = 5  # that long on a machine that is busy
 
 
 def child_exit(server, worker):  # type: ignore[no-untyped-def]

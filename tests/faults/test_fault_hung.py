@@ -14,7 +14,7 @@ from support import server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
-from pgdbpool._lending import usability
+from pgdbpool._util import bounds
 
 PING, CONNECT, QUERY = 1.0, 1.2, 1.0
 
@@ -71,7 +71,7 @@ def test_a_hurried_ping_is_not_evidence_and_keeps_to_its_timeout(
     proxy = proxy_to(known_cluster.standbys[0])
     start([server(known_cluster.standbys[0], port=proxy.port)], ping="always", ping_timeout=5)
     with monkeypatch.context() as patched:
-        patched.setattr(usability, "MIN_TIMEOUT", 5)  # that long on a machine that is busy
+        patched.setattr(bounds, "MIN_TIMEOUT", 5)  # that long on a machine that is busy
         with Handler("g", timeout=timeout) as db:  # a ping has its moment, also with no time to wait
             assert db.query("SELECT 1").fetchone()[0] == 1
     proxy.stall()

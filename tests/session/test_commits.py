@@ -401,7 +401,7 @@ def close() -> None:
 def test_a_statement_that_may_be_committing_is_cut_and_not_cancelled(
     primary: Primary, start: Any, end: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("pgdbpool._process.pools.CUT_WITHIN", 0.1)
+    monkeypatch.setattr("pgdbpool._util.bounds.CUT_WITHIN", 0.1)
     for way in WAYS if end is not close else [end_of_block, statement]:
         start()
         primary.lonely()
@@ -417,7 +417,7 @@ def test_a_statement_that_may_be_committing_is_cut_and_not_cancelled(
 
 
 def test_a_commit_within_the_bound_is_a_success(primary: Primary, start: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("pgdbpool._process.pools.CUT_WITHIN", 20.0)
+    monkeypatch.setattr("pgdbpool._util.bounds.CUT_WITHIN", 20.0)
     for way in (end_of_block, statement, one_shot):
         start()
         primary.lonely()
@@ -442,7 +442,7 @@ CANCELLED = [
 def test_a_statement_that_cannot_be_committing_is_cancelled(
     primary: Primary, start: Any, group: str, statement: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("pgdbpool._process.pools.CUT_WITHIN", 10)  # that long on a machine that is busy
+    monkeypatch.setattr("pgdbpool._util.bounds.CUT_WITHIN", 10)  # that long on a machine that is busy
     start(query_timeout=60_000)
 
     def sleep() -> None:
@@ -571,7 +571,7 @@ def test_a_signal_cancels_no_commit(
 def test_a_signal_lets_a_commit_end_that_can(primary: Primary, known_cluster: Any, mode: str) -> None:
     node = known_cluster.primary
     # To release the commit takes a moment.
-    patience = "import pgdbpool._process.pools; pgdbpool._process.pools.CUT_WITHIN = 10"
+    patience = "import pgdbpool._util.bounds; pgdbpool._util.bounds.CUT_WITHIN = 10"
     handler = f"{patience}; Connection.install_signal_handlers(timeout=20)"
     body = PROGRAM.format(mode=mode, host=node.host, port=node.port, group="manual", handler=handler)
     primary.lonely()

@@ -16,7 +16,7 @@ from support import config, pid_of, server, wait_for
 import pgdbpool
 from pgdbpool import Category, Connection, DeadlineExceeded, Handler, classify, deadline, time_left
 from pgdbpool._request.tenant import milliseconds
-from pgdbpool._session import exchange, liveness, request_settings
+from pgdbpool._util import bounds
 from pgdbpool.wsgi import DeadlineMiddleware, TenantMiddleware
 
 
@@ -203,7 +203,7 @@ def test_binding_takes_no_round_trip(start: Any, known_cluster: Any, proxy_to: A
 def test_a_slow_statement_is_cancelled_by_the_server_and_the_connection_lives_on(
     start: Any, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_settings, "MARGIN", 1.5)  # for the answer, on a machine that is busy
+    monkeypatch.setattr(bounds, "MARGIN", 1.5)  # for the answer, on a machine that is busy
     start({"query_timeout": "30s"})
     with Handler(group) as db:
         pid = pid_of(db)
@@ -239,8 +239,7 @@ def test_the_first_statement_of_a_transaction_is_still_sent_again_and_no_later_o
 def test_a_hung_server_costs_no_more_than_the_time_left(
     start: Any, known_cluster: Any, proxy_to: Any, group: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (exchange, liveness, request_settings):
-        monkeypatch.setattr(module, "CLIENT_GRACE", 20.0)  # none of it is added
+    monkeypatch.setattr(bounds, "CLIENT_GRACE", 20.0)  # none of it is added
     proxy = proxy_to(known_cluster.primary)
     start({"port": proxy.port, "query_timeout": "30s"})
     began = time.monotonic()
