@@ -9,6 +9,7 @@
 from ._api.connection import Connection
 from ._api.copy import CopyInOptions, CopyOptions, CopyOutOptions
 from ._api.handler import Handler, Query
+from ._api.pools import Pools
 from ._api.retry import retrying, run
 from ._error_categories import Category
 from ._request.correlation import correlation, current_correlation
@@ -82,6 +83,7 @@ __all__ = [
     "NotReplicatedError",
     "PoolExhausted",
     "PoolTimeout",
+    "Pools",
     "Query",
     "QueryDeadlineError",
     "RateLimitExceeded",

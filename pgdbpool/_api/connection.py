@@ -1,4 +1,4 @@
-"""`Connection`: the process's one piece of global state, as class methods."""
+"""A set of pools as class methods, and `Connection`, which is the default one of the process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import threading
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal
+from time import monotonic
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .._process import fork
-from .._process.pools import Pools
+from .._process.pools import Pools, every_pools, forget_parents
 from .._process.reload import ReloadMethods
 from .._process.unknown import unknown_endpoint, unknown_group
 from .._request import freshness
@@ -35,65 +35,51 @@ if TYPE_CHECKING:
     from ..rls import Audit
     from ..stats import Status
 
+Source: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str] | IO[str] | None"
+"""What a configuration is read from."""
+
 REFUSE_WITHIN = 1.0
 """Seconds that `close` waits for a configuration change to finish before it refuses new blocks anyway."""
 
 
-class Connection(OneShots, Borrowing, ReloadMethods):
-    """The pools of the process; all methods are class methods."""
+open_sets: dict[str, type[PoolSet]] = {}
+"""The sets of the process by name, those that are closed left out; the default one is always there."""
 
-    _pools: Pools | None = None
+
+class PoolSet(OneShots, Borrowing, ReloadMethods):
+    """A set of pools; all methods are class methods, and the state is that of the class.
+
+    `Connection` is one. Each `Pools` object has a class of its own, so that the same methods serve it.
+    """
+
+    set_name: str
+    _pools: Pools | None
+    _lock: threading.RLock
+    """Re-entrant, since a signal handler may close pools whose opening it interrupts."""
+    _closed: bool
+    _closed_by: str
+    _unopened: str
+    """What to do about a set that was not opened."""
+    _until: str
+    """Up to when no block can begin in one that is closed."""
+
+    # Of the process.
     _abandoned: list[Pools] = []
     """A parent's, kept so that nothing of them is collected, and so touched, in a child."""
-    _lock = threading.RLock()
-    """Re-entrant, since a signal handler may close pools whose opening it interrupts."""
-    _all: weakref.WeakSet[Pools] = weakref.WeakSet()
-    _closed = False
-    _closed_by = ""
     _handlers: SignalHandlers | None = None
 
     deadline = staticmethod(deadline)
 
-    def __new__(cls, *args: object, **kwargs: object) -> Connection:
-        """Refuse: the process has one set of pools, which the class itself stands for.
-
-        :raises TypeError: always.
-        """
-        raise TypeError(
-            "Connection is not instantiated: call Connection.init(config) once, then open blocks with "
-            "`with Handler(group) as db:`; Connection.getconn(group) returns a connection"
-        )
-
     @classmethod
-    def init(
-        cls,
-        config: Mapping[str, Any] | str | os.PathLike[str] | IO[str] | None = None,
-        *,
-        wait: bool | Literal["all"] = True,
-    ) -> None:
-        """Read the configuration and open the pools, in place of those of an earlier call.
-
-        :param config: a mapping, the path of a YAML file or an open one, or None for the environment.
-        :param wait: True opens `min_size` connections of each group, one at least, before returning. A group
-            whose servers are all away is a warning in the log: its blocks raise `DBOfflineError` until one is
-            there. ``"all"`` raises that error here. False opens nothing until the first block needs it.
-        :raises ConfigError: everything that is wrong with the configuration, before anything is opened.
-        :raises DBConnectionError: a server is up and refuses a group because of the configuration (a wrong
-            password, an unknown database, a certificate that is not trusted), and the group has no other. The
-            error has each endpoint's own reason. One endpoint of several is a warning.
-        :raises ThreadingModelError: gevent has patched the process too late, or in part.
-        :raises ValueError: `wait` is another value.
-        """
+    def _open(cls, config: Source, wait: bool | Literal["all"]) -> None:
         if wait not in (True, False, "all"):
             raise ValueError(f"wait={wait!r} is none of True, False and 'all'")
         from .._config.load import load  # a quarter of what there is to import, and this alone needs it
 
         greenlets.check()
         fork.notice()
-        pools = Pools(load(config))
-        pools.owner = cls
+        pools = Pools(load(config), cls)
         _warn_of_driver()
-        cls._all.add(pools)
         if wait:
             try:
                 pools.open(needed=wait == "all")
@@ -104,6 +90,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
             previous, cls._pools = cls._pools, pools
             cls._closed = False
         if previous is not None:
+            previous.retire()
             previous.close(5.0)
 
     @classmethod
@@ -115,7 +102,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
 
         :param timeout: seconds to wait for blocks.
         """
-        cls._close(timeout, "Connection.close()")
+        cls._close(timeout, f"{cls.__name__}.close()")
 
     @classmethod
     def _close(cls, timeout: float, by: str) -> None:
@@ -128,38 +115,19 @@ class Connection(OneShots, Borrowing, ReloadMethods):
     @classmethod
     def terminate(cls) -> None:
         """Close all pools within about a second: running statements are cancelled, their blocks fail."""
-        cls._terminate("Connection.terminate()")
+        cls._terminate(f"{cls.__name__}.terminate()")
 
     @classmethod
     def _terminate(cls, by: str) -> None:
         cls._refuse(by)
-        for pools in list(cls._all):  # also those that a `close` waits for, or an `init` has replaced
-            pools.terminate(by)
+        for pools in every_pools():  # also those that a `close` waits for, or an `init` has replaced
+            if pools.owner is cls:
+                pools.terminate(by)
 
     @classmethod
     def is_closing(cls) -> bool:
         """Return whether new blocks are refused since `close`, `terminate` or a signal ended the pools."""
         return cls._closed
-
-    @classmethod
-    def install_signal_handlers(cls, *signals: int, timeout: float = 5.0) -> None:
-        """Make signals, SIGTERM and SIGINT if none are named, end the pools before their old handlers run.
-
-        From the first signal on new blocks are refused, and those that are open have `timeout` seconds to
-        end. Then the pools are closed and the earlier handler is called, or the process ends if there
-        was none.
-        A second signal ends the wait. For processes of your own: servers have hooks, see
-        `pgdbpool.contrib.gunicorn`.
-
-        :param timeout: seconds to wait for blocks.
-        :raises ThreadingModelError: this is not the main thread.
-        """
-        from .._process.signals import SignalHandlers  # nothing but this needs it
-
-        if cls._handlers is not None:
-            cls._handlers.uninstall()
-        cls._handlers = SignalHandlers(cls._refuse, cls._terminate, timeout)
-        cls._handlers.install(signals or (signal.SIGTERM, signal.SIGINT))
 
     @classmethod
     def _refuse(cls, by: str) -> Pools | None:
@@ -173,17 +141,9 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         finally:
             if alone:
                 cls._lock.release()
+        if pools is not None:
+            pools.retire()
         return pools
-
-    @classmethod
-    def reset(cls) -> None:
-        """Forget everything, as before the first `init`: for tests."""
-        cls.close(timeout=1.0)
-        cls._abandoned.clear()
-        cls._closed = False
-        if cls._handlers is not None:
-            cls._handlers.uninstall()
-            cls._handlers = None
 
     @classmethod
     @fork.noticed
@@ -282,11 +242,12 @@ class Connection(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def is_everywhere(cls, token: Token) -> bool:
-        """Return whether each standby of the pools is known to have what the token stands for.
+        """Return whether each standby of all sets of pools is known to have what the token stands for.
 
         No server is asked: what reads have found out counts.
         """
-        return cls._pools is not None and has_everywhere(token.positions, cls._pools.endpoints.values())
+        here = [endpoint for pools in every_pools() if pools.in_use for endpoint in pools.endpoints.values()]
+        return bool(here) and has_everywhere(token.positions, here)
 
     @classmethod
     def drain(cls, label: str) -> None:
@@ -316,7 +277,7 @@ class Connection(OneShots, Borrowing, ReloadMethods):
         :param seconds: after which the pause ends by itself.
         :raises UnconfiguredGroupError: there is no such group; the error lists the groups.
         """
-        cls._current().pause([cls.group(group)], "Connection.pause()", seconds)
+        cls._current().pause([cls.group(group)], f"{cls.__name__}.pause()", seconds)
 
     @classmethod
     def resume(cls, group: str) -> None:
@@ -335,20 +296,10 @@ class Connection(OneShots, Borrowing, ReloadMethods):
             raise unknown_endpoint(label, endpoints) from None
 
     @classmethod
-    def get_threading_model(cls) -> str:
-        """Return `threaded` or `non-threaded` (1.x)."""
-        return cls._current().config.type
-
-    @classmethod
-    def get_max_pool_size(cls, group: str) -> int:
-        """Return the group's `connection_count` (1.x)."""
-        return cls.group(group).config.connection_count
-
-    @classmethod
     def _current(cls) -> Pools:
         fork.notice()
         if cls._pools is None:
-            raise NotInitializedError("call pgdbpool.Connection.init(config) first")
+            raise NotInitializedError(f"{cls._unopened} first")
         return cls._pools
 
     @classmethod
@@ -372,34 +323,9 @@ class Connection(OneShots, Borrowing, ReloadMethods):
             cls._handlers.wait()
         if cls._closed:
             return NotInitializedError(
-                f"the pools were closed by {cls._closed_by}: no block can begin before the next init"
+                f"the pools were closed by {cls._closed_by}: no block can begin {cls._until}"
             )
-        return NotInitializedError("call pgdbpool.Connection.init(config) before the first Handler")
-
-    @classmethod
-    def _begin_anew(cls) -> None:
-        """In a forked child, replace everything of the parent's by pools that open on first use."""
-        # The parent's connections, locks and threads are not ours: nothing of them may be closed, written to
-        # or waited for.
-        cls._lock = threading.RLock()
-        blocks.forked()
-        freshness.forked()
-        if cls._handlers is not None:
-            cls._handlers.forked()
-        for old in list(cls._all):  # including replaced or closed pools, which blocks may still use
-            cls._abandoned.append(old)
-            old.abandon()
-        cls._all = weakref.WeakSet()
-        if cls._pools is not None:
-            cls._pools = cls._pools.renewed()
-            cls._all.add(cls._pools)  # for a child of this child
-
-    @classmethod
-    def _at_exit(cls) -> None:
-        # The end of the process closes every connection. To close them here would only disturb
-        # daemon threads that are still at work.
-        if cls._pools is not None:
-            cls._pools.end_with_process()
+        return NotInitializedError(f"{cls._unopened} before the first Handler")
 
 
 def _warn_of_driver() -> None:
@@ -409,5 +335,131 @@ def _warn_of_driver() -> None:
         events.PROCESS_SLOW_DRIVER("%s: %s", loaded, SLOW, reason=SLOW)
 
 
-fork.in_child(Connection._begin_anew)
-atexit.register(Connection._at_exit)
+class Connection(PoolSet):
+    """The default pools of the process; all methods are class methods."""
+
+    set_name = ""
+    _pools = None
+    _lock = threading.RLock()
+    _closed, _closed_by = False, ""
+    _unopened = "call pgdbpool.Connection.init(config)"
+    _until = "before the next init"
+
+    def __new__(cls, *args: object, **kwargs: object) -> Connection:
+        """Refuse: the class itself stands for the default set of pools.
+
+        :raises TypeError: always.
+        """
+        raise TypeError(
+            "Connection is not instantiated: call Connection.init(config) once, then open blocks with "
+            "`with Handler(group) as db:`; Connection.getconn(group) returns a connection, and Pools(config) "
+            "makes another set of pools"
+        )
+
+    @classmethod
+    def init(cls, config: Source = None, *, wait: bool | Literal["all"] = True) -> None:
+        """Read the configuration and open the pools, in place of those of an earlier call.
+
+        :param config: a mapping, the path of a YAML file or an open one, or None for the environment.
+        :param wait: True opens `min_size` connections of each group, one at least, before returning. A group
+            whose servers are all away is a warning in the log: its blocks raise `DBOfflineError` until one is
+            there. ``"all"`` raises that error here. False opens nothing until the first block needs it.
+        :raises ConfigError: everything that is wrong with the configuration, before anything is opened.
+        :raises DBConnectionError: a server is up and refuses a group because of the configuration (a wrong
+            password, an unknown database, a certificate that is not trusted), and the group has no other. The
+            error has each endpoint's own reason. One endpoint of several is a warning.
+        :raises ThreadingModelError: gevent has patched the process too late, or in part.
+        :raises ValueError: `wait` is another value.
+        """
+        cls._open(config, wait)
+
+    @classmethod
+    def install_signal_handlers(cls, *signals: int, timeout: float = 5.0) -> None:
+        """Make signals, SIGTERM and SIGINT if none are named, end all pools before their old handlers run.
+
+        From the first signal on new blocks are refused, and those that are open have `timeout` seconds to
+        end. Then the pools are closed and the earlier handler is called, or the process ends if there
+        was none.
+        A second signal ends the wait. For processes of your own: servers have hooks, see
+        `pgdbpool.contrib.gunicorn`.
+
+        :param timeout: seconds to wait for blocks.
+        :raises ThreadingModelError: this is not the main thread.
+        """
+        from .._process.signals import SignalHandlers  # nothing but this needs it
+
+        if PoolSet._handlers is not None:
+            PoolSet._handlers.uninstall()
+        PoolSet._handlers = SignalHandlers(_refuse_all, terminate_all, timeout)
+        PoolSet._handlers.install(signals or (signal.SIGTERM, signal.SIGINT))
+
+    @classmethod
+    def reset(cls) -> None:
+        """Forget everything, as before the first `init`: for tests."""
+        cls.close(timeout=1.0)
+        cls._abandoned.clear()
+        cls._closed = False
+        if PoolSet._handlers is not None:
+            PoolSet._handlers.uninstall()
+            PoolSet._handlers = None
+
+    @classmethod
+    def get_threading_model(cls) -> str:
+        """Return `threaded` or `non-threaded` (1.x)."""
+        return cls._current().config.type
+
+    @classmethod
+    def get_max_pool_size(cls, group: str) -> int:
+        """Return the group's `connection_count` (1.x)."""
+        return cls.group(group).config.connection_count
+
+
+open_sets[""] = Connection
+
+
+def _refuse_all(by: str) -> list[Pools]:
+    """Refuse new blocks of all sets; return the pools that were in use."""
+    return [pools for each in list(open_sets.values()) if (pools := each._refuse(by)) is not None]
+
+
+def terminate_all(by: str) -> None:
+    """Close the pools of all sets within about a second, as `terminate` does."""
+    _refuse_all(by)
+    for pools in every_pools():
+        pools.terminate(by)
+
+
+def close_all(timeout: float, by: str) -> None:
+    """Close all sets, as `close` does, within the timeout together."""
+    deadline = monotonic() + timeout
+    for each in list(open_sets.values()):
+        each._close(max(deadline - monotonic(), 0.0), by)
+
+
+def _begin_anew() -> None:
+    """In a forked child, replace everything of the parent's by pools that open on first use."""
+    # The parent's connections, locks and threads are not ours: nothing of them may be closed, written to
+    # or waited for.
+    sets = list(open_sets.values())
+    for each in sets:
+        each._lock = threading.RLock()
+    blocks.forked()
+    freshness.forked()
+    if PoolSet._handlers is not None:
+        PoolSet._handlers.forked()
+    PoolSet._abandoned.extend(forget_parents())
+    for each in sets:
+        if each._pools is not None:
+            each._pools = each._pools.renewed()
+
+
+def _at_exit() -> None:
+    # The end of the process closes every connection. To close them here would only disturb
+    # daemon threads that are still at work.
+    for each in list(open_sets.values()):
+        if each._pools is not None:
+            each._pools.end_with_process()
+
+
+fork.in_child(_begin_anew)
+atexit.register(_at_exit)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import ref
 
 import psycopg
@@ -34,7 +34,7 @@ from ..errors import (
     as_query_error,
     one_line,
 )
-from .connection import Connection
+from .connection import Connection, PoolSet
 from .one_statement import begin_special
 from .queries import Queries, resends
 
@@ -88,6 +88,8 @@ class Handler(Queries):
         "__weakref__", "_after", "_block", "_conn", "_correlation_id", "_group", "_high", "_override",
         "_settings", "_tenant", "_timeout",
     )  # fmt: skip
+    _home: ClassVar[type[PoolSet]] = Connection
+    """The set of pools that its group is of."""
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class Handler(Queries):
     ) -> None:
         self._block: Block | None = None
         self._conn: PooledConnection | None = None
-        self._group = Connection.group(group)
+        self._group = self._home.group(group)
         self._timeout = timeout
         self._tenant = tenant
         self._override = tenant_override
@@ -117,9 +119,9 @@ class Handler(Queries):
     def __enter__(self) -> Handler:
         if self._block is not None:
             raise BlockClosedError("a Handler opens one block: make another Handler for the next")
-        group, pools = self._group, Connection._pools
-        if pools is None or pools.groups.get(group.name) is not group or UWSGI:
-            group = self._group = Connection.group(group.name)  # the process was forked, the pools replaced
+        group = self._group
+        if group.retired or UWSGI:  # the process was forked, the pools replaced
+            group = self._group = self._home.group(group.config.name)
         caller = sys._getframe(1)
         if caller.f_globals is tracing.CONTEXTLIB:
             caller = tracing.caller_of(caller)

@@ -16,6 +16,7 @@ from .._util import log_events as events
 from .._util.token import Token
 from ..errors import DBConnectionError, DBOfflineError, NotReplicatedError, classify, one_line
 from .handler import Handler
+from .pools import Pools
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -37,6 +38,7 @@ def run(
     idempotent: bool = False,
     backoff: float = 0.05,
     max_backoff: float = 1.0,
+    pools: Pools | None = None,
 ) -> T:
     """Run `function(db)` in a block and return its result; repeat it after a failure that passes.
 
@@ -52,6 +54,7 @@ def run(
     :param idempotent: whether the work may take effect twice.
     :param backoff: seconds before the second attempt; they double, up to `max_backoff`, and a
         random half of them is left out. Nothing is repeated beyond the current deadline.
+    :param pools: the set of pools that the group is of, instead of the default one.
     :raises Exception: the last attempt's, with their number in its notes and as `attempts`.
     :raises ValueError: `attempts` is less than 1.
     """
@@ -62,7 +65,7 @@ def run(
     del caller  # it would keep the variables of the caller alive, and with them itself
     while True:
         attempt += 1
-        db = Handler(
+        db = (Handler if pools is None else pools.Handler)(
             group,
             timeout=timeout,
             tenant=tenant,

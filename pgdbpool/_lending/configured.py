@@ -85,8 +85,12 @@ class ConfiguredGroup:
         row_factory: Any,
         probe: Callable[[], bool] | None = None,
         revive: Callable[[Collection[Endpoint], float], bool] | None = None,
+        name: str | None = None,
     ) -> None:
-        self.name = config.name
+        self.name = config.name if name is None else name
+        """What logs, errors and metrics call it: in another set than the default one, with the set's name."""
+        self.retired = False
+        """Whether it is no longer in use under its name: a Handler looks for the one that is."""
         self.lock_free = lock_free
         self._later_probe = probe
         self.beat = Beat()

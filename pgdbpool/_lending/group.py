@@ -83,10 +83,12 @@ class Group(CheckingGroup):
         row_factory: Any,
         probe: Callable[[], bool] | None = None,
         revive: Callable[[Collection[Endpoint], float], bool] | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(
-            config, endpoints, lock_free=lock_free, row_factory=row_factory, probe=probe, revive=revive
-        )
+            config, endpoints, lock_free=lock_free, row_factory=row_factory, probe=probe, revive=revive,
+            name=name,
+        )  # fmt: skip
         self._probe = self._first_use
         self.on_drop = self._dropped
         size: dict[str, Any] = {
@@ -446,6 +448,7 @@ class Group(CheckingGroup):
 
     def abandon(self) -> None:
         """Drop the connections of the parent in a forked child, without touching them."""
+        self.retired = True
         self._pool.abandon()
         for conn, block in self._lent.items():
             conn.abandon()

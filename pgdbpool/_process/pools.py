@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import psycopg
 
@@ -41,13 +42,34 @@ _ROW_FACTORIES: dict[Any, Any] = {
 }
 
 
-class Pools:
-    """Everything that belongs to one configuration in one process."""
+_existing: set[ref[Pools]] = set()
 
-    def __init__(self, config: Config) -> None:
+
+def every_pools() -> list[Pools]:
+    """Return all pools that exist in the process: replaced and closed ones may still have open blocks."""
+    return [pools for found in list(_existing) if (pools := found()) is not None]
+
+
+def forget_parents() -> list[Pools]:
+    """In a forked child, let go of all pools of the parent, and return them: none may be collected."""
+    found = every_pools()
+    _existing.clear()
+    for pools in found:
+        pools.abandon()
+    return found
+
+
+class Pools:
+    """Everything that belongs to one configuration in one process.
+
+    :param owner: the set of pools that it is the state of: it changes the configuration for an order.
+    """
+
+    def __init__(self, config: Config, owner: Any) -> None:
+        _existing.add(ref(self, _existing.discard))
         self.config = self.wanted = config
-        self.owner: Any = None
-        """What changes the configuration for an order: `Connection`."""
+        self.owner = owner
+        self.set_name: str = owner.set_name
         self._beat = Beat()
         self.paused = False
         """Whether a group may be paused."""
@@ -105,6 +127,7 @@ class Pools:
             row_factory=_row_factory(config),
             probe=self._step if lock_free else None,
             revive=self._revive if lock_free else None,
+            name=self.full_name(config.name),
         )
         group.beat = self._beat
         group.on_first_use = self._first_use
@@ -113,6 +136,20 @@ class Pools:
         group.on_left = self._wake
         group.nested = self._nested
         return group
+
+    @property
+    def in_use(self) -> bool:
+        """Whether they are the present ones of their set, and not closed or replaced."""
+        return self.owner._pools is self
+
+    def full_name(self, group: str) -> str:
+        """Return the name of a group that no other set of the process has."""
+        return f"{self.set_name}/{group}" if self.set_name else group
+
+    def retire(self) -> None:
+        """Have a Handler that is entered later look its group up again."""
+        for group in self.groups.values():
+            group.retired = True
 
     def pause(self, groups: Iterable[Group], by: str, seconds: float) -> None:
         """Hold new blocks of groups back for some seconds, or until `resume`."""
@@ -132,7 +169,7 @@ class Pools:
 
     def _nested(self) -> bool:
         me = get_ident()
-        return any(group.held_by(me) for group in self.all_groups)
+        return any(group.held_by(me) for pools in every_pools() for group in pools.all_groups)
 
     def _look_sooner(self, endpoints: Collection[Endpoint]) -> None:
         self.monitor.look_sooner(endpoints)
@@ -178,6 +215,8 @@ class Pools:
         # Before `groups` without them: a search for open blocks finds each in one of the two.
         self.removed = [*filter(Group.busy, self.removed), *gone]
         self.config, self.endpoints, self.groups = config, endpoints, groups
+        for group in gone:
+            group.retired = True
         for endpoint in old.values():
             if endpoints.get(endpoint.label) is not endpoint:
                 endpoint.remove()
@@ -395,8 +434,7 @@ class Pools:
 
     def renewed(self) -> Pools:
         """Return pools of the same configuration for a forked child; host names keep their last addresses."""
-        pools = Pools(self.config)
-        pools.owner = self.owner
+        pools = Pools(self.config, self.owner)
         for label, endpoint in pools.endpoints.items():
             name = self.endpoints[label].name if label in self.endpoints else None
             endpoint.name = name.again() if name else None

@@ -25,12 +25,12 @@ class SignalHandlers:
     """
 
     def __init__(
-        self, refuse: Callable[[str], Pools | None], terminate: Callable[[str], None], timeout: float
+        self, refuse: Callable[[str], list[Pools]], terminate: Callable[[str], None], timeout: float
     ) -> None:
         self._refuse, self._terminate = refuse, terminate
         self._timeout = timeout
         self._earlier: dict[int, Any] = {}
-        self._pools: Pools | None = None
+        self._pools: list[Pools] = []
         self._by = "a signal"
         self.forked()
 
@@ -77,7 +77,7 @@ class SignalHandlers:
             time.sleep(0.005)
 
     def _has_block(self, thread: int) -> bool:
-        return self._pools is not None and any(group.held_by(thread) for group in self._pools.all_groups)
+        return any(group.held_by(thread) for pools in self._pools for group in pools.all_groups)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._done:
@@ -93,9 +93,11 @@ class SignalHandlers:
 
     def _finish(self, number: int) -> None:
         try:
-            if self._pools is not None:
-                self._pools.drain(self._timeout, hurry=lambda: self._hurry)
-                self._pools.terminate(self._by, self._main)  # all but the main thread's connections
+            deadline = monotonic() + self._timeout
+            for pools in self._pools:
+                pools.drain(deadline - monotonic(), hurry=lambda: self._hurry)
+            for pools in self._pools:
+                pools.terminate(self._by, self._main)  # all but the main thread's connections
         finally:
             self._done = True
             os.kill(os.getpid(), number)

@@ -13,7 +13,7 @@ import os
 import threading
 from typing import Any
 
-from .._api.connection import Connection
+from .._api.connection import close_all, terminate_all
 from .._util import greenlets
 
 __all__ = ["worker_abort", "worker_exit", "worker_int"]
@@ -22,7 +22,7 @@ __all__ = ["worker_abort", "worker_exit", "worker_int"]
 def worker_abort(worker: Any) -> None:
     """A worker that timed out (SIGABRT): cancel its statements, before gunicorn kills it."""
     if not greenlets.in_hub():  # there gunicorn's sys.exit goes to the main greenlet, and so to worker_exit
-        Connection._terminate("gunicorn's worker_abort, as the worker timed out")
+        terminate_all("gunicorn's worker_abort, as the worker timed out")
 
 
 def worker_int(worker: Any) -> None:
@@ -31,7 +31,7 @@ def worker_int(worker: Any) -> None:
     gunicorn calls it too, in a thread, as ``--reload`` has found a change: those requests are to end.
     """
     if threading.current_thread() is threading.main_thread():
-        Connection._terminate("gunicorn's worker_int, as the worker was told to quit")
+        terminate_all("gunicorn's worker_int, as the worker was told to quit")
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -40,4 +40,4 @@ def worker_exit(server: Any, worker: Any) -> None:
     gunicorn calls it in the master if the worker has exited already, and the master keeps its pools.
     """
     if worker.pid == os.getpid():
-        Connection._close(0.0, "gunicorn's worker_exit, as the worker ends")
+        close_all(0.0, "gunicorn's worker_exit, as the worker ends")

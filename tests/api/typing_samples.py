@@ -13,7 +13,7 @@ from psycopg import sql
 from psycopg.rows import class_row, dict_row, kwargs_row, scalar_row
 from typing_extensions import assert_type
 
-from pgdbpool import Connection, Handler, Query, Row, run
+from pgdbpool import Connection, Handler, Pools, Query, Row, retrying, run
 
 
 @dataclass
@@ -96,6 +96,23 @@ def a_command_tag_is_a_string(db: Handler) -> None:
 
 def work(db: Handler) -> int:
     return db.executemany("DELETE FROM accounts WHERE id = %s", [(1,)])
+
+
+def a_set_of_pools_is_typed_as_the_default_one(table: str) -> None:
+    with Pools({"db": {}}, wait="all", name="reports") as pools:
+        assert_type(pools, Pools)
+        assert_type(pools.fetch("read", "SELECT 1", row_factory=class_row(Account)), list[Account])
+        with pools.Handler("read", timeout=1) as db:
+            assert_type(db, Handler)
+        assert_type(run("write", work, pools=pools), int)
+        assert_type(retrying("write", pools=pools)(work)(), int)
+        pools.fetchval("read", "SELECT * FROM " + table)  # pyright
+        pools.getconn("read").execute("DELETE FROM " + table)  # pyright
+        pools.Handler("read", priority="urgent")  # mypy pyright
+        pools.fetch("read", "SELECT 1", timeuot=1)  # mypy pyright
+        pools.init({})  # mypy pyright
+    Pools({}, name=1)  # mypy pyright
+    run("write", work, pools=Connection)  # mypy pyright
 
 
 assert_type(run("write", work), int)
