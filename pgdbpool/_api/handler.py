@@ -21,6 +21,7 @@ from .._session.block import Block, is_high
 from .._session.commands import IDLE, INTRANS
 from .._session.connection import PooledConnection
 from .._session.cursors import BlockClientCursor, BlockCursor
+from .._session.liveness import LEAVE
 from .._session.riding import checked_parameters
 from .._session.statement_shape import shape
 from .._util import log_events as events
@@ -51,6 +52,7 @@ _COMMITTED = (
     "nothing was undone; give the group `autocommit: false`, or put what belongs together into "
     "`with db.transaction():`"
 )
+_ROLL_BACK = "call rollback() to begin another in this block, or leave the block"
 
 
 class Handler(Queries):
@@ -233,9 +235,12 @@ class Handler(Queries):
         """Roll the open transaction back, if any; after a lost connection, go on with another.
 
         :raises psycopg.ProgrammingError: an autocommit block has committed its statements already, each by
-            itself, since it began or since the last `commit()`: nothing was undone.
+            itself, since it began or since the last `commit()`: nothing was undone. Or this is the inside of
+            a `transaction()`.
         """
         block, conn = self._opened(), self._conn
+        if conn is not None:
+            conn.check_left()
         ended = conn is None or conn.pgconn.transaction_status not in _OPEN
         if ended and getattr(block, "in_effect", False) and not (block.lost or block.manual):
             raise as_query_error(psycopg.ProgrammingError(_COMMITTED.format(self._group.name)))
@@ -255,13 +260,8 @@ class Handler(Queries):
 
         See https://www.psycopg.org/psycopg3/docs/basic/transactions.html#transaction-contexts
         """
-        conn = self._live()
-        try:
-            with conn.transaction(savepoint_name, force_rollback) as transaction:
-                yield transaction
-        finally:
-            if self._block is not None and not self._block.manual:
-                self._block.lost = False  # it is over, and its caller has the error
+        with self._live().transaction(savepoint_name, force_rollback) as transaction:
+            yield transaction
 
     # The connection.
 
@@ -343,9 +343,10 @@ class Handler(Queries):
 
     def _check_not_lost(self, block: Block) -> None:
         if block.lost:
+            conn = self._conn
             raise TransactionAbortedError(
                 "the connection was lost with an open transaction: nothing of it was committed; "
-                "call rollback() to begin another in this block, or leave the block"
+                + (LEAVE if conn is not None and conn.has_contexts else _ROLL_BACK)
             ) from block.failure
 
     def _end(self, block: Block, conn: PooledConnection | None, *, failed: bool) -> None:

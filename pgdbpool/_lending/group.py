@@ -196,6 +196,9 @@ class Group(CheckingGroup):
                 self._pool.refill()
                 now = monotonic()
             got = None
+            if self._pause is not None and conn is not None and not self.nested():
+                self._pool.give(conn)  # paused while the block waited: it is not open yet
+                conn, now = None, self._hold(monotonic(), deadline)
         return conn, now
 
     def _fill(self, slot: Slot, deadline: float, high: bool) -> tuple[PooledConnection | None, float]:

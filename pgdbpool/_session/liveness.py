@@ -40,6 +40,7 @@ _NOT_REPLICATED = (
 # psycopg's own, by name: `super()` would look through each of the layers for it.
 _wait = psycopg.Connection.wait
 _check_ok = psycopg.Connection._check_connection_ok
+LEAVE = "leave its `with ... transaction():` first: what follows in there would take effect by itself"
 
 
 class LiveConnection(CleanedConnection):
@@ -280,6 +281,19 @@ class LiveConnection(CleanedConnection):
         if status != ACTIVE or block.manual or self.bound or self._num_transactions:
             block.lost = True
             block.failure = errors.without_frames(error) if isinstance(error, Exception) else None
+
+    @property
+    def has_contexts(self) -> bool:
+        """Whether a `transaction()` is open, perhaps of a transaction that was lost."""
+        return self._num_transactions > 0
+
+    def check_left(self) -> None:
+        """Refuse to forget a lost transaction in the middle of its `transaction()`.
+
+        :raises psycopg.ProgrammingError: this is the middle of one.
+        """
+        if self.closed and self.has_contexts:
+            raise errors.as_query_error(psycopg.ProgrammingError(f"the connection was lost; {LEAVE}"))
 
     def _cancel_and_close(self) -> None:
         """Close the connection in the middle of a statement, which is cancelled if it cannot be a commit."""

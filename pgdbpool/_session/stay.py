@@ -236,6 +236,7 @@ class KeptConnection(PooledConnection):
         """Roll the open transaction back, if any; one that was lost, or is a parent's, is given up."""
         if self.abandoned:
             return
+        self.check_left()
         self.stay.lost = False
         if not self.closed:
             super().rollback()

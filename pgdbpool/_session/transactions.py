@@ -412,6 +412,7 @@ class TransactingConnection(TellingConnection):
             deadlines.check()
         self.check_free()
         self.mark(attributes=True, kept=True)  # psycopg's Transaction has the connection as an attribute
+        contexts = self._num_transactions
         outermost, body_ended = self._send_due_of_transaction(block), False
         try:
             with super().transaction(savepoint_name, force_rollback) as transaction:
@@ -441,9 +442,17 @@ class TransactingConnection(TellingConnection):
             raise
         finally:
             self.ending = False
-            left_open = self.pgconn.transaction_status not in OVER
-            if left_open and outermost and not block.nests and not self.crossed:
-                self._undo_left_open(block)
+            self._leave(block, outermost, contexts)
+
+    def _leave(self, block: Block, outermost: bool, contexts: int) -> None:
+        """Undo what psycopg leaves open after an interruption, or a loss, beyond the outer contexts."""
+        if self.closed:
+            self._num_transactions = contexts
+            if outermost and not block.manual:
+                block.lost = False  # it is over, and its caller has the error
+        left_open = self.pgconn.transaction_status not in OVER
+        if left_open and outermost and not block.nests and not self.crossed:
+            self._undo_left_open(block)
 
     def _note_left(self, block: Block, outermost: bool) -> None:
         """Note that psycopg has committed a transaction, or released a savepoint."""

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from support import config, wait_for
+from support import config, server, wait_for
 
 from pgdbpool import Connection, Handler, NotInitializedError, PoolTimeout, TooManyWaiting
 from pgdbpool._status.runtime_dir import RuntimeDir
@@ -77,6 +77,40 @@ def test_a_block_inside_another_one_goes_on(start: Any) -> None:
             assert inner.fetchval("SELECT 1") == outer.fetchval("SELECT 1") == 1
     with pytest.raises(PoolTimeout):
         Connection.fetch("g", "SELECT 1", timeout=0.05)
+
+
+@pytest.mark.parametrize("waits_for", ["a connection", "its server"])
+def test_a_block_that_waits_already_is_held_too(
+    known_cluster: Any, proxy_to: Any, mode: str, waits_for: str
+) -> None:
+    if mode != "threaded":
+        pytest.skip("one thread cannot wait and pause")
+    proxy = proxy_to(known_cluster.primary)
+    groups = {"g": {"connection_count": 1, "min_size": 0, "timeout": 10}}
+    Connection.init(config([server(known_cluster.primary, port=proxy.port)], mode, **groups))
+    values: list[Any] = []
+    waiter = threading.Thread(target=lambda: values.append(Connection.fetchval("g", "SELECT 1")))
+    try:
+        if waits_for == "a connection":
+            with Handler("g"):
+                waiter.start()
+                wait_for(lambda: Connection.status().groups["g"].waiting == 1)
+                Connection.pause("g")
+        else:
+            Connection.expire("g")
+            proxy.stall()
+            waiter.start()
+            wait_for(lambda: proxy.open_connections, what="the server is dialled")
+            Connection.pause("g")
+            proxy.resume()
+        wait_for(lambda: Connection.status().groups["g"].idle == 1, what="there is a connection to lend")
+        wait_for(lambda: Connection.group("g").held_back, what="the block is held")
+        assert (values, Connection.status().groups["g"].in_use) == ([], 0)
+        Connection.resume("g")
+        waiter.join(5)
+        assert values == [1]
+    finally:
+        Connection.reset()
 
 
 def test_the_pools_close_at_once(start: Any, mode: str) -> None:

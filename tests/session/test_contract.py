@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -562,6 +563,38 @@ def test_a_transaction_lost_with_its_connection_is_never_committed_by_halves(sta
             db.query("INSERT INTO t VALUES (2)")
         db.rollback()
         db.query("INSERT INTO t VALUES (4)")
+    assert values(admin) == [4]
+
+
+@pytest.mark.parametrize("by", ["Handler", "connection", "getconn"])
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_after_a_loss_in_an_inner_transaction_nothing_takes_effect_in_the_outer_one(
+    start: Any, admin: Any, group: str, by: str
+) -> None:
+    start()
+    with ExitStack() as stack:
+        db: Any = stack.enter_context(Handler(group)) if by != "getconn" else Connection.getconn(group)
+        conn = db if by == "Handler" else db.connection if by == "connection" else db
+        if by == "getconn":
+            stack.callback(db.close)
+        with pytest.raises(pgdbpool.TransactionAbortedError), conn.transaction():
+            with suppress(KeyError), conn.transaction():
+                conn.execute("INSERT INTO t VALUES (1)")
+                kill_backends(admin, (conn if by == "getconn" else db.connection).info.backend_pid)
+                raise KeyError  # psycopg only logs that it cannot roll back
+            with pytest.raises(pgdbpool.DBQueryError):
+                db.execute("INSERT INTO t VALUES (2)")
+            with pytest.raises(pgdbpool.Error), conn.transaction():
+                pass
+            with pytest.raises(psycopg.ProgrammingError, match="leave its `with"):
+                db.rollback()
+            with pytest.raises(pgdbpool.DBQueryError):
+                db.execute("INSERT INTO t VALUES (3)")
+        assert values(admin) == []
+        if by == "getconn" or group == "manual":
+            db.rollback()
+        db.execute("INSERT INTO t VALUES (4)")
+        db.commit()
     assert values(admin) == [4]
 
 
