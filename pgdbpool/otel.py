@@ -20,10 +20,10 @@ except ImportError as error:  # the module's own name would only puzzle
     raise ImportError("pgdbpool.otel needs opentelemetry-api: pip install 'pgdbpool[otel]'") from error
 
 from . import __version__
-from ._api.connection import Connection
+from ._api.connection import open_sets
+from ._process import fork
 from ._process import tracer as tracing
 from ._session.statement_text import text_of, without_values
-from .errors import NotInitializedError
 from .stats import GroupStatus
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ def _observe(meter: metrics.Meter) -> None:
     )  # fmt: skip
 
 
-def _groups() -> Iterable[GroupStatus]:
-    try:
-        return Connection.status().groups.values()
-    except NotInitializedError:
-        return ()
+def _groups() -> Iterator[GroupStatus]:
+    fork.notice()
+    for each in [*open_sets.values()]:
+        if (pools := each._pools) is not None:
+            yield from pools.status().groups.values()
 
 
 # Durations and spans.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ._api.connection import Connection
+from ._api.connection import Connection, open_sets
 from ._status.publisher import STEP, STEPS, History, split
 from ._status.runtime_dir import RuntimeDir, add_counts
 
@@ -27,26 +27,35 @@ def gather(runtime_dir: str | None = None) -> dict[str, Any]:
     """Return the overview of the processes that publish in the directory.
 
     :param runtime_dir: left out, that of this process's configuration; if it has none, only
-        this process is shown.
+        this process is shown, with all its sets of pools.
     :raises RuntimeDirError: the directory is missing, or others can use it.
     :raises NotInitializedError: it was left out, and `Connection.init` was not called.
     """
     own = runtime_dir is None
-    runtime_dir = runtime_dir or Connection.runtime_dir()
+    runtime_dir = runtime_dir or own_runtime_dir()
     now = time.time()
     if runtime_dir is None:
-        told, counts = split(Connection.status().to_dict())
-        alone = {"time": now, "started": now, "status": told, "counts": counts, "events": []}
-        return overview([{**alone, "history": History().told(now)}], {}, now)
+        alone = {"time": now, "started": now, "events": [], "history": History().told(now)}
+        parts = [split(pools.status().to_dict()) for each in [*open_sets.values()] if (pools := each._pools)]
+        return overview([{**alone, "status": told, "counts": counts} for told, counts in parts], {}, now)
     with RuntimeDir(runtime_dir, create=own) as room:
         snapshots, gone = room.snapshots(), room.gone()
     return overview(snapshots, gone, time.time())
 
 
+def own_runtime_dir() -> str | None:
+    """Return the directory of the default set of pools, or of another one if that is not open.
+
+    :raises NotInitializedError: no set is open.
+    """
+    sets = (each for each in [*open_sets.values()] if each._pools is not None)
+    return next(sets, Connection).runtime_dir()
+
+
 def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], now: float) -> dict[str, Any]:
     """Combine the snapshots of running processes with the counters of exited ones, at a moment."""
     forking = _forking(snapshots)
-    processes = [_process(snapshot, now, forking) for snapshot in snapshots]
+    processes = _processes(snapshots, now, forking)
     endpoints, groups = _endpoints(snapshots, now, forking), _groups(snapshots, gone, now, forking)
     return {
         "time": now,
@@ -87,33 +96,38 @@ def stranded(view: Mapping[str, Any], label: str) -> str | None:
 
 def _forking(snapshots: Sequence[Mapping[str, Any]]) -> set[int]:
     """Return the processes that serve nothing: others were forked from them, and they had no block."""
-    parents = {snapshot.get("parent") for snapshot in snapshots}
-    return {
-        snapshot["status"]["pid"]
-        for snapshot in snapshots
-        if snapshot["status"]["pid"] in parents and not _blocks(snapshot)
-    }
+    serving = {snapshot["status"]["pid"] for snapshot in snapshots if _blocks(snapshot)}
+    pids = {snapshot["status"]["pid"] for snapshot in snapshots}
+    return pids.intersection(snapshot.get("parent") for snapshot in snapshots) - serving
 
 
 def _blocks(snapshot: Mapping[str, Any]) -> int:
     return sum(group["checkouts"] for group in snapshot["counts"].values())
 
 
-def _process(snapshot: Mapping[str, Any], now: float, forking: set[int]) -> dict[str, Any]:
-    status = snapshot["status"]
-    age = max(now - snapshot["time"], 0.0)
-    forks = status["pid"] in forking
+def _processes(snapshots: Sequence[Mapping[str, Any]], now: float, forking: set[int]) -> list[dict[str, Any]]:
+    """Return a row for each process, over all its sets of pools."""
+    by_pid: dict[int, list[Mapping[str, Any]]] = {}
+    for snapshot in snapshots:
+        by_pid.setdefault(snapshot["status"]["pid"], []).append(snapshot)
+    return [_process(pid, sets, now, pid in forking) for pid, sets in by_pid.items()]
+
+
+def _process(pid: int, sets: Sequence[Mapping[str, Any]], now: float, forks: bool) -> dict[str, Any]:
+    groups = [group for snapshot in sets for group in snapshot["status"]["groups"].values()]
+    threaded = [snapshot for snapshot in sets if snapshot["status"]["type"] == "threaded"]
+    # A lock-free one publishes nothing while it has no requests, and uWSGI's master runs no Python.
+    oldest = max((now - snapshot["time"] for snapshot in threaded), default=0.0)
     return {
-        "pid": status["pid"],
-        "type": status["type"],
-        "started": snapshot["started"],
+        "pid": pid,
+        "type": ", ".join(dict.fromkeys(snapshot["status"]["type"] for snapshot in sets)),
+        "started": min(snapshot["started"] for snapshot in sets),
         "forks": forks,
-        "age": age,
-        # A lock-free one publishes nothing while it has no requests, and uWSGI's master runs no Python.
-        "silent": status["type"] == "threaded" and not forks and age > SILENT_AFTER,
-        "in_use": sum(group["in_use"] for group in status["groups"].values()),
-        "connections": sum(group["size"] for group in status["groups"].values()),
-        "blocks": _blocks(snapshot),
+        "age": max(oldest if threaded else now - max(snapshot["time"] for snapshot in sets), 0.0),
+        "silent": not forks and oldest > SILENT_AFTER,
+        "in_use": sum(group["in_use"] for group in groups),
+        "connections": sum(group["size"] for group in groups),
+        "blocks": sum(map(_blocks, sets)),
     }
 
 
@@ -128,7 +142,7 @@ def _endpoints(snapshots: Sequence[Mapping[str, Any]], now: float, forking: set[
         every = [endpoint for _, endpoint in view]
         view = [pair for pair in view if pair[0]["status"]["pid"] not in forking] or view
         seen = [endpoint for _, endpoint in view]
-        states = Counter("down" if endpoint["state"] == "probing" else endpoint["state"] for endpoint in seen)
+        states = _states(view)
         state = next(state for state in _WORST_FIRST if state in states)
         newest = max(view, key=lambda pair: pair[0]["time"])[1]
         errors = [
@@ -161,6 +175,16 @@ def _endpoints(snapshots: Sequence[Mapping[str, Any]], now: float, forking: set[
             }
         )
     return found
+
+
+def _states(view: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Counter[str]:
+    """Return for how many processes an endpoint is in which state, the worst of their sets."""
+    found: dict[int, str] = {}
+    for snapshot, endpoint in view:
+        state = "down" if endpoint["state"] == "probing" else endpoint["state"]
+        pid = snapshot["status"]["pid"]
+        found[pid] = min(state, found.get(pid, state), key=_WORST_FIRST.index)
+    return Counter(found.values())
 
 
 def _groups(
@@ -200,12 +224,12 @@ def _configs(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return each configuration that is in use, with its processes."""
     found: list[dict[str, Any]] = []
     for snapshot in snapshots:
-        config, pid = snapshot.get("config"), snapshot["status"]["pid"]
-        same = next((each for each in found if each["config"] == config), None)
+        config, pid, name = snapshot.get("config"), snapshot["status"]["pid"], snapshot.get("set", "")
+        same = next((each for each in found if (each["config"], each["set"]) == (config, name)), None)
         if same is not None:
             same["pids"].append(pid)
         elif config is not None:
-            found.append({"pids": [pid], "config": config})
+            found.append({"pids": [pid], "set": name, "config": config})
     return found
 
 

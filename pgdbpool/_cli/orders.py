@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
             deadline,
             lambda missing: progress(f"waiting for {missing} processes"),
         )
-        busy: Mapping[int, int] = {}
+        busy: Mapping[tuple[int, str], int] = {}
         if options.do == "pause":
             progress("waiting for the open blocks")
             busy = await_quiet(room, [options.group] if options.group else None, deadline)
@@ -196,21 +196,20 @@ def _me() -> str:
     return f"{user} on {socket.gethostname()} (process {os.getpid()})"
 
 
-def _show(answers: list[Answer], busy: Mapping[int, int], as_json: bool) -> None:
+def _show(answers: list[Answer], busy: Mapping[tuple[int, str], int], as_json: bool) -> None:
     if as_json:
-        told = [{**answer._asdict(), "open_blocks": busy.get(answer.pid, 0)} for answer in answers]
+        told = [
+            {**answer._asdict(), "open_blocks": busy.get((answer.pid, answer.set), 0)} for answer in answers
+        ]
         output.show_json({"answers": told})
         return
     if not answers:
         print("no process publishes its status here, so none took the order")
     words = {True: "done", False: "failed", None: "silent"}
-    rows = [
-        (
-            str(answer.pid),
-            words[answer.done],
-            answer.text + (f"; {busy[answer.pid]} blocks are still open" if answer.pid in busy else ""),
-        )
-        for answer in answers
-    ]
+    rows = []
+    for answer in answers:
+        still = busy.get((answer.pid, answer.set))
+        text = answer.text + (f"; {still} blocks are still open" if still else "")
+        rows.append((f"{answer.pid} {answer.set}".rstrip(), words[answer.done], text))
     if rows:
         print(output.table(("PROCESS", "OUTCOME", "ANSWER"), rows))

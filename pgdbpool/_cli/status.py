@@ -255,7 +255,8 @@ def _configs(view: Mapping[str, Any]) -> str:
     parts = []
     for each in view["configs"]:
         config = {key: value for key, value in each["config"].items() if key != "origin"}
-        title = f"# {each['config']['origin']}, in use by {', '.join(map(str, each['pids']))}"
+        of_set = f" of the set {each['set']}" if each["set"] else ""
+        title = f"# {each['config']['origin']}{of_set}, in use by {', '.join(map(str, each['pids']))}"
         parts.append(title + "\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
     return "\n\n".join(parts)
 

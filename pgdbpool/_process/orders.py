@@ -43,13 +43,23 @@ def obey(pools: Ordered, order: Order) -> str:
     return _ORDERS[order["do"]](pools, order)
 
 
+def fits(pools: Ordered, order: Order) -> bool:
+    """Return whether the pools have the group, or else the server, that an order names."""
+    if order["group"] is not None:
+        return any(group.name == order["group"] for group in pools.groups.values())
+    return order["endpoint"] is None or order["endpoint"] in pools.endpoints
+
+
 def _groups(pools: Ordered, order: Order) -> Sequence[Group]:
     """Return the group that the order names, or all."""
-    if (name := order["group"]) is None:
-        return list(pools.groups.values())
-    if name not in pools.groups:
-        raise unknown_group(name, pools.groups)
-    return [pools.groups[name]]
+    return list(pools.groups.values()) if order["group"] is None else [_group(pools, order)]
+
+
+def _group(pools: Ordered, order: Order) -> Group:
+    for group in pools.groups.values():
+        if group.name == order["group"]:
+            return group
+    raise unknown_group(order["group"], [group.name for group in pools.groups.values()])
 
 
 def _endpoint(pools: Ordered, order: Order) -> Endpoint:
@@ -86,7 +96,7 @@ def _ending(number: int) -> str:
 
 
 def _resize(pools: Ordered, order: Order) -> str:
-    name = order["group"]
+    name = _group(pools, order).config.name
     pools.owner.resize(name, order.get("connection_count"), order.get("min_size"))
     config = pools.groups[name].config
     return f"connection_count {config.connection_count}, min_size {config.min_size}"

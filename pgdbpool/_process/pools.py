@@ -50,6 +50,11 @@ def every_pools() -> list[Pools]:
     return [pools for found in list(_existing) if (pools := found()) is not None]
 
 
+def pools_in_use() -> list[Pools]:
+    """Return the present pools of each set."""
+    return [pools for pools in every_pools() if pools.owner._pools is pools]
+
+
 def forget_parents() -> list[Pools]:
     """In a forked child, let go of all pools of the parent, and return them: none may be collected."""
     found = every_pools()
@@ -60,10 +65,7 @@ def forget_parents() -> list[Pools]:
 
 
 class Pools:
-    """Everything that belongs to one configuration in one process.
-
-    :param owner: the set of pools that it is the state of: it changes the configuration for an order.
-    """
+    """Everything that belongs to one configuration in one process, for the class of a set of pools."""
 
     def __init__(self, config: Config, owner: Any) -> None:
         _existing.add(ref(self, _existing.discard))
@@ -136,11 +138,6 @@ class Pools:
         group.on_left = self._wake
         group.nested = self._nested
         return group
-
-    @property
-    def in_use(self) -> bool:
-        """Whether they are the present ones of their set, and not closed or replaced."""
-        return self.owner._pools is self
 
     def full_name(self, group: str) -> str:
         """Return the name of a group that no other set of the process has."""
@@ -249,9 +246,16 @@ class Pools:
 
         :raises Exception: it cannot be executed; the error says why.
         """
-        from .orders import obey  # nothing but this needs it
+        from .orders import obey
 
         return obey(self, order)
+
+    def concerns(self, order: Mapping[str, Any]) -> bool:
+        """Return whether an order is for this set: the default one refuses what no set of the process has."""
+        from .orders import fits
+
+        here = (p for p in pools_in_use() if p.config.runtime_dir == self.config.runtime_dir)
+        return fits(self, order) or (not self.set_name and not any(fits(pools, order) for pools in here))
 
     def running_config(self) -> dict[str, Any]:
         """Return the configuration in use, without secrets, with the addresses of names as they are known."""

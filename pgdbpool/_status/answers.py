@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .runtime_dir import RuntimeDir
@@ -19,6 +19,8 @@ class Answer(NamedTuple):
     done: bool | None
     """None if the process has not answered in time."""
     text: str
+    set: str = ""
+    """The name of its set of pools; empty for the default one."""
 
 
 def give(
@@ -29,14 +31,15 @@ def give(
 ) -> list[Answer]:
     """Give an order to the processes that publish now, and return what each of them answers.
 
-    A process that exits meanwhile has nothing more to do, and holds nothing up.
+    A process that exits meanwhile has nothing more to do, and holds nothing up. Each set of pools of a
+    process answers for itself, if the order is for it.
 
     :param order: what `RuntimeDir.order` takes.
     :param deadline: when to stop waiting, on the clock of `monotonic`.
     :param watch: is called with the number of processes that have not answered yet.
     :raises RuntimeDirError: the order cannot be given.
     """
-    asked = {_key(snapshot): snapshot for snapshot in room.snapshots()}
+    asked = {_key(snapshot): snapshot for snapshot in _concerned(room.snapshots(), order)}
     number = room.order(**order)
     answers: dict[Any, Answer] = {}
     began = time.monotonic()
@@ -52,37 +55,57 @@ def give(
         time.sleep(LOOK_EVERY)
     waited = time.monotonic() - began
     for key in missing:
-        answers[key] = Answer(key[0], None, _silence(asked[key], waited))
-    return sorted(answers.values())
+        answers[key] = Answer(key[0], None, _silence(asked[key], waited), key[1])
+    return sorted(answers.values(), key=lambda answer: (answer.pid, answer.set))
 
 
-def await_quiet(room: RuntimeDir, groups: Sequence[str] | None, deadline: float) -> dict[int, int]:
-    """Wait until no block is open in the groups; return the number of those that are, by process."""
+def await_quiet(
+    room: RuntimeDir, groups: Sequence[str] | None, deadline: float
+) -> dict[tuple[int, str], int]:
+    """Wait until no block is open in the groups; return the number of those that are, by process and set."""
     while True:
         in_use = {
-            snapshot["status"]["pid"]: sum(
+            _key(snapshot)[:2]: sum(
                 group["in_use"]
                 for name, group in snapshot["status"]["groups"].items()
                 if groups is None or name in groups
             )
             for snapshot in room.snapshots()
         }
-        busy = {pid: number for pid, number in in_use.items() if number}
+        busy = {key: number for key, number in in_use.items() if number}
         if not busy or time.monotonic() >= deadline:
             return busy
         time.sleep(LOOK_EVERY)
 
 
-def _key(snapshot: Mapping[str, Any]) -> tuple[int, float]:
-    """Return what tells a process from a later one with the same number."""
-    return snapshot["status"]["pid"], snapshot["started"]
+def _concerned(
+    snapshots: Sequence[Mapping[str, Any]], order: Mapping[str, Any]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield the snapshots of the sets that take an order, by the same rule as they."""
+    having = [_key(snapshot) for snapshot in snapshots if _has(snapshot["status"], order)]
+    pids = {pid for pid, *_ in having}
+    for snapshot in snapshots:
+        pid, name, _ = key = _key(snapshot)
+        if key in having or (not name and pid not in pids):
+            yield snapshot
 
 
-def _answer(key: tuple[int, float], snapshot: Mapping[str, Any] | None, number: int) -> Answer | None:
+def _has(status: Mapping[str, Any], order: Mapping[str, Any]) -> bool:
+    if (group := order.get("group")) is not None:
+        return group in status["groups"]
+    return order.get("endpoint") is None or order["endpoint"] in status["endpoints"]
+
+
+def _key(snapshot: Mapping[str, Any]) -> tuple[int, str, float]:
+    """Return what tells a set of pools of a process from others, and from a later process of that number."""
+    return snapshot["status"]["pid"], snapshot.get("set", ""), snapshot["started"]
+
+
+def _answer(key: tuple[int, str, float], snapshot: Mapping[str, Any] | None, number: int) -> Answer | None:
     if snapshot is None:
-        return Answer(key[0], True, "has exited")
+        return Answer(key[0], True, "has exited", key[1])
     found = next((answer for answer in snapshot["answers"] if answer["n"] == number), None)
-    return None if found is None else Answer(key[0], found["done"], found["text"])
+    return None if found is None else Answer(key[0], found["done"], found["text"], key[1])
 
 
 def _silence(snapshot: Mapping[str, Any], waited: float) -> str:

@@ -69,12 +69,17 @@ class Told(Protocol):
 
     paused: bool
     """Whether a group may be paused."""
+    set_name: str
+    """The name of the set of pools; empty for the default one."""
 
     def status(self) -> Status:
         """Return a snapshot."""
 
     def running_config(self) -> dict[str, Any]:
         """Return the configuration in use, without secrets."""
+
+    def concerns(self, order: Mapping[str, Any]) -> bool:
+        """Return whether an order is for this set of pools."""
 
     def obey(self, order: Mapping[str, Any]) -> str:
         """Execute an order; return what it did."""
@@ -198,12 +203,12 @@ class Publisher:
         self._note_events(status, now)
         self._history.add(status, now)
         told, counts = split(status.to_dict())
-        for name, group in self._pools.groups.items():
-            if name in told["groups"]:
-                holders = group.long_holders()
-                told["groups"][name]["holders"] = [without_values(text) for text in holders]
-                told["groups"][name]["listing"] = group.listing()
+        for group in self._pools.groups.values():
+            if (part := told["groups"].get(group.name)) is not None:
+                part["holders"] = [without_values(text) for text in group.long_holders()]
+                part["listing"] = group.listing()
         return {
+            "set": self._pools.set_name,
             "time": now,
             "started": self._started,
             "parent": self._pools.parent,
@@ -253,7 +258,8 @@ class Publisher:
             if order["n"] <= self._obeyed:
                 continue
             self._obeyed = order["n"]
-            if order["time"] >= self._started or stands(order, time.time()):
+            new = order["time"] >= self._started or stands(order, time.time())
+            if new and self._pools.concerns(order):
                 self._obey(order)
 
     def _obey(self, order: Mapping[str, Any]) -> None:
@@ -286,10 +292,11 @@ class _PublishingGroup(Group):
 
 
 def split(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split the counters off a status; return the rest, and the counters by group."""
+    """Split the counters off a status; return the rest, and the counters by the full name of the group."""
     for endpoint in told["endpoints"].values():
         del endpoint["use"], endpoint["connect"]  # sums over the groups
-    groups: dict[str, dict[str, Any]] = told["groups"]
+    groups: dict[str, dict[str, Any]] = {group["name"]: group for group in told["groups"].values()}
+    told["groups"] = groups
     return told, {name: {key: group.pop(key) for key in COUNTERS} for name, group in groups.items()}
 
 
@@ -304,7 +311,8 @@ class History:
     def add(self, status: Status, now: float) -> None:
         """Add what happened since the last call; of current values keep the maximum of the step."""
         step = int(now // STEP)
-        for name, group in status.groups.items():
+        for group in status.groups.values():
+            name = group.name
             row = _row(self._groups, name, step, 5)
             checkouts, timeouts = self._counted.get(name, (0, 0))
             self._counted[name] = group.checkouts, group.timeouts

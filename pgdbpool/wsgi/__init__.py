@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from .._api.connection import Connection
+from .._api.pools import Pools
 from .._request import deadline as deadlines
 from .._request.tenant import set_current
 from ..errors import NotInitializedError
@@ -146,6 +147,7 @@ class HealthApp:
     :param max_age: seconds for which an answer is reused.
     :param details: whether the answer includes the report of `Connection.health`: labels of servers, and
         errors. Leave it out if the path is public.
+    :param pools: the set of pools to ask about, instead of the default one.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class HealthApp:
         groups: Iterable[str] | None = None,
         max_age: float = 1.0,
         details: bool = False,
+        pools: Pools | None = None,
     ) -> None:
         if isinstance(groups, str):
             raise ValueError(f"groups={groups!r} is one name: give a list of them")
@@ -164,6 +167,7 @@ class HealthApp:
         self._groups = None if groups is None else tuple(groups)
         self._max_age = max_age
         self._details = details
+        self._pools: Pools | type[Connection] = Connection if pools is None else pools
         self._asking = threading.Lock()
         self._last: tuple[int, float, bool, dict[str, Any]] | None = None
 
@@ -183,9 +187,8 @@ class HealthApp:
         start_response("200 OK" if good else "503 Service Unavailable", headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
-    @staticmethod
-    def _live() -> tuple[bool, dict[str, Any]]:
-        ended = Connection.is_closing()
+    def _live(self) -> tuple[bool, dict[str, Any]]:
+        ended = self._pools.is_closing()
         return not ended, {"status": "ended" if ended else "alive", "pid": os.getpid()}
 
     def _ready(self) -> tuple[bool, dict[str, Any]]:
@@ -202,11 +205,11 @@ class HealthApp:
         last = self._last
         if last is None or last[0] != os.getpid() or monotonic() - last[1] > self._max_age:
             return None
-        return None if Connection.is_closing() else last
+        return None if self._pools.is_closing() else last
 
     def _ask(self) -> tuple[bool, dict[str, Any]]:
         try:
-            report = Connection.health(self._timeout)
+            report = self._pools.health(self._timeout)
         except NotInitializedError as error:
             return False, {"status": "unhealthy", "pid": os.getpid(), "error": str(error)}
         parts = report["groups"]

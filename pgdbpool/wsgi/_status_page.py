@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-from .._api.connection import Connection
 from .._status.runtime_dir import RuntimeDir
 from ..errors import NotInitializedError, RuntimeDirError
-from ..overview import gather, stranded
+from ..overview import gather, own_runtime_dir, stranded
 from ..wsgi import _status_html as statushtml
 from ._access import AccessCheck, HTTPResponse, Permission
 
@@ -43,6 +42,8 @@ ASSETS = {"status.css": "text/css", "status.js": "text/javascript"}
 
 class StatusApp:
     """The status page of all processes that publish in the `runtime_dir`; without it, of this one only.
+
+    It shows all sets of pools of these processes: ``reports/read`` is a group of the set ``reports``.
 
     Mount it with `pgdbpool.wsgi.mount`, or by a framework's own means. Its addresses are the
     page itself, `status.json` with the same for programs, and `drain` and `undrain`.
@@ -125,7 +126,7 @@ class StatusApp:
         raise HTTPResponse(HTTPStatus.OK, text, kind="text/html")
 
     def _directory(self) -> str | None:
-        return self._runtime_dir or Connection.runtime_dir()
+        return self._runtime_dir or own_runtime_dir()
 
     # Drain and undrain.
 
