@@ -54,6 +54,7 @@ GAUGES = {
     "idle": ("connections_idle", "Connections that wait for a block."),
     "left": ("sessions_left", "Sessions that were left in a commit, and that their servers have not let go."),
     "waiting": ("waiting", "Blocks that wait for a connection."),
+    "paused_in": ("paused_processes", "Processes in which the group holds new blocks back."),
     "min_size": ("connections_min", "Connections that are kept, in all processes."),
     "max_size": ("connections_max", "Most connections there can be, in all processes."),
 }

@@ -101,6 +101,10 @@ def _observe(meter: metrics.Meter) -> None:
     }
     for name, (value, unit, meaning) in gauges.items():
         meter.create_observable_up_down_counter(f"{prefix}{name}", of_each(value), unit, meaning)
+    meter.create_observable_gauge(
+        "pgdbpool.paused", of_each(lambda group: group.paused is not None), "1",
+        "Whether the group holds new blocks back.",
+    )  # fmt: skip
     meter.create_observable_counter(
         f"{prefix}timeouts", of_each(lambda group: group.timeouts), "{timeout}",
         "Blocks that got no connection in time.",

@@ -20,6 +20,9 @@ AT_LEAST = 12
 SAME_EVENT = 10.0
 """Seconds within which processes may notice the same thing."""
 
+_ROLES = {"primary": "primary", "read-write": "primary", "standby": "standby", "read-only": "standby"}
+"""The role that a target needs."""
+
 _WORST_FIRST = ("down", "probing", "draining", "up")
 
 
@@ -85,13 +88,26 @@ def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], no
 
 
 def stranded(view: Mapping[str, Any], label: str) -> str | None:
-    """Return a group that would have no endpoint left that is up without this one, or None."""
-    up = {endpoint["label"] for endpoint in view["endpoints"] if endpoint["state"] == "up"}
+    """Return what a group would have no other one of without this endpoint, or None if all are served."""
+    drained = next(endpoint for endpoint in view["endpoints"] if endpoint["label"] == label)
     for group in view["groups"]:
-        if label in group["connections"] and not (up - {label}).intersection(group["connections"]):
-            name: str = group["name"]
-            return name
+        role = _ROLES.get(group["target"])
+        serving = {
+            endpoint["label"]
+            for endpoint in view["endpoints"]
+            if endpoint["state"] == "up"
+            and role in (None, endpoint["role"])
+            and not _left_behind(endpoint, role)
+        }
+        concerned = label in group["connections"] and (role is None or drained["role"] in (None, role))
+        if concerned and not (serving - {label}).intersection(group["connections"]):
+            return f"the group {group['name']!r} has no other {role or 'endpoint'} that is up"
     return None
+
+
+def _left_behind(endpoint: Mapping[str, Any], role: str | None) -> bool:
+    """Return whether an endpoint is a primary that another one was promoted beyond."""
+    return role == "primary" and bool(endpoint["outdated"])
 
 
 def _forking(snapshots: Sequence[Mapping[str, Any]]) -> set[int]:
@@ -210,7 +226,9 @@ def _groups(
                     for key in ("size", "idle", "in_use", "left", "waiting")
                 },
                 **{key: sum(group[key] for group in serving) for key in ("min_size", "max_size")},
+                "target": serving[0]["target"],
                 "paused": next((group["paused"] for group in serving if group["paused"]), None),
+                "paused_in": sum(group["paused"] is not None for group in serving),
                 "connections": dict(connections),
                 **counts,
                 "ended": _ended(counts, seen),

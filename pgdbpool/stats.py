@@ -83,6 +83,8 @@ class GroupStatus:
     idle: int
     in_use: int
     waiting: int
+    target: str
+    """The roles that it wants."""
     paused: str | None
     """Who holds its new blocks back; see `pgdbpool pause`."""
     min_size: int

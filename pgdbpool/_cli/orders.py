@@ -155,11 +155,8 @@ def run(options: argparse.Namespace) -> int:
     directory = runtime_dir(options.place)
     view = gather(directory)
     _check_names(view, order)
-    if options.do == "drain" and not options.force and (group := stranded(view, options.endpoint)):
-        raise ConfigError(
-            f"{options.endpoint} is not drained: the group {group!r} has no other endpoint that is up; "
-            "--force drains it all the same"
-        )
+    if options.do == "drain" and not options.force and (why := stranded(view, options.endpoint)):
+        raise ConfigError(f"{options.endpoint} is not drained: {why}; --force drains it all the same")
     deadline = time.monotonic() + options.timeout
     with RuntimeDir(directory) as room, output.Progress() as progress:
         answers = give(

@@ -58,6 +58,7 @@ class TellingGroup(ConfiguredGroup):
             idle=pool.idle,
             in_use=len(self._lent),
             waiting=pool.waiting + len(self.held_back),
+            target=self.config.target,
             paused=self.paused_by,
             min_size=self.config.min_size,
             max_size=self.config.connection_count,

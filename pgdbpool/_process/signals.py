@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .pools import Pools
 
 
+SEND_EVERY = 0.1
+"""Seconds until the signal is sent once more, if the main thread has not taken it."""
+
+
 class SignalHandlers:
     """Ends the pools at the first of the signals, and then does what the signal did before.
 
@@ -38,6 +42,8 @@ class SignalHandlers:
         """Reset in a forked child: the parent's thread does not exist there."""
         self._begun = self._hurry = self._done = self._over = False
         self._main = _thread.get_ident()
+        self._sending = threading.RLock()
+        """Held while the signal is sent; a handler may interrupt the sender in its own thread."""
 
     def install(self, signals: Iterable[int]) -> None:
         """Take the signals over.
@@ -80,6 +86,8 @@ class SignalHandlers:
         return any(group.held_by(thread) for pools in self._pools for group in pools.all_groups)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if self._over:
+            return  # sent once more, a moment ago
         if self._done:
             self._hand_over(number, frame)
         elif self._begun:
@@ -100,11 +108,21 @@ class SignalHandlers:
                 pools.terminate(self._by, self._main)  # all but the main thread's connections
         finally:
             self._done = True
-            os.kill(os.getpid(), number)
+            # A signal that comes just before the main thread sleeps does not end the sleep.
+            while self._send(number):
+                time.sleep(SEND_EVERY)
+
+    def _send(self, number: int) -> bool:
+        """Send the signal again; return False if the main thread has taken it."""
+        with self._sending:
+            if not self._over:
+                os.kill(os.getpid(), number)
+            return not self._over
 
     def _hand_over(self, number: int, frame: Any) -> None:
+        with self._sending:
+            self._over = True
         self.uninstall()
-        self._over = True
         earlier = self._earlier[number]
         if callable(earlier):
             earlier(number, frame)

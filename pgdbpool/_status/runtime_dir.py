@@ -176,6 +176,20 @@ class RuntimeDir:
     def _open(self, name: str, flags: int) -> int:
         return os.open(name, flags | _FLAGS, 0o600, dir_fd=self._fd)
 
+    def _create(self, name: str, flags: int) -> int:
+        """Open a file for writing, and make it if it is missing.
+
+        :raises RuntimeDirError: something else has its name, such as a symbolic link.
+        """
+        try:
+            fd = self._open(name, flags | os.O_CREAT)
+        except OSError as error:
+            raise RuntimeDirError(
+                f"runtime_dir {self.path!r}: cannot write {name!r}: {error.strerror}; remove it if it is not "
+                "a file of pgdbpool's: links are not followed"
+            ) from error
+        return fd
+
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int | None]:
         """Open a file for reading; None if it is missing or not a regular file."""
@@ -192,7 +206,7 @@ class RuntimeDir:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the lock on the shared files, for as long as writing one small file takes."""
-        fd = self._open("lock", os.O_RDWR | os.O_CREAT)
+        fd = self._create("lock", os.O_RDWR)
         try:
             for _ in range(_TRIES):
                 try:
@@ -219,7 +233,7 @@ class RuntimeDir:
         return found if isinstance(found, dict) else {}
 
     def _replace(self, name: str, value: object) -> None:
-        fd = self._open(f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        fd = self._create(f".{name}", os.O_WRONLY | os.O_TRUNC)
         with open(fd, "w", encoding="utf-8") as file:
             json.dump(value, file)
         os.rename(f".{name}", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)

@@ -143,10 +143,10 @@ class StatusApp:
         view = gather(self._runtime_dir)
         if label not in (endpoint["label"] for endpoint in view["endpoints"]):
             raise HTTPResponse(HTTPStatus.NOT_FOUND, f"there is no endpoint {label!r}")
-        if drain and (group := stranded(view, label)):
+        if drain and (why := stranded(view, label)):
             raise HTTPResponse(
                 HTTPStatus.CONFLICT,
-                f"{label} is not drained: the group {group!r} has no other endpoint that is up",
+                f"{label} is not drained: {why}",
             )
         with RuntimeDir(directory) as room:
             room.order("drain" if drain else "undrain", endpoint=label, by="the status page")

@@ -126,8 +126,10 @@ def test_the_last_server_of_a_group_is_not_drained_by_mistake(
     site: Any, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     running = site()
-    for label in ("db0", "db1"):
-        assert run("drain", running.runtime_dir, "--endpoint", label)[0] == 0
+    assert main(["drain", running.runtime_dir, "--endpoint", "db0"]) == 1
+    assert "the group 'write' has no other primary that is up; --force drains" in capsys.readouterr().err
+    assert run("drain", running.runtime_dir, "--endpoint", "db0", "--force")[0] == 0
+    assert run("drain", running.runtime_dir, "--endpoint", "db1")[0] == 0
     assert main(["drain", running.runtime_dir, "--endpoint", "db2"]) == 1
     assert "the group 'read' has no other endpoint that is up; --force drains" in capsys.readouterr().err
     status, answers = run("drain", running.runtime_dir, "--endpoint", "db2", "--force")

@@ -39,6 +39,8 @@ class NameServer:
         """In front of the server that the name stands for."""
         self.config: dict[str, Any]
         """What the pools were given."""
+        self.silent: socket.socket
+        """Takes connections at the proxy's port of another address, and says nothing."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind((at, 53))
         threading.Thread(target=self._run, daemon=True).start()
@@ -160,9 +162,7 @@ def away(server: NameServer) -> dict[str, Any]:
 def silent_address(server: NameServer) -> dict[str, Any]:
     """The name has two addresses, and the first of them takes connections and says nothing."""
     first, second = "127.0.0.1", "127.0.0.2"  # in the order that the system gives them in
-    with socket.socket() as silent:
-        silent.bind((first, server.proxy.port))
-        silent.listen()
+    with server.silent:
         server.address = f"{first},{second}"
         names = [address[0] for *_, address in socket.getaddrinfo("db.test", 1, type=socket.SOCK_STREAM)]
         began = timed(lambda: Connection.init(server.config))
@@ -174,12 +174,28 @@ def silent_address(server: NameServer) -> dict[str, Any]:
         return {"names": names, "began": began, "refused": refused, "then": timed(use), "state": state()}
 
 
+def port_of_both(server: NameServer, port: int) -> None:
+    """Give the server a silent socket and a proxy that listen on the same port of two addresses."""
+    while True:
+        server.proxy = Proxy("127.0.0.1", port, at="127.0.0.2")
+        server.silent = socket.socket()
+        try:
+            server.silent.bind(("127.0.0.1", server.proxy.port))
+        except OSError:  # another program has it there
+            server.silent.close()
+            server.proxy.close()
+        else:
+            server.silent.listen()
+            return
+
+
 def main() -> None:
     scenario, mode, port, address = sys.argv[1:]
     server = NameServer(address)
-    server.proxy = Proxy(
-        "127.0.0.1", int(port), at="127.0.0.2" if scenario == "silent-address" else "127.0.0.1"
-    )
+    if scenario == "silent-address":
+        port_of_both(server, int(port))
+    else:
+        server.proxy = Proxy("127.0.0.1", int(port))
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]

@@ -54,7 +54,8 @@ class Measured:
             for scope in resource.scope_metrics:
                 for metric in scope.metrics:
                     for point in metric.data.data_points:
-                        if metric.name == f"db.client.connection.{name}" and point.attributes == wanted:
+                        names = (name, f"db.client.connection.{name}")
+                        if metric.name in names and point.attributes == wanted:
                             return point
         return None
 
@@ -90,6 +91,14 @@ def test_connections_are_counted_by_state(measured: Measured) -> None:
     assert measured("max").value == measured("idle.max").value == 2
     assert measured("idle.min").value == 1
     assert measured("pending_requests").value == 0
+
+
+def test_a_paused_group_is_measured(measured: Measured) -> None:
+    assert measured("pgdbpool.paused").value == 0
+    Connection.pause("g", 30)
+    assert measured("pgdbpool.paused").value == 1
+    Connection.resume("g")
+    assert measured("pgdbpool.paused").value == 0
 
 
 @pytest.mark.slow

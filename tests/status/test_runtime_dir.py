@@ -24,7 +24,7 @@ from pgdbpool import Connection, Handler
 from pgdbpool._cli.main import main
 from pgdbpool._status.runtime_dir import RuntimeDir
 from pgdbpool.errors import RuntimeDirError
-from pgdbpool.overview import gather, overview
+from pgdbpool.overview import gather, overview, stranded
 
 pytestmark = pytest.mark.slow
 
@@ -448,3 +448,49 @@ def test_the_directory_comes_from_the_environment_too(place: str) -> None:
     assert load(None, environ).runtime_dir == place
     with pytest.raises(pgdbpool.ConfigError, match=r"PGDBPOOL_RUNTIME_DIR.*absolute path"):
         load(None, {**environ, "PGDBPOOL_RUNTIME_DIR": "run"})
+
+
+def test_a_link_in_the_place_of_a_file_is_an_error_with_its_remedy(
+    start: Any, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start()
+    wait_for(lambda: told(place))
+    os.symlink(tmp_path / "elsewhere", f"{place}/.orders.json")
+    assert main(["expire", place]) == 1
+    error = capsys.readouterr().err
+    assert "cannot write '.orders.json': Too many levels of symbolic links; remove it" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "elsewhere").exists()
+    os.unlink(f"{place}/.orders.json")
+    assert main(["expire", place]) == 0
+
+
+ROLES = {"a": "primary", "b": "standby", "c": "standby"}
+
+
+@pytest.mark.parametrize(
+    ("target", "drained", "down", "why"),
+    [
+        ("read-write", "a", "", "the group 'g' has no other primary that is up"),
+        ("primary", "a", "b", "the group 'g' has no other primary that is up"),
+        ("read-write", "b", "", None),
+        ("read-write", "b", "a", None),  # it served no block
+        ("standby", "b", "c", "the group 'g' has no other standby that is up"),
+        ("read-only", "b", "", None),
+        ("prefer-standby", "a", "", None),
+        ("any", "c", "a b", "the group 'g' has no other endpoint that is up"),
+    ],
+)
+def test_a_drain_that_would_strand_a_group_is_known(
+    target: str, drained: str, down: str, why: str | None
+) -> None:
+    endpoints = [
+        {"label": label, "state": "down" if label in down.split() else "up", "role": role, "outdated": False}
+        for label, role in ROLES.items()
+    ]
+    group = {"name": "g", "target": target, "connections": dict.fromkeys(ROLES, 0)}
+    assert stranded({"endpoints": endpoints, "groups": [group]}, drained) == why
+    endpoints.append({"label": "old", "state": "up", "role": "primary", "outdated": True})
+    group["connections"] = dict.fromkeys([*ROLES, "old"], 0)
+    if target != "any":
+        assert stranded({"endpoints": endpoints, "groups": [group]}, drained) == why

@@ -116,6 +116,8 @@ def test_an_order_for_a_group_reaches_its_set_alone(sets: Sets, capsys: Any) -> 
     (answer,) = sets.command(capsys, "pause", "--group", "g")
     assert answer["set"] == ""
     assert sets.reports.fetchval("g", "SELECT 1") == 1
+    wait_for(lambda: sets.group("g")["paused_in"] == 1)
+    assert sets.group("reports/g")["paused_in"] == 0
     with pytest.raises(pgdbpool.PoolTimeout, match="paused"):
         Connection.fetchval("g", "SELECT 1")
     assert len(sets.command(capsys, "resume")) == 2
