@@ -36,7 +36,7 @@ ROOMS = {
     "overview": "_api _status",
     "wsgi": "errors _util _request _status _api overview",
     "metrics": "errors wsgi overview",
-    "otel": "errors stats _session _process _api",
+    "otel": "stats _session _process _api",
     "_diagnosis": "errors _config _request _session _servers _lending _process rls sizing",
     "cluster": "",
     "_demo": "cluster",
