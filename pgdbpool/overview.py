@@ -261,14 +261,18 @@ def _ended(counts: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]) -> in
 def _events(snapshots: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the events of all processes, newest first; several reports of the same event are merged."""
     merged: list[dict[str, Any]] = []
-    latest: dict[tuple[str, str], dict[str, Any]] = {}
-    events = [(event, snapshot["status"]["pid"]) for snapshot in snapshots for event in snapshot["events"]]
-    for event, pid in sorted(events, key=lambda pair: pair[0]["time"]):
-        known = latest.get((event["kind"], event["endpoint"]))
-        if known is None or event["time"] - known["time"] > SAME_EVENT or pid in known["pids"]:
-            known = latest[event["kind"], event["endpoint"]] = {**event, "pids": []}
+    latest: dict[tuple[str, str], tuple[dict[str, Any], set[tuple[int, str]]]] = {}
+    events = [(event, snapshot) for snapshot in snapshots for event in snapshot["events"]]
+    for event, snapshot in sorted(events, key=lambda pair: pair[0]["time"]):
+        kind, pid = (event["kind"], event["endpoint"]), snapshot["status"]["pid"]
+        reporter = pid, snapshot.get("set", "")
+        known, reporters = latest.get(kind, (None, set()))
+        if known is None or event["time"] - known["time"] > SAME_EVENT or reporter in reporters:
+            known, reporters = latest[kind] = {**event, "pids": []}, set()
             merged.append(known)
-        known["pids"].append(pid)
+        reporters.add(reporter)
+        if pid not in known["pids"]:
+            known["pids"].append(pid)
     return merged[::-1]
 
 

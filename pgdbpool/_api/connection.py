@@ -62,6 +62,8 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
     """What to do about a set that was not opened."""
     _until: str
     """Up to when no block can begin in one that is closed."""
+    _anew: str
+    """What to do about a configuration that cannot be changed to."""
 
     # Of the process.
     _abandoned: list[Pools] = []
@@ -344,6 +346,7 @@ class Connection(PoolSet):
     _closed, _closed_by = False, ""
     _unopened = "call pgdbpool.Connection.init(config)"
     _until = "before the next init"
+    _anew = "call Connection.init instead"
 
     def __new__(cls, *args: object, **kwargs: object) -> Connection:
         """Refuse: the class itself stands for the default set of pools.

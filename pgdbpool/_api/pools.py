@@ -53,6 +53,7 @@ class Pools(PoolSet):
     _closed, _closed_by = False, ""
     _unopened = "make a set of pools, pools = Pools(config),"
     _until = "in this set of pools: make another Pools(config)"
+    _anew = "close this set and make another Pools(config)"
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Make the class whose state is that of the set, and its one instance."""
@@ -70,13 +71,13 @@ class Pools(PoolSet):
         own = type(self)
         if open_sets.get(own.set_name) is own:
             raise ConfigError(f"the set of pools {own.set_name!r} is open already: `reload` changes it")
+        finalize(self, _dropped, own).atexit = False  # first, for an interruption as they have opened
         _register(own, name)
         try:
             own._open(config, wait)
         except BaseException:
-            own._refuse("an error in Pools(config)")
+            own.terminate()  # its name is free again
             raise
-        finalize(self, _dropped, own).atexit = False
 
     def __enter__(self) -> Self:
         self._current()

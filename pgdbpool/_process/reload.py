@@ -32,6 +32,7 @@ class ReloadMethods:
 
     if TYPE_CHECKING:
         _lock: AbstractContextManager[Any]
+        _anew: str
 
         @classmethod
         def _current(cls) -> Pools: ...
@@ -183,8 +184,7 @@ class ReloadMethods:
                 was, is_now = getattr(pools.config, key), getattr(config, key)
                 if was != is_now:
                     raise ConfigError(
-                        f"{key}: cannot change from {was} to {is_now} while the process runs; "
-                        "call Connection.init instead"
+                        f"{key}: cannot change from {was} to {is_now} while the process runs; {cls._anew}"
                     )
             removed: list[Group] = []
             pools.wanted = config

@@ -40,7 +40,7 @@ class SignalHandlers:
 
     def forked(self) -> None:
         """Reset in a forked child: the parent's thread does not exist there."""
-        self._begun = self._hurry = self._done = self._over = False
+        self._begun = self._hurry = self._done = self._over = self._handing_over = False
         self._main = _thread.get_ident()
         self._sending = threading.RLock()
         """Held while the signal is sent; a handler may interrupt the sender in its own thread."""
@@ -86,7 +86,7 @@ class SignalHandlers:
         return any(group.held_by(thread) for pools in self._pools for group in pools.all_groups)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._over:
+        if self._handing_over:
             return  # sent once more, a moment ago
         if self._done:
             self._hand_over(number, frame)
@@ -121,8 +121,9 @@ class SignalHandlers:
 
     def _hand_over(self, number: int, frame: Any) -> None:
         with self._sending:
-            self._over = True
+            self._over = self._handing_over = True
         self.uninstall()
+        self._handing_over = False
         earlier = self._earlier[number]
         if callable(earlier):
             earlier(number, frame)

@@ -208,6 +208,9 @@ def test_a_set_changes_by_itself(start: Any, known_cluster: Any, mode: str) -> N
     assert where(pools) == known_cluster.standbys[1].port
     with pytest.raises(pgdbpool.UnknownEndpointError):
         pools.drain(label)
+    other = {"threaded": "non-threaded", "non-threaded": "threaded"}[mode]
+    with pytest.raises(pgdbpool.ConfigError, match=r"close this set and make another Pools\(config\)"):
+        pools.reload(config([known_cluster.standbys[1]], other, g={}))
     pools.drain(next(iter(pools.status().endpoints)))
     assert where(Connection) == known_cluster.primary.port
 

@@ -496,6 +496,26 @@ def test_a_forked_child_handles_signals_for_itself(program: Any) -> None:
     assert parent.end() == (0, f"{-signal.SIGTERM} False 1\n", "")
 
 
+def test_a_busy_main_thread_calls_the_earlier_handler_once(program: Any) -> None:
+    done = program(
+        """
+        import hashlib
+        calls = []
+        signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
+        Connection.install_signal_handlers(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        began = time.monotonic()
+        while time.monotonic() < began + 0.5:  # no handler runs in these; the signal is sent again
+            hashlib.pbkdf2_hmac("sha256", b"x", b"y", 300_000)
+        while not calls:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        say(len(calls), Connection.is_closing())
+        """
+    )
+    assert done.end() == (0, "1 True\n", "")
+
+
 def test_other_threads_cannot_install_handlers(start: Any) -> None:
     start()
     errors: list[Exception] = []

@@ -101,6 +101,8 @@ def test_a_drain_reaches_every_set_that_has_the_server(sets: Sets, capsys: Any) 
     assert [(each["set"], each["done"]) for each in answers] == [("", True), ("reports", True)]
     assert Connection.status().endpoints[sets.standby].state == "draining"
     assert sets.reports.status().endpoints[sets.standby].state == "draining"
+    drains = [event["pids"] for event in sets.view()["events"] if event["kind"] == "drain"]
+    assert drains == [[os.getpid()]]  # one event, of one process
     answers = sets.command(capsys, "drain", "--endpoint", sets.primary, "--force")
     assert [each["set"] for each in answers] == [""]  # the other one has nothing to do with it
     for label in (sets.standby, sets.primary):
