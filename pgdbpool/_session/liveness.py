@@ -40,6 +40,7 @@ _NOT_REPLICATED = (
 # psycopg's own, by name: `super()` would look through each of the layers for it.
 _wait = psycopg.Connection.wait
 _check_ok = psycopg.Connection._check_connection_ok
+
 LEAVE = "leave its `with ... transaction():` first: what follows in there would take effect by itself"
 
 

@@ -25,6 +25,8 @@ from ..errors import RuntimeDirError
 _NAME = re.compile(r"[0-9]+-[0-9a-f]{8}\.status")
 _HEADER = b"pgdbpool-1 %010d %08x\n"
 _HEADER_SIZE = len(_HEADER % (0, 0))
+_SIZE = slice(_HEADER.index(b"%"), _HEADER.index(b"%") + 10)
+"""The place of the body's size in a header."""
 _LIMIT = 16 << 20
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 KEPT = 60.0
@@ -105,7 +107,7 @@ class RuntimeDir:
                 elif (snapshot := _read(fd)) is not None:
                     living.append(snapshot)
         if dead and not self._guest:
-            with contextlib.suppress(LockedError):  # the next reader will sweep them
+            with contextlib.suppress(RuntimeDirError):  # the next reader will sweep them
                 self._sweep(dead)
         return living
 
@@ -205,22 +207,30 @@ class RuntimeDir:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock on the shared files, for as long as writing one small file takes."""
-        fd = self._create("lock", os.O_RDWR)
+        """Hold the lock on the shared files, for as long as writing one small file takes.
+
+        :raises RuntimeDirError: they cannot be written, or another process keeps the lock.
+        """
         try:
-            for _ in range(_TRIES):
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:  # if this lasts, the process that holds it is stopped
-                    time.sleep(0.01)
-            else:
-                raise LockedError(
-                    f"runtime_dir {self.path!r}: a process keeps its lock: is one of them stopped?"
-                )
-            yield
-        finally:
-            os.close(fd)
+            fd = self._create("lock", os.O_RDWR)
+            try:
+                self._lock(fd)
+                yield
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise RuntimeDirError(
+                f"runtime_dir {self.path!r} cannot be written: {error.strerror}; its user needs the right to "
+                "write there, and its file system room"
+            ) from error
+
+    def _lock(self, fd: int) -> None:
+        for _ in range(_TRIES):
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # if this lasts, the process that holds it is stopped
+                time.sleep(0.01)
+        raise LockedError(f"runtime_dir {self.path!r}: a process keeps its lock: is one of them stopped?")
 
     def _json(self, name: str) -> dict[str, Any]:
         with self._opened(name) as fd:
@@ -315,7 +325,9 @@ def _read(fd: int) -> dict[str, Any] | None:
     """Return the snapshot in a file; None if it is incomplete."""
     for _ in range(_TRIES):
         data = os.pread(fd, _LIMIT, 0)
-        body = data[_HEADER_SIZE:]
+        # Its end, not the file's: a process that was stopped or killed before `ftruncate` left a longer one.
+        size = int(data[_SIZE]) if data[_SIZE].isdigit() else 0
+        body = data[_HEADER_SIZE : _HEADER_SIZE + size]
         if data[:_HEADER_SIZE] == _HEADER % (len(body), zlib.crc32(body)):
             found: dict[str, Any] = json.loads(body)
             return found

@@ -244,6 +244,30 @@ def test_a_torn_file_is_not_read(start: Callable[..., None], place: str) -> None
     assert told(place) == []
 
 
+def test_a_process_stopped_between_writing_and_shortening_its_file_is_seen(place: str) -> None:
+    with RuntimeDir(place, create=True) as room:
+        file = room.publish(os.getpid(), {"counts": {"long": 1}})
+        length = os.fstat(file.fd).st_size
+        file.write({})
+        os.ftruncate(file.fd, length)
+        assert room.snapshots() == [{}]
+        file.close()
+
+
+def test_a_directory_that_cannot_be_written_is_named_and_still_read(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RuntimeDir(place, create=True) as room:
+        room.publish(1, {"counts": {}}).close()  # of a process that has exited
+        os.mkdir(os.path.join(place, "lock"))  # so that it fails for root too
+        assert room.snapshots() == []
+        for use in (room.secret, lambda: room.order("resume", by="ann")):
+            with pytest.raises(RuntimeDirError, match="cannot write 'lock': Is a directory"):
+                use()
+    assert main(["resume", place]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_an_order_drains_in_every_process_and_in_those_that_start_later(
     start: Callable[..., None], known_cluster: Any, place: str, mode: str
 ) -> None:
