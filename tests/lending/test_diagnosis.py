@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from support import config, interrupt_at, kill_backends, pid_of, server, wait_for
+from support import SURVIVES_INTERRUPTIONS, config, interrupt_at, kill_backends, pid_of, server, wait_for
 
 import pgdbpool
 from pgdbpool import (
@@ -402,6 +402,7 @@ def test_many_threads_lose_no_duration() -> None:
     assert len(tally.recent) == 0
 
 
+@SURVIVES_INTERRUPTIONS
 def test_an_interruption_while_counting_does_not_end_it() -> None:
     tally, point = Tally(), 1
     while interrupt_at(point, tally.count):

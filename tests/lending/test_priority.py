@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import pytest
-from support import config, interruptions, kill_backends, pid_of, server, wait_for
+from support import SURVIVES_INTERRUPTIONS, config, interruptions, kill_backends, pid_of, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -170,6 +170,7 @@ def test_a_wrong_priority_is_refused(start: Any) -> None:
         Handler("g", priority="urgent")  # type: ignore[arg-type]
 
 
+@SURVIVES_INTERRUPTIONS
 @pytest.mark.parametrize("priority", ["high", "normal"])
 def test_interrupted_waits_lose_nothing_of_the_share(start: Any, priority: Any) -> None:
     """The main thread is interrupted again and again while others of both priorities come and go."""
