@@ -435,6 +435,7 @@ class TransactingConnection(TellingConnection):
         except errors.ConnectionLostError as error:
             unknown = body_ended and outermost and not errors.undone(error)
             error.maybe_committed = error.maybe_committed or unknown
+            block.committed, block.lost = block.committed or unknown, block.lost and not unknown
             self.lose_track_after(error)
             raise
         except OutOfOrderTransactionNesting as error:

@@ -206,6 +206,26 @@ def test_work_that_has_committed_a_part_is_not_repeated(
     assert values(admin)[1] == 1 + 3
 
 
+def test_work_whose_transaction_may_have_been_committed_is_not_repeated(
+    start: Any, mode: str, admin: Any, known_cluster: Any, proxy_to: Any
+) -> None:
+    proxy = proxy_to(known_cluster.primary)
+    start(mode, {"port": proxy.port})
+
+    def work(db: Handler, n: int) -> None:
+        db.connection.autocommit = False  # so that transaction() commits
+        proxy.cut_after(b"COMMIT")
+        with pytest.raises(pgdbpool.ConnectionLostError) as caught, db.transaction():
+            db.query("UPDATE t SET v = v + 1 WHERE i = 1")
+        assert caught.value.maybe_committed
+        serialization_failure(db)  # the block goes on, and its error is not that of a lost transaction
+
+    counted = Work(work)
+    with pytest.raises(psycopg.errors.SerializationFailure):
+        pgdbpool.run("manual", counted)
+    assert (counted.begun, values(admin)[1]) == (1, 1)
+
+
 def test_an_autocommit_block_is_repeated_only_if_allowed(start: Any, mode: str, admin: Any) -> None:
     start(mode)
 
