@@ -68,7 +68,6 @@ class Pools:
     """Everything that belongs to one configuration in one process, for the class of a set of pools."""
 
     def __init__(self, config: Config, owner: Any) -> None:
-        _existing.add(ref(self, _existing.discard))
         self.config = self.wanted = config
         self.owner = owner
         self.set_name: str = owner.set_name
@@ -102,6 +101,7 @@ class Pools:
         )
         for endpoint in self.endpoints.values():
             endpoint.groups = [g for g in self.groups.values() if endpoint in g.endpoints]
+        _existing.add(ref(self, _existing.discard))  # complete: another thread may end all pools
 
     @property
     def all_groups(self) -> list[Group]:
