@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from isolation import Plan, run
+from support import SURVIVES_INTERRUPTIONS
 
 from pgdbpool.cluster import Cluster
 
@@ -15,6 +16,7 @@ HAPPENED = (
 )  # fmt: skip
 
 
+@SURVIVES_INTERRUPTIONS
 @pytest.mark.parametrize(("mode", "blocks", "workers"), [("threaded", 3000, 8), ("non-threaded", 1500, 1)])
 def test_no_block_sees_or_writes_a_row_of_another_tenant(
     known_cluster: Cluster, mode: str, blocks: int, workers: int

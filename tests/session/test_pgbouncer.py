@@ -11,7 +11,7 @@ import pytest
 from isolation import Plan, run
 from pgbouncer import PROGRAM, PgBouncer
 from proxy import Proxy
-from support import config, server, wait_for
+from support import SURVIVES_INTERRUPTIONS, config, server, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, Handler
@@ -64,6 +64,7 @@ def seen(db: Handler) -> Any:
     ).fetchone()
 
 
+@SURVIVES_INTERRUPTIONS
 @with_pgbouncer
 def test_tenants_are_kept_apart_over_two_sessions_that_all_share(known_cluster: Any) -> None:
     with PgBouncer(known_cluster.primary, ("postgres", "app"), pool_size=2) as pooled:
