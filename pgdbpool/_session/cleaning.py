@@ -210,19 +210,19 @@ class CleanedConnection(ConnectionState):
 
     def _own_adapters(self) -> None:
         """Give the next block a copy of the adapters, so that its own registrations end with it."""
-        self.adapters_shared = self.dumps = None
+        self.renew_adapters()
         if self._adapters is not None:
             self._adapters = AdaptersMap(self._adapters)
 
     def renew_adapters(self) -> None:
-        """Forget what has adapted the parameters so far: it keeps each of their classes."""
-        self.adapters_shared = self.dumps = None
+        """Forget what has adapted values so far: it keeps each class of a parameter."""
+        self.adapters_shared, self.dumps, self.readers = None, None, {}
 
     def share_adapters(self) -> AdaptersMap:
         """Return the adapters shared by cursors that register none."""
         # psycopg would copy the global ones, only to have them copied here.
         copy, independent = shared.of(self._adapters or psycopg.adapters)
         if copy is not self.adapters_shared:
-            self.adapters_shared = copy
+            self.adapters_shared, self.readers = copy, {}
             self.dumps = None if independent is None else Transformer(independent)
         return copy

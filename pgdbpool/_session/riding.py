@@ -27,8 +27,8 @@ from .block import Block
 from .commands import NOTHING, TUPLES_OK, Command
 from .connection import PooledConnection
 from .rows import row as make_rows
-from .short_way import MOST_MAKERS, Plan, remember
-from .state import OUTSIDE, Context
+from .short_way import MOST_READERS, Context, Plan, Reader, reader_for, remember
+from .state import OUTSIDE
 from .statement_shape import shape
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _SHOULD, _YES, _NO = Prepare.SHOULD, Prepare.YES, Prepare.NO
 _TEXT = psycopg.pq.Format.TEXT
 _ENCODING, _UTF8 = b"client_encoding", b"UTF8"
 _COLUMNS = vars(_column)
-_new_query, _new_tuple = PostgresQuery.__new__, tuple.__new__
+_new_query = PostgresQuery.__new__
 ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 
 
@@ -240,10 +240,9 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         """Send a known statement; return False, with nothing sent, if psycopg has to convert it."""
         conn = self._conn
         prepared, pgconn, adapters = conn._prepared, conn.pgconn, self._adapters
-        if (
-            adapters is not conn.adapters_shared or self._closed
-            or not ((params is None and plan.ascii) or pgconn.parameter_status(_ENCODING) == _UTF8)
-        ):  # fmt: skip
+        utf8 = pgconn.parameter_status(_ENCODING) == _UTF8
+        readable = utf8 or (params is None and plan.ascii)
+        if adapters is not conn.adapters_shared or self._closed or not readable:
             return False
         values = formats = None
         key: tuple[bytes, tuple[int, ...]] = plan.bare
@@ -269,10 +268,9 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             answer = conn.receive()
         else:
             answer, *more = self._send_known(key, name, values, formats, preamble)
-        self._show_known(answer, name)
+        self._show_known(answer, name if utf8 and self.format is _TEXT else b"")
         if name:
             prepared._names.move_to_end(key)
-        self._last_query = query
         if more:
             self._check_after(more)
         return True
@@ -298,30 +296,48 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         send()
         return [conn.receive()]
 
-    def _show_known(self, answer: list[PGresult], name: bytes | None) -> None:
-        """Set the answer as the cursor's result, as psycopg's `_set_results` does, or raise its error."""
+    def _show_known(self, answer: list[PGresult], name: bytes) -> None:
+        """Set the answer as the cursor's result, as psycopg's `_set_results` does, or raise its error.
+
+        :param name: of the prepared statement, if its reader may be used.
+        """
         if len(answer) != 1 or answer[0].status > TUPLES_OK:
             self._check_results(answer)  # raises, unless a COPY or an empty statement
-        conn, result = self._conn, answer[0]
-        status = result.status
+        result = answer[0]
         self._results, self._pos, self._iresult, self.pgresult = answer, 0, 0, result
         self._execmany_returning, self._statusmessage = None, result.command_status
-        tx = self._tx = Transformer(_new_tuple(Context, (self._adapters, conn)))
-        tx.set_pgresult(result)
-        if status == TUPLES_OK:
+        if result.status == TUPLES_OK:
             self._rowcount = result.ntuples
         else:
             changed = result.command_tuples
             self._rowcount = -1 if changed is None else changed
+        # No execution as psycopg does it may go on with the transformer: it has no connection.
+        conn, self._last_query = self._conn, None
+        reader = conn.readers.get(name)
+        if reader is None or not reader.read(result, self, conn.pgconn):
+            reader = self._new_reader(result, name)
         factory = self._row_factory
-        if factory is not make_rows or not name:
+        if reader is None:
             self._make_row = factory(self)
-        elif maker := conn.makers.get(name):
-            self._make_row = maker
+            return
+        self._tx = reader.tx
+        if factory is not make_rows:
+            self._make_row = factory(self)
         else:
-            if len(conn.makers) >= MOST_MAKERS:
-                conn.makers.clear()
-            self._make_row = conn.makers[name] = factory(self)
+            self._make_row = reader.make_row = reader.make_row or factory(self)
+
+    def _new_reader(self, result: PGresult, name: bytes) -> Reader | None:
+        """Make what reads the results of a prepared statement; where that cannot be, read this one."""
+        conn = self._conn
+        reader = reader_for(self, result, self._adapters, conn.pgconn) if name else None
+        if reader is None:
+            self._tx = Transformer(Context(self._adapters, conn))
+            self._tx.set_pgresult(result)
+            return None
+        if len(conn.readers) >= MOST_READERS:
+            conn.readers.clear()
+        conn.readers[name] = reader
+        return reader
 
     def _may_resend(self, query: Any) -> bool:
         """Return whether the server executes the statement as a whole or not at all, in one transaction."""

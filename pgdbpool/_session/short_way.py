@@ -6,25 +6,31 @@ goes before it, the wait for its answer, losses and errors. In any doubt, and so
 the statement is left to psycopg's own conversion, before anything is sent.
 
 It uses psycopg's private `_query2pg`, `AdaptersMap._dumpers`, `_dumpers_by_oid`, `_loaders` and
-`TypesRegistry._registry`, for which its minor version is pinned.
+`TypesRegistry._registry`, and the order of the parameters of `Transformer.set_pgresult` in C, for which its
+minor version is pinned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from weakref import ref
 
 import psycopg
 from psycopg._queries import _query2pg
-from psycopg.adapt import AdaptersMap, Dumper, PyFormat
+from psycopg.adapt import AdaptersMap, Dumper, PyFormat, Transformer
 
 from .statement_shape import StatementTraits, code_of, shape
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGconn, PGresult
 
 LONGEST = 4096
 """Characters of the longest text that is kept: a longer one holds its data, and hardly comes again."""
 MOST_PLANS = 2048
-MOST_MAKERS = 512
+MOST_READERS = 512
 _DRIVERS = ("psycopg", "psycopg_binary", "psycopg_c")
 
 
@@ -140,3 +146,77 @@ def _alike(one: AdaptersMap, other: AdaptersMap) -> bool:
         and one._dumpers_by_oid == other._dumpers_by_oid
         and one.types._registry is other.types._registry
     )
+
+
+class Context(NamedTuple):
+    """What psycopg's adaptation asks of a cursor; a cursor itself would hand its connection out."""
+
+    adapters: AdaptersMap
+    connection: Any
+
+
+class _Session(NamedTuple):
+    """What psycopg's loaders ask of a connection, which itself would be in a cycle; see `_Shared`."""
+
+    pgconn: PGconn
+
+
+_TEXT = psycopg.pq.Format.TEXT
+_IN_C = psycopg.pq.__impl__ != "python"
+Styles = tuple[bytes | None, ...]
+_STYLES = (b"TimeZone", b"DateStyle", b"IntervalStyle")
+"""Settings that a loader of `_STYLED` looks at once, when it is made."""
+_STYLED = {"DateLoader", "IntervalLoader", "TimestampLoader", "TimestamptzLoader"}
+_LASTING = _STYLED | {
+    "BoolLoader", "FloatLoader", "IntLoader", "JsonLoader", "JsonbLoader", "NumericLoader", "TextLoader",
+    "TimeLoader", "TimetzLoader", "UUIDLoader",
+}  # fmt: skip
+"""Loaders of psycopg that may serve one result after another in a session in UTF8."""
+
+
+class Reader:
+    """What reads the results of a prepared statement, whose columns cannot change, for one cursor at a time.
+
+    Finding the loaders of the columns anew is a tenth of what a statement costs at the client. A cursor that
+    has it and dies leaves it without a result, in one step of C, and so free for the next cursor.
+    """
+
+    __slots__ = ("make_row", "release", "styles", "tx", "user")
+
+    def __init__(self, context: Context, styles: Styles | None, result: PGresult, cursor: Any) -> None:
+        self.styles, self.tx = styles, Transformer(context)
+        self.tx.set_pgresult(result)
+        self.release = partial(self.tx.set_pgresult, None, False)  # type: ignore[call-arg]
+        self.user = ref(cursor, self.release)
+        self.make_row: Any = None
+        """Makes its rows, if the row factory is the package's own."""
+
+    def read(self, result: PGresult, cursor: Any, pgconn: PGconn) -> bool:
+        """Take a result for the cursor; return False if another one has the reader, or the styles differ."""
+        if self.tx.pgresult is not None and self.user() is not cursor:
+            return False
+        if self.styles is not None and self.styles != _styles(pgconn):
+            return False
+        self.tx.set_pgresult(result, False)  # type: ignore[call-arg]
+        self.user = ref(cursor, self.release)
+        return True
+
+
+def _styles(pgconn: PGconn) -> Styles:
+    return tuple(map(pgconn.parameter_status, _STYLES))
+
+
+def reader_for(cursor: Any, result: PGresult, adapters: AdaptersMap, pgconn: PGconn) -> Reader | None:
+    """Return a reader that has the cursor's result; None if a loader may not serve the next one."""
+    if not _IN_C:
+        return None
+    names = set()
+    for column in range(result.nfields):
+        loader = adapters.get_loader(result.ftype(column), _TEXT) or adapters.get_loader(0, _TEXT)
+        if loader is None or loader.__module__.partition(".")[0] not in _DRIVERS:
+            return None
+        names.add(loader.__name__)
+    if not names <= _LASTING:
+        return None
+    styles = _styles(pgconn) if names & _STYLED else None
+    return Reader(Context(adapters, _Session(pgconn)), styles, result, cursor)

@@ -8,7 +8,7 @@ from functools import partial
 from math import inf
 from threading import Lock, RLock, get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 import psycopg
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .._servers.endpoint import Endpoint
     from .._servers.positions import Facts
     from .block import Block
+    from .short_way import Reader
     from .slot import Slot
 
 OUTSIDE = "this connection is back in its pool: use it inside its `with Handler(...)` block only"
@@ -51,13 +52,6 @@ class Keeper(Protocol):
         """Count a guard."""
 
 
-class Context(NamedTuple):
-    """What psycopg's adaptation asks of a cursor; a cursor itself would hand its connection out."""
-
-    adapters: AdaptersMap
-    connection: Any
-
-
 class ConnectionState(psycopg.Connection[Any]):
     """A psycopg connection with the state that its group, its block and its threads share."""
 
@@ -66,10 +60,11 @@ class ConnectionState(psycopg.Connection[Any]):
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
         "client_encoding", "crossed", "dumps", "ended_by_server", "ending", "endpoint", "expires_at",
-        "follows", "guarding", "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated",
-        "own_handlers", "owner", "patience", "plain", "poll", "proven", "reads", "replacing", "riding",
-        "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed", "syncs", "taken_away",
-        "telling", "touched", "turn", "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
+        "follows", "guarding", "handed_out", "holder", "lent", "local", "named", "not_replicated",
+        "own_handlers", "owner", "patience", "plain", "poll", "proven", "readers", "reads", "replacing",
+        "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed", "syncs",
+        "taken_away", "telling", "touched", "turn", "until", "unusable", "used_at", "uses",
+        "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -208,8 +203,8 @@ class ConnectionState(psycopg.Connection[Any]):
     speaks_utf8: bool
     dumps: Transformer | None
     """What adapts the parameters of known statements, unless that takes one of each statement's own."""
-    makers: dict[bytes, Any]
-    """What makes the rows of a prepared statement, by its name: their columns cannot change."""
+    readers: dict[bytes, Reader]
+    """What reads the results of prepared statements, by their names."""
     plain: bool
     """Whether the connection adds nothing to a block's BEGIN or settings."""
     _pool: Any = None  # defined, so that psycopg does not warn when an open connection is garbage-collected
@@ -229,7 +224,7 @@ class ConnectionState(psycopg.Connection[Any]):
         self.proven, self.syncs = None, 0
         self.local = ()
         self.patience = self.until = self.adapters_shared = self.dumps = None
-        self.makers = {}
+        self.readers = {}
         self.speaks_utf8 = self.plain = self.by_itself = True
         self.shown, self.own_handlers = (), ((), ())
         self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0

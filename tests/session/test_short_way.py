@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.adapt import Loader
 from psycopg.rows import dict_row, tuple_row
 from psycopg.types.json import Json, Jsonb
 from psycopg.types.range import Range
@@ -354,6 +355,77 @@ def test_parameters_classes_are_not_kept_for_ever(start: Callable[..., None]) ->
         del made
     gc.collect()
     assert sum(made() is not None for made in kept) < 300
+
+
+@pytest.mark.parametrize("factory", [None, tuple_row, dict_row])
+def test_results_of_one_statement_that_are_held_at_once_stay_apart(
+    start: Callable[..., None], taken: list[bool], factory: Any
+) -> None:
+    start()
+    with Handler("auto") as db:
+
+        def asked(number: int) -> Any:
+            return db.cursor(row_factory=factory).execute(
+                "SELECT g, g::text FROM generate_series(%s, 9) g", (number,)
+            )
+
+        for _ in range(6):
+            asked(9)
+        held = [asked(number) for number in range(10)]
+        again = held[4].execute("SELECT g, g::text FROM generate_series(%s, 9) g", (7,))
+        assert [len(cursor.fetchall()) for cursor in held] == [10, 9, 8, 7, 3, 5, 4, 3, 2, 1]
+        assert again.fetchone() is None
+        del held, again
+        gc.collect()
+        assert len(asked(8).fetchall()) == 2
+        assert taken[-12:] == [True] * 12
+
+
+def test_a_result_is_freed_with_its_cursor(start: Callable[..., None], taken: list[bool]) -> None:
+    start()
+    with Handler("auto") as db:
+        for _ in range(8):
+            assert len(db.query("SELECT 1 FROM generate_series(1, 100)").fetchall()) == 100
+        (reader,) = db._live().readers.values()
+        assert taken[-1]
+        assert reader.tx.pgresult is None
+        cursor = db.query("SELECT 1 FROM generate_series(1, 100)")
+        assert reader.tx.pgresult is cursor.pgresult
+
+
+def test_a_time_is_read_in_the_time_zone_of_now(start: Callable[..., None], taken: list[bool]) -> None:
+    start()
+    with Handler("auto") as db:
+
+        def offset() -> Any:
+            return db.fetchval("SELECT now() WHERE %s = 1", (1,)).utcoffset()
+
+        for _ in range(8):
+            assert offset() == dt.timedelta(0)
+        db.query("SELECT pg_catalog.set_config('TimeZone', 'Asia/Tokyo', false)")
+        assert [offset(), offset()] == [dt.timedelta(hours=9)] * 2
+        db.query("SET TimeZone = 'UTC'")
+        assert offset() == dt.timedelta(0)
+        assert taken[-1]
+
+
+def test_a_loader_registered_late_is_used(start: Callable[..., None], taken: list[bool]) -> None:
+    class Shouting(Loader):
+        def load(self, data: Any) -> str:
+            return bytes(data).decode().upper()
+
+    start()
+    with Handler("auto") as db:
+        for _ in range(8):
+            assert db.fetchval("SELECT %s::text", ("a",)) == "a"
+        cursor = db.query("SELECT %s::text", ("a",))
+        cursor.adapters.register_loader("text", Shouting)
+        assert cursor.fetchone() == ("A",)
+        assert db.fetchval("SELECT %s::text", ("a",)) == "a"
+        db.connection.adapters.register_loader("text", Shouting)
+        assert db.fetchval("SELECT %s::text", ("a",)) == "A"
+    with Handler("auto") as db:
+        assert db.fetchval("SELECT %s::text", ("a",)) == "a"
 
 
 @pytest.mark.parametrize("name", ["auto", "manual"])
