@@ -129,7 +129,7 @@ class Handler(Queries):
             caller = tracing.caller_of(caller)
         binding = group.bind(self._tenant, self._override, self._settings)
         block = Block(group.manual, binding, (caller.f_code, caller.f_lasti), self._high)
-        if special.in_use:
+        if special.in_use and (tracing.in_use or freshness.in_use):
             frame = caller if group.config.leak_stack else None
             begin_special(block, frame, getattr(self, "_correlation_id", None), getattr(self, "_after", None))
         if group.limiter is not None:

@@ -13,12 +13,12 @@ from .._request import freshness, special
 from .._session import describe, outcome
 from .._session.block import Block, guard, is_high
 from .._session.commands import IDLE
-from .._session.cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with
+from .._session.cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with, plain_row
 from .._session.riding import checked_parameters
 from .._session.statement_shape import shape
 from .._util.token import Token
 from ..errors import DBQueryError, Error, ResultError, one_line
-from .queries import all_rows, command_tag, first_row, plain_row, resends, rows_of_all, value_in
+from .queries import all_rows, command_tag, first_row, resends, rows_of_all, value_in
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, QueryNoTemplate
@@ -228,10 +228,11 @@ class _OneShot:
         return cursor
 
     def _cursor(self, statement: Any, params: Any) -> BlockCursor:
-        what = shape(statement, self.conn)
-        if self.block.manual and commits_with(what):
-            return CommittingCursor(self.conn)
-        return (BlockClientCursor if params is not None and what.number > 1 else BlockCursor)(self.conn)
+        conn = self.conn
+        if self.block.manual and commits_with(shape(statement, conn)):
+            return CommittingCursor(conn)
+        several = params is not None and (not isinstance(statement, str) or ";" in statement)
+        return (BlockClientCursor if several and shape(statement, conn).number > 1 else BlockCursor)(conn)
 
     def _replace(self) -> None:
         """Begin again, on another connection if this one is lost: the statement had no effect."""

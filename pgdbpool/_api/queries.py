@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import psycopg
 
-from .._session import rows
-from .._session.cursors import BlockCursor, has_rows
+from .._session.cursors import BlockCursor, has_rows, plain_row
 from ..errors import DBQueryError, QueryDeadlineError, StaleReadError
 from .copy import Copying
 
@@ -218,16 +217,6 @@ def first_row(cursor: psycopg.Cursor[Any], row_factory: RowFactory[T] | None) ->
 def first_value(cursor: psycopg.Cursor[Any], column: int | str) -> Any:
     """Return a value of the first row of the last statement's result, or None."""
     return value_in(plain_row(cursor), column)
-
-
-def plain_row(cursor: psycopg.Cursor[Any]) -> Row | None:
-    """Return the first row of the last statement's result, or None, whatever the row factory."""
-    if not has_rows(cursor):
-        return None
-    if cursor.row_factory is not rows.row:
-        cursor.row_factory = rows.row  # which looks for the columns' names
-    row: Row | None = cursor.fetchone()
-    return row
 
 
 def value_in(row: Row | None, column: int | str) -> Any:

@@ -164,13 +164,14 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
 
     def _pop(self) -> PooledConnection | None:
         """Take an idle connection, if there is one."""
+        idle = self._pool
         try:
-            conn = self._pool.popleft()
+            conn = idle.popleft()
         except IndexError:
             return None
         self.taken += 1
-        if len(self._pool) < self._nconns_min:  # psycopg_pool shrinks by this number
-            self._nconns_min = len(self._pool)
+        if (left := len(idle)) < self._nconns_min:  # psycopg_pool shrinks by this number
+            self._nconns_min = left
         return conn
 
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:

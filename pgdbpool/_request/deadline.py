@@ -41,12 +41,15 @@ def set_current(seconds: float) -> None:
 
 def time_left() -> float | None:
     """Return the seconds left until the current deadline, negative after it; None without a deadline."""
-    at = current(_current)
-    return None if at is None else at - monotonic()
+    binding = _current.get()
+    if binding is None or binding.over:
+        at = current(_current)
+        return None if at is None else at - monotonic()
+    return binding.value - monotonic()
 
 
-def check(group: str = "") -> None:
-    """Refuse to begin anything after the deadline.
+def check(group: str = "") -> float | None:
+    """Refuse to begin anything after the deadline; return the seconds left, or None without a deadline.
 
     :raises DeadlineExceeded: the deadline has passed.
     """
@@ -57,6 +60,7 @@ def check(group: str = "") -> None:
             "or less to do",
             group=group,
         )
+    return left
 
 
 def earlier(at: float, group: str = "") -> float:
@@ -73,7 +77,8 @@ def _earlier(seconds: float) -> float:
     global in_use
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
         raise ValueError(f"a deadline is a number of seconds, not {seconds!r}")
-    in_use = True
-    special.use()
+    if not in_use:
+        in_use = True
+        special.use()
     at, outer = monotonic() + seconds, current(_current)
     return at if outer is None else min(at, outer)

@@ -1,7 +1,7 @@
 """The cursors of a block: they send its preamble with their statements, and end with it.
 
-`has_rows` uses psycopg's private `Cursor._fetch_pipeline` and `_results`, for which its minor version is
-pinned.
+`has_rows` and `plain_row` use psycopg's private `Cursor._fetch_pipeline`, `_results`, `_tx`, `_make_row` and
+`_row_factory`, for which its minor version is pinned.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from .. import errors
 from .._request import deadline as deadlines
 from .._request import freshness, special
 from . import outcome
-from .commands import ACTIVE, COMMIT, EMPTY, IDLE, NOTHING, Command
+from .commands import ACTIVE, COMMIT, EMPTY, IDLE, NOTHING, TUPLES_OK, Command
 from .connection import PooledConnection
 from .riding import RidingCursor, checked_parameters, gone
+from .rows import Row
+from .rows import row as make_rows
 from .short_way import Plan, plans
 from .statement_shape import StatementTraits, shape
 from .statement_text import comment_on
@@ -77,7 +79,7 @@ class BlockCursor(RidingCursor):
                 if what.uncommon or conn._pipeline:
                     self._execute_uncommon(what, preamble, autocommit, query, params, prepare, binary)
                 else:
-                    self._ride(preamble, query, params, prepare, binary, plan=plan)
+                    self._ride(preamble, query, params, prepare, binary, plan)
                     if first:
                         conn.bound = conn.pgconn.transaction_status != IDLE
                 if what.changes and (autocommit or conn.wrapped) and not what.controls:
@@ -194,8 +196,7 @@ class BlockCursor(RidingCursor):
     ) -> tuple[Command, ...]:
         """Add to the preamble what a deadline and `annotate` bind, if the statement can ride with it."""
         conn = self._conn
-        if deadlines.in_use:
-            deadlines.check()
+        left = deadlines.check() if deadlines.in_use else None
         if what.ends or conn.pgconn.transaction_status == IDLE:
             conn.limited = conn.annotated = False
         if (
@@ -204,7 +205,7 @@ class BlockCursor(RidingCursor):
         ):  # fmt: skip
             return preamble
         if deadlines.in_use:
-            preamble = conn.limit(preamble)
+            preamble = conn.limit(preamble, left)
         if conn.annotates:
             preamble = conn.annotate(preamble)
         return self._to_tell(preamble, autocommit) if freshness.in_use else preamble
@@ -291,8 +292,8 @@ class BlockCursor(RidingCursor):
             return
         first = preamble = conn.preamble(block) if sets else NOTHING
         if deadlines.in_use:
-            deadlines.check()
-            preamble = conn.limit(preamble) if sets else NOTHING
+            left = deadlines.check()
+            preamble = conn.limit(preamble, left) if sets else NOTHING
         if conn.annotates and sets:
             preamble = conn.annotate(preamble)
         if freshness.in_use and sets:
@@ -409,12 +410,12 @@ class CommittingCursor(BlockCursor):
         params: Any,
         prepare: bool | None,
         binary: bool | None,
+        plan: Plan | None = None,
         many: tuple[Sequence[Any], bool] | None = None,
         again: bool = False,
-        plan: Plan | None = None,
     ) -> None:
         with self._conn.waiting_for(2):  # for the COMMIT as well
-            super()._ride(preamble, query, params, prepare, binary, many, again, plan)
+            super()._ride(preamble, query, params, prepare, binary, plan, many, again)
 
     @contextmanager
     def _committing(self) -> Iterator[None]:
@@ -437,6 +438,21 @@ class CommittingCursor(BlockCursor):
 def commits_with(what: StatementTraits) -> bool:
     """Return whether a COMMIT can ride with the statement."""
     return what.number == 1 and not (what.alone or what.controls)
+
+
+def plain_row(cursor: psycopg.Cursor[Any]) -> Row | None:
+    """Return the first row of the last statement's result, or None, whatever the row factory."""
+    result = cursor.pgresult
+    if result is not None and result.status == TUPLES_OK and len(cursor._results) == 1:
+        if not result.ntuples:
+            return None
+        own = cursor._row_factory is make_rows
+        return cursor._tx.load_row(0, cursor._make_row if own else make_rows(cursor))  # type: ignore[no-any-return]
+    if not has_rows(cursor):
+        return None
+    cursor.row_factory = make_rows
+    row: Row | None = cursor.fetchone()
+    return row
 
 
 def has_rows(cursor: psycopg.Cursor[Any]) -> bool:

@@ -99,10 +99,18 @@ class ExchangingConnection(RequestConnection):
         """
         if self.unusable:
             self._refuse_use()
-        pgconn = self.pgconn
+        pgconn, late = self.pgconn, 0.0
         results: list[PGresult] = []
         try:
-            self._take_results(results)
+            deadline = self._await_first(1)
+            while True:
+                if pgconn.is_busy():
+                    late = self._await_answer(deadline, late)
+                if (result := pgconn.get_result()) is None:
+                    break
+                results.append(result)
+                if result.status in _COPYING:  # whose end is not waited for
+                    break
         except BaseException as error:
             if not self._is_lost_after(results, error, began_in):
                 raise
@@ -120,28 +128,6 @@ class ExchangingConnection(RequestConnection):
         except BaseException as interruption:
             self.stop_unwaited(interruption, began_in)
             raise
-
-    def _take_results(self, results: list[PGresult]) -> None:
-        """Take the results of a statement that was sent alone; of a COPY, only the first."""
-        pgconn, patience = self.pgconn, self.patience
-        if deadlines.in_use or self.until is not None:
-            patience = self._within_deadline(patience)
-        deadline = None if patience is None else monotonic() + patience
-        late = 0.0
-        if pgconn.flush():
-            deadline = self._flush(deadline, 1)
-        elif self.wait_readable(None if patience is None else patience * 1000 if patience > 0 else 0):
-            pgconn.consume_input()  # nothing was read before, and mostly this is all
-        else:
-            raise self._unanswered()
-        while True:
-            if pgconn.is_busy():
-                late = self._await_answer(deadline, late)
-            if (result := pgconn.get_result()) is None:
-                return
-            results.append(result)
-            if result.status > TUPLES_OK and result.status in _COPYING:
-                return
 
     def _is_lost_after(self, results: list[PGresult], error: BaseException, status: int) -> bool:
         """Return whether libpq found the connection lost after the server's word that it ends the session.
@@ -186,21 +172,12 @@ class ExchangingConnection(RequestConnection):
             if self.telling and send is not None:
                 return self._exchange_and_tell(commands, send, after, many)
             commands = self._before_sending(commands)
-        began_in, patience = pgconn.transaction_status, self.patience
-        bounded = many > 1 or deadlines.in_use or self.until is not None
-        patience = self._patience_for(many) if bounded else patience
-        deadline = None if patience is None else monotonic() + patience
+        began_in = pgconn.transaction_status
         cleaning = len(self.cleaning) if self.stale else 0
         outcomes: list[list[PGresult]] = []
         try:
             before = self._send_all(commands, send, after)
-            if pgconn.flush():
-                deadline = self._flush(deadline, many)
-            elif self.wait_readable(None if patience is None else patience * 1000 if patience > 0 else 0):
-                pgconn.consume_input()
-            else:
-                raise self._unanswered()
-            if not self._take_answers(outcomes, deadline, many, cleaning):
+            if not self._take_answers(outcomes, self._await_first(many), many, cleaning):
                 return outcomes[-1:]
             pgconn.exit_pipeline_mode()
         except BaseException as error:
@@ -266,8 +243,8 @@ class ExchangingConnection(RequestConnection):
         for sql, values in commands:
             if values is None:
                 pgconn.send_query_params(sql, None)
-            elif sql in known:
-                pgconn.send_query_prepared(known[sql], values)
+            elif (name := known.get(sql)) is not None:
+                pgconn.send_query_prepared(name, values)
             else:
                 before += self._send_bound(sql, values)
         if send is not None:
@@ -289,30 +266,39 @@ class ExchangingConnection(RequestConnection):
         :returns: False if a COPY is under way, which the caller refuses: there is no end to wait for.
         """
         pgconn, late = self.pgconn, 0.0
-        current: list[PGresult] = []
-        outcomes.append(current)
         while True:
             if pgconn.is_busy():
                 late = self._await_answer(deadline, late)
-            if (result := pgconn.get_result()) is None:  # the end of a command's results
-                if not current and pgconn.status == BAD:
+            if (result := pgconn.get_result()) is None:
+                if pgconn.status == BAD:
                     raise psycopg.OperationalError("the connection is lost")
-                if cleaning and len(outcomes) == cleaning:
-                    self._forget_notifications()
-                outcomes.append(current := [])
-                deadline = self._deadline(many) if many > 1 else deadline
-            elif (status := result.status) <= TUPLES_OK:
-                current.append(result)
-            elif status == _SYNC:
-                if self.syncs:
-                    self.syncs -= 1  # what follows has a Sync of its own
-                    continue
-                del outcomes[-1]  # nothing came after the last command's
-                return True
-            else:
-                current.append(result)
-                if status in _COPYING:
-                    return False
+                continue
+            if (status := result.status) == _SYNC:
+                if not self.syncs:
+                    return True
+                self.syncs -= 1  # what follows has a Sync of its own
+                continue
+            outcomes.append(answer := [result])
+            if status in _COPYING:
+                return False
+            while (result := pgconn.get_result()) is not None:  # in a pipeline, its end comes with an answer
+                answer.append(result)
+            if cleaning and len(outcomes) == cleaning:
+                self._forget_notifications()
+            deadline = self._deadline(many) if many > 1 else deadline
+
+    def _await_first(self, many: int) -> float | None:
+        """Read what the server sends first; return until when to wait for more."""
+        pgconn, patience = self.pgconn, self.patience
+        if many > 1 or deadlines.in_use or self.until is not None:
+            patience = self._patience_for(many)
+        deadline = None if patience is None else monotonic() + patience
+        if pgconn.flush():
+            return self._flush(deadline, many)
+        if not self.wait_readable(None if patience is None else patience * 1000 if patience > 0 else 0):
+            raise self._unanswered()
+        pgconn.consume_input()  # nothing was read before, and mostly this is all
+        return deadline
 
     def _await_answer(self, deadline: float | None, late: float) -> float:
         """Read what the server sends until an answer is there, at most to the deadline.

@@ -205,8 +205,9 @@ class LiveConnection(CleanedConnection):
         rest = deadlines.time_left()
         if rest is None or self.block is None:  # opening a connection has a bound that knows of it
             return patience
-        rest = max(rest, bounds.CLIENT_GRACE if self.ending else 0.0)
-        return rest if patience is None else min(patience, rest)
+        if (least := bounds.CLIENT_GRACE if self.ending else 0.0) > rest:
+            rest = least
+        return rest if patience is None or rest < patience else patience
 
     def _unanswered(self, status: int = IDLE) -> errors.QueryDeadlineError:
         self.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .._request import correlation as tracing
-from .._request import deadline as deadlines
 from .._util import bounds
 from .commands import IDLE, INTRANS, Command, set_local
 from .guarding import GuardedConnection
@@ -12,15 +11,14 @@ from .guarding import GuardedConnection
 class RequestConnection(GuardedConnection):
     """A connection that binds the settings of the current request."""
 
-    def limit(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
-        """Add the statement_timeout that the current deadline leaves to what goes before a statement.
+    def limit(self, preamble: tuple[Command, ...], left: float | None) -> tuple[Command, ...]:
+        """Add to a statement's preamble the statement_timeout that the seconds left to the deadline allow.
 
         A little less than the remaining time: the server's answer must be there before the client gives up.
         """
         status = self.pgconn.transaction_status
         if status == IDLE:
             self.limited = False
-        left = deadlines.time_left()
         if self.own_timeout or status not in (IDLE, INTRANS):
             return preamble
         usual = None if self.patience is None else self.patience - bounds.CLIENT_GRACE

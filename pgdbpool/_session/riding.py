@@ -27,7 +27,7 @@ from .block import Block
 from .commands import NOTHING, TUPLES_OK, Command
 from .connection import PooledConnection
 from .rows import row as make_rows
-from .short_way import MOST_READERS, Context, Plan, Reader, reader_for, remember
+from .short_way import MOST_KEPT, Context, Plan, reader_for, remember
 from .state import OUTSIDE
 from .statement_shape import shape
 
@@ -46,7 +46,7 @@ _SHOULD, _YES, _NO = Prepare.SHOULD, Prepare.YES, Prepare.NO
 _TEXT = psycopg.pq.Format.TEXT
 _ENCODING, _UTF8 = b"client_encoding", b"UTF8"
 _COLUMNS = vars(_column)
-_new_query = PostgresQuery.__new__
+_new_query, _new_tuple = PostgresQuery.__new__, tuple.__new__
 ENDED = "this cursor belongs to a `with Handler(...)` block that has ended"
 
 
@@ -192,9 +192,9 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         params: Any,
         prepare: bool | None,
         binary: bool | None,
+        plan: Plan | None = None,
         many: tuple[Sequence[Any], bool] | None = None,
         again: bool = False,
-        plan: Plan | None = None,
     ) -> None:
         """Send the statement as psycopg sends it alone, after the preamble; the caller has the turn."""
         conn = self._conn
@@ -203,7 +203,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         try:
             if (
                 plan is not None and prepare is None and binary is None and self.known
-                and self._ride_known(plan, preamble, query, params)
+                and self._ride_known(plan, preamble, params)
             ):  # fmt: skip
                 return
             self._begin(query)
@@ -228,7 +228,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             conn.stop_unwaited(interruption)
             raise
         if first is not None:
-            RidingCursor._ride(self, first, query, params, prepare, binary, many, again=True)
+            RidingCursor._ride(self, first, query, params, prepare, binary, None, many, again=True)
             return
         self._last_query = query
         if plan is None and many is None and (name or conn._prepared.prepare_threshold is None):
@@ -236,10 +236,9 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         if conn._prepared._to_flush:
             conn.wait(conn._prepared.maintain_gen(conn))
 
-    def _ride_known(self, plan: Plan, preamble: Sequence[Command], query: str, params: Any) -> bool:
+    def _ride_known(self, plan: Plan, preamble: Sequence[Command], params: Any) -> bool:
         """Send a known statement; return False, with nothing sent, if psycopg has to convert it."""
-        conn = self._conn
-        prepared, pgconn, adapters = conn._prepared, conn.pgconn, self._adapters
+        conn, pgconn, adapters = self._conn, self._pgconn, self._adapters
         utf8 = pgconn.parameter_status(_ENCODING) == _UTF8
         readable = utf8 or (params is None and plan.ascii)
         if adapters is not conn.adapters_shared or self._closed or not readable:
@@ -247,8 +246,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         values = formats = None
         key: tuple[bytes, tuple[int, ...]] = plan.bare
         if params is not None:
-            fits = plan.names is None and type(params) is tuple and len(params) == plan.count
-            given = params if fits else plan.values(params)
+            given = params if type(params) is tuple and len(params) == plan.places else plan.values(params)
             if given is None:
                 return False
             tx = conn.dumps or Transformer(Context(adapters, conn))
@@ -257,6 +255,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             except Exception:  # noqa: BLE001 - psycopg refuses it too, or adapts it by the session's state
                 return False
             key, formats = (plan.query, tx.types or ()), tx.formats
+        prepared = conn._prepared
         name = prepared._names.get(key) if prepared.prepare_threshold is not None else b""
         if name is None:
             return False
@@ -301,43 +300,48 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
 
         :param name: of the prepared statement, if its reader may be used.
         """
-        if len(answer) != 1 or answer[0].status > TUPLES_OK:
-            self._check_results(answer)  # raises, unless a COPY or an empty statement
+        if len(answer) != 1:
+            self._check_results(answer)
         result = answer[0]
-        self._results, self._pos, self._iresult, self.pgresult = answer, 0, 0, result
+        if (status := result.status) > TUPLES_OK:
+            self._check_results(answer)  # raises, unless a COPY or an empty statement
+        self._results, self.pgresult = answer, result
         self._execmany_returning, self._statusmessage = None, result.command_status
-        if result.status == TUPLES_OK:
+        self._last_query = None  # no later execution may go on with the reader's transformer
+        conn, factory = self._conn, self._row_factory
+        if status == TUPLES_OK:
             self._rowcount = result.ntuples
+            if (reader := conn.readers.get(name)) and reader.read(result, self, self._pgconn):
+                self._tx = reader.tx
+            else:
+                self._read_anew(result, name)
         else:
             changed = result.command_tuples
             self._rowcount = -1 if changed is None else changed
-        # No execution as psycopg does it may go on with the transformer: it has no connection.
-        conn, self._last_query = self._conn, None
-        reader = conn.readers.get(name)
-        if reader is None or not reader.read(result, self, conn.pgconn):
-            reader = self._new_reader(result, name)
-        factory = self._row_factory
-        if reader is None:
+            self._read_anew(result, b"")
+        if factory is not make_rows or not name:
             self._make_row = factory(self)
-            return
-        self._tx = reader.tx
-        if factory is not make_rows:
-            self._make_row = factory(self)
+        elif maker := conn.makers.get(name):
+            self._make_row = maker
         else:
-            self._make_row = reader.make_row = reader.make_row or factory(self)
+            if len(conn.makers) >= MOST_KEPT:
+                conn.makers.clear()
+            self._make_row = conn.makers[name] = factory(self)
 
-    def _new_reader(self, result: PGresult, name: bytes) -> Reader | None:
-        """Make what reads the results of a prepared statement; where that cannot be, read this one."""
-        conn = self._conn
-        reader = reader_for(self, result, self._adapters, conn.pgconn) if name else None
-        if reader is None:
-            self._tx = Transformer(Context(self._adapters, conn))
-            self._tx.set_pgresult(result)
-            return None
-        if len(conn.readers) >= MOST_READERS:
-            conn.readers.clear()
-        conn.readers[name] = reader
-        return reader
+    def _read_anew(self, result: PGresult, name: bytes) -> None:
+        """Find what reads a result, and keep it for a prepared statement that comes again."""
+        readers = self._conn.readers
+        if name and name not in readers:
+            if len(readers) >= MOST_KEPT:
+                readers.clear()
+            readers[name] = None
+        elif name and readers[name] is not False:
+            readers[name] = reader = reader_for(self, result, self._adapters, self._pgconn)
+            if reader:
+                self._tx = reader.tx
+                return
+        self._tx = Transformer(_new_tuple(Context, (self._adapters, self._conn)))
+        self._tx.set_pgresult(result)
 
     def _may_resend(self, query: Any) -> bool:
         """Return whether the server executes the statement as a whole or not at all, in one transaction."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 from weakref import ref
 
 import psycopg
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 LONGEST = 4096
 """Characters of the longest text that is kept: a longer one holds its data, and hardly comes again."""
 MOST_PLANS = 2048
-MOST_READERS = 512
+MOST_KEPT = 512
 _DRIVERS = ("psycopg", "psycopg_binary", "psycopg_c")
 
 
 class Plan:
     """A statement's traits, and its text as psycopg sends it."""
 
-    __slots__ = ("ascii", "bare", "count", "formats", "names", "query", "what")
+    __slots__ = ("ascii", "bare", "formats", "names", "places", "query", "what")
 
     def __init__(self, text: str, what: StatementTraits) -> None:
         self.what = what
@@ -45,19 +45,19 @@ class Plan:
         """Whether it has the same bytes in every encoding of a session."""
         self.bare = text.encode(), ()
         """Its key among psycopg's prepared statements if it is executed without parameters."""
-        self.query, self.formats, self.count = b"", list[PyFormat](), -1
-        """What psycopg makes of it for parameters, and the number of its placeholders."""
+        self.query, self.formats, self.places = b"", list[PyFormat](), -1
+        """What psycopg makes of it for parameters, and the number of its placeholders, if without names."""
         self.names: list[str] | None = None
         """The names of the placeholders, if they have names."""
         with suppress(psycopg.Error):  # `%` in a text without parameters
             self.query, self.formats, self.names, parts = _query2pg(self.bare[0], "utf-8")
-            self.count = len(parts) - 1
+            self.places = len(parts) - 1 if self.names is None else -1
 
     def values(self, params: Any) -> Sequence[Any] | None:
         """Return the parameters in the order of their placeholders; None if they may not fit."""
         names, kind = self.names, type(params)
         if names is None:
-            return params if (kind is tuple or kind is list) and len(params) == self.count else None
+            return params if (kind is tuple or kind is list) and len(params) == self.places else None
         if kind is not dict:
             return None
         try:
@@ -181,15 +181,13 @@ class Reader:
     has it and dies leaves it without a result, in one step of C, and so free for the next cursor.
     """
 
-    __slots__ = ("make_row", "release", "styles", "tx", "user")
+    __slots__ = ("release", "styles", "tx", "user")
 
     def __init__(self, context: Context, styles: Styles | None, result: PGresult, cursor: Any) -> None:
         self.styles, self.tx = styles, Transformer(context)
         self.tx.set_pgresult(result)
         self.release = partial(self.tx.set_pgresult, None, False)  # type: ignore[call-arg]
         self.user = ref(cursor, self.release)
-        self.make_row: Any = None
-        """Makes its rows, if the row factory is the package's own."""
 
     def read(self, result: PGresult, cursor: Any, pgconn: PGconn) -> bool:
         """Take a result for the cursor; return False if another one has the reader, or the styles differ."""
@@ -206,17 +204,19 @@ def _styles(pgconn: PGconn) -> Styles:
     return tuple(map(pgconn.parameter_status, _STYLES))
 
 
-def reader_for(cursor: Any, result: PGresult, adapters: AdaptersMap, pgconn: PGconn) -> Reader | None:
-    """Return a reader that has the cursor's result; None if a loader may not serve the next one."""
+def reader_for(
+    cursor: Any, result: PGresult, adapters: AdaptersMap, pgconn: PGconn
+) -> Reader | Literal[False]:
+    """Return a reader that has the cursor's result; False if a loader may not serve the next one."""
     if not _IN_C:
-        return None
+        return False
     names = set()
     for column in range(result.nfields):
         loader = adapters.get_loader(result.ftype(column), _TEXT) or adapters.get_loader(0, _TEXT)
         if loader is None or loader.__module__.partition(".")[0] not in _DRIVERS:
-            return None
+            return False
         names.add(loader.__name__)
     if not names <= _LASTING:
-        return None
+        return False
     styles = _styles(pgconn) if names & _STYLED else None
     return Reader(Context(adapters, _Session(pgconn)), styles, result, cursor)

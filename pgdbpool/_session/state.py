@@ -8,7 +8,7 @@ from functools import partial
 from math import inf
 from threading import Lock, RLock, get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import ref
 
 import psycopg
@@ -60,7 +60,7 @@ class ConnectionState(psycopg.Connection[Any]):
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
         "client_encoding", "crossed", "dumps", "ended_by_server", "ending", "endpoint", "expires_at",
-        "follows", "guarding", "handed_out", "holder", "lent", "local", "named", "not_replicated",
+        "follows", "guarding", "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated",
         "own_handlers", "owner", "patience", "plain", "poll", "proven", "readers", "reads", "replacing",
         "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed", "syncs",
         "taken_away", "telling", "touched", "turn", "until", "unusable", "used_at", "uses",
@@ -203,8 +203,10 @@ class ConnectionState(psycopg.Connection[Any]):
     speaks_utf8: bool
     dumps: Transformer | None
     """What adapts the parameters of known statements, unless that takes one of each statement's own."""
-    readers: dict[bytes, Reader]
-    """What reads the results of prepared statements, by their names."""
+    readers: dict[bytes, Reader | Literal[False] | None]
+    """What reads the results of a prepared statement, by name; None if it came once, False if none can."""
+    makers: dict[bytes, Any]
+    """What makes the rows of a prepared statement, by its name: their columns cannot change."""
     plain: bool
     """Whether the connection adds nothing to a block's BEGIN or settings."""
     _pool: Any = None  # defined, so that psycopg does not warn when an open connection is garbage-collected
@@ -224,7 +226,7 @@ class ConnectionState(psycopg.Connection[Any]):
         self.proven, self.syncs = None, 0
         self.local = ()
         self.patience = self.until = self.adapters_shared = self.dumps = None
-        self.readers = {}
+        self.readers, self.makers = {}, {}
         self.speaks_utf8 = self.plain = self.by_itself = True
         self.shown, self.own_handlers = (), ((), ())
         self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0

@@ -219,15 +219,14 @@ class TransactingConnection(TellingConnection):
         block = self.block
         if block is None:
             raise errors.BlockClosedError(OUTSIDE)
-        if deadlines.in_use:
-            deadlines.check()
+        left = deadlines.check() if deadlines.in_use else None
         if self._pipeline:
             return block, False, False
         autocommit = not block.manual and self.pgconn.transaction_status == IDLE
         wrap = bool(block.settings) and autocommit
         commands = self.begin_and_bind(block) if wrap else self.preamble(block)
         if commands and deadlines.in_use:
-            commands = self.limit(commands)
+            commands = self.limit(commands, left)
         if commands and self.annotates:
             commands = self.annotate(commands)
         if commands:

@@ -70,7 +70,10 @@ class Scope(ContextDecorator, Generic[T]):
             raise RuntimeError("this block has begun already: make one of its own for each `with`")
         variable = self._variable
         try:
-            binding = self._binding = Binding(self._value(), _live(variable))
+            value, hidden = self._value(), variable.get()
+            if hidden is not None and hidden.over:
+                hidden = _live(variable)
+            binding = self._binding = Binding(value, hidden)
             binding.watch = ref(self, partial(_end, variable, binding))
             variable.set(binding)
         except BaseException:
