@@ -318,7 +318,8 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         else:
             changed = result.command_tuples
             self._rowcount = -1 if changed is None else changed
-            self._read_anew(result, b"")
+            self._tx = Transformer(_new_tuple(Context, (self._adapters, conn)))
+            self._tx.set_pgresult(result)
         if factory is not make_rows or not name:
             self._make_row = factory(self)
         elif maker := conn.makers.get(name):
