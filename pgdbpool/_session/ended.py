@@ -8,7 +8,6 @@ block pays for it. A reference to libpq itself (`connection.pgconn`) is not guar
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 from threading import Lock, RLock
 from typing import Any, NoReturn
@@ -25,6 +24,7 @@ _CHOSEN = (
     "row_factory", "cursor_factory", "server_cursor_factory", "_adapters", "_isolation_level", "_read_only",
     "_deferrable", "_begin_statement", "_notice_handlers", "_notify_handlers",
 )  # fmt: skip
+_UNSET = object()
 _NOBODYS = pq.PGconn.connect_start(b"=")  # refused by libpq's parser: it never had a socket
 _NOBODYS.finish()
 
@@ -110,8 +110,8 @@ def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
     replacing = getattr(heir, "replacing", None)
     heir.__dict__ = {**conn.__dict__}  # not `update`: see `snapshot_attributes`
     for name in _kind(type(conn)).slots:
-        with suppress(AttributeError):  # not set yet
-            setattr(heir, name, getattr(conn, name))
+        if (value := getattr(conn, name, _UNSET)) is not _UNSET:
+            setattr(heir, name, value)
     heir.turn, heir.step, heir.handed_out = Lock(), None, False
     if replacing is not None:
         heir.replacing = replacing
