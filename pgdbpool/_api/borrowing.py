@@ -71,7 +71,13 @@ class Borrowing:
             stay.seen = freshness.Seen(after)
         if found.limiter is not None:
             found.admit(stay)
-        return keep(stay.take())
+        try:
+            return keep(stay.take())
+        except BaseException:  # interrupted: the caller has nothing that it could give back
+            for conn, block in found.held():
+                if block is stay:
+                    found.discard(conn, "interrupted")
+            raise
 
     @classmethod
     def putconn(cls, conn: Any) -> None:

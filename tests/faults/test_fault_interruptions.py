@@ -79,6 +79,26 @@ def test_an_interruption_at_any_point_of_a_block_leaves_the_counts_exact(
     measured("points at which a block was interrupted", point - 1, "", at_least=50)
 
 
+@pytest.mark.parametrize("group", ["auto", "manual", "tenants"])
+def test_an_interruption_at_any_point_of_getconn_leaves_the_counts_exact(
+    pools: None, group: str, measured: Any
+) -> None:
+    taken: list[Any] = []
+
+    def take() -> None:
+        taken.append(Connection.getconn(group, timeout=5))
+
+    point = 1
+    while interrupt_at(point, take):
+        for conn in taken:  # it has come to its borrower
+            Connection.putconn(conn)
+        taken.clear()
+        exact(group)
+        point += 1
+    Connection.putconn(taken.pop())
+    measured("points at which getconn was interrupted", point - 1, "", at_least=15)
+
+
 @pytest.mark.parametrize("end", ["COMMIT AND CHAIN", "ROLLBACK AND CHAIN"])
 @pytest.mark.parametrize("first", [True, False])
 def test_after_any_interruption_the_next_statement_has_the_tenant(
