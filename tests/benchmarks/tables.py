@@ -96,6 +96,11 @@ def _throughput(found: dict[str, Any]) -> Iterable[Table]:
         keys = ("rate", "p50", "p99", "failed")
         rows = [[kind, *(with_spread(one[key]) for key in keys)] for kind, one in found["example"].items()]
         yield Table("The example under gunicorn, two workers, eight clients", head, rows)
+    if found.get("web"):
+        columns = {OPERATIONS[name]: peers for name, peers in found["web"].items()}
+        rows = by_peer(columns, lambda one: f"{number(one['value']['median'])}, {with_spread(one['ratio'])}")
+        title = "One application under gunicorn: requests per second, and to psycopg_pool with check"
+        yield Table(title, ["", *columns], rows)
 
 
 def _bookkeeping(found: dict[str, Any]) -> Iterable[Table]:

@@ -61,6 +61,10 @@ def _share(peer: str) -> Callable[[Found], float | None]:
     return value
 
 
+def _web(peer: str) -> Callable[[Found], float | None]:
+    return lambda parts: median_of(parts["throughput"]["web"]["read"], peer, "ratio")
+
+
 def _growth(what: str, size: str) -> Callable[[Found], float | None]:
     def value(parts: Found) -> float | None:
         seen = parts["bookkeeping"]["growth"][what]
@@ -145,6 +149,10 @@ TARGETS = (
     Target(
         "unfairness", "slowest thread behind the fastest, same run", 10, False, "%",
         _share("pgdbpool"), _share("psycopg_pool-check"),
+    ),
+    Target(
+        "web_ratio", "requests per second under gunicorn, one read / psycopg_pool with check", 1.3, True, "",
+        _web("pgdbpool"), _web("psycopg_pool"),
     ),
     Target("endpoints_growth", "bookkeeping at 100 endpoints / at 1", 1.2, False, "",
            _growth("endpoints", "100")),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import socket
 import subprocess
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from pgdbpool._demo import demo
@@ -22,6 +28,8 @@ EVENNESS = (8, 4)
 """Threads and connections of the run that tells how even threads are. That takes time: one turn of the
 interpreter, 5 ms, is a per cent of half a second."""
 WORKERS, CLIENTS = 2, 8
+WEB, PAGES = ("pgdbpool", "psycopg_pool-check", "psycopg_pool"), ("read", "tenant_read")
+"""The pools under gunicorn, and what a request does there."""
 
 
 def measure(bench: Bench) -> dict[str, Any]:
@@ -37,6 +45,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     for processes in PROCESSES:
         found["processes"][str(processes)] = _processes(bench, processes)
     found["example"] = _example(bench)
+    found["web"] = _web(bench)
     return found
 
 
@@ -112,6 +121,60 @@ def _example(bench: Bench) -> dict[str, Any]:
     return {
         kind: {name: spread([one[name] for one in seen]) for name in seen[0]} for kind, seen in rates.items()
     }
+
+
+def _web(bench: Bench) -> dict[str, Any]:
+    """Measure one application over several pools under gunicorn, with threads, where there is wrk."""
+    wrk = shutil.which("wrk")
+    if wrk is None:
+        bench.progress.note("wrk is not installed: the pools under gunicorn are left out")
+        return {}
+    bench.pin_server()  # all share all cores, as on one host
+    seconds = 1 if bench.quick else 3
+    rates = {page: Rounds() for page in PAGES}
+    with ExitStack() as stack:
+        sites = {
+            name: stack.enter_context(_site(name, bench.server)) for name in bench.names() if name in WEB
+        }
+        rounds = bench.rounds(1, 5)
+        bench.progress.steps(len(rounds) * len(sites) * len(PAGES))
+        for number in range(-1, len(rounds)):
+            for page in PAGES:
+                for name, url in sites.items():
+                    bench.progress.step(f"{page} under gunicorn: {PEERS[name].label}")
+                    arguments = ["-t1", f"-c{CLIENTS}", f"-d{seconds}s", "--latency", f"{url}/{page}"]
+                    text = subprocess.run(
+                        [wrk, *arguments], capture_output=True, text=True, check=True
+                    ).stdout
+                    seen = _read_wrk(text)
+                    if seen["failed"]:
+                        raise RuntimeError(f"{name}: {seen['failed']:.0f} requests failed")
+                    if number >= 0:
+                        rates[page].add(name, seen["rate"])
+    return {page: seen.summary("psycopg_pool-check") for page, seen in rates.items()}
+
+
+@contextmanager
+def _site(name: str, server: dict[str, Any]) -> Iterator[str]:
+    """Serve a pool's application; return its address."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}", "--workers", str(WORKERS),
+             "--worker-class", "gthread", "--threads", "4", "--no-control-socket", "--graceful-timeout", "1",
+             "--log-level", "warning", "web_app:application"],
+            env={**os.environ, "BENCH_PEER": name, "BENCH_SERVERS": json.dumps([server])},
+            cwd=Path(__file__).parent,
+            pass_fds=[listener.fileno()],
+        )  # fmt: skip
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
 
 
 def _read_wrk(text: str) -> dict[str, float]:
