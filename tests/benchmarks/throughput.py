@@ -114,10 +114,9 @@ def _example(bench: Bench) -> dict[str, Any]:
         for number in range(-1, len(rounds)):
             for kind, web in servers.items():
                 bench.progress.step(f"the example under gunicorn, {kind}")
-                arguments = ["-t1", f"-c{CLIENTS}", f"-d{seconds}s", "--latency", f"{web.url}/accounts/1"]
-                text = subprocess.run([wrk, *arguments], capture_output=True, text=True, check=True).stdout
+                found = _ask(wrk, f"{web.url}/accounts/1", seconds)
                 if number >= 0:
-                    rates.setdefault(kind, []).append(_read_wrk(text))
+                    rates.setdefault(kind, []).append(found)
     return {
         kind: {name: spread([one[name] for one in seen]) for name in seen[0]} for kind, seen in rates.items()
     }
@@ -133,20 +132,15 @@ def _web(bench: Bench) -> dict[str, Any]:
     seconds = 1 if bench.quick else 3
     rates = {page: Rounds() for page in PAGES}
     with ExitStack() as stack:
-        sites = {
-            name: stack.enter_context(_site(name, bench.server)) for name in bench.names() if name in WEB
-        }
+        names = [name for name in bench.names() if name in WEB]
+        sites = {name: stack.enter_context(_site(name, bench.server)) for name in names}
         rounds = bench.rounds(1, 5)
         bench.progress.steps(len(rounds) * len(sites) * len(PAGES))
         for number in range(-1, len(rounds)):
             for page in PAGES:
                 for name, url in sites.items():
                     bench.progress.step(f"{page} under gunicorn: {PEERS[name].label}")
-                    arguments = ["-t1", f"-c{CLIENTS}", f"-d{seconds}s", "--latency", f"{url}/{page}"]
-                    text = subprocess.run(
-                        [wrk, *arguments], capture_output=True, text=True, check=True
-                    ).stdout
-                    seen = _read_wrk(text)
+                    seen = _ask(wrk, f"{url}/{page}", seconds)
                     if seen["failed"]:
                         raise RuntimeError(f"{name}: {seen['failed']:.0f} requests failed")
                     if number >= 0:
@@ -159,8 +153,8 @@ def _site(name: str, server: dict[str, Any]) -> Iterator[str]:
     """Serve a pool's application; return its address."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}", "--workers", str(WORKERS),
-             "--worker-class", "gthread", "--threads", "4", "--no-control-socket", "--graceful-timeout", "1",
+            [sys.executable, "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}",
+             "--workers", str(WORKERS), "--worker-class", "gthread", "--threads", "4", "--no-control-socket", "--graceful-timeout", "1",
              "--log-level", "warning", "web_app:application"],
             env={**os.environ, "BENCH_PEER": name, "BENCH_SERVERS": json.dumps([server])},
             cwd=Path(__file__).parent,
@@ -177,8 +171,10 @@ def _site(name: str, server: dict[str, Any]) -> Iterator[str]:
                 process.wait(5)
 
 
-def _read_wrk(text: str) -> dict[str, float]:
+def _ask(wrk: str, url: str, seconds: int) -> dict[str, float]:
     """Return requests per second, milliseconds, and failures from wrk's report."""
+    arguments = ["-t1", f"-c{CLIENTS}", f"-d{seconds}s", "--latency", url]
+    text = subprocess.run([wrk, *arguments], capture_output=True, text=True, check=True).stdout
     scale = {"us": 0.001, "ms": 1.0, "s": 1000.0}
     found = {"rate": float(re.search(r"Requests/sec:\s+([\d.]+)", text).group(1))}  # type: ignore[union-attr]
     for share in ("50", "99"):
