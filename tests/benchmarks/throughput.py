@@ -154,7 +154,8 @@ def _site(name: str, server: dict[str, Any]) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         process = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}",
-             "--workers", str(WORKERS), "--worker-class", "gthread", "--threads", "4", "--no-control-socket", "--graceful-timeout", "1",
+             "--workers", str(WORKERS),
+             "--worker-class", "gthread", "--threads", "4", "--no-control-socket", "--graceful-timeout", "1",
              "--log-level", "warning", "web_app:application"],
             env={**os.environ, "BENCH_PEER": name, "BENCH_SERVERS": json.dumps([server])},
             cwd=Path(__file__).parent,
