@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg.adapt import AdaptersMap, Transformer
@@ -20,6 +20,7 @@ from .short_way import shared
 from .state import ConnectionState, own_names
 from .statement_shape import StatementTraits, shape_with_escapes, text_of
 
+_T = TypeVar("_T")
 _WRITTEN_BY = (b"IntervalStyle", b"standard_conforming_strings")
 """Settings that determine how the client writes intervals and literals."""
 _SHOWN = (
@@ -31,6 +32,17 @@ _ATTRIBUTES = (
     "patience", "row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max",
     "own_timeout", "_adapters", "_isolation_level", "_read_only", "_deferrable", "_begin_statement",
 )  # fmt: skip
+
+_kept: dict[Any, Any] = {}
+"""The attributes and settings that sessions of a group have in common, kept once for all of them."""
+_MOST_KEPT = 64
+
+
+def _once(key: Any, found: _T) -> _T:
+    """Return the object of an earlier session that has the same key, or keep this one."""
+    if len(_kept) >= _MOST_KEPT:
+        _kept.clear()
+    return _kept.setdefault(key, found)  # type: ignore[no-any-return]
 
 
 class CleanedConnection(ConnectionState):
@@ -198,8 +210,14 @@ class CleanedConnection(ConnectionState):
         self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.conforms = self._strings_conform()
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
-        self.settled |= {name: value for name, value in vars(self).items() if name not in own_names}
-        self.shown = self._shown()
+        more = {name: value for name, value in vars(self).items() if name not in own_names}
+        if more or self._adapters is not None:
+            self.settled |= more
+        else:  # by identity: the values may have any `__eq__`, and live as long as the dictionary
+            patience, *others = self.settled.values()
+            self.settled = _once((patience, *map(id, others)), self.settled)
+        shown = self._shown()
+        self.shown = _once(shown, shown)
         self.own_handlers = tuple(self._notice_handlers), tuple(self._notify_handlers)
         # An isolation_level, read_only or deferrable that `configure` has set is part of each BEGIN.
         self.plain = not self.local and self.speaks_utf8 and self._get_tx_start_command() == b"BEGIN"
