@@ -209,6 +209,20 @@ def test_a_transaction_of_n_statements_takes_n_and_one_round_trips(start: Any, g
     assert proxy.syncs == 0
 
 
+def test_transactions_that_are_rolled_back_come_to_execute_prepared_statements(start: Any) -> None:
+    proxy = start()
+    for _ in range(8):
+        conn = Connection.getconn("manual")
+        conn.execute("SELECT 1 + %s", (1,))
+        proxy.reset_counts()
+        conn.close()
+        assert proxy.round_trips == 1
+    with Handler("manual") as db:
+        assert (
+            db.fetchval("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE 'SELECT 1 +%'") == 1
+        )
+
+
 def test_a_with_block_commits_at_a_clean_end_and_rolls_back_otherwise(start: Any) -> None:
     start()
     with Connection.getconn("manual") as conn:
