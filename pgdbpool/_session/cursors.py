@@ -116,6 +116,7 @@ class BlockCursor(RidingCursor):
     ) -> None:  # fmt: skip
         """Execute in a pipeline, or what cannot ride, or begins or ends a transaction."""
         conn, block = self._conn, self.block
+        conn.defines = conn.defines or (what.utility and not what.controls)
         if what.ends:
             # Also if it is interrupted at its end: the chained transaction has no tenant yet.
             conn.bound, block.committed = False, block.committed or what.commits

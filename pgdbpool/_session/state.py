@@ -100,6 +100,8 @@ class ConnectionState(psycopg.Connection[Any]):
     """Whether the statement psycopg starts is the one recorded in the block."""
     undeclared: Any = NOTHING
     """The statement recorded in the block when a foreign cursor executed another."""
+    defines: bool = False
+    """Whether a statement since the last rollback may have changed what prepared statements refer to."""
     unsure: bool = False
     """Whether a transaction may have ended that the block still considers open."""
     proven: Facts | None

@@ -379,17 +379,18 @@ class TransactingConnection(TellingConnection):
                 self.ending = False
 
     def _rollback_gen(self) -> PQGen[None]:
-        """Roll back; a session whose transaction did not fail keeps its prepared statements.
+        """Roll back, and keep the prepared statements unless the transaction failed or defined something.
 
-        psycopg drops them all, in a round trip more. A plan that is stale after it is found by `is_stale`.
+        psycopg drops them all, in a round trip more.
         """
         if (
-            self.pgconn.transaction_status != INTRANS
+            self.pgconn.transaction_status != INTRANS or self.defines
             or self._pipeline or self._num_transactions or self._tpc
         ):  # fmt: skip
             yield from super()._rollback_gen()
-            return
-        yield from self._exec_command(b"ROLLBACK")
+            self.defines = False
+        else:
+            yield from self._exec_command(b"ROLLBACK")
 
     def _check_deadline(self) -> None:
         """Roll back instead of a COMMIT that would begin after the deadline."""

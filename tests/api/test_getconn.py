@@ -223,6 +223,27 @@ def test_transactions_that_are_rolled_back_come_to_execute_prepared_statements(s
         )
 
 
+@pytest.mark.parametrize("cursor", ["own", "client"])
+def test_a_definition_that_is_rolled_back_takes_the_statements_prepared_under_it_along(
+    start: Any, cursor: str
+) -> None:
+    start()
+    with Handler("auto") as db:
+        db.query("DROP TABLE IF EXISTS defined")
+        db.query("CREATE TABLE defined (a int)")
+    for columns in (2, 1):
+        conn = Connection.getconn("manual")
+        if columns == 2:
+            change = "ALTER TABLE defined ADD b int"
+            (psycopg.ClientCursor(conn) if cursor == "client" else conn.cursor()).execute(change)
+        conn.execute("SELECT 1")  # the first statement of a transaction could be sent again
+        for _ in range(8):
+            assert len(conn.execute("SELECT * FROM defined").description or ()) == columns
+        conn.close()
+    with Handler("auto") as db:
+        db.query("DROP TABLE defined")
+
+
 def test_a_with_block_commits_at_a_clean_end_and_rolls_back_otherwise(start: Any) -> None:
     start()
     with Connection.getconn("manual") as conn:
