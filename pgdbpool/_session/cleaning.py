@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg.adapt import AdaptersMap, Transformer
@@ -13,12 +13,15 @@ from psycopg.adapt import AdaptersMap, Transformer
 from .. import errors
 from .._request.tenant import milliseconds
 from .._util import bounds
-from .commands import CLEANING, CLEANING_TO_READ, IDLE, INERROR, NOTHING, Command, deallocate
+from .commands import CLEANING, CLEANING_TO_READ, IDLE, INERROR, INTRANS, NOTHING, Command, deallocate
 from .pooler_safety import left_in_session
 from .prepared import ROLLBACK, dropping, is_stale
 from .short_way import shared
 from .state import ConnectionState, own_names
 from .statement_shape import StatementTraits, shape_with_escapes, text_of
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
 
 _T = TypeVar("_T")
 _WRITTEN_BY = (b"IntervalStyle", b"standard_conforming_strings")
@@ -203,6 +206,20 @@ class CleanedConnection(ConnectionState):
             if self.spoilt:
                 self.forget_statements(since)
             self.spoilt = self.spoilt or outer
+
+    def _rollback_gen(self) -> PQGen[None]:
+        """Roll back, and keep the prepared statements unless the transaction failed or defined something.
+
+        psycopg drops them all, in a round trip more.
+        """
+        if (
+            self.pgconn.transaction_status != INTRANS or self.defines
+            or self._pipeline or self._num_transactions or self._tpc
+        ):  # fmt: skip
+            yield from super()._rollback_gen()
+            self.defines = False
+        else:
+            yield from self._exec_command(b"ROLLBACK")
 
     def snapshot_attributes(self) -> None:
         """Record the attributes that every block starts with; called once, when the connection is opened."""

@@ -378,20 +378,6 @@ class TransactingConnection(TellingConnection):
             finally:
                 self.ending = False
 
-    def _rollback_gen(self) -> PQGen[None]:
-        """Roll back, and keep the prepared statements unless the transaction failed or defined something.
-
-        psycopg drops them all, in a round trip more.
-        """
-        if (
-            self.pgconn.transaction_status != INTRANS or self.defines
-            or self._pipeline or self._num_transactions or self._tpc
-        ):  # fmt: skip
-            yield from super()._rollback_gen()
-            self.defines = False
-        else:
-            yield from self._exec_command(b"ROLLBACK")
-
     def _check_deadline(self) -> None:
         """Roll back instead of a COMMIT that would begin after the deadline."""
         try:
