@@ -65,9 +65,17 @@ class TwoPhaseConnection(TransactingConnection):
                 self.tell_now()
 
     def tpc_rollback(self, xid: Xid | str | None = None) -> None:
-        """Roll back a two-phase transaction, the open one or one that was prepared."""
+        """Roll back a two-phase transaction, the open one or one that was prepared.
+
+        :raises ConnectionLostError: with `maybe_executed` if it was prepared: it may be so still.
+        """
         with self._two_phase():
-            super().tpc_rollback(xid)
+            prepared = xid is not None or (self._tpc is not None and self._tpc[1])
+            try:
+                super().tpc_rollback(xid)
+            except errors.ConnectionLostError as error:
+                error.maybe_executed = error.maybe_executed or prepared
+                raise
 
     @contextmanager
     def _two_phase(self) -> Iterator[Block]:

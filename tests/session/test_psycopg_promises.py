@@ -27,6 +27,8 @@ def node() -> Iterator[Node]:
 @pytest.fixture
 def admin(node: Node) -> Iterator[psycopg.Connection[Any]]:
     with node.connect() as conn:
+        for (xid,) in conn.execute("SELECT gid FROM pg_prepared_xacts").fetchall():  # of a test that failed
+            conn.execute(f"ROLLBACK PREPARED '{xid}'")
         conn.execute("DROP TABLE IF EXISTS t; CREATE TABLE t (i int PRIMARY KEY, tenant text)")
         yield conn
 
@@ -105,6 +107,41 @@ def test_a_two_phase_transaction_that_is_left_open_is_not_committed(admin: Any) 
         db.query("INSERT INTO t VALUES (1)")
         raise RuntimeError
     assert rows(admin) == []
+
+
+@pytest.mark.parametrize("cut", ["before", "after"])
+@pytest.mark.parametrize("step", ["PREPARE TRANSACTION", "COMMIT PREPARED", "ROLLBACK PREPARED"])
+def test_a_lost_step_of_two_phases_says_what_it_may_have_done(
+    node: Node, mode: str, proxy_to: Any, admin: Any, group: str, step: str, cut: str
+) -> None:
+    proxy = proxy_to(node)
+    auto = {"connection_count": 1, "tenant": {"setting": "app.tenant", "verify": "off"}}
+    groups = {"auto": auto, "manual": {**auto, "autocommit": False}}
+    Connection.init(config([server(node, port=proxy.port)], mode, **groups))
+    with pytest.raises(ConnectionLostError) as caught, Handler(group, tenant="acme") as db:
+        conn = db.connection
+        conn.autocommit = False
+        conn.tpc_begin(conn.xid(1, "lost", cut))
+        conn.execute(INSERT, (1,))
+        if step != "PREPARE TRANSACTION":
+            conn.tpc_prepare()
+        (proxy.cut_before if cut == "before" else proxy.cut_after)(step.encode())
+        if step == "PREPARE TRANSACTION":
+            conn.tpc_prepare()
+        elif step == "COMMIT PREPARED":
+            conn.tpc_commit()
+        else:
+            conn.tpc_rollback()
+    error = caught.value
+    assert (error.maybe_committed, error.maybe_executed) == (
+        (False, True) if step == "ROLLBACK PREPARED" else (True, error.maybe_executed)
+    )
+    assert not error.repeatable
+    with Handler(group, tenant="zeta") as db:
+        assert db.fetchval(TENANT) == "zeta"
+    left = admin.execute("SELECT count(*) FROM pg_prepared_xacts").fetchone()
+    assert left == ((step == "PREPARE TRANSACTION") is (cut == "after"),)
+    assert rows(admin) == ([(1, "acme")] if (step, cut) == ("COMMIT PREPARED", "after") else [])
 
 
 # Notifications, and contexts in the wrong order.
