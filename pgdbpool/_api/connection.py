@@ -319,10 +319,15 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
         return True
 
     @classmethod
-    def _refusal(cls) -> NotInitializedError:
-        """Return the error for a block that may not begin."""
+    def _let_end(cls) -> None:
+        """Let a signal that closed the pools end the program, before the main thread is refused a block."""
         if cls._handlers is not None:
             cls._handlers.wait()
+
+    @classmethod
+    def _refusal(cls) -> NotInitializedError:
+        """Return the error for a block that may not begin."""
+        cls._let_end()
         if cls._closed:
             return NotInitializedError(
                 f"the pools were closed by {cls._closed_by}: no block can begin {cls._until}"

@@ -135,6 +135,8 @@ class ConfiguredGroup:
         """Has the servers asked now whether they are up and what they are: a connection waits for one."""
         self.await_writer: Callable[[Any, float], bool] = lambda group, deadline: False
         """Waits until the deadline for a primary to be promoted; returns whether one is available."""
+        self.on_closed: Callable[[], None] = lambda: None
+        """Is called before a block that waits is refused, since the pools were closed."""
         self.on_left: Callable[[], None] = lambda: None
         self.config = config
         self.endpoints: tuple[Endpoint, ...] = ()

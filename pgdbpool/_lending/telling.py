@@ -178,12 +178,14 @@ class TellingGroup(ConfiguredGroup):
         )
 
     def _was_closed(self) -> NotInitializedError:
+        self.on_closed()
         by = f" by {self.closed_by}" if self.closed_by else ""
         return NotInitializedError(f"group {self.name!r} was closed{by}")
 
     def _exhausted(self, kind: type[PoolTimeout], waited: float, high: bool) -> PoolTimeout:
         self._timeouts += 1
         pool, holders, limit = self._pool, self._holders(), self.config.connection_count
+        waited = round(max(waited, 0.0), 3)  # below 0 if the deadline passed on the way
         waiting = pool.waiting + len(self.held_back)
         what = {
             PoolExhausted: "all connections are held by this thread, so waiting is in vain",

@@ -136,6 +136,7 @@ class Pools:
         group.await_writer = self._await_writer
         group.look_sooner = self._look_sooner
         group.on_left = self._wake
+        group.on_closed = self.owner._let_end
         group.nested = self._nested
         return group
 

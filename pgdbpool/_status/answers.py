@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .runtime_dir import RuntimeDir
+from .runtime_dir import RuntimeDir, replaces
 
 LOOK_EVERY = 0.1
 """Seconds between two looks for answers."""
+OVERTAKEN_WITHIN = 2.0
+"""Seconds for the answers to an order that a later one has replaced."""
 
 
 class Answer(NamedTuple):
@@ -43,7 +45,10 @@ def give(
     number = room.order(**order)
     answers: dict[Any, Answer] = {}
     began = time.monotonic()
+    successor = ""
     while True:
+        if not successor and (successor := _successor(room, order, number)):
+            deadline = min(deadline, time.monotonic() + OVERTAKEN_WITHIN)
         living = {_key(snapshot): snapshot for snapshot in room.snapshots()}
         for key in asked:
             if key not in answers and (answer := _answer(key, living.get(key), number)) is not None:
@@ -55,7 +60,7 @@ def give(
         time.sleep(LOOK_EVERY)
     waited = time.monotonic() - began
     for key in missing:
-        answers[key] = Answer(key[0], None, _silence(asked[key], waited), key[1])
+        answers[key] = Answer(key[0], None, successor or _silence(asked[key], waited), key[1])
     return sorted(answers.values(), key=lambda answer: (answer.pid, answer.set))
 
 
@@ -106,6 +111,12 @@ def _answer(key: tuple[int, str, float], snapshot: Mapping[str, Any] | None, num
         return Answer(key[0], True, "has exited", key[1])
     found = next((answer for answer in snapshot["answers"] if answer["n"] == number), None)
     return None if found is None else Answer(key[0], found["done"], found["text"], key[1])
+
+
+def _successor(room: RuntimeDir, order: Mapping[str, Any], number: int) -> str:
+    """Return what to say of the later order that has replaced this one; empty if none has."""
+    later = (new for new in room.orders() if new["n"] > number and replaces(new, order))
+    return next((f"overtaken by a later {new['do']}, ordered by {new['by']}" for new in later), "")
 
 
 def _silence(snapshot: Mapping[str, Any], waited: float) -> str:

@@ -304,12 +304,20 @@ def stands(order: Mapping[str, Any], now: float) -> bool:
     return order["do"] in ("drain", "undrain", "resume")
 
 
+def replaces(new: Mapping[str, Any], order: Mapping[str, Any]) -> bool:
+    """Return whether a later order takes the place of another one."""
+    # The resumption of one group stands beside a pause of all.
+    return (
+        any({new["do"], order["do"]} <= pair for pair in ({"drain", "undrain"}, {"pause", "resume"}))
+        and new["endpoint"] == order.get("endpoint")
+        and new["group"] in (None, order.get("group"))
+    )
+
+
 def _in_force(order: Mapping[str, Any], new: Mapping[str, Any], now: float) -> bool:
     """Return whether an order is kept beside a new one."""
-    for pair in (("drain", "undrain"), ("pause", "resume")):
-        if order["do"] in pair and new["do"] in pair and order["endpoint"] == new["endpoint"]:
-            return order["group"] != new["group"] and new["group"] is not None
-    # The resumption of one group stands beside a pause of all.
+    if replaces(new, order):
+        return False
     return now - order["time"] < KEPT or stands(order, now)
 
 

@@ -170,9 +170,13 @@ def audit(
         policies = {oid: [rule for rule in rules if rule.table == oid] for oid in chosen}
         facts = [fact for fact in facts if fact.kind != "owns" or tables is None or fact.oid in chosen]
         found += findings.on_role([me, *facts])
+        children = catalog.children_with_policies(known)
         for oid, table in chosen.items():
             parents = [known[a].name for a in table.ancestors if a in known and known[a].enabled]
-            found += findings.on_table(me.subject, table, policies[oid], parents, tables is not None)
+            # One says all about a parent.
+            found += list(findings.on_parent(me.subject, table, children.get(oid, ()))) or list(
+                findings.on_table(me.subject, table, policies[oid], parents, tables is not None)
+            )
             found += findings.on_policies(table, policies[oid], settings)
         if me.superuser:  # whose privileges mean nothing
             found = [finding for finding in found if finding.code not in findings.OF_PRIVILEGES]

@@ -446,12 +446,22 @@ ORDER BY 1"""
 
 
 def protected(tables: Mapping[int, Table], among: Collection[int]) -> list[int]:
-    """Return the tables that policies are meant to guard: those with RLS, and the partitions of those."""
-    return [
+    """Return the tables that policies are meant to guard: those with RLS, their partitions and parents."""
+    guarded = [
         oid
         for oid in among
         if tables[oid].enabled or any(tables[a].enabled for a in tables[oid].ancestors if a in tables)
     ]
+    return list({*guarded, *(a for oid in guarded for a in tables[oid].ancestors if a in tables)})
+
+
+def children_with_policies(tables: Mapping[int, Table]) -> dict[int, list[str]]:
+    """Return the names of the tables with RLS whose rows a query of a parent reads, by the parent."""
+    found: dict[int, list[str]] = {}
+    for table in tables.values():
+        for ancestor in table.ancestors if table.enabled else ():
+            found.setdefault(ancestor, []).append(table.name)
+    return found
 
 
 def resolve(name: str, tables: Sequence[Table], path: Sequence[str]) -> Table | None:

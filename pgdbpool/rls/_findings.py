@@ -21,7 +21,7 @@ PARTS = {"using": ("SELECT", "UPDATE", "DELETE"), "check": ("INSERT", "UPDATE")}
 WORDS = {"using": "USING", "check": "WITH CHECK"}
 OF_PRIVILEGES = {
     "table-owned", "truncate-granted", "references-granted", "trigger-granted", "partition-unprotected",
-    "foreign-table-granted",
+    "parent-unprotected", "foreign-table-granted",
 }  # fmt: skip
 STATES: tuple[State, ...] = ("unset", "empty")
 # For expressions as the server prints them; NAME stands for `current_setting('the.name'::text`.
@@ -101,6 +101,17 @@ def on_table(
         yield Finding("info", "table-owned", it, message)
     yield from _on_rights(role, table)
     yield from _on_coverage(role, table, policies, commands)
+
+
+def on_parent(role: str, table: Table, children: Sequence[str]) -> Iterator[Finding]:
+    """Find a table without policies that shows the rows of those children that have some."""
+    reads = [command for command in COMMANDS if command != "INSERT" and table.allows(command)]
+    if children and reads and not table.enabled:
+        message = (
+            f"{role} has {', '.join(reads)} on it, and policies of {children[0]} do not apply to queries "
+            "that name its parent instead of it"
+        )
+        yield Finding("error", "parent-unprotected", table.name, message, _revoke(role, table, "ALL"))
 
 
 def _on_rights(role: str, table: Table) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from site_of_processes import Load, Site
 from support import config, server, wait_for
 
 from pgdbpool._cli.main import main
+from pgdbpool._status.answers import give
 from pgdbpool._status.runtime_dir import RuntimeDir
 from pgdbpool.overview import gather
 
@@ -214,6 +215,28 @@ def test_a_stopped_worker_is_named_and_a_dead_one_holds_nothing_up(site: Any, ru
         assert told[stopped][0] is None
         assert "no answer within 2 s: it is stopped or stuck" in told[stopped][1]
         assert told.get(dead, (True, "has exited")) == (True, "has exited")
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+
+
+def test_an_order_that_a_later_one_overtakes_says_so_and_waits_no_longer(site: Any) -> None:
+    running = site()
+    stopped = min(workers(running))
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        with RuntimeDir(running.runtime_dir) as room:
+            later: list[int] = []
+
+            def overtake(_: int) -> None:
+                if not later:
+                    later.append(room.order("resume", by="another operator"))
+
+            began = monotonic()
+            pause = {"do": "pause", "by": "an operator", "until": time() + 30}
+            answers = {answer.pid: answer for answer in give(room, pause, began + 20, overtake)}
+        assert monotonic() - began < 5
+        assert answers[stopped].done is None
+        assert answers[stopped].text == "overtaken by a later resume, ordered by another operator"
     finally:
         os.kill(stopped, signal.SIGCONT)
 

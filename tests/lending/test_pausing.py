@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support import config, server, wait_for
 
-from pgdbpool import Connection, Handler, NotInitializedError, PoolTimeout, TooManyWaiting
+from pgdbpool import Connection, Handler, NotInitializedError, PoolTimeout, TooManyWaiting, deadline
 from pgdbpool._status.runtime_dir import RuntimeDir
 from pgdbpool.overview import gather
 from pgdbpool.wsgi._status_html import page
@@ -51,13 +51,15 @@ def test_a_block_is_held_for_its_timeout_and_told_why(start: Any, used: bool) ->
         ):
             attempt()
         assert 0.09 < monotonic() - began < 1
+    with pytest.raises(PoolTimeout, match=r"not resumed within 0\.\d{1,3} s;"), deadline(0.12345):
+        Handler("g").__enter__()
     with pytest.raises(PoolTimeout, match="paused by"):
         Connection.fetch("g", "SELECT 1", timeout=0)
     assert Connection.fetchval("other", "SELECT 1") == 1
     Connection.resume("g")
     assert Connection.fetchval("g", "SELECT 1") == 1
     status = Connection.status().groups["g"]
-    assert (status.paused, status.timeouts, status.waiting) == (None, 3, 0)
+    assert (status.paused, status.timeouts, status.waiting) == (None, 4, 0)
 
 
 def test_a_pause_that_nobody_ends_ends_by_itself(start: Any) -> None:

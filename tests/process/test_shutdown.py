@@ -344,6 +344,32 @@ def test_a_process_that_works_in_blocks_ends_between_two_of_them(
         known_cluster.primary.execute("TRUNCATE jobs")
 
 
+def test_a_main_thread_that_waits_for_a_connection_ends_by_the_signal(program: Any) -> None:
+    waiting = program(
+        """
+        Connection.install_signal_handlers(timeout=0.3)
+        Connection.resize("g", 1)
+        def hold():
+            with Handler("g") as db:
+                say("held")
+                try:
+                    db.query("SELECT pg_sleep(30)")
+                except pgdbpool.Error:
+                    pass
+        threading.Thread(target=hold, daemon=True).start()
+        while not Connection.status().groups["g"].in_use:
+            time.sleep(0.01)
+        with Handler("g"):
+            say("lent")
+        """
+    )
+    waiting.says("held")
+    time.sleep(0.2)  # before or in the wait: the end is the same
+    waiting.send(signal.SIGTERM)
+    code, out, err = waiting.end()
+    assert (code, out, err) == (-signal.SIGTERM, "", "")
+
+
 def test_blocks_of_other_threads_finish_within_the_bound(program: Any, known_cluster: Any) -> None:
     known_cluster.primary.execute("CREATE TABLE jobs (n int)")
     working = program(

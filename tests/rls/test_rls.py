@@ -141,6 +141,11 @@ CREW = (
     "CREATE ROLE crew; GRANT USAGE ON SCHEMA shop TO crew;"
     "ALTER TABLE orders OWNER TO crew; ALTER TABLE orders NO FORCE ROW LEVEL SECURITY"
 )
+LEDGER = f"""
+    CREATE TABLE ledger (tenant_id uuid NOT NULL, year int) PARTITION BY LIST (year);
+    CREATE TABLE ledger_1 PARTITION OF ledger FOR VALUES IN (1);
+    CREATE POLICY tenant ON ledger_1 USING (tenant_id = {SAFE});
+    ALTER TABLE ledger_1 ENABLE ROW LEVEL SECURITY; ALTER TABLE ledger_1 FORCE ROW LEVEL SECURITY"""
 
 # What is planted, and all that is found: severity, code, subject, and a part of the message of the first.
 HOLES: dict[str, tuple[str, list[tuple[str, str, str]], str]] = {
@@ -350,6 +355,16 @@ HOLES: dict[str, tuple[str, list[tuple[str, str, str]], str]] = {
         "CREATE TABLE old_orders () INHERITS (orders); GRANT DELETE ON old_orders TO PUBLIC",
         [("error", "partition-unprotected", "shop.old_orders")],
         "app has DELETE on it",
+    ),
+    "parent": (
+        f"{LEDGER}; GRANT SELECT, INSERT ON ledger TO app",
+        [("error", "parent-unprotected", "shop.ledger")],
+        "app has SELECT on it, and policies of shop.ledger_1 do not apply to queries that name its parent",
+    ),
+    "view on a parent": (
+        f"{LEDGER}; CREATE VIEW books AS SELECT * FROM ledger; GRANT SELECT ON books TO app",
+        [("error", "view-bypasses-rls", "shop.books")],
+        "it reads shop.ledger as",
     ),
     "truncate": (
         "GRANT TRUNCATE ON orders TO PUBLIC",
