@@ -20,8 +20,7 @@ except ImportError as error:  # the module's own name would only puzzle
     raise ImportError("pgdbpool.otel needs opentelemetry-api: pip install 'pgdbpool[otel]'") from error
 
 from . import __version__
-from ._api.connection import open_sets
-from ._process import fork
+from ._api.connection import open_pools
 from ._process import tracer as tracing
 from ._session.statement_text import text_of, without_values
 from .stats import GroupStatus
@@ -112,10 +111,8 @@ def _observe(meter: metrics.Meter) -> None:
 
 
 def _groups() -> Iterator[GroupStatus]:
-    fork.notice()
-    for each in [*open_sets.values()]:
-        if (pools := each._pools) is not None:
-            yield from pools.status().groups.values()
+    for pools in open_pools():
+        yield from pools.status().groups.values()
 
 
 # Durations and spans.

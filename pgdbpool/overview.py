@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ._api.connection import Connection, open_sets
+from ._api.connection import Connection, open_pools
 from ._status.publisher import STEP, STEPS, History, split
 from ._status.runtime_dir import RuntimeDir, add_counts
 
@@ -39,7 +39,7 @@ def gather(runtime_dir: str | None = None) -> dict[str, Any]:
     now = time.time()
     if runtime_dir is None:
         alone = {"time": now, "started": now, "events": [], "history": History().told(now)}
-        parts = [split(pools.status().to_dict()) for each in [*open_sets.values()] if (pools := each._pools)]
+        parts = [split(pools.status().to_dict()) for pools in open_pools()]
         return overview([{**alone, "status": told, "counts": counts} for told, counts in parts], {}, now)
     with RuntimeDir(runtime_dir, create=own) as room:
         snapshots, gone = room.snapshots(), room.gone()
@@ -51,8 +51,8 @@ def own_runtime_dir() -> str | None:
 
     :raises NotInitializedError: no set is open.
     """
-    sets = (each for each in [*open_sets.values()] if each._pools is not None)
-    return next(sets, Connection).runtime_dir()
+    pools = next(iter(open_pools()), None)
+    return Connection.runtime_dir() if pools is None else pools.config.runtime_dir
 
 
 def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], now: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .._process import fork
-from .._process.pools import Pools, every_pools, forget_parents, pools_in_use
+from .._process.pools import Pools, every_pools, forget_parents
 from .._process.reload import ReloadMethods
 from .._process.unknown import unknown_endpoint, unknown_group
 from .._request import freshness
@@ -248,7 +248,7 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
 
         No server is asked: what reads have found out counts.
         """
-        here = [endpoint for pools in pools_in_use() for endpoint in pools.endpoints.values()]
+        here = [endpoint for pools in open_pools() for endpoint in pools.endpoints.values()]
         return bool(here) and has_everywhere(token.positions, here)
 
     @classmethod
@@ -423,6 +423,12 @@ class Connection(PoolSet):
 
 
 open_sets[""] = Connection
+
+
+def open_pools() -> list[Pools]:
+    """Return the pools of the open sets, those of the default one first."""
+    fork.notice()
+    return [pools for each in list(open_sets.values()) if (pools := each._pools) is not None]
 
 
 def _refuse_all(by: str) -> list[Pools]:

@@ -43,13 +43,6 @@ def obey(pools: Ordered, order: Order) -> str:
     return _ORDERS[order["do"]](pools, order)
 
 
-def fits(pools: Ordered, order: Order) -> bool:
-    """Return whether the pools have the group, or else the server, that an order names."""
-    if order["group"] is not None:
-        return any(group.name == order["group"] for group in pools.groups.values())
-    return order["endpoint"] is None or order["endpoint"] in pools.endpoints
-
-
 def _groups(pools: Ordered, order: Order) -> Sequence[Group]:
     """Return the group that the order names, or all."""
     return list(pools.groups.values()) if order["group"] is None else [_group(pools, order)]

@@ -17,6 +17,7 @@ from .._lending.group import Group, users_of
 from .._lending.hold_limits import HoldWatcher
 from .._servers.endpoint import Endpoint, Role, State
 from .._session import rows
+from .._status import answers
 from .._util import bounds
 from .._util import log_events as events
 from .._util.durations import Tally
@@ -247,16 +248,17 @@ class Pools:
 
         :raises Exception: it cannot be executed; the error says why.
         """
-        from .orders import obey
+        from .orders import obey  # nothing but this needs it
 
         return obey(self, order)
 
     def concerns(self, order: Mapping[str, Any]) -> bool:
         """Return whether an order is for this set: the default one refuses what no set of the process has."""
-        from .orders import fits
-
         here = (p for p in pools_in_use() if p.config.runtime_dir == self.config.runtime_dir)
-        return fits(self, order) or (not self.set_name and not any(fits(pools, order) for pools in here))
+        return self._fits(order) or (not self.set_name and not any(pools._fits(order) for pools in here))
+
+    def _fits(self, order: Mapping[str, Any]) -> bool:
+        return answers.fits(order, [group.name for group in self.groups.values()], self.endpoints)
 
     def running_config(self) -> dict[str, Any]:
         """Return the configuration in use, without secrets, with the addresses of names as they are known."""

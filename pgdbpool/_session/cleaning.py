@@ -207,6 +207,10 @@ class CleanedConnection(ConnectionState):
                 self.forget_statements(since)
             self.spoilt = self.spoilt or outer
 
+    def note_definition(self, what: StatementTraits) -> None:
+        """Note if a statement may change what prepared statements refer to; see `_rollback_gen`."""
+        self.defines = self.defines or (what.utility and not what.controls)
+
     def _rollback_gen(self) -> PQGen[None]:
         """Roll back, and keep the prepared statements unless the transaction failed or defined something.
 

@@ -116,7 +116,7 @@ class BlockCursor(RidingCursor):
     ) -> None:  # fmt: skip
         """Execute in a pipeline, or what cannot ride, or begins or ends a transaction."""
         conn, block = self._conn, self.block
-        conn.defines = conn.defines or (what.utility and not what.controls)
+        conn.note_definition(what)
         if what.ends:
             # Also if it is interrupted at its end: the chained transaction has no tenant yet.
             conn.bound, block.committed = False, block.committed or what.commits
@@ -366,6 +366,7 @@ class BlockCursor(RidingCursor):
         what = shape(query, conn)
         if what.special:
             what = conn.touch(what, query)
+        conn.note_definition(what)
         if what.controls and self.block.settings:
             raise errors.as_query_error(psycopg.NotSupportedError(ENDS_INSIDE))
         conn.end_wrapped()

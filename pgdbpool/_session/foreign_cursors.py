@@ -81,7 +81,7 @@ class Visit:
         if what.special:
             what = conn.touch(what, asked.statement)
         self._what = what
-        conn.defines = conn.defines or (what.utility and not what.controls)
+        conn.note_definition(what)
         conn.implicit = conn.implicit and not what.controls
         if what.controls and block.settings and (what.number > 1 or (conn._pipeline and what.ends)):
             raise psycopg.NotSupportedError(ENDS_INSIDE)

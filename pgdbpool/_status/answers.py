@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .runtime_dir import RuntimeDir, replaces
@@ -87,7 +87,11 @@ def _concerned(
     snapshots: Sequence[Mapping[str, Any]], order: Mapping[str, Any]
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the snapshots of the sets that take an order, by the same rule as they."""
-    having = [_key(snapshot) for snapshot in snapshots if _has(snapshot["status"], order)]
+    having = [
+        _key(snapshot)
+        for snapshot in snapshots
+        if fits(order, snapshot["status"]["groups"], snapshot["status"]["endpoints"])
+    ]
     pids = {pid for pid, *_ in having}
     for snapshot in snapshots:
         pid, name, _ = key = _key(snapshot)
@@ -95,10 +99,11 @@ def _concerned(
             yield snapshot
 
 
-def _has(status: Mapping[str, Any], order: Mapping[str, Any]) -> bool:
+def fits(order: Mapping[str, Any], groups: Container[str], endpoints: Container[str]) -> bool:
+    """Return whether a set of pools has the group, or else the server, that an order names."""
     if (group := order.get("group")) is not None:
-        return group in status["groups"]
-    return order.get("endpoint") is None or order["endpoint"] in status["endpoints"]
+        return group in groups
+    return order.get("endpoint") is None or order["endpoint"] in endpoints
 
 
 def _key(snapshot: Mapping[str, Any]) -> tuple[int, str, float]:

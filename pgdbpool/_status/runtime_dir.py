@@ -184,13 +184,12 @@ class RuntimeDir:
         :raises RuntimeDirError: something else has its name, such as a symbolic link.
         """
         try:
-            fd = self._open(name, flags | os.O_CREAT)
+            return self._open(name, flags | os.O_CREAT)
         except OSError as error:
             raise RuntimeDirError(
                 f"runtime_dir {self.path!r}: cannot write {name!r}: {error.strerror}; remove it if it is not "
                 "a file of pgdbpool's: links are not followed"
             ) from error
-        return fd
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int | None]:

@@ -223,7 +223,7 @@ def test_transactions_that_are_rolled_back_come_to_execute_prepared_statements(s
         )
 
 
-@pytest.mark.parametrize("cursor", ["own", "client"])
+@pytest.mark.parametrize("cursor", ["own", "client", "many"])
 def test_a_definition_that_is_rolled_back_takes_the_statements_prepared_under_it_along(
     start: Any, cursor: str
 ) -> None:
@@ -235,7 +235,10 @@ def test_a_definition_that_is_rolled_back_takes_the_statements_prepared_under_it
         conn = Connection.getconn("manual")
         if columns == 2:
             change = "ALTER TABLE defined ADD b int"
-            (psycopg.ClientCursor(conn) if cursor == "client" else conn.cursor()).execute(change)
+            if cursor == "many":
+                conn.cursor().executemany(change, [()])
+            else:
+                (psycopg.ClientCursor(conn) if cursor == "client" else conn.cursor()).execute(change)
         conn.execute("SELECT 1")  # the first statement of a transaction could be sent again
         for _ in range(8):
             assert len(conn.execute("SELECT * FROM defined").description or ()) == columns

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +17,14 @@ from .bench import VERSION, Bench
 from .crew import Crew
 from .peers import PEERS
 from .summary import Rounds, spread
+from .web import WORKERS, serving
 
 THREADS, CONNECTIONS, PROCESSES = (1, 2, 8, 32), (4, 16), (2, 4)
 OPERATION = "read"
 EVENNESS = (8, 4)
 """Threads and connections of the run that tells how even threads are. That takes time: one turn of the
 interpreter, 5 ms, is a per cent of half a second."""
-WORKERS, CLIENTS = 2, 8
+CLIENTS = 8
 WEB, PAGES = ("pgdbpool", "psycopg_pool-check", "psycopg_pool"), ("read", "tenant_read")
 """The pools under gunicorn, and what a request does there."""
 
@@ -133,43 +130,29 @@ def _web(bench: Bench) -> dict[str, Any]:
     rates = {page: Rounds() for page in PAGES}
     with ExitStack() as stack:
         names = [name for name in bench.names() if name in WEB]
-        sites = {name: stack.enter_context(_site(name, bench.server)) for name in names}
+        ports = {
+            name: stack.enter_context(
+                serving(
+                    "web_app:application",
+                    {"BENCH_PEER": name, "BENCH_SERVERS": json.dumps([bench.server])},
+                    threads=4,
+                    directory=Path(__file__).parent,
+                )
+            )
+            for name in names
+        }
         rounds = bench.rounds(1, 5)
-        bench.progress.steps(len(rounds) * len(sites) * len(PAGES))
+        bench.progress.steps(len(rounds) * len(ports) * len(PAGES))
         for number in range(-1, len(rounds)):
             for page in PAGES:
-                for name, url in sites.items():
+                for name, port in ports.items():
                     bench.progress.step(f"{page} under gunicorn: {PEERS[name].label}")
-                    seen = _ask(wrk, f"{url}/{page}", seconds)
+                    seen = _ask(wrk, f"http://127.0.0.1:{port}/{page}", seconds)
                     if seen["failed"]:
                         raise RuntimeError(f"{name}: {seen['failed']:.0f} requests failed")
                     if number >= 0:
                         rates[page].add(name, seen["rate"])
     return {page: seen.summary("psycopg_pool-check") for page, seen in rates.items()}
-
-
-@contextmanager
-def _site(name: str, server: dict[str, Any]) -> Iterator[str]:
-    """Serve a pool's application; return its address."""
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--bind", f"fd://{listener.fileno()}",
-             "--workers", str(WORKERS),
-             "--worker-class", "gthread", "--threads", "4", "--no-control-socket", "--graceful-timeout", "1",
-             "--log-level", "warning", "web_app:application"],
-            env={**os.environ, "BENCH_PEER": name, "BENCH_SERVERS": json.dumps([server])},
-            cwd=Path(__file__).parent,
-            pass_fds=[listener.fileno()],
-        )  # fmt: skip
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(5)
 
 
 def _ask(wrk: str, url: str, seconds: int) -> dict[str, float]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import http.client
-import os
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pgdbpool.cluster import Cluster
 from tests.benchmarks.bench import create_tables, server
+from tests.benchmarks.web import serving
 
 from .ways import INTERRUPTED, WAYS, environment
 
@@ -59,41 +58,10 @@ EVENTS: dict[str, Callable[[Cluster], None]] = {
 
 
 class Site:
-    """A way under gunicorn; a context manager."""
+    """A way under gunicorn, at a port."""
 
-    def __init__(self, way: str, servers: list[dict[str, Any]], log: Any) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        bind = f"fd://{self._listener.fileno()}"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "--bind", bind, "--workers", "2", "--worker-class", "gthread",
-             "--threads", "3", "--no-control-socket", "--graceful-timeout", "1",
-             f"tests.doors.{WAYS[way].site}:application"],
-            env={**os.environ, **environment(way, servers)},
-            cwd=Path(__file__).parents[2],
-            pass_fds=[self._listener.fileno()],
-            stdout=log, stderr=log,
-        )  # fmt: skip
-
-    def __enter__(self) -> Site:
-        deadline = time.monotonic() + 30
-        for path in ("/read", "/write") * 4:
-            while self.ask(path)[0] != 200:
-                if time.monotonic() > deadline:
-                    raise RuntimeError("the site does not answer")
-                time.sleep(0.05)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(5)
-        self._listener.close()
+    def __init__(self, port: int) -> None:
+        self.port = port
 
     def ask(self, path: str) -> tuple[int, float]:
         """Send a request; return its status, 0 for none, and the seconds that it took."""
@@ -107,6 +75,22 @@ class Site:
         finally:
             connection.close()
         return status, time.monotonic() - begun
+
+
+@contextmanager
+def running(way: str, servers: list[dict[str, Any]], log: Any) -> Iterator[Site]:
+    """Serve a way; return its site once all of its workers are likely to have answered."""
+    application, directory = f"tests.doors.{WAYS[way].site}:application", Path(__file__).parents[2]
+    variables = environment(way, servers)
+    with serving(application, variables, threads=3, directory=directory, log=log) as port:
+        site = Site(port)
+        deadline = time.monotonic() + 30
+        for path in ("/read", "/write") * 4:
+            while site.ask(path)[0] != 200:
+                if time.monotonic() > deadline:
+                    raise RuntimeError("the site does not answer")
+                time.sleep(0.05)
+        yield site
 
 
 def under(site: Site, event: Callable[[], None], before: float, after: float) -> list[tuple[int, float]]:
@@ -144,7 +128,7 @@ def measure(
             with Cluster(2, settings={"max_connections": 60}) as cluster:
                 create_tables(cluster.primary, logged=True)
                 cluster.wait_in_sync()
-                with Site(way, [server(node) for node in cluster.nodes], subprocess.DEVNULL) as site:
+                with running(way, [server(node) for node in cluster.nodes], subprocess.DEVNULL) as site:
                     answers = under(site, lambda: event(cluster), 1.0, after)  # noqa: B023
             found.setdefault(title, {})[way] = {
                 "requests": len(answers),
