@@ -59,7 +59,7 @@ CORE = (
 )
 LATE = {
     "_process.health", "_process.orders", "_process.patroni", "_process.running_config", "_process.signals",
-    "_process.tracer",
+    "_process.size_warnings", "_process.tracer",
     "_servers.driver", "_session.decoding",
 }  # fmt: skip
 NEEDED_EARLY = {

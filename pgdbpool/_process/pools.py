@@ -17,11 +17,9 @@ from .._lending.group import Group, users_of
 from .._lending.hold_limits import HoldWatcher
 from .._servers.endpoint import Endpoint, Role, State
 from .._session import rows
-from .._status import answers
 from .._util import bounds
 from .._util import log_events as events
 from .._util.durations import Tally
-from ..errors import one_line
 from . import fork
 from .background import Monitor
 from .left_session_watch import LeftSessionWatch
@@ -248,7 +246,7 @@ class Pools:
 
         :raises Exception: it cannot be executed; the error says why.
         """
-        from .orders import obey  # nothing but this needs it
+        from .orders import obey  # nothing but this needs it, nor the import below
 
         return obey(self, order)
 
@@ -258,7 +256,9 @@ class Pools:
         return self._fits(order) or (not self.set_name and not any(pools._fits(order) for pools in here))
 
     def _fits(self, order: Mapping[str, Any]) -> bool:
-        return answers.fits(order, [group.name for group in self.groups.values()], self.endpoints)
+        from .._status.answers import fits
+
+        return fits(order, [group.name for group in self.groups.values()], self.endpoints)
 
     def running_config(self) -> dict[str, Any]:
         """Return the configuration in use, without secrets, with the addresses of names as they are known."""
@@ -367,36 +367,9 @@ class Pools:
         self._await_lag()
         self._begin_publishing()
         if self.config.processes is not None:
-            self._warn_of_sizes(self.config.processes)
+            from .size_warnings import warn_of_sizes  # nothing but this needs it
 
-    def _warn_of_sizes(self, processes: int) -> None:
-        """Warn of servers that do not admit what all processes together can open."""
-        from ..sizing import ask, demand  # nothing else of a block or of init needs it
-
-        roles = {e.label: e.role.value for e in self.endpoints.values() if e.role}
-        for label, need in demand(self.config, processes, roles).items():
-            endpoint = self.endpoints[label]
-            if label != need.labels[0]:
-                continue  # the same server
-            lent = ((group, group.borrow(endpoint)) for group in users_of(endpoint))
-            group, conn = next(((group, conn) for group, conn in lent if conn), (None, None))
-            if group is None or conn is None:
-                continue
-            try:
-                verdict = need.verdict(ask(conn), processes)
-            except psycopg.Error as error:
-                reason = one_line(error)
-                events.ENDPOINT_SILENT(
-                    "endpoint %s: cannot read its limits: %s", label, reason, endpoint=label, reason=reason
-                )
-                verdict = ""
-            finally:
-                group.give_back(conn)
-            if verdict:
-                events.ENDPOINT_TOO_SMALL(
-                    "endpoint %s: %s; `pgdbpool size` recommends sizes", label, verdict,
-                    endpoint=label, reason=verdict,
-                )  # fmt: skip
+            warn_of_sizes(self.config, self.endpoints, self.config.processes)
 
     def _await_lag(self) -> None:
         """Wait until the lag of the standbys is known that a group limits."""
