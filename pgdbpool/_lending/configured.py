@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
@@ -21,9 +22,7 @@ from .._session.connection import PooledConnection
 from .._session.slow_statements import TimedConnection
 from .._util import bounds
 from .._util.durations import Tally
-from ..errors import (
-    SettingError,
-)
+from ..errors import SettingError
 from .hooks import Hooks
 from .left_sessions import LeftSession
 from .pool import Pool
@@ -237,6 +236,13 @@ class ConfiguredGroup:
 
     def _counts(self) -> Counter[Endpoint | None]:
         return Counter(slot.endpoint for slot in self._pool.slots())
+
+    def doubt_roles(self, but: Endpoint | None = None) -> None:
+        """Have a block that finds no server of the group's target ask all once more, except the given one."""
+        now = monotonic()
+        for endpoint in self.endpoints:
+            if endpoint is not but:
+                endpoint.role_doubted_at = now
 
     def _dial_timeout(self, endpoint: Endpoint) -> float:
         own = self.config.connect_timeout

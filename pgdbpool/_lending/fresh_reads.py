@@ -1,6 +1,7 @@
 """Which server a read goes to that must see certain writes, once a guard has failed or cannot ride.
 
-It is asked in this order: another standby, the same ones for `fresh_wait`, the primary if `target` admits it.
+It is asked in this order: another standby, the same ones for `fresh_wait`, the primary if `target` admits it,
+and a server that there was no room for, to which the block's connection gives its place.
 Each is asked in a round trip of its own, so the statement that follows needs no guard.
 """
 
@@ -45,6 +46,8 @@ class _Search:
         self.told: dict[Endpoint, str] = {}
         """How far each server is that was asked."""
         self.lost: list[Position] = []
+        self.no_room: list[Endpoint] = []
+        """Servers that were not asked, since that takes a connection more."""
 
     def error(self, group: str) -> StaleReadError:
         """Return the error for a block that no server can serve."""
@@ -86,9 +89,8 @@ class FreshGroup(PausingGroup):
         search = _Search(block, seen, until)
         movable = not (conn.touched or conn.handed_out)
         found = self._on_a_standby(search, conn, movable) or self._awaited(search, conn)
-        if found is None and movable and self.config.target in ADMITS_PRIMARY:
-            found = self._on_the_primary(search, conn)
-            self.fresh_from_primary += found is not None
+        if found is None and movable:
+            found = self._elsewhere(search, conn)
         if found is None:
             self.fresh_refused += 1
             raise search.error(self.name)
@@ -201,11 +203,18 @@ class FreshGroup(PausingGroup):
         except psycopg.Error:
             time.sleep(pause)
 
-    def _on_the_primary(self, search: _Search, conn: PooledConnection) -> PooledConnection | None:
-        for endpoint in self._others(conn.endpoint):
-            if endpoint.role is not Role.STANDBY and (
-                found := self._ask_there(search, conn, endpoint, needed=True)
-            ):
+    def _elsewhere(self, search: _Search, conn: PooledConnection) -> PooledConnection | None:
+        """Return a connection to the primary or to a server that was not asked, in place of this one.
+
+        A server that was promoted may be known as a standby until it is asked.
+        """
+        admits = self.config.target in ADMITS_PRIMARY
+        for endpoint in sorted(self._others(conn.endpoint), key=lambda other: other.role is Role.STANDBY):
+            primary = admits and endpoint.role is not Role.STANDBY
+            if not (primary or endpoint in search.no_room):
+                continue
+            if found := self._ask_there(search, conn, endpoint, needed=True):
+                self.fresh_from_primary += endpoint.role is not Role.STANDBY
                 return found
         return None
 
@@ -223,6 +232,7 @@ class FreshGroup(PausingGroup):
                 search.told.setdefault(
                     endpoint, "not asked: there is no connection to it, and no room for one"
                 )
+                search.no_room.append(endpoint)
                 return None
             other = self._connect_to(endpoint, slot, search)
             if other is None:

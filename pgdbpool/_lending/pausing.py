@@ -40,6 +40,7 @@ class PausingGroup(OpeningGroup):
 
     def resume(self) -> None:
         """Let the blocks go on."""
+        self.doubt_roles()  # a pause is for a switchover
         self._pause = None
         self._set_probe()
 

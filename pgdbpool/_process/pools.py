@@ -300,6 +300,7 @@ class Pools:
         if self.publisher is not None:
             self.publisher.hurry()
         for group in users_of(endpoint):
+            group.doubt_roles()  # another server may have been promoted in its place
             group.drop_idle(endpoint, f"endpoint {endpoint.state.value}")
         if endpoint.state is State.DRAINING:
             self._forget(endpoint)
@@ -323,6 +324,7 @@ class Pools:
 
     def _changed_role(self, endpoint: Endpoint) -> None:
         for group in users_of(endpoint):
+            group.doubt_roles(but=endpoint)
             group.part_with(endpoint)
 
     def _came_up(self, endpoint: Endpoint) -> None:

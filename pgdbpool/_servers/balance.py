@@ -48,13 +48,14 @@ def order(
     """Return the endpoints worth a dial, the best first.
 
     Only endpoints that are UP. One of an unsuitable role comes in only if no other is left and its role
-    was seen longer than `ROLE_LASTS` ago, since roles move. `round-robin` evens out the connections of
-    the group, `least-connections` those of the whole process, `random` draws; each by weight.
+    was seen longer than `ROLE_LASTS` ago, or before it was doubted, since roles move. `round-robin` evens
+    out the connections of the group, `least-connections` those of the whole process, `random` draws; each
+    by weight.
     """
     up = [c for c in candidates if c.endpoint.state is State.UP]
     fitting = [
         c for c in up if c.endpoint.role is None or suits(target, c.endpoint.role, c.endpoint.read_only)
-    ] or [c for c in up if now - c.endpoint.role_seen_at >= ROLE_LASTS]
+    ] or [c for c in up if c.endpoint.role_seen_at <= max(now - ROLE_LASTS, c.endpoint.role_doubted_at)]
 
     def rank(candidate: Candidate) -> float:
         endpoint, connections = candidate

@@ -163,6 +163,8 @@ class Endpoint:
         self.role: Role | None = None
         self.read_only = False
         self.role_seen_at = 0.0
+        self.role_doubted_at = 0.0
+        """When something happened after which its role may be another."""
         self.role_changed_at = 0.0
         """When its role last changed: older evidence is ignored."""
         self.timeline: int | None = None

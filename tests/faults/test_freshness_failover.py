@@ -146,6 +146,27 @@ def test_a_role_that_may_not_read_histories_reads_from_the_primary_after_a_promo
     assert "permission denied" in records[0].reason
 
 
+def test_a_promotion_that_nothing_has_told_of_is_found_by_the_read_that_needs_it(
+    servers: Cluster, mode: str
+) -> None:
+    init(servers, mode, connection_count=1, min_size=0)
+    promoted, other = servers.standbys
+    for used, drained in ((promoted, other), (other, promoted)):
+        Connection.drain(drained.label)
+        with Handler("prefer") as db:
+            assert db.fetchval("SELECT pg_is_in_recovery()")
+            assert db.endpoint == used.label
+        Connection.undrain(drained.label)
+    other.execute("SELECT pg_wal_replay_pause()")
+    token = write(1)
+    wait_for(lambda: promoted.execute("SELECT count(*) FROM t") == [(1,)])
+    servers.primary.kill()
+    promoted.promote()
+    with Handler("prefer", after=token) as db:
+        assert db.fetchval(COUNT, (1,)) == 1
+        assert db.endpoint == promoted.label
+
+
 def test_a_standby_that_receives_nothing_proves_nothing(servers: Cluster, mode: str) -> None:
     """Where its receiver is away, so is the timeline; and what it is said to have received is not true."""
     init(servers, mode)

@@ -715,6 +715,25 @@ def cancel_waiting(node: Node, over: threading.Event) -> None:
             admin.execute("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
 
 
+def test_a_connection_gives_its_place_to_one_to_a_standby_that_has_the_write(
+    init: Any, servers: Cluster
+) -> None:
+    init(connection_count=1, min_size=0, fresh_wait=0.1)
+    for group in READING:
+        with Handler(group) as db:
+            db.query("SELECT 1")
+            (behind,) = (node for node in servers.standbys if node.label == db.endpoint)
+        with paused(behind):
+            number, token = write()
+            other = servers.standbys[behind is servers.standbys[0]]
+            wait_for(lambda: other.execute(f"SELECT count(*) FROM t WHERE i = {number}") == [(1,)])  # noqa: B023
+            with Handler(group, after=token) as db:
+                assert db.fetchval(COUNT, (number,)) == 1
+                assert db.endpoint == other.label
+        assert status(group).fresh_from_primary == 0
+        assert status(group).size == 1
+
+
 def test_a_lost_commit_may_be_there_and_is_looked_for_on_the_primary(
     servers: Cluster, init: Any, proxy_to: Any
 ) -> None:
