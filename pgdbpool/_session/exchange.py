@@ -336,7 +336,7 @@ class ExchangingConnection(RequestConnection):
                     break
                 if (answer := self.pgconn.get_result()) is not None:
                     answers.append(answer)
-        failed = (answer for answer in reversed(answers) if answer.status == FATAL)
+        failed = (answer for answer in answers if answer.status == FATAL)  # a pooler's own word comes second
         return next(filter(outcome.ends_session, failed), None)
 
     def _ended_by(self, answer: PGresult, status: int) -> psycopg.Error:

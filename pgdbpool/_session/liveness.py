@@ -121,14 +121,28 @@ class LiveConnection(CleanedConnection):
             if timeout is not None:
                 raise  # the caller's own deadline, not the statement's
             raise self._unanswered(status) from None
-        except psycopg.Error as error:
-            raise self.own_error(error, status)  # noqa: B904  it is the same object
-        except BaseException as interruption:
-            self._interrupted(interruption, status)
+        except BaseException as error:
+            found = self._loss_behind(error) or error
+            if isinstance(found, psycopg.Error):
+                raise self.own_error(found, status)  # noqa: B904  it is the same object, or caused by it
+            self._interrupted(error, status)
             raise
         if self.not_replicated or self.pgconn.status == BAD:
             self._look_back(status)
         return result
+
+    def _loss_behind(self, error: BaseException) -> psycopg.Error | None:
+        """Return the loss of the connection that an error of psycopg's own stands for; None if it does not.
+
+        A pooler has a word of its own after the one with which the server ends a session, and psycopg takes
+        one answer only to COPY, and to the commands that it sends itself.
+        """
+        refused = isinstance(error, (psycopg.ProgrammingError, psycopg.InternalError, ValueError))
+        if not refused or self.pgconn.status != BAD or getattr(error, "sqlstate", None):
+            return None
+        lost = psycopg.OperationalError(self.pgconn.get_error_message())
+        lost.__cause__ = error
+        return lost
 
     def _too_late(self, status: int) -> psycopg.Error:
         """Return the error for a wait that would begin after its time."""

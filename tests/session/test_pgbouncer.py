@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import psycopg
@@ -14,7 +15,7 @@ from proxy import Proxy
 from support import SURVIVES_INTERRUPTIONS, config, server, wait_for
 
 import pgdbpool
-from pgdbpool import Connection, Handler
+from pgdbpool import Connection, ConnectionLostError, Handler
 from pgdbpool.cluster import Cluster
 
 pytestmark = pytest.mark.slow
@@ -73,6 +74,45 @@ def test_tenants_are_kept_apart_over_two_sessions_that_all_share(known_cluster: 
     assert report.violations == []
     assert report.events["blocks"] == 600
     assert report.events["statements checked"] > 1000
+
+
+def copy_in(db: Handler, kill: Any) -> None:
+    with db.copy("COPY copied FROM STDIN") as copy:
+        copy.write_row((1,))
+        kill()
+
+
+def copy_out(db: Handler, kill: Any) -> None:
+    with db.copy("COPY (SELECT generate_series(1, 10000000)) TO STDOUT") as copy:
+        copy.read()
+        kill()
+        for _ in copy:
+            pass
+
+
+def begin_to_copy(db: Handler, kill: Any) -> None:
+    kill()
+    with db.copy("COPY copied TO STDOUT"):
+        pass
+
+
+@with_pgbouncer
+@pytest.mark.parametrize(
+    ("lose", "group"),
+    # In autocommit the pooler would have taken another session for a COPY that has not begun.
+    [*product([copy_in, copy_out], GROUPS), (begin_to_copy, "manual")],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_session_that_its_server_ends_is_lost_whatever_the_pooler_adds(
+    bouncer: Any, known_cluster: Any, mode: str, lose: Any, group: str
+) -> None:
+    init(bouncer(), mode)
+    known_cluster.primary.execute("CREATE TABLE copied (i int); GRANT ALL ON copied TO app")
+    with pytest.raises(ConnectionLostError, match="terminating connection"), Handler(group) as db:
+        pid = db.fetchval("SELECT pg_backend_pid()")
+        lose(db, lambda: known_cluster.primary.execute(f"SELECT pg_terminate_backend({pid}, 5000)"))
+    with Handler(group) as db:
+        assert db.fetchval("SELECT count(*) FROM copied") == 0
 
 
 @with_pgbouncer
