@@ -128,7 +128,7 @@ class _Attempt:
         group, milliseconds = self._group, self._statement_timeout
         patience = milliseconds / 1000 + bounds.CLIENT_GRACE if milliseconds else None
         conn.end_set_up(patience, row_factory, BlockCursor, BlockServerCursor)
-        conn.snapshot_attributes()
+        conn.snapshot_attributes(group.configure is not None or group.connection_class is not None)
         if group.max_lifetime:
             # Jitter, so that connections opened together are not all replaced together.
             conn.expire(monotonic() + group.max_lifetime * random.uniform(0.95, 1.0))

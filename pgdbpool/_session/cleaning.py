@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -121,13 +120,13 @@ class CleanedConnection(ConnectionState):
         if self.turn.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
             return False
         if self.altered:
-            for name in [name for name in vars(self) if name not in own_names]:
+            for name in [name for name in self.own_dictionary() if name not in own_names]:
                 delattr(self, name)  # of the block, or of `configure`, whose value comes back
             for name, value in (self.settled or {}).items():
                 setattr(self, name, value)
             self._own_adapters()
             self._notice_handlers, self._notify_handlers = map(list, self.own_handlers)
-            self._notifies_backlog = deque()
+            self.backlog = ()
             self.unsure = False
         self.follows, self.in_force = False, None
         if self.touched and not self.local:
@@ -225,13 +224,17 @@ class CleanedConnection(ConnectionState):
         else:
             yield from self._exec_command(b"ROLLBACK")
 
-    def snapshot_attributes(self) -> None:
-        """Record the attributes that every block starts with; called once, when the connection is opened."""
+    def snapshot_attributes(self, configured: bool) -> None:
+        """Record the attributes that every block starts with; called once, when the connection is opened.
+
+        :param configured: whether the application may have added attributes of its own.
+        """
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.conforms = self._strings_conform()
         self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
-        more = {name: value for name, value in vars(self).items() if name not in own_names}
+        present = self.own_dictionary() if configured else {}
+        more = {name: value for name, value in present.items() if name not in own_names}
         if more or self._adapters is not None:
             self.settled |= more
         else:  # by identity: the values may have any `__eq__`, and live as long as the dictionary
@@ -243,9 +246,6 @@ class CleanedConnection(ConnectionState):
         # An isolation_level, read_only or deferrable that `configure` has set is part of each BEGIN.
         self.plain = not self.local and self.speaks_utf8 and self._get_tx_start_command() == b"BEGIN"
         self._own_adapters()
-        # `vars` has turned the values into a dictionary with shared keys, in which each attribute lookup is a
-        # search. A dictionary with private keys is read by position.
-        self.__dict__ = {**vars(self)}
 
     def _own_adapters(self) -> None:
         """Give the next block a copy of the adapters, so that its own registrations end with it."""

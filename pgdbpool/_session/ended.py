@@ -14,19 +14,16 @@ from typing import Any, NoReturn
 from weakref import ref
 
 import psycopg
-from psycopg import pq
 
 from .. import errors
 from .connection import PooledConnection
-from .state import OUTSIDE, own_names
+from .state import NOBODYS, OUTSIDE, own_names
 
 _CHOSEN = (
     "row_factory", "cursor_factory", "server_cursor_factory", "_adapters", "_isolation_level", "_read_only",
     "_deferrable", "_begin_statement", "_notice_handlers", "_notify_handlers",
 )  # fmt: skip
 _UNSET = object()
-_NOBODYS = pq.PGconn.connect_start(b"=")  # refused by libpq's parser: it never had a socket
-_NOBODYS.finish()
 
 
 class Ended:
@@ -73,7 +70,7 @@ def _kind(cls: type[PooledConnection]) -> _Kind:
 def end(conn: PooledConnection) -> None:
     """Take everything out of a connection, whose session is another object's or closed."""
     conn.__class__ = _kind(type(conn)).ended
-    psycopg.Connection.__init__(conn, _NOBODYS)
+    psycopg.Connection.__init__(conn, NOBODYS)
     conn.block = conn.slot = None
     conn.lent, conn._closed = False, True
 
@@ -108,7 +105,7 @@ def pass_on(conn: PooledConnection, cls: type[PooledConnection]) -> PooledConnec
 def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
     """Give all that a connection has, its session too, to another object of its class."""
     replacing = getattr(heir, "replacing", None)
-    heir.__dict__ = {**conn.__dict__}  # not `update`: see `snapshot_attributes`
+    heir.__dict__ = {**conn.own_dictionary()}  # not `update`, which would have it share its keys
     for name in _kind(type(conn)).slots:
         if (value := getattr(conn, name, _UNSET)) is not _UNSET:
             setattr(heir, name, value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import select
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -353,7 +352,7 @@ class ExchangingConnection(RequestConnection):
         """
         while self.pgconn.notifies():
             pass
-        self._notifies_backlog = deque()
+        self.backlog = ()
 
     def _send_bound(self, sql: bytes, values: Sequence[bytes | None]) -> int:
         """Queue a command that has parameters, prepared if the session keeps statements; count extra answers.

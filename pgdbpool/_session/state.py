@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -55,16 +56,17 @@ class Keeper(Protocol):
 class ConnectionState(psycopg.Connection[Any]):
     """A psycopg connection with the state that its group, its block and its threads share."""
 
-    # What every connection has. In its dictionary these would be too many for the form in which instances
-    # share their keys: 1,300 bytes for each connection, and slower to read.
+    # What every connection has. With these, its own attributes would be too many for the form in which
+    # instances share their keys: 1,300 bytes for each connection, and slower to read. Python gives that form
+    # up for an instance whose dictionary is asked for; see `own_dictionary`.
     __slots__ = (
-        "_known", "abandoned", "adapters_shared", "altered", "annotates", "block", "bound", "by_itself",
-        "client_encoding", "crossed", "dumps", "ended_by_server", "ending", "endpoint", "expires_at",
-        "follows", "guarding", "handed_out", "holder", "lent", "local", "makers", "named", "not_replicated",
-        "own_handlers", "owner", "patience", "plain", "poll", "proven", "readers", "reads", "replacing",
-        "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed", "syncs",
-        "taken_away", "telling", "touched", "turn", "until", "unusable", "used_at", "uses",
-        "wait_readable", "wrapped",
+        "_known", "abandoned", "adapters_shared", "altered", "annotates", "backlog", "block", "bound",
+        "by_itself", "client_encoding", "conforms", "crossed", "dumps", "ended_by_server", "ending",
+        "endpoint", "expires_at", "explicit", "follows", "guarding", "handed_out", "holder", "keeper", "lent",
+        "local", "makers", "named", "not_replicated", "own_handlers", "owner", "patience", "plain", "poll",
+        "private", "proven", "readers", "reads", "replacing", "riding", "settled", "shown", "slot",
+        "speaks_utf8", "stale", "step", "streamed", "syncs", "taken_away", "telling", "touched", "turn",
+        "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -72,6 +74,9 @@ class ConnectionState(psycopg.Connection[Any]):
     lent: bool
     """Whether it is checked out: not idle in the pool and not being taken from it."""
     block: Block | None
+    private: bool
+    """Whether its dictionary shares its keys with no other; see `own_dictionary`."""
+    backlog: deque[psycopg.Notify] | tuple[()] | None
     handed_out: bool
     """Whether its block may keep a reference to it, which must not reach the next block; see `ended`."""
     patience: float | None
@@ -94,7 +99,7 @@ class ConnectionState(psycopg.Connection[Any]):
     """Whether it was taken from its block, which will see it as lost; see `max_hold`."""
     ending: bool
     """Whether a COMMIT or ROLLBACK is running, whose outcome is worth waiting for."""
-    explicit: bool = False
+    explicit: bool
     """Whether a statement of an autocommit block began the open transaction."""
     declared: bool = False
     """Whether the statement psycopg starts is the one recorded in the block."""
@@ -120,7 +125,7 @@ class ConnectionState(psycopg.Connection[Any]):
     """Whether another thread closes it during its block, which cannot begin anything more."""
     left: int = 0
     """The server process that may still be committing after the connection was closed, or 0."""
-    keeper: Keeper | None = None
+    keeper: Keeper | None
     """Its group, once it is open."""
     used_at: float
     """When the connection was last known to work, on the monotonic clock."""
@@ -137,7 +142,7 @@ class ConnectionState(psycopg.Connection[Any]):
     """Whether the block's settings are bound in the open transaction."""
     reads: bool
     """Whether its group is read-only."""
-    conforms: bool = True
+    conforms: bool
     """Whether plain strings keep their backslashes when the session begins."""
     touched: bool
     """Whether the block may have left something in the session."""
@@ -217,19 +222,17 @@ class ConnectionState(psycopg.Connection[Any]):
         self.owner, self.holder, self.step, self.replacing = 0, 0, None, RLock()
         self.abandoned = self.unusable = self.taken_away = self.not_replicated = False
         self.ended_by_server = False
-        before = len(vars(self))
         super().__init__(pgconn, *args, **kwargs)
-        own_names.update(list(vars(self))[before:])
         pgconn.notice_handler = partial(_notice, ref(self))
-        self.slot = self.block = self.settled = self.client_encoding = None
+        self.slot = self.block = self.settled = self.client_encoding = self.keeper = None
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
         self.handed_out = self.touched = self.altered = self.stale = self.annotates = self.ending = False
-        self.crossed = self.follows = self.guarding = self.telling = False
+        self.crossed = self.follows = self.guarding = self.telling = self.explicit = self.private = False
         self.proven, self.syncs = None, 0
         self.local = ()
         self.patience = self.until = self.adapters_shared = self.dumps = None
         self.readers, self.makers = {}, {}
-        self.speaks_utf8 = self.plain = self.by_itself = True
+        self.speaks_utf8 = self.plain = self.by_itself = self.conforms = True
         self.shown, self.own_handlers = (), ((), ())
         self.used_at, self.expires_at, self.named = 0.0, float("inf"), 0
 
@@ -320,6 +323,27 @@ class ConnectionState(psycopg.Connection[Any]):
         finally:
             self.until = None
 
+    def own_dictionary(self) -> dict[str, Any]:
+        """Return the attributes that have no slot; before anything else asks for them.
+
+        Asking for them ends the form in which Python reads them fastest. In the dictionary that comes of it,
+        whose keys are shared, each one is searched for; in one with keys of its own it is found by position.
+        """
+        if not self.private:
+            self.private, self.__dict__ = True, {**vars(self)}
+        return vars(self)
+
+    @property
+    def _notifies_backlog(self) -> deque[psycopg.Notify] | None:
+        """psycopg's notifications to come, made on first use: 760 bytes that few connections need."""
+        if isinstance(self.backlog, tuple):
+            self.backlog = deque()
+        return self.backlog
+
+    @_notifies_backlog.setter
+    def _notifies_backlog(self, value: deque[psycopg.Notify] | None) -> None:
+        self.backlog = value if value or value is None else ()
+
     @property  # type: ignore[override]
     def lock(self) -> AbstractContextManager[Any]:
         """The lock psycopg holds during each step; a no-op if its thread already has the turn."""
@@ -384,7 +408,10 @@ class ConnectionState(psycopg.Connection[Any]):
         return (step := self.step) is None or step.thread != get_ident()
 
 
+NOBODYS = psycopg.pq.PGconn.connect_start(b"=")  # refused by libpq's parser: it never had a socket
+NOBODYS.finish()
 own_names = {"_pool", "_created_at", "_expire_at", *ConnectionState.__annotations__}
+own_names.update(vars(psycopg.Connection(NOBODYS)))
 """Attributes in a connection's dictionary that are psycopg's, psycopg_pool's and this class's own."""
 
 

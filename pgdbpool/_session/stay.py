@@ -359,6 +359,7 @@ def keep(conn: PooledConnection) -> KeptConnection:
         conn.cursor_factory = StayCursor
     if conn.server_cursor_factory is BlockServerCursor:
         conn.server_cursor_factory = StayServerCursor
+    conn.own_dictionary()  # another class would have it share its keys
     conn.__class__ = _class(_kept, KeptConnection, type(conn))
     assert isinstance(conn, KeptConnection)
     return conn

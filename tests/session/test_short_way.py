@@ -6,6 +6,7 @@ import datetime as dt
 import decimal
 import gc
 import ipaddress
+import sys
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
@@ -391,6 +392,18 @@ def test_a_result_is_freed_with_its_cursor(start: Callable[..., None], taken: li
         assert reader.tx.pgresult is None
         cursor = db.query("SELECT 1 FROM generate_series(1, 100)")
         assert reader.tx.pgresult is cursor.pgresult
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="each instance has a dictionary")
+def test_a_connection_that_is_not_handed_out_has_no_dictionary(start: Callable[..., None]) -> None:
+    start()
+    for group in ("auto", "manual", "tenant"):
+        for _ in range(3):
+            with Handler(group, tenant="a" if group == "tenant" else None) as db:
+                db.query("SELECT 1")
+                conn = db._live()
+        referents = gc.get_referents(conn)
+        assert not [found for found in referents if isinstance(found, dict) and "pgconn" in found]
 
 
 def test_a_time_is_read_in_the_time_zone_of_now(start: Callable[..., None], taken: list[bool]) -> None:
