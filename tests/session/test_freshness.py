@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +21,16 @@ from pgdbpool.cluster import Cluster, Node
 
 SYSTEM_15 = Path("/usr/lib/postgresql/15/bin")
 OLDER = [16, *([15] if SYSTEM_15.is_dir() else [])]
-VERSIONS = [18, *(pytest.param(version, marks=pytest.mark.slow) for version in OLDER)]
+OWN = os.environ.get("PGDBPOOL_TEST_PG_BIN")
+VERSIONS = [18, *(pytest.param(version, marks=pytest.mark.slow) for version in OLDER), *filter(None, [OWN])]
 READING = ("auto_read", "manual_read")
 INSERT, COUNT = "INSERT INTO t VALUES (%s)", "SELECT count(*) FROM t WHERE i = %s"
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"pg{version}")
 def servers(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    where = {"bin_dir": str(SYSTEM_15)} if request.param == 15 else {"version": request.param}
+    programs = {15: str(SYSTEM_15), OWN: OWN}.get(request.param)
+    where = {"bin_dir": programs} if programs else {"version": request.param}
     # Nothing but the tests writes, since they compare positions to a few bytes.
     with Cluster(standbys=2, settings={"autovacuum": "off"}, **where) as cluster:
         cluster.primary.execute("CREATE TABLE t (i int)")
