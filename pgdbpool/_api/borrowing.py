@@ -95,11 +95,19 @@ class Borrowing:
         give_back(conn)
 
 
-def _caller(frame: FrameType, skip: Collection[str]) -> FrameType:
+_passed: dict[tuple[str, ...], set[str]] = {}
+"""The modules known to be of the packages that are skipped: a framework is dozens of frames deep."""
+
+
+def _caller(frame: FrameType, skip: tuple[str, ...]) -> FrameType:
     """Return the nearest frame that is of none of the packages; the first if there is no such one."""
     at: FrameType | None = frame
+    passed = _passed.setdefault(skip, set())
     while at is not None:
-        if str(at.f_globals.get("__name__")).partition(".")[0] not in skip:
-            return at
+        name = str(at.f_globals.get("__name__"))
+        if name not in passed:
+            if name.partition(".")[0] not in skip:
+                return at
+            passed.add(name)
         at = at.f_back
     return frame

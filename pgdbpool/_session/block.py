@@ -11,7 +11,7 @@ from weakref import ref
 from .._request.freshness import Seen
 from .._request.tenant import Bound
 from .._util.client_settings import REPORT, is_reported
-from .._util.transaction_modes import modes_of
+from .._util.transaction_modes import READ_ONLY, Modes, modes_of
 from .commands import BEGIN, INHERIT_PATIENCE, NOTHING, Command, set_local
 
 _REPORT: tuple[Command, ...] = ((REPORT, ()),)
@@ -20,7 +20,9 @@ _REPORT: tuple[Command, ...] = ((REPORT, ()),)
 class Binding:
     """The settings of a block, and the command that binds them; shared by all blocks of one tenant."""
 
-    __slots__ = ("begin_and_set", "modes", "patience", "report", "set", "settings", "special")
+    __slots__ = (
+        "alone", "begin_and_set", "by_role", "modes", "patience", "report", "set", "settings", "special",
+    )  # fmt: skip
 
     def __init__(self, settings: Bound, patience: float | None = INHERIT_PATIENCE) -> None:
         self.settings = settings
@@ -33,7 +35,20 @@ class Binding:
         self.special = patience != INHERIT_PATIENCE or bool(self.report)
         """Whether the connection's own attributes change for the block."""
         self.set = set_local(settings) + self.report
-        self.begin_and_set = BEGIN + self.set
+        modes = self.modes
+        self.begin_and_set = (BEGIN if modes is None else ((modes.begin(), None),)) + self.set
+        self.alone = implicit(modes, settings) + self.report
+        """What goes before a statement that is a transaction of its own."""
+        self.by_role = modes is not None and modes.read_only is False
+        """Whether the commands depend on the role of the server."""
+
+
+def implicit(modes: Modes | None, settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
+    """Return what gives an implicit transaction these modes, and binds the settings."""
+    if modes is None:
+        return set_local(settings, encoding)
+    first = tuple((sql, None) for sql in modes.of_implicit())
+    return first + set_local(settings + READ_ONLY if modes.read_only else settings, encoding)
 
 
 UNBOUND = Binding(())
@@ -88,7 +103,7 @@ class Block:
         self.settings = binding.settings
         """The settings to bind: the connection's, if any, and the block's."""
         self.in_transaction = binding.set
-        self.at_begin = binding.begin_and_set if manual else binding.set
+        self.at_begin = binding.begin_and_set if manual else binding.alone
         self.failure: Exception | None = None
         """The last error of a statement: the cause reported if the transaction cannot be committed."""
         self.since = 0.0
@@ -133,8 +148,9 @@ class Block:
 
     def part(self) -> None:
         """Forget a lost connection, and the commands derived from its attributes."""
-        self.conn, self.settings, self.in_transaction = None, self.binding.settings, self.binding.set
-        self.at_begin = self.binding.begin_and_set if self.manual else self.in_transaction
+        binding = self.binding
+        self.conn, self.settings, self.in_transaction = None, binding.settings, binding.set
+        self.at_begin = binding.begin_and_set if self.manual else binding.alone
 
 
 class GuardedBlock(Block):

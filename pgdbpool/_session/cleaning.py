@@ -16,7 +16,7 @@ from .commands import CLEANING, CLEANING_TO_READ, IDLE, INERROR, INTRANS, NOTHIN
 from .pooler_safety import left_in_session
 from .prepared import ROLLBACK, dropping, is_stale
 from .short_way import shared
-from .state import ConnectionState, own_names
+from .state import ConnectionState, Settled, own_names
 from .statement_shape import StatementTraits, shape_with_escapes, text_of
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ _SHOWN = (
 )  # fmt: skip
 """Settings that the server reports. If `client_encoding` has changed, the connection is closed anyway."""
 _ATTRIBUTES = (
-    "patience", "row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max",
-    "own_timeout", "_adapters", "_isolation_level", "_read_only", "_deferrable", "_begin_statement",
+    "row_factory", "cursor_factory", "server_cursor_factory", "own_timeout", "_adapters", "_isolation_level",
+    "_read_only", "_deferrable", "_begin_statement",
 )  # fmt: skip
 
 _kept: dict[Any, Any] = {}
@@ -120,14 +120,10 @@ class CleanedConnection(ConnectionState):
         if self.turn.locked() or self.tainted or self._tpc or self._num_transactions or self._pipeline:
             return False
         if self.altered:
-            for name in [name for name in self.own_dictionary() if name not in own_names]:
-                delattr(self, name)  # of the block, or of `configure`, whose value comes back
-            for name, value in (self.settled or {}).items():
-                setattr(self, name, value)
-            self._own_adapters()
-            self._notice_handlers, self._notify_handlers = map(list, self.own_handlers)
-            self.backlog = ()
+            self.renew_adapters()
             self.unsure = False
+            if not self.handed_out:  # else the object that has the session from now on is settled
+                self.settle()
         self.follows, self.in_force = False, None
         if self.touched and not self.local:
             self._known.clear()
@@ -135,6 +131,19 @@ class CleanedConnection(ConnectionState):
             self.ask_for_cleaning()
         self.touched = self.altered = self.prepares = False
         return True
+
+    def settle(self) -> None:
+        """Set the attributes that every block begins with, and remove those that the last one has added."""
+        if (settled := self.settled) is None:
+            return
+        mine = self.own_dictionary()
+        for name in mine.keys() - own_names:
+            del mine[name]  # of the block, or of `configure`, whose value comes back
+        self.patience, self.prepare_threshold, self.prepared_max, attributes = settled
+        mine.update(attributes)
+        self._own_adapters()
+        self._notice_handlers, self._notify_handlers = map(list, self.own_handlers)
+        self.backlog = ()
 
     def follow_settings(self) -> None:
         """Decode values by the block's settings; see `decoding`."""
@@ -232,24 +241,24 @@ class CleanedConnection(ConnectionState):
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"
         self.conforms = self._strings_conform()
-        self.settled = {name: getattr(self, name) for name in _ATTRIBUTES}
+        attributes = {name: getattr(self, name) for name in _ATTRIBUTES}
         present = self.own_dictionary() if configured else {}
         more = {name: value for name, value in present.items() if name not in own_names}
-        if more or self._adapters is not None:
-            self.settled |= more
-        else:  # by identity: the values may have any `__eq__`, and live as long as the dictionary
-            patience, *others = self.settled.values()
-            self.settled = _once((patience, *map(id, others)), self.settled)
+        limits = self.patience, self.prepare_threshold, self.prepared_max
+        self.settled = Settled(*limits, attributes | more)
+        if not more and self._adapters is None:
+            # By identity: the values may have any `__eq__`, and live as long as the dictionary.
+            self.settled = _once((limits, *map(id, attributes.values())), self.settled)
         shown = self._shown()
         self.shown = _once(shown, shown)
         self.own_handlers = tuple(self._notice_handlers), tuple(self._notify_handlers)
         # An isolation_level, read_only or deferrable that `configure` has set is part of each BEGIN.
         self.plain = not self.local and self.speaks_utf8 and self._get_tx_start_command() == b"BEGIN"
+        self.renew_adapters()
         self._own_adapters()
 
     def _own_adapters(self) -> None:
         """Give the next block a copy of the adapters, so that its own registrations end with it."""
-        self.renew_adapters()
         if self._adapters is not None:
             self._adapters = AdaptersMap(self._adapters)
 

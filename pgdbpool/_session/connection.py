@@ -196,9 +196,8 @@ class PooledConnection(TwoPhaseConnection):
                     self.patience, self.holder = patience, 0
 
 
-def asked_by_driver(frame: FrameType) -> bool:
+def asked_by_driver(name: str) -> bool:
     """Return whether psycopg or this package asks for libpq's connection: they note what they do."""
-    name: str = frame.f_globals["__name__"]
     return name.startswith(("psycopg", "pgdbpool."))
 
 
@@ -213,7 +212,7 @@ class _Info(psycopg.ConnectionInfo):
     @property
     def pgconn(self) -> Any:
         """libpq's connection; if the application uses it, the session is cleaned after the block."""
-        if not asked_by_driver(sys._getframe(1)):
+        if not asked_by_driver(sys._getframe(1).f_globals["__name__"]):
             self._conn.mark(session=True)
         return self._pgconn
 

@@ -8,7 +8,10 @@ block pays for it. A reference to libpq itself (`connection.pgconn`) is not guar
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
+from itertools import repeat
+from operator import attrgetter
 from threading import Lock, RLock
 from typing import Any, NoReturn
 from weakref import ref
@@ -23,7 +26,8 @@ _CHOSEN = (
     "row_factory", "cursor_factory", "server_cursor_factory", "_adapters", "_isolation_level", "_read_only",
     "_deferrable", "_begin_statement", "_notice_handlers", "_notify_handlers",
 )  # fmt: skip
-_UNSET = object()
+_ANEW = ("turn", "step", "handed_out", "replacing", "__weakref__", "__dict__")
+"""Slots that are not handed over."""
 
 
 class Ended:
@@ -53,11 +57,17 @@ class _Kind:
     def __init__(self, cls: type[PooledConnection]) -> None:
         # Each class's own: `getattr` would find those of a layer above again and again.
         names = [name for kind in cls.__mro__ for name in vars(kind).get("__slots__", ())]
-        self.slots = tuple(name for name in names if name not in ("__weakref__", "__dict__"))
+        self.slots = tuple(name for name in names if name not in _ANEW)
         """The attributes that are not in the instance's dictionary."""
+        self.read = attrgetter(*self.slots)
         body = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         self.ended: type[PooledConnection] = type(cls.__name__, (Ended, cls), body)
         """The class that an object has after its end: still an instance of its own."""
+        nobodys = cls.__new__(cls)
+        psycopg.Connection.__init__(nobodys, NOBODYS)
+        nobodys._closed = True
+        self.attributes = {**vars(nobodys)}
+        """psycopg's attributes of an object after its end."""
 
 
 _kinds: dict[type[PooledConnection], _Kind] = {}
@@ -69,10 +79,11 @@ def _kind(cls: type[PooledConnection]) -> _Kind:
 
 def end(conn: PooledConnection) -> None:
     """Take everything out of a connection, whose session is another object's or closed."""
-    conn.__class__ = _kind(type(conn)).ended
-    psycopg.Connection.__init__(conn, NOBODYS)
+    kind = _kind(type(conn))
+    conn.__class__ = kind.ended
+    vars(conn).update(kind.attributes)
     conn.block = conn.slot = None
-    conn.lent, conn._closed = False, True
+    conn.lent, conn.turn, conn.backlog = False, Lock(), ()
 
 
 def succeed(conn: PooledConnection) -> PooledConnection | None:
@@ -88,6 +99,7 @@ def succeed(conn: PooledConnection) -> PooledConnection | None:
     try:
         _hand_over(conn, heir)
         heir.replacing = RLock()
+        heir.settle()
         end(conn)
     finally:
         lock.release()  # a thread that waits for it finds the connection ended
@@ -99,19 +111,16 @@ def pass_on(conn: PooledConnection, cls: type[PooledConnection]) -> PooledConnec
     heir = cls.__new__(cls)
     _hand_over(conn, heir)
     heir.replacing = RLock()
+    heir.mark(attributes=True)  # of an object that was handed out, and may go back to the pool itself
     return heir
 
 
 def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
     """Give all that a connection has, its session too, to another object of its class."""
-    replacing = getattr(heir, "replacing", None)
     heir.__dict__ = {**conn.own_dictionary()}  # not `update`, which would have it share its keys
-    for name in _kind(type(conn)).slots:
-        if (value := getattr(conn, name, _UNSET)) is not _UNSET:
-            setattr(heir, name, value)
+    kind = _kind(type(conn))
+    deque(map(setattr, repeat(heir), kind.slots, kind.read(conn)), 0)
     heir.turn, heir.step, heir.handed_out = Lock(), None, False
-    if replacing is not None:
-        heir.replacing = replacing
     for listener in ("notice_handler", "notify_handler"):
         handler = getattr(heir.pgconn, listener)
         setattr(heir.pgconn, listener, partial(handler.func, ref(heir)))

@@ -9,7 +9,7 @@ from functools import partial
 from math import inf
 from threading import Lock, RLock, get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from weakref import ref
 
 import psycopg
@@ -51,6 +51,16 @@ class Keeper(Protocol):
 
     def note_guard(self, conn: Any, passed: bool) -> None:
         """Count a guard."""
+
+
+class Settled(NamedTuple):
+    """The attributes that every block begins with."""
+
+    patience: float | None
+    prepare_threshold: int | None
+    prepared_max: int | None
+    attributes: dict[str, Any]
+    """Those in the connection's dictionary."""
 
 
 class ConnectionState(psycopg.Connection[Any]):
@@ -197,7 +207,7 @@ class ConnectionState(psycopg.Connection[Any]):
     """The turn object, unless the turn is held for one statement of the block's cursor."""
     replacing: AbstractContextManager[Any]
     """Held while a block replaces the connection after losing it."""
-    settled: dict[str, Any] | None
+    settled: Settled | None
     own_handlers: tuple[tuple[Any, ...], tuple[Any, ...]]
     """The notice and notify handlers that `configure` has added."""
     shown: tuple[bytes | None, ...]

@@ -26,6 +26,7 @@ from .stay_cursors import StayCursor, StayServerCursor
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen
+    from psycopg.adapt import AdaptersMap
 
 GIVEN_BACK = "this connection is already given back to its pool: take another with Connection.getconn(group)"
 _LOST = (
@@ -36,6 +37,8 @@ _TOUCHED = (
     "the connection was lost, and with it what was set up in its session: nothing was sent; give it back and "
     "take another"
 )
+_drivers: set[str] = set()
+"""Modules of psycopg and of this package that have asked for the connection of libpq."""
 Answer = TypeVar("Answer")
 
 
@@ -85,13 +88,24 @@ class KeptConnection(PooledConnection):
     @property
     def pgconn(self) -> Any:
         """libpq's connection; if the application uses it, the session is cleaned after the block."""
-        if not asked_by_driver(sys._getframe(1)):
-            self.mark(session=True)
-        return vars(self)["pgconn"]
+        # Asked for some ten times in each operation, so the modules of the driver are remembered.
+        name = sys._getframe(1).f_globals["__name__"]
+        if name not in _drivers:
+            if asked_by_driver(name):
+                _drivers.add(name)
+            else:
+                self.mark(session=True)
+        return self.__dict__["pgconn"]
 
     @pgconn.setter
     def pgconn(self, value: Any) -> None:
         vars(self)["pgconn"] = value
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """The connection's adapters, which may be changed."""
+        self.mark(attributes=True)
+        return super().adapters
 
     # Units of work.
 
@@ -118,11 +132,17 @@ class KeptConnection(PooledConnection):
             self._rebind(stay, binding)
 
     def _is_lost(self) -> bool:
-        """Return whether the server has ended the session; what arrived may be another thread's answer."""
-        if not (self.ended_by_server or self.has_input()):
+        """Return whether the server has ended the session; another thread's statement finds out by itself."""
+        if not self.turn.acquire(blocking=False):
             return False
-        with self.turn:
+        try:
+            if not (self.ended_by_server or self.poll(0)):
+                return False
             return self.pgconn.transaction_status == IDLE and not self.alive()
+        except (psycopg.OperationalError, ValueError):
+            return True  # another thread has closed it
+        finally:
+            self.turn.release()
 
     def renew_alone(self) -> None:
         """Begin a unit of work for what cannot ride, on a server that has what it must see."""
@@ -353,8 +373,9 @@ def _bases(cls: type[PooledConnection]) -> tuple[type[Any], ...]:
 
 def keep(conn: PooledConnection) -> KeptConnection:
     """Let a connection that was just lent go out of its pool."""
-    # Not `touched`, as in `hand_out`: its cursors know what their statements leave in the session.
-    conn.mark(attributes=True, kept=True)
+    # Not `touched`, as by `expose`: its cursors know what their statements leave in the session. Nor
+    # `altered`: the next block has another object, and begins with the attributes it should.
+    conn.mark(kept=True)
     if conn.cursor_factory is BlockCursor:
         conn.cursor_factory = StayCursor
     if conn.server_cursor_factory is BlockServerCursor:

@@ -16,7 +16,7 @@ from .. import errors
 from .._request import deadline as deadlines
 from .._request import special
 from .._util.transaction_modes import Modes
-from .block import Block
+from .block import Block, implicit
 from .commands import (
     ACTIVE,
     COMMIT,
@@ -71,7 +71,7 @@ class TransactingConnection(TellingConnection):
         :raises psycopg.ProgrammingError: a transaction is open.
         """
         with self.alone():
-            self._change(self._check_intrans_gen("autocommit"))
+            self._change(self._check_intrans_gen("autocommit"), alters=False)
             if self.block is None:  # while `configure` has it
                 self._autocommit = self.by_itself = bool(value)
             elif self.block.manual is bool(value) or self.block.nests:
@@ -93,11 +93,12 @@ class TransactingConnection(TellingConnection):
         with self.alone():
             self._change(self._set_deferrable_gen(value))
 
-    def _change(self, steps: PQGen[None]) -> None:
+    def _change(self, steps: PQGen[None], alters: bool = True) -> None:
         """Run psycopg's steps to change an attribute, which is refused inside a transaction."""
         if self.block is None and self.settled is not None:
             raise errors.BlockClosedError(OUTSIDE)
         self.end_wrapped()
+        self.mark(attributes=alters and self.block is not None)
         try:
             if self._pipeline:
                 self.wait(steps)
@@ -109,11 +110,6 @@ class TransactingConnection(TellingConnection):
     def begin(self, block: Block) -> tuple[Command, ...]:
         """Return the BEGIN of a transaction of the block."""
         return ((self._begin_with(block.binding.modes), None),)
-
-    def modes_of_implicit(self, block: Block) -> tuple[Command, ...]:
-        """Return what gives an implicit transaction of the block the modes that its settings ask for."""
-        modes = block.binding.modes
-        return NOTHING if modes is None else tuple((sql, None) for sql in self._allowed(modes).of_implicit())
 
     def _get_tx_start_command(self) -> bytes:
         """Return BEGIN for psycopg, which sends it in `transaction()` outside of a transaction."""
@@ -146,7 +142,7 @@ class TransactingConnection(TellingConnection):
     def lend_to(self, block: Block) -> None:
         """Lend the connection to the block: its own local settings go before the block's."""
         binding = block.binding
-        if not self.plain or binding.modes is not None:
+        if not self.plain or binding.by_role:
             block.settings = self.local + binding.settings
             block.in_transaction, block.at_begin = self._local(block), self._encode(block)
         if binding.special:
@@ -197,7 +193,11 @@ class TransactingConnection(TellingConnection):
 
     def _encode(self, block: Block) -> tuple[Command, ...]:
         """Return BEGIN, or the modes of an implicit transaction, and what binds the settings."""
-        return (self.begin(block) if block.manual else self.modes_of_implicit(block)) + self._local(block)
+        if block.manual:
+            return self.begin(block) + self._local(block)
+        modes = block.binding.modes
+        allowed = None if modes is None else self._allowed(modes)
+        return implicit(allowed, block.settings, self.pgconn._encoding) + block.binding.report
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -86,6 +86,7 @@ class TwoPhaseConnection(TransactingConnection):
                 raise errors.BlockClosedError(OUTSIDE)
             self.end_wrapped()
             self.bound, self.ending = False, True
+            self.mark(attributes=True)  # it may be left prepared, and nothing else shows that
             try:
                 yield block
             finally:

@@ -16,6 +16,10 @@ _ALIASES = {f"transaction_{mode}": _DEFAULT + mode for mode in _KINDS}
 _MODES = {_DEFAULT + mode: mode for mode in _KINDS}
 
 
+READ_ONLY = (("transaction_read_only", "on"),)
+"""The setting that makes the rest of a transaction read only."""
+
+
 class Modes(NamedTuple):
     """What a transaction's BEGIN says of it; None is the session's default."""
 
@@ -37,13 +41,14 @@ class Modes(NamedTuple):
     def of_implicit(self) -> list[bytes]:
         """Return the statements that give an implicit transaction these modes, before its first query.
 
-        Not SET TRANSACTION or SET LOCAL, of which the server warns outside of BEGIN. Each transaction starts
-        these settings again from their defaults, so nothing of them is left.
+        `READ_ONLY` is not among them: a query may set it, so it is bound with the settings. Not SET
+        TRANSACTION or SET LOCAL, of which the server warns outside of BEGIN. Each transaction starts these
+        settings again from their defaults, so nothing of them is left.
         """
         return [
             f"SET transaction_{mode} TO {_literal(value)}".encode()
             for mode, value in self._asdict().items()
-            if value is not None
+            if value is not None and (mode, value) != ("read_only", True)
         ]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg.rows import tuple_row
+from psycopg.rows import dict_row, tuple_row
+from psycopg.types.string import TextLoader
 from support import config, in_child, kill_backends, server, wait_for
 
 import pgdbpool
@@ -391,6 +392,45 @@ def test_autocommit_can_be_switched_and_comes_back(start: Any) -> None:
         assert not conn.autocommit
         assert conn.isolation_level is None
         assert conn.execute("SHOW transaction_isolation").fetchone() == ("read committed",)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_that_was_set_on_a_connection_ends_with_its_stay(start: Any, group: str) -> None:
+    start()
+    conn = Connection.getconn(group)
+    conn.row_factory, conn.cursor_factory = dict_row, psycopg.ClientCursor
+    conn.prepare_threshold, conn.prepared_max = 1, 7
+    conn.isolation_level, conn.read_only = psycopg.IsolationLevel.SERIALIZABLE, True
+    conn.adapters.register_loader("int4", TextLoader)
+    conn.add_notice_handler(print)
+    conn.add_notify_handler(print)
+    conn.mark_of_mine = 1  # type: ignore[attr-defined]
+    assert conn.execute("SELECT 1 AS n, current_setting('transaction_isolation') AS level").fetchone() == {
+        "n": "1",
+        "level": "serializable" if group == "manual" else "read committed",
+    }
+    Connection.putconn(conn)
+    with Connection.getconn(group) as conn:
+        assert (conn.prepare_threshold, conn.prepared_max, conn.isolation_level, conn.read_only) == (
+            5, 100, None, None,
+        )  # fmt: skip
+        assert not conn._notice_handlers
+        assert not conn._notify_handlers
+        assert not hasattr(conn, "mark_of_mine")
+        assert conn.execute("SELECT 1, current_setting('transaction_isolation')").fetchone() == (
+            1,
+            "read committed",
+        )
+
+
+def test_what_reads_the_rows_of_prepared_statements_outlasts_the_stay(start: Any) -> None:
+    start()
+    readers = []
+    for _ in range(9):
+        with Connection.getconn("auto") as conn:
+            assert conn.execute("SELECT 1").fetchone() == (1,)
+            readers.append(list(conn.readers.values()))
+    assert readers[-1][0] is readers[-2][0] is not None
 
 
 def test_session_state_is_cleaned_for_the_next_block(start: Any) -> None:

@@ -83,8 +83,9 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
     def _adapt(self, connection: Any) -> None:
         """Register Django's adapters, over those that the group's `configure` has registered."""
         template = base.get_adapters_template(base.settings.USE_TZ, self.timezone)
-        if connection.settled["_adapters"] is None:
+        if connection.settled.attributes["_adapters"] is None:
             connection._adapters = template
+            connection.mark(attributes=True)
         else:
             overlay(connection.adapters, template)
 
