@@ -34,15 +34,15 @@ def table(found: dict[str, Any]) -> str:
         lines += [f"     - {by[way]['standbys']:.1%}" for by in found["shares"].values()]
     lines += [
         "",
-        ".. list-table:: Microseconds of a read, lower quartile",
+        ".. list-table:: Microseconds of a block of one read, lower quartile",
         "   :header-rows: 1",
         "",
         "   * - Network",
     ]
     names = {
         "without": "without a token",
-        "known": "its standby is known to have it",
-        "guarded": "with a guard",
+        "known": "a token that its connection has passed",
+        "guarded": "a new token, so with a guard",
     }
     lines += [f"     - {name}" for name in names.values()]
     for place, one in found["latency"].items():

@@ -25,13 +25,15 @@ _lock = threading.RLock()  # a signal handler may note a write too
 class Seen:
     """What the blocks of a context have seen: the token that it began with, and what they have written."""
 
+    __slots__ = ("_outer", "_token", "forgiving", "written")
+
     def __init__(self, token: Token | str | None = None, *, outer: Seen | None = None) -> None:
-        use()
-        given = Token.parse(token) if isinstance(token, str) else token
-        if not isinstance(given, (Token, type(None))):
-            raise TypeError(f"{given!r} is not a token: pass one, its text, or None")
+        if not in_use:
+            use()
+        if token is not None and type(token) is not Token:
+            token = _parsed(token)
         self._outer = outer
-        self._token = given
+        self._token = token
         self.written: Token | None = None
         """Where the writes of the blocks inside ended."""
         self.forgiving = False
@@ -40,7 +42,9 @@ class Seen:
     @property
     def token(self) -> Token | None:
         """Where the writes ended that the next block is to see; None if there are none."""
-        own, outer = self._token, None if self._outer is None else self._outer.token
+        own = self._token
+        if self._outer is None or (outer := self._outer.token) is None:
+            return own
         return outer if own is None else own | outer
 
     def required(self) -> tuple[Position, ...]:
@@ -80,6 +84,14 @@ class Seen:
 _current: Variable[Seen] = ContextVar("pgdbpool_seen", default=None)
 
 
+def _parsed(token: Token | str) -> Token:
+    if isinstance(token, str):
+        return Token.parse(token)
+    if not isinstance(token, Token):
+        raise TypeError(f"{token!r} is not a token: pass one, its text, or None")
+    return token
+
+
 class _ReadYourWrites(Scope[Seen]):
     """The `with` block of `read_your_writes`."""
 
@@ -112,11 +124,12 @@ def read_your_writes(token: Token | str | None = None) -> _ReadYourWrites:
 def for_block(after: Seen | None) -> Seen | None:
     """Return what a block that begins now must see, and is to tell of its writes; None for nothing.
 
-    :param after: what it was given by itself.
+    :param after: what it was given by itself, and no other block was.
     """
     outer = current(_current)
     if after is not None:
-        return Seen(after.token, outer=outer)
+        after._outer = outer
+        return after
     return None if outer is None else Seen(outer=outer)
 
 

@@ -50,15 +50,24 @@ GUARD = f"""
 """The query that fails unless the server has what a position stands for."""
 KNOWN_GUARD = GUARD.replace(_SYSTEM.encode(), b"$1::text")
 """The same for a session whose server is known, which saves a look into the server's control file."""
-# The value of a CASE's ELSE must depend on the server: PostgreSQL would work out a constant one beforehand.
-FAST_GUARD = b"""
-    SELECT CASE WHEN pg_catalog.pg_last_wal_replay_lsn() >= $2::pg_lsn AND (
-            SELECT received_tli FROM pg_catalog.pg_stat_get_wal_receiver()) = ANY ($3::int[])
-        THEN 'pgdbpool ' || $1::text || ' s ' || $2::text || ' ' || $4::text
-        ELSE ('pgdbpool ' || $1::text || ' s ' || pg_catalog.pg_last_wal_replay_lsn() || ' -')::int::text
-        END"""
-"""The same for a session that has seen what its standby receives: a third of the others' time."""
-_ANSWER = re.compile(r"pgdbpool (\d+) ([sp]) ([0-9A-F]+/[0-9A-F]+) ([0-9a-f]{8}|-)")
+_COMMITTED = "pg_catalog.current_setting('transaction_isolation') = 'read committed'"
+_REPLAYED = "pg_catalog.pg_last_wal_replay_lsn()"
+_FOUND = b"pgdbpool_replayed"
+# The first column is worked out first, so what is told was replayed before the timeline is looked at. The
+# value of a CASE's ELSE must depend on the server: PostgreSQL would work out a constant one beforehand. A
+# subquery, or text to return, would each take as long as all of the comparisons.
+FAST_GUARD = f"""
+    SELECT {_REPLAYED} AS {_FOUND.decode()}, CASE WHEN {_REPLAYED} >= $1::pg_lsn
+            AND (pg_catalog.pg_stat_get_wal_receiver()).received_tli = $2::int AND {_COMMITTED}
+        THEN NULL
+        ELSE ('pgdbpool 0 s ' || {_REPLAYED}
+            || CASE WHEN {_COMMITTED} THEN ' -' ELSE ' snapshot' END)::int
+        END""".encode()
+"""The same for a session that has seen what its standby receives, in the transaction of the statement.
+
+In `read committed` the statement takes a snapshot of its own, after the guard. Elsewhere this one fails.
+"""
+_ANSWER = re.compile(r"pgdbpool (\d+) ([sp]) ([0-9A-F]+/[0-9A-F]+) ([0-9a-f]{8}|-|snapshot)")
 # As it may be anywhere in the file: other lines, and comments, are left out by the pattern.
 _HISTORY = "SELECT pg_catalog.pg_read_file('pg_wal/{:08X}.history', 0, 100000, true)"
 _FORK = re.compile(r"^\s*(\d+)\s+([0-9A-F]+/[0-9A-F]+)", re.MULTILINE)
@@ -86,6 +95,8 @@ class Facts(NamedTuple):
     """The one that a primary writes, or that a standby receives; None if it receives nothing."""
     received: bool = True
     """Whether the session sees what a standby receives, else its timeline is that of a restartpoint."""
+    one_snapshot: bool = False
+    """Whether a guard has told this that failed since its transaction has one snapshot for all statements."""
 
     def __str__(self) -> str:
         role = "a standby" if self.standby else "a primary"
@@ -98,9 +109,10 @@ def read(text: str) -> Facts | None:
     if (found := _ANSWER.search(text)) is None:
         return None
     system, role, lsn, timeline = found.groups()
-    received = timeline[0] != "c"
-    number = None if timeline == "-" else int(timeline if received else timeline[1:], 16)
-    return Facts(int(system), role == "s", lsn_of(lsn), number, received)
+    received, one_snapshot = timeline[0] != "c", timeline == "snapshot"
+    untold = one_snapshot or timeline == "-"
+    number = None if untold else int(timeline if received else timeline[1:], 16)
+    return Facts(int(system), role == "s", lsn_of(lsn), number, received, one_snapshot)
 
 
 def written(facts: Facts) -> Position | None:
@@ -177,10 +189,7 @@ def guard(position: Position, timelines: Timelines, facts: Facts | None) -> tupl
     if position.lsn == UNKNOWN:
         return command, [b"%d" % system, b"0/0", b"{}"]
     values = [b"%d" % system, lsn_text(position.lsn).encode()]
-    accepted = timelines.of(position)
-    if facts is not None and facts.standby and facts.received and facts.timeline is not None:
-        return FAST_GUARD, [*values, b"{%s}" % b",".join(b"%d" % t for t in accepted), b"%08x" % accepted[0]]
-    texts = b",".join(b"%08x,c%07x" % (timeline, timeline) for timeline in accepted)
+    texts = b",".join(b"%08x,c%07x" % (timeline, timeline) for timeline in timelines.of(position))
     return command, [*values, b"{%s}" % texts]
 
 
@@ -207,6 +216,14 @@ def facts_of(result: PGresult) -> Facts | None:
     if result.nfields != 1 or result.ntuples != 1 or (value := result.get_value(0, 0)) is None:
         return None
     return read(value.decode("ascii", "replace"))
+
+
+def replayed(result: PGresult) -> int:
+    """Return what a standby has replayed if this is the result of `FAST_GUARD`, else 0."""
+    if result.nfields != 2 or result.fname(0) != _FOUND or (value := result.get_value(0, 0)) is None:
+        return 0
+    high, _, low = value.partition(b"/")
+    return (int(high, 16) << 32) + int(low, 16)
 
 
 TIMELINES = Timelines()

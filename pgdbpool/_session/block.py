@@ -160,8 +160,9 @@ class GuardedBlock(Block):
 
     @property
     def at_begin(self) -> tuple[Command, ...]:
-        """What goes before the first statement of a transaction: first of all the guards, if any are due."""
-        return self.guards() + _AT_BEGIN.__get__(self)  # type: ignore[no-any-return]
+        """What goes before the first statement of a transaction, with the guards that are due."""
+        commands: tuple[Command, ...] = self.conn.guarded(self, self.seen, _AT_BEGIN.__get__(self))
+        return commands
 
     @at_begin.setter
     def at_begin(self, commands: tuple[Command, ...]) -> None:

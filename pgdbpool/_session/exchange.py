@@ -20,7 +20,7 @@ from .._servers.positions import Facts, facts_of, query
 from .._util import bounds
 from .._util.client_settings import InForce
 from . import outcome
-from .commands import ACTIVE, BAD, EMPTY, FATAL, NOTHING, TUPLES_OK, Command
+from .commands import ACTIVE, BAD, EMPTY, FATAL, IDLE, NOTHING, TUPLES_OK, Command
 from .guarding import SYNC, XID
 from .liveness import INTERRUPTIONS
 from .prepared import ROLLBACK
@@ -384,9 +384,10 @@ class ExchangingConnection(RequestConnection):
         self.stale = False
         if self.follows:
             answers = [result for results in outcomes for result in results]
-            self.in_force = next(filter(None, map(InForce.of, answers)), self.in_force)
             if self.guarding:
                 self.note_passed(answers)
+            if self.follows:
+                self.in_force = next(filter(None, map(InForce.of, answers)), self.in_force)
 
     def _refused(self, result: PGresult, number: int) -> Exception:
         """Return the error for the part of a preamble that failed."""
@@ -398,7 +399,8 @@ class ExchangingConnection(RequestConnection):
             return errors.as_query_error(error, errors.NotCleanError)
         self.stale = False  # the cleaning has a transaction of its own
         if self.guarding and (behind := self.note_failed(error)) is not None:
-            self.exchange(ROLLBACK)  # of the guards' own transaction
+            if self.pgconn.transaction_status != IDLE:
+                self.exchange(ROLLBACK)  # of the guards' own transaction, or the one that they began
             return behind
         return error
 

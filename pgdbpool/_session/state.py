@@ -123,6 +123,8 @@ class ConnectionState(psycopg.Connection[Any]):
     """What its server is known to have of the write-ahead log, since it cannot have less in this session."""
     guarding: bool
     """Whether guards were among the commands that were sent last, or are about to be."""
+    one_snapshot: bool = False
+    """Whether a guard has found that transactions have one snapshot for all statements, unasked."""
     telling: bool
     """Whether the next statement's exchange is to tell where its writes ended."""
     syncs: int

@@ -94,9 +94,11 @@ class Stay(Block):
 
     @property
     def at_begin(self) -> tuple[Command, ...]:
-        """What goes before the first statement of a unit of work: first of all the guards, if any are due."""
+        """What goes before the first statement of a unit of work, with the guards that are due."""
         commands: tuple[Command, ...] = _AT_BEGIN.__get__(self)
-        return self.guards() + commands if freshness.in_use else commands
+        if freshness.in_use and self.conn is not None and (seen := self.sees()) is not None:
+            commands = self.conn.guarded(self, seen, commands)
+        return commands
 
     @at_begin.setter
     def at_begin(self, commands: tuple[Command, ...]) -> None:

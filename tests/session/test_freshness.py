@@ -826,3 +826,73 @@ def test_outside_of_a_context_nothing_more_is_sent(servers: Cluster, mode: str, 
         assert counts[0] == counts[1]
     finally:
         Connection.reset()
+
+
+@pytest.mark.parametrize("group", READING)
+def test_a_guard_tells_what_else_the_standby_has(servers: Cluster, init: Any, group: str) -> None:
+    """It shares the transaction of its statement, and the next token is known to be there already."""
+    init(connection_count=1, fresh_wait=5)
+    for _ in range(2):
+        written = [write(), write()]
+        servers.wait_in_sync()
+        counts = []
+        for number, token in written:
+            with Handler(group, after=token) as db:
+                assert db.fetchval(COUNT, (number,)) == 1
+            counts.append(status(group).guards_passed)
+        assert counts[0] == counts[1]
+
+
+def by_set(db: Handler) -> None:
+    db.query("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+
+
+def by_foreign_cursor(db: Handler) -> None:
+    psycopg.ClientCursor(db.connection).execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+
+
+def by_attribute(db: Handler) -> None:
+    db.connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+
+
+@pytest.mark.parametrize("way", [by_set, by_foreign_cursor, by_attribute])
+def test_a_block_may_still_choose_its_isolation_level_first(
+    servers: Cluster, init: Any, way: Callable[[Handler], None]
+) -> None:
+    init(connection_count=1, fresh_wait=5)
+    for _ in range(2):  # the first guard of a session is another one
+        number, token = write()
+        with Handler("manual_read", after=token) as db:
+            way(db)
+            assert db.fetchval("SHOW transaction_isolation") == "repeatable read"
+            assert db.fetchval(COUNT, (number,)) == 1
+    with pgdbpool.read_your_writes(), Handler("manual_read") as db:
+        db.query("SELECT 1")
+        db.commit()
+        number, _ = write()
+        way(db)
+        assert db.fetchval("SHOW transaction_isolation") == "repeatable read"
+        assert db.fetchval(COUNT, (number,)) == 1
+    number, token = write()
+    with Handler("auto_read", after=token) as db:
+        db.query("SELECT 1")
+        db.query("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        assert db.fetchval("SHOW transaction_isolation") == "repeatable read"
+        assert db.fetchval(COUNT, (number,)) == 1
+        db.query("COMMIT")
+
+
+def test_a_guard_that_finds_one_snapshot_for_all_goes_apart_from_then_on(servers: Cluster, init: Any) -> None:
+    """The level may be a default that nobody asked for: the guard looks, since it would prove nothing."""
+    servers.primary.execute("ALTER DATABASE postgres SET default_transaction_isolation = 'repeatable read'")
+    try:
+        servers.wait_in_sync()
+        init(connection_count=1, fresh_wait=5)
+        for reads in range(1, 5):
+            number, token = write()
+            servers.wait_in_sync()
+            with Handler("auto_read", after=token) as db:
+                assert db.fetchval(COUNT, (number,)) == 1
+            assert status("auto_read").guards_failed == min(reads - 1, 1)
+    finally:
+        servers.primary.execute("ALTER DATABASE postgres RESET default_transaction_isolation")
