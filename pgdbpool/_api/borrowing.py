@@ -95,7 +95,7 @@ class Borrowing:
         give_back(conn)
 
 
-_passed: dict[tuple[str, ...], set[str]] = {}
+_passed: dict[tuple[str, ...], set[str | None]] = {}
 """The modules known to be of the packages that are skipped: a framework is dozens of frames deep."""
 
 
@@ -104,9 +104,8 @@ def _caller(frame: FrameType, skip: tuple[str, ...]) -> FrameType:
     at: FrameType | None = frame
     passed = _passed.setdefault(skip, set())
     while at is not None:
-        name = str(at.f_globals.get("__name__"))
-        if name not in passed:
-            if name.partition(".")[0] not in skip:
+        if (name := at.f_globals.get("__name__")) not in passed:
+            if str(name).partition(".")[0] not in skip:
                 return at
             passed.add(name)
         at = at.f_back

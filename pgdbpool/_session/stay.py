@@ -16,7 +16,7 @@ import psycopg
 from .. import errors
 from .._request import freshness
 from .block import Binding, Block
-from .commands import ACTIVE, IDLE, INTRANS, OPEN
+from .commands import ACTIVE, BAD, IDLE, INTRANS, OPEN
 from .connection import PooledConnection, asked_by_driver
 from .cursors import BlockCursor
 from .ended import Ended, adopt, pass_on
@@ -100,6 +100,11 @@ class KeptConnection(PooledConnection):
     @pgconn.setter
     def pgconn(self, value: Any) -> None:
         vars(self)["pgconn"] = value
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is closed."""
+        return bool(self.__dict__["pgconn"].status == BAD)
 
     @property
     def adapters(self) -> AdaptersMap:
