@@ -130,8 +130,8 @@ class Handler(Queries):
         binding = group.bind(self._tenant, self._override, self._settings)
         block = Block(group.manual, binding, (caller.f_code, caller.f_lasti), self._high)
         if special.in_use and (tracing.in_use or freshness.in_use):
-            frame = caller if group.config.leak_stack else None
-            begin_special(block, frame, getattr(self, "_correlation_id", None), getattr(self, "_after", None))
+            given, after = getattr(self, "_correlation_id", None), getattr(self, "_after", None)
+            begin_special(block, group, caller, given, after)
         if group.limiter is not None:
             group.admit(block)
         # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler

@@ -43,13 +43,14 @@ class BlockOptions(TypedDict, total=False):
 
 
 def begin_special(
-    block: Block, frame: FrameType | None, correlation_id: str | None, after: freshness.Seen | None
+    block: Block, group: Group, caller: FrameType, correlation_id: str | None, after: freshness.Seen | None
 ) -> None:
     """Give a new block what it has by its context: a correlation id, and what its reads must see."""
     if tracing.in_use:
-        describe.begin(block, correlation_id, frame)
+        describe.begin(block, correlation_id, caller if group.config.leak_stack else None)
     if freshness.in_use and (seen := freshness.for_block(after)) is not None:
         guard(block, seen)
+        group.prefer_fresh(seen)
 
 
 class OneShots:
@@ -185,7 +186,7 @@ class _OneShot:
         if special.in_use or correlation_id is not None or after is not None:
             given = None if correlation_id is None else tracing.clean(correlation_id)
             seen = None if after is None else freshness.Seen(after)
-            begin_special(block, caller if group.config.leak_stack else None, given, seen)
+            begin_special(block, group, caller, given, seen)
         if group.limiter is not None:
             group.admit(block)
         block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler

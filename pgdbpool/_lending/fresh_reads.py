@@ -75,6 +75,20 @@ class FreshGroup(PausingGroup):
 
         def checkin(self, conn: PooledConnection) -> None: ...
 
+    def prefer_fresh(self, seen: Seen) -> None:
+        """Let the next block have an idle connection to a standby that is known to have it all, if one is.
+
+        It costs that block no guard, or none that fails. Others are not known to lack it.
+        """
+        if len(required := seen.required()) != 1 or len(self.endpoints) < 2 or self.writes:
+            return
+        lsn, idle = required[0].lsn, self._pool.lendable()
+        if idle and idle[0].endpoint.position < lsn:
+            for conn in idle:
+                if conn.endpoint.position >= lsn and conn.endpoint.role is Role.STANDBY:
+                    self._pool.bring_forward(conn)
+                    return
+
     def fresh(self, block: Block, conn: PooledConnection, timeout: float | None) -> PooledConnection:
         """Return a connection, this one or another that is lent in its place, to a server that has it all.
 

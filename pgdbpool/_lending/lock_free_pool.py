@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from threading import get_ident
 from time import monotonic
 
@@ -91,6 +92,12 @@ class LockFreePool:
 
     def _free(self) -> int:
         return self._slots.limit - self.size + len(self._idle)
+
+    def bring_forward(self, conn: PooledConnection) -> None:
+        if self.mine():
+            with suppress(ValueError):  # a signal handler took it
+                self._idle.remove(conn)
+                self._idle.appendleft(conn)
 
     def give(self, conn: PooledConnection) -> None:
         if self._closed:

@@ -71,6 +71,9 @@ class Pool(Protocol):
         :raises NoConnection: neither became free within the timeout (seconds).
         """
 
+    def bring_forward(self, conn: PooledConnection) -> None:
+        """Let the next caller have this idle connection."""
+
     def give(self, conn: PooledConnection) -> None:
         """Hand a connection to the first waiter; without waiters it becomes idle."""
 

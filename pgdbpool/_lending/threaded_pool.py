@@ -255,6 +255,11 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
                 return True
         return False
 
+    def bring_forward(self, conn: PooledConnection) -> None:
+        with self._lock, suppress(ValueError):  # taken already; no caller can begin to wait meanwhile
+            self._pool.remove(conn)
+            self._pool.appendleft(conn)
+
     def give(self, conn: PooledConnection) -> None:
         queue = self._queue
         if not (queue.high or queue.normal or self._closed or self._reserved):

@@ -61,6 +61,9 @@ class Lender(Protocol):
     def note_retry(self, block: Block | None, error: errors.Error) -> None:
         """Count a statement that is sent again."""
 
+    def prefer_fresh(self, seen: Seen) -> None:
+        """Let the next block have a connection to a server that is known to have this, if one is idle."""
+
     def fresh(self, block: Block, conn: PooledConnection, timeout: float | None) -> PooledConnection:
         """Return a connection to a server that has what the block must see."""
 
@@ -119,6 +122,8 @@ class Stay(Block):
         :raises DBOfflineError: none was up in time.
         """
         timeout = self.group.config.timeout if self.timeout is None else self.timeout
+        if freshness.in_use and (seen := self.sees()) is not None:
+            self.group.prefer_fresh(seen)
         left = deadlines.time_left() if deadlines.in_use else None
         until = monotonic() + (timeout if left is None else min(timeout, left))
         while True:

@@ -6,7 +6,7 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +363,50 @@ def test_a_read_goes_to_the_other_standby(servers: Cluster, init: Any, group: st
             with Handler(group, after=token) as db:
                 assert db.fetchval(COUNT, (number,)) == 1
                 assert db.endpoint == early.label
+    assert status(group).fresh_waits == 0
+
+
+def in_handler(group: str, number: int, token: Token) -> tuple[Any, str]:
+    with Handler(group, after=token) as db:
+        return db.fetchval(COUNT, (number,)), db.endpoint
+
+
+def in_one_shot(group: str, number: int, token: Token) -> tuple[Any, str]:
+    row = Connection.fetchrow(group, COUNT + " AND inet_server_port() > 0", (number,), after=token)
+    port = Connection.fetchval(group, "SELECT inet_server_port()", after=token)
+    return row and row[0], f"127.0.0.1:{port}"
+
+
+def in_kept_connection(group: str, number: int, token: Token) -> tuple[Any, str]:
+    conn = Connection.getconn(group, after=token)
+    try:
+        found = conn.execute(COUNT, (number,)).fetchone()
+        return found and found[0], conn.endpoint.label
+    finally:
+        Connection.putconn(conn)
+
+
+@pytest.mark.parametrize("group", READING)
+@pytest.mark.parametrize("read", [in_handler, in_one_shot, in_kept_connection])
+def test_a_block_under_a_token_is_lent_a_connection_to_a_standby_that_is_known_to_have_it(
+    servers: Cluster, init: Any, group: str, read: Callable[[str, int, Token], tuple[Any, str]]
+) -> None:
+    init(connection_count=4, fresh_wait=5)
+    late, early = servers.standbys
+    with ExitStack() as stack:
+        opened = [stack.enter_context(Handler(group)) for _ in range(4)]
+        assert {db.endpoint for db in opened} == {late.label, early.label}
+    with paused(late):
+        number, token = write()
+        wait_for(lambda: early.execute(COUNT, (number,)) == [(1,)])
+        with Handler(group, after=token) as db:
+            assert db.fetchval(COUNT, (number,)) == 1
+        failed = status(group).guards_failed
+        for _ in range(8):
+            for endpoint in Connection.group(group).endpoints:
+                endpoint.behind_at = 0.0  # as a while later
+            assert read(group, number, token) == (1, early.label)
+        assert status(group).guards_failed == failed
     assert status(group).fresh_waits == 0
 
 
