@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,13 @@ OPERATION_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 BOUNDS = (0.00001, 0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 """Upper bounds of the histograms' buckets in seconds, unless a view of the SDK sets others."""
 
+_FRESHNESS = {
+    "guards_passed": ("{guard}", "Guards of reads that must see a token, whose standby had it."),
+    "guards_failed": ("{guard}", "Guards whose standby did not have it."),
+    "fresh_waits": ("{read}", "Reads that waited for a standby to have it."),
+    "fresh_from_primary": ("{read}", "Reads that went to the primary, since no standby had it."),
+    "fresh_refused": ("{read}", "Reads that raised StaleReadError."),
+}
 _WORD = re.compile(r"\s*([A-Za-z]+)")
 
 
@@ -108,6 +116,8 @@ def _observe(meter: metrics.Meter) -> None:
         f"{prefix}timeouts", of_each(lambda group: group.timeouts), "{timeout}",
         "Blocks that got no connection in time.",
     )  # fmt: skip
+    for name, (unit, meaning) in _FRESHNESS.items():
+        meter.create_observable_counter(f"pgdbpool.{name}", of_each(attrgetter(name)), unit, meaning)
 
 
 def _groups() -> Iterator[GroupStatus]:

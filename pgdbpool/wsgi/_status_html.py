@@ -207,6 +207,7 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
         _fact("Blocks", f"{group['checkouts']:,}"),
         _fact("Opened", f"{group['opened']:,}"),
         _fact("Closed", ", ".join(closed) or "none"),
+        *_freshness(group),
     ]
     blocks = [row[0] / step for row in history[:-1]]  # the last step is not over yet
     period = _period(history, view)
@@ -220,6 +221,16 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
         f'<dl class="facts">{"".join(facts)}</dl>{"".join(plots)}'
         f'<dl class="lines">{"".join(lines)}</dl></article>'
     )
+
+
+def _freshness(group: Mapping[str, Any]) -> list[str]:
+    """Return what became of reads that must see a token, if the group has had any."""
+    passed, failed = group["guards_passed"], group["guards_failed"]
+    if not passed + failed + group["fresh_refused"]:
+        return []
+    reads = {"waited": "fresh_waits", "from the primary": "fresh_from_primary", "refused": "fresh_refused"}
+    became = ", ".join(f"{group[key]:,} {what}" for what, key in reads.items())
+    return [_fact("Guards", f"{passed:,} passed, {failed:,} failed"), _fact("Reads behind them", became)]
 
 
 def _figure(

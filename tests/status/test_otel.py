@@ -102,6 +102,26 @@ def test_a_paused_group_is_measured(measured: Measured) -> None:
 
 
 @pytest.mark.slow
+def test_guards_are_counted(measured: Measured, known_cluster: Any, mode: str) -> None:
+    Connection.reset()
+    groups = {"g": {"target": "standby", "fresh_wait": 0}, "w": {"target": "primary"}}
+    Connection.init(config(known_cluster.nodes, mode, **groups))
+    token = Connection.token("w")
+    assert token is not None
+    known_cluster.wait_in_sync()
+    Connection.fetchval("g", "SELECT 1", after=token)
+    position = token.positions[0]
+    with pytest.raises(pgdbpool.StaleReadError):
+        Connection.fetchval(
+            "g", "SELECT 1", after=pgdbpool.Token([position._replace(lsn=position.lsn + 2**40)])
+        )
+    assert measured("pgdbpool.guards_passed").value == 1
+    assert measured("pgdbpool.guards_failed").value == 1
+    assert measured("pgdbpool.fresh_waits").value == 0
+    assert measured("pgdbpool.fresh_from_primary").value == 0
+    assert measured("pgdbpool.fresh_refused").value == 1
+
+
 def test_durations_are_measured(measured: Measured) -> None:
     for _ in range(5):
         with Handler("g") as db:

@@ -188,6 +188,21 @@ def test_without_a_directory_this_process_is_shown_and_nothing_can_be_drained(kn
         Connection.reset()
 
 
+def test_the_guards_of_a_group_are_shown_once_it_has_had_any(known_cluster: Any) -> None:
+    groups = {"read": {"target": "standby"}, "write": {"target": "primary"}}
+    try:
+        Connection.init({"db": [server(node) for node in known_cluster.nodes], "groups": groups})
+        assert "Guards" not in ask(StatusApp())[2]
+        token = Connection.token("write")
+        known_cluster.wait_in_sync()
+        Connection.fetchval("read", "SELECT 1", after=token)
+        text = ask(StatusApp())[2]
+        assert text.count("<dt>Guards</dt><dd>1 passed, 0 failed</dd>") == 1
+        assert "<dd>0 waited, 0 from the primary, 0 refused</dd>" in text
+    finally:
+        Connection.reset()
+
+
 def test_before_init_there_is_nothing_to_show() -> None:
     assert ask(StatusApp())[0] == 503
 
