@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import random
 import re
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,8 @@ SHORTEST = 16
 """Characters that the secret has at least."""
 SIGNATURE = 22
 """Characters of the signature: 128 bits of it."""
+PLACES = 32
+"""Cookies that a client has at most: one for each token that no later request of its own has taken over."""
 _SIGNED = re.compile(r"([\w-]{27,1000})\.([0-9a-f]{1,16})\.([\w-]{22})", re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
@@ -36,9 +39,11 @@ class ReadYourWritesMiddleware:
     :param app: the WSGI application.
     :param secret: what signs the tokens: the same in all processes, 16 characters or bytes at least.
     :param max_age: seconds for which a token counts.
-    :param cookie: the cookie's name. It is HttpOnly, SameSite=Lax, and Secure over https, and is dropped once
-        each standby is known to have replayed the token.
-    :param header: the header of requests and responses that carries the token, in place of a cookie.
+    :param cookie: the first part of the cookies' names: one, and more if requests that write overlap. They
+        are HttpOnly, SameSite=Lax, and Secure over https, and are dropped once each standby is known to have
+        replayed the token.
+    :param header: the header of requests and responses that carries the token, in place of cookies; a
+        request may bring several values, with commas between them.
     :param path: the cookie's path.
     :raises ValueError: a name is not one of a cookie or header, or the secret is too short.
     """
@@ -68,23 +73,29 @@ class ReadYourWritesMiddleware:
         self._cookie, self._header, self._path = cookie, header, path
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        token = self._read(environ)
-        seen = Seen(token)
+        brought = self._read(environ)
+        seen = Seen(_joined(brought))
         seen.forgiving = True
         context = copy_context()
         context.run(set_current, seen)
-        response = _Response(start_response, lambda: self._headers(environ, seen, token))
+        response = _Response(start_response, lambda: self._headers(environ, seen, brought))
         body = in_context(context, self._app, environ, response.start)
         response.decide()  # the application is through, unless it is a generator
         return _Deferred(body, response)
 
-    def _read(self, environ: WSGIEnvironment) -> Token | None:
-        """Return the token that a request brings; None if it has none that counts."""
+    def _read(self, environ: WSGIEnvironment) -> dict[str, Token]:
+        """Return the tokens that a request brings and that count, by the names of their cookies."""
         if self._header is not None:
             given = environ.get("HTTP_" + self._header.upper().replace("-", "_"), "")
+            values = [(str(place), value.strip()) for place, value in enumerate(given.split(","))]
         else:
-            given = _cookie(environ.get("HTTP_COOKIE", ""), self._cookie)
-        if (found := _SIGNED.fullmatch(given)) is None:
+            values = list(_cookies(environ.get("HTTP_COOKIE", ""), self._cookie + "_"))
+        found = ((name, self._verified(value)) for name, value in values)
+        return {name: token for name, token in found if token is not None}
+
+    def _verified(self, value: str) -> Token | None:
+        """Return the token of a signed value; None if it does not count."""
+        if (found := _SIGNED.fullmatch(value)) is None:
             return None
         text, at, signature = found.groups()
         if not hmac.compare_digest(signature, self._sign(f"{text}.{at}")):
@@ -100,31 +111,46 @@ class ReadYourWritesMiddleware:
         digest = hmac.digest(self._secret, b"pgdbpool " + text.encode(), "sha256")
         return urlsafe_b64encode(digest).decode()[:SIGNATURE]
 
-    def _headers(self, environ: WSGIEnvironment, seen: Seen, token: Token | None) -> list[tuple[str, str]]:
-        """Return what the response has to say of the token."""
+    def _headers(
+        self, environ: WSGIEnvironment, seen: Seen, brought: dict[str, Token]
+    ) -> list[tuple[str, str]]:
+        """Return what the response has to say of the token.
+
+        Another request of the client may have written meanwhile, and its response have come first. So only
+        cookies that this request brought are dropped, and a new one takes none of their places.
+        """
         if seen.written is not None and (now := seen.token) is not None:
             text = f"{now}.{int(time()):x}"
-            return [self._set(environ, f"{text}.{self._sign(text)}", self._max_age)]
-        if token is None or self._header is not None:
+            value = f"{text}.{self._sign(text)}"
+            if self._header is not None:
+                return [(self._header, value)]
+            free = [name for name in (f"{self._cookie}_{n}" for n in range(PLACES)) if name not in brought]
+            name = random.choice(free or list(brought))
+            dropped = [self._set(environ, other, "", 0) for other in brought if other != name]
+            return [*dropped, self._set(environ, name, value, self._max_age)]
+        if self._header is not None or (token := _joined(brought)) is None:
             return []
-        gone = seen.token is None or Connection.is_everywhere(token)
-        return [self._set(environ, "", 0)] if gone else []
+        if seen.token is None or Connection.is_everywhere(token):
+            return [self._set(environ, name, "", 0) for name in brought]
+        return []
 
-    def _set(self, environ: WSGIEnvironment, value: str, max_age: float) -> tuple[str, str]:
-        if self._header is not None:
-            return self._header, value
+    def _set(self, environ: WSGIEnvironment, name: str, value: str, max_age: float) -> tuple[str, str]:
         secure = "; Secure" if environ.get("wsgi.url_scheme") == "https" else ""
         attributes = f"Path={self._path}; Max-Age={int(max_age)}; HttpOnly; SameSite=Lax{secure}"
-        return "Set-Cookie", f"{self._cookie}={value}; {attributes}"
+        return "Set-Cookie", f"{name}={value}; {attributes}"
 
 
-def _cookie(text: str, name: str) -> str:
-    """Return the value of a cookie, or nothing."""
+def _joined(tokens: dict[str, Token]) -> Token | None:
+    """Return what stands for all of the tokens; None for none."""
+    return Token([p for token in tokens.values() for p in token.positions]) if tokens else None
+
+
+def _cookies(text: str, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield the cookies whose names begin so, with their values."""
     for part in text.split(";"):  # the others may be anything: a strict parser drops all for one of them
-        key, _, value = part.partition("=")
-        if key.strip() == name:
-            return value.strip(' \t"')
-    return ""
+        name, _, value = part.partition("=")
+        if (name := name.strip()).startswith(prefix):
+            yield name, value.strip(' \t"')
 
 
 class _Response:

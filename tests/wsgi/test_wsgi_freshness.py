@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
@@ -100,7 +101,7 @@ def test_a_request_that_writes_gives_a_cookie_and_the_next_one_sees_it(pools: An
 def test_over_https_the_cookie_is_secure() -> None:
     headers, _ = ask(through(fake(), path="/shop", cookie="mine", max_age=5), **{"wsgi.url_scheme": "https"})
     assert re.fullmatch(
-        r"mine=[\w.-]+; Path=/shop; Max-Age=5; HttpOnly; SameSite=Lax; Secure", headers["Set-Cookie"]
+        r"mine_\d+=[\w.-]+; Path=/shop; Max-Age=5; HttpOnly; SameSite=Lax; Secure", headers["Set-Cookie"]
     )
 
 
@@ -148,7 +149,72 @@ def test_the_cookie_is_dropped_once_each_standby_has_what_was_written(pools: Any
         return [b""]
 
     headers, _ = ask(through(look), HTTP_COOKIE=cookie)
-    assert headers["Set-Cookie"] == "pgdbpool_seen=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"
+    name = cookie.partition("=")[0]
+    assert headers["Set-Cookie"] == f"{name}=; Path=/; Max-Age=0; HttpOnly; SameSite=Lax"
+
+
+class Client:
+    """A browser with several tabs: one jar of cookies for all."""
+
+    def __init__(self) -> None:
+        self.jar: dict[str, str] = {}
+
+    def ask(self, app: Any) -> bytes:
+        found: list[Any] = []
+        environ = {"HTTP_COOKIE": "; ".join(f"{name}={value}" for name, value in self.jar.items())}
+        setup_testing_defaults(environ)
+        body = b"".join(through(app)(environ, lambda status, headers, error=None: found.extend(headers)))
+        for text in (value for header, value in found if header == "Set-Cookie"):
+            name, _, value = text.partition(";")[0].partition("=")
+            self.jar.pop(name, None)
+            if "Max-Age=0" not in text:
+                self.jar[name] = value
+        return body
+
+
+def answered(start_response: Any) -> list[bytes]:
+    start_response("200 OK", [])
+    return [b""]
+
+
+@pytest.mark.parametrize("slow", ["reads", "writes"])
+def test_a_slow_request_takes_no_cookie_of_a_write_that_overtook_it(
+    monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    monkeypatch.setattr(Connection, "is_everywhere", lambda token: token.positions[0].lsn < 1500)
+    monkeypatch.setattr(middleware, "random", Random(1))  # by chance both may choose the same place
+    client = Client()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        seen = current_seen()
+        assert seen is not None
+        if slow == "writes":
+            seen.note(Position(7, 1, 1001))
+        client.ask(fake([Position(7, 1, 2000)]))  # of another tab, meanwhile
+        return answered(start_response)
+
+    client.ask(fake([Position(7, 1, 1000)]))
+    client.ask(app)
+    token = Token.parse(client.ask(reading).decode())
+    assert token.positions == (Position(7, 1, 2000),)
+
+
+def test_overlapping_writes_leave_few_cookies_and_the_next_write_takes_them_over() -> None:
+    client = Client()
+    for number in range(200):
+        before, client.jar = client.jar, {}  # each begins before the others end
+        client.ask(fake([Position(7, 1, 1000 + number)]))
+        client.jar = {**before, **client.jar}
+    assert 2 < len(client.jar) <= middleware.PLACES
+    client.ask(fake([Position(7, 1, 5000)]))
+    assert len(client.jar) == 1
+    assert Token.parse(client.ask(reading).decode()).positions == (Position(7, 1, 5000),)
+
+
+def test_a_request_may_bring_several_values_in_its_header() -> None:
+    values = [ask(through(fake([Position(7, 1, lsn)]), header="X-Seen"))[0]["X-Seen"] for lsn in (9, 5)]
+    token = ask(through(reading, header="X-Seen"), HTTP_X_SEEN=", ".join([*values, "forged"]))[1]
+    assert Token.parse(token.decode()).positions == (Position(7, 1, 9),)
 
 
 def test_a_write_adds_to_what_the_request_brought() -> None:
