@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from time import monotonic
+from weakref import ref
 
 from .._servers.endpoint import Endpoint
 from .._session import describe
@@ -93,6 +95,27 @@ class ClosingGroup(TellingGroup):
             self._drop(conn, "expired")
         self._pool.refill()
 
+    def loosen(self, conn: PooledConnection) -> None:
+        """Let a connection in use be garbage-collected, which frees its slot; `tie` before it comes back."""
+        if (block := self._lent.pop(conn, None)) is not None:
+            self._loose[ref(conn, self._collected)] = block.place
+
+    def tie(self, conn: PooledConnection) -> None:
+        """Refer to such a connection again."""
+        if self._loose.pop(ref(conn), None) is not None and conn.block is not None:
+            self._lent[conn] = conn.block
+
+    def _collected(self, conn: ref[PooledConnection]) -> None:
+        place = self._loose.pop(conn, None)
+        if place is None or self.ending:
+            return
+        warnings.warn(
+            f"a connection of group {self.name!r}, taken at {describe.frame(*place)}, was dropped without "
+            "being closed: it was closed and replaced",
+            ResourceWarning,
+            stacklevel=2,
+        )
+
     def take_away(self, conn: PooledConnection, block: Block, deadline: float) -> Warn | None:
         """Take the connection from a block that has held it for `max_hold`, in any thread.
 
@@ -100,6 +123,8 @@ class ClosingGroup(TellingGroup):
         not closed but cut: its own thread, which may be waiting for it, closes it. Returns the warning to
         log, or None if the block has just given the connection back.
         """
+        if self._loose:
+            self.tie(conn)
         if self._lent.get(conn) is not block or (owner := self._lent.pop(conn, None)) is None:
             return None
         if owner is not block:  # given back and lent again between the two lines

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from time import monotonic
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import psycopg
 
@@ -97,6 +99,8 @@ class ConfiguredGroup:
         self._revive = revive
         self._lock: AbstractContextManager[Any] = nullcontext() if lock_free else threading.RLock()
         self._lent: dict[PooledConnection, Block] = {}
+        self._loose: dict[ref[PooledConnection], tuple[CodeType, int]] = {}
+        """Connections in use that only their borrowers refer to, and the places that took them."""
         self._borrowed: set[PooledConnection] = set()
         """Connections lent to the pool itself for a status query."""
         self._discarded: Counter[str] = Counter()
@@ -268,10 +272,14 @@ class ConfiguredGroup:
 
     def held(self) -> list[tuple[PooledConnection, Block]]:
         """Return the connections in use with their blocks."""
-        return list(self._lent.items())
+        held = list(self._lent.items())
+        if self._loose:
+            loose = [conn for found in list(self._loose) if (conn := found()) is not None]
+            held += [(conn, conn.block) for conn in loose if conn.block is not None]
+        return held
 
     def _blocks(self) -> list[Block]:
-        return list(self._lent.values())
+        return [block for _, block in self.held()]
 
     def held_by(self, thread: int) -> int:
         """Return how many connections the blocks of the thread hold."""

@@ -453,7 +453,7 @@ class Group(CheckingGroup):
         """Drop the connections of the parent in a forked child, without touching them."""
         self.retired = True
         self._pool.abandon()
-        for conn, block in self._lent.items():
+        for conn, block in self.held():
             conn.abandon()
             block.open = False
-        self._lent = {}
+        self._lent, self._loose = {}, {}

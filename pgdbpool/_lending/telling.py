@@ -56,7 +56,7 @@ class TellingGroup(ConfiguredGroup):
             name=self.name,
             size=pool.size,
             idle=pool.idle,
-            in_use=len(self._lent),
+            in_use=len(self._lent) + len(self._loose),
             waiting=pool.waiting + len(self.held_back),
             target=self.config.target,
             paused=self.paused_by,
@@ -92,7 +92,9 @@ class TellingGroup(ConfiguredGroup):
         """Return a line for each connection that is open: its server process, and its block if it has one."""
         now, names = monotonic(), describe.thread_names()
         conns = [slot.conn() for slot in self._pool.slots() if slot.conn is not None]
-        return [_line(conn, self._lent.get(conn), now, names) for conn in conns if conn is not None]
+        return [
+            _line(conn, self._lent.get(conn) or conn.block, now, names) for conn in conns if conn is not None
+        ]
 
     @property
     def paused_by(self) -> str | None:

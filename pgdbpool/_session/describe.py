@@ -63,14 +63,14 @@ def _place(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
         "file": code.co_filename,
         "line": _line(code, at),
         "function": code.co_name,
-        "stack": None if stack is None else [_frame(*at) for at in reversed(stack)],
+        "stack": None if stack is None else [frame(*at) for at in reversed(stack)],
     }
 
 
 def describe(block: Block, seconds: float, names: dict[int | None, str]) -> str:
     """Return as text which thread has a connection, for how long, and the last statement."""
     place = _place(block, names)
-    text = f"thread {place['holder']} for {seconds:.1f} s, from {_frame(*block.place)}"
+    text = f"thread {place['holder']} for {seconds:.1f} s, from {frame(*block.place)}"
     if (own_id := getattr(block, "own_id", None)) is not None:
         text += f", correlation id {own_id}"
     if (statement := text_of(getattr(block, "statement", None))) is not None:
@@ -93,10 +93,10 @@ def brief(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
 
 def where(block: Block) -> str:
     """Return the file, line and function in which a block was entered."""
-    return _frame(*block.place)
+    return frame(*block.place)
 
 
-def _frame(code: CodeType, at: int) -> str:
+def frame(code: CodeType, at: int) -> str:
     return f"{code.co_filename}:{_line(code, at)} in {code.co_name}"
 
 

@@ -85,6 +85,17 @@ class KeptConnection(PooledConnection):
         """Close the connection, and let the pool replace it, once the owner is garbage-collected."""
         self.stay.watch = ref(owner, self.stay.group.on_drop)
 
+    def be_collectable(self) -> None:
+        """Let the group take another connection once nothing but the group refers to this one."""
+        self.stay.group.loosen(self)
+        self.stay.loose = True
+
+    def _tie(self, stay: Stay) -> None:
+        """Have the group refer to the connection, which it is about to take back or to replace."""
+        if stay.loose:
+            stay.loose = False
+            stay.group.tie(self)
+
     @property
     def pgconn(self) -> Any:
         """libpq's connection; if the application uses it, the session is cleaned after the block."""
@@ -181,6 +192,7 @@ class KeptConnection(PooledConnection):
             if not self.closed:
                 return  # another thread was here
             cls, stay.lost = type(self), False
+            self._tie(stay)
             stay.group.discard(self, "lost")
             stay.part()
             other = stay.take()
@@ -225,6 +237,7 @@ class KeptConnection(PooledConnection):
             return
         with self.replacing:
             cls = type(self)
+            self._tie(stay)
             other: PooledConnection = pass_on(self, cls.in_pool)
             stay.group.take_over(self, other)
             stay.conn = other
@@ -402,7 +415,10 @@ def give_back(conn: PooledConnection) -> None:
         return
     if not isinstance(stay := conn.block, Stay):
         raise errors.BlockClosedError(GIVEN_BACK)
-    cls = cast(KeptConnection, conn).in_pool
+    kept = cast(KeptConnection, conn)
+    cls = kept.in_pool
+    if stay.loose:
+        kept._tie(stay)
     try:
         if not conn.closed and conn.pgconn.transaction_status in OPEN and not conn.turn.locked():
             conn.give_up()

@@ -55,6 +55,12 @@ class Lender(Protocol):
     def checkin(self, conn: PooledConnection) -> None:
         """Take a connection back."""
 
+    def loosen(self, conn: PooledConnection) -> None:
+        """Let a connection in use be garbage-collected."""
+
+    def tie(self, conn: PooledConnection) -> None:
+        """Refer to such a connection again."""
+
     def take_over(self, conn: PooledConnection, heir: PooledConnection) -> None:
         """Note that a connection in use continues in another object."""
 
@@ -71,7 +77,7 @@ class Lender(Protocol):
 class Stay(Block):
     """The time that a connection is out of its pool, from `getconn` to `putconn`."""
 
-    __slots__ = ("group", "override", "own_settings", "tenant", "timeout")
+    __slots__ = ("group", "loose", "override", "own_settings", "tenant", "timeout")
 
     def __init__(
         self,
@@ -84,7 +90,7 @@ class Stay(Block):
         timeout: float | None,
     ) -> None:
         self.group, self.tenant, self.override = group, tenant, override
-        self.own_settings, self.timeout = settings, timeout
+        self.own_settings, self.timeout, self.loose = settings, timeout, False
         try:
             binding = self.bind()
         except errors.TenantRequiredError:

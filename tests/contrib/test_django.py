@@ -485,6 +485,37 @@ def test_a_connection_is_held_while_a_cursor_is_open(from_file: Any) -> None:
     assert in_use() == 0
 
 
+def test_a_cursor_that_is_dropped_open_gives_the_connection_back(from_file: Any) -> None:
+    from_file(hold="transaction", connection_count=1)
+    cursors = [connections["default"].cursor() for _ in range(2)]
+    for cursor in cursors:
+        cursor.execute("SELECT 1")
+    del cursor
+    cursors.pop()
+    gc.collect()
+    assert in_use() == 1
+    cursors.clear()
+    gc.collect()
+    assert in_use() == 0
+    with transaction.atomic():
+        connections["default"].cursor().execute("SELECT 1")
+        gc.collect()
+        assert in_use() == 1
+    assert in_use() == 0
+
+
+def test_a_cursor_dropped_in_another_thread_leaves_the_connection_to_its_own(from_file: Any) -> None:
+    from_file(hold="transaction", connection_count=1)
+    cursors = [connections["default"].cursor()]
+    cursors[0].execute("SELECT 1")
+    thread = Thread(target=cursors.clear)
+    thread.start()
+    thread.join()
+    assert in_use() == 1
+    assert value("SELECT 1") == 1
+    assert in_use() == 0
+
+
 def test_databases_that_hold_for_a_transaction_share_one_connection(from_file: Any) -> None:
     from_file(hold="transaction", connection_count=1)
     run("CREATE TABLE t (id int)")

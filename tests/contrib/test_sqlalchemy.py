@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -261,6 +262,43 @@ def test_invalidate_and_detach(start: Any) -> None:
     made.dispose()
     with made.connect() as conn:
         assert conn.execute(PID).scalar() not in pids
+
+
+@pytest.mark.parametrize("way", ["raw", "connection", "driver's"])
+def test_a_detached_connection_that_is_dropped_is_replaced_and_its_place_named(start: Any, way: str) -> None:
+    start(connection_count=1)
+    made = ready()
+    held: list[Any] = [made.raw_connection() if way == "raw" else made.connect()]
+    held[0].detach()
+    if way == "driver's":
+        held = [held[0].connection.dbapi_connection]
+    gc.collect()
+    cursor = held[0].exec_driver_sql("SELECT 1") if way == "connection" else held[0].cursor()
+    assert made.pool.checkedout() == 1  # type: ignore[attr-defined]
+    assert "test_sqlalchemy.py" in Connection.status().groups["write"].holders[0]
+    del cursor
+    held.clear()
+    with pytest.warns(ResourceWarning, match=r"taken at .*test_sqlalchemy\.py"):
+        gc.collect()
+    assert made.pool.checkedout() == 0  # type: ignore[attr-defined]
+    with made.connect() as conn:
+        assert conn.execute(text("SELECT 1")).scalar() == 1
+
+
+def test_a_detached_connection_that_was_lost_goes_on_and_comes_back(start: Any, known_cluster: Any) -> None:
+    start(connection_count=1)
+    made = ready()
+    raw = made.raw_connection()
+    raw.detach()
+    with known_cluster.primary.connect() as admin:
+        kill_backends(admin)
+    cursor = raw.cursor()
+    cursor.execute("SELECT 1")
+    assert cursor.fetchone() == (1,)
+    raw.close()
+    assert made.pool.checkedout() == 0  # type: ignore[attr-defined]
+    with made.connect() as conn:
+        assert conn.execute(text("SELECT 1")).scalar() == 1
 
 
 def test_events_of_pool_and_engine_are_heard(start: Any) -> None:

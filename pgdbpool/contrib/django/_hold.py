@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from threading import get_ident
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 from django.db.backends.postgresql import base
 
@@ -19,16 +21,16 @@ class Holding(base.DatabaseWrapper):  # type: ignore[misc]
     def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
         super().__init__(settings_dict, alias)
         self._shortly = settings_dict["OPTIONS"].get("hold") == "transaction"
-        self._open: WeakSet[Any] = WeakSet()
+        self._open: set[ref[Any]] = set()
         """The cursors that are open, or the database itself while it connects."""
 
     def connect(self) -> None:
         """Connect; calls on the way there do not give the connection back."""
-        self._open = WeakSet([self])
+        self._open = {ref(self)}
         try:
             super().connect()
         finally:
-            self._open.discard(self)
+            self._open.discard(ref(self))
 
     def get_autocommit(self) -> bool:
         """Return whether each statement is a transaction of its own."""
@@ -48,12 +50,16 @@ class Holding(base.DatabaseWrapper):  # type: ignore[misc]
         """Return a cursor; when the last one is closed the connection is given back."""
         cursor = super().create_cursor(name)
         if self._shortly:
-            self._open.add(cursor)
+            self._open.add(ref(cursor, partial(_collected, ref(self), get_ident())))
             if isinstance(cursor, Reporting):
                 cursor.at_close = self._closed
         return cursor
 
     def _closed(self, cursor: Any) -> None:
+        self._ended(ref(cursor))
+
+    def _ended(self, cursor: ref[Any]) -> None:
+        """Give the connection back after its last cursor, outside of a transaction."""
         self._open.discard(cursor)
         if self.autocommit and not self.in_atomic_block:
             self._let_go()
@@ -62,3 +68,14 @@ class Holding(base.DatabaseWrapper):  # type: ignore[misc]
         """Give the connection back, if nothing is open on it."""
         if not self._open and self.connection is not None:
             self.close()
+
+
+def _collected(database: ref[Holding], thread: int, cursor: ref[Any]) -> None:
+    """End a cursor that was garbage-collected while it was open."""
+    holder = database()
+    if holder is None:
+        return
+    if get_ident() == thread:
+        holder._ended(cursor)
+    else:  # the database is another thread's, and gives the connection back after its next cursor
+        holder._open.discard(cursor)

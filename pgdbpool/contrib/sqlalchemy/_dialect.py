@@ -10,7 +10,7 @@ from psycopg.types import TypeInfo
 from psycopg.types.hstore import register_hstore
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg.types.string import TextLoader
-from sqlalchemy import URL, Engine, exc, pool
+from sqlalchemy import URL, Engine, event, exc, pool
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 
@@ -68,6 +68,7 @@ class PgDbPoolDialect(PGDialect_psycopg):
 
         :raises sqlalchemy.exc.ArgumentError: the engine has a pool that would keep connections.
         """
+        event.listen(engine.pool, "detach", _be_collectable)
         if isinstance(engine.pool, GroupPool):
             engine.pool.group = engine.url.host
         elif isinstance(engine.pool, (pool.QueuePool, pool.SingletonThreadPool)):
@@ -142,6 +143,11 @@ class PgDbPoolDialect(PGDialect_psycopg):
     def do_terminate(self, dbapi_connection: Any) -> None:
         """Close a connection for good, which the group replaces."""
         dbapi_connection.terminate()
+
+
+def _be_collectable(dbapi_connection: Any, record: Any) -> None:
+    """Let the group replace a detached connection that is dropped: SQLAlchemy looks after it no longer."""
+    dbapi_connection.be_collectable()
 
 
 def _init_once(config: str | Mapping[str, Any]) -> None:
