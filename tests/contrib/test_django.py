@@ -182,10 +182,15 @@ def test_a_tenant_is_each_transactions_own(from_file: Any) -> None:
     assert value("SELECT current_setting('app.tenant')") == ""
 
 
-def test_a_schema_is_a_tenant(from_file: Any, known_cluster: Any) -> None:
+@pytest.fixture
+def schemas_a_and_b(known_cluster: Any) -> None:
+    """Two schemas, each with a table that names it."""
     with known_cluster.primary.connect() as admin:
         for name in ("a", "b"):
             admin.execute(f"CREATE SCHEMA {name}; CREATE TABLE {name}.names AS SELECT '{name}' AS name")
+
+
+def test_a_schema_is_a_tenant(from_file: Any, schemas_a_and_b: None) -> None:
     proxy = from_file()
     value("SELECT 1")
     proxy.reset_counts()
@@ -206,6 +211,49 @@ def test_a_schema_is_a_tenant(from_file: Any, known_cluster: Any) -> None:
     assert value("SHOW search_path") == '"$user", public'
     with pytest.raises(ValueError, match="not the name of a schema"), schema("a; b"):
         pass
+
+
+@pytest.mark.parametrize("hold", ["request", "transaction"])
+@pytest.mark.parametrize("binding", [False, True])
+def test_a_statement_has_the_schema_of_its_moment_and_not_of_its_cursors(
+    from_file: Any, schemas_a_and_b: None, hold: str, binding: bool
+) -> None:
+    from_file(hold=hold)
+    connections.settings["default"]["OPTIONS"]["server_side_binding"] = binding
+    query = "SELECT name FROM names"
+    with schema("a"), connections["default"].cursor() as cursor:
+        cursor.execute(query)
+        with schema("b"):
+            assert value(query) == "b"
+        cursor.execute(query)
+        assert cursor.fetchall() == [("a",)]
+        rows = cursor.cursor.stream(query)
+        with schema("b"):
+            assert list(rows) == [("b",)]
+            cursor.execute(query)
+            assert cursor.fetchall() == [("b",)]
+            with cursor.copy(f"COPY ({query}) TO STDOUT") as copy:
+                assert b"".join(copy) == b"b\n"
+            cursor.executemany("UPDATE names SET name = %s", [("c",), ("d",)])
+        assert value(query) == "a"
+        with transaction.atomic():
+            cursor.execute(query)
+            with schema("b"), pytest.raises(TransactionManagementError, match="keeps its schema"):
+                cursor.execute(query)
+    with schema("b"):
+        assert value(query) == "d"
+
+
+def test_a_lost_connection_goes_on_with_the_schema_of_now(
+    from_file: Any, schemas_a_and_b: None, known_cluster: Any
+) -> None:
+    from_file(autocommit=True)
+    with schema("a"), known_cluster.primary.connect() as admin:
+        with pytest.raises(OperationalError):
+            run("SELECT pg_terminate_backend(pg_backend_pid())")
+        kill_backends(admin)
+    with schema("b"):
+        assert value("SELECT name FROM names") == "b"
 
 
 def test_the_middleware_binds_the_tenant_of_a_request(from_file: Any) -> None:

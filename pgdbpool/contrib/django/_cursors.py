@@ -9,12 +9,18 @@ from django.db.backends.postgresql.base import CursorMixin
 from psycopg.client_cursor import ClientCursorMixin
 
 from ..._session.stay_cursors import StayClientCursor, StayCursor, StayServerCursor
+from . import schemas
 
 
 class Reporting:
-    """A cursor that says when it is closed."""
+    """A cursor that says when it is closed, and whose statements have the schema that is current then."""
 
     at_close: Callable[[Any], None] | None = None
+    _conn: Any
+
+    def _begin_alone(self) -> None:
+        schemas.follow(self._conn)
+        super()._begin_alone()  # type: ignore[misc]
 
     def close(self) -> None:
         """Close the cursor."""
@@ -23,11 +29,25 @@ class Reporting:
             self.at_close(self)
 
 
-class Cursor(Reporting, CursorMixin, StayClientCursor):  # type: ignore[misc]
+class Riding(Reporting):
+    """Such a cursor whose statements begin a unit of work by riding in it."""
+
+    def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        """Execute a statement in the current schema."""
+        schemas.follow(self._conn)
+        return super().execute(query, params, **options)  # type: ignore[misc]
+
+    def executemany(self, query: Any, params_seq: Any, **options: Any) -> None:
+        """Execute the statement for each of the parameter sets in the current schema."""
+        schemas.follow(self._conn)
+        super().executemany(query, params_seq, **options)  # type: ignore[misc]
+
+
+class Cursor(Riding, CursorMixin, StayClientCursor):  # type: ignore[misc]
     """The cursor of the ORM, which binds parameters at the client."""
 
 
-class ServerBindingCursor(Reporting, CursorMixin, StayCursor):  # type: ignore[misc]
+class ServerBindingCursor(Riding, CursorMixin, StayCursor):  # type: ignore[misc]
     """The cursor of the ORM with the option `server_side_binding`."""
 
 

@@ -15,7 +15,13 @@ from ..._api.connection import Connection
 from . import _checks, _groups, schemas
 from ._adapters import overlay
 from ._client import DatabaseClient
-from ._cursors import Cursor, ServerBindingCursor, ServerBindingServerSideCursor, ServerSideCursor
+from ._cursors import (
+    Cursor,
+    Reporting,
+    ServerBindingCursor,
+    ServerBindingServerSideCursor,
+    ServerSideCursor,
+)
 from ._hold import Holding
 
 
@@ -114,15 +120,16 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
 
     def create_cursor(self, name: str | None = None) -> Any:
         """Return a cursor; with a name it is one at the server."""
-        if not self.connection.closed:
-            schemas.follow(self.connection)
         if name and self.settings_dict["OPTIONS"].get("server_side_binding") is not True:
             cursor: Any = ServerSideCursor(
                 self.connection, name=name, scrollable=False, withhold=self.connection.autocommit
             )
             self._set_timezone(cursor)
             return cursor
-        return super().create_cursor(name)
+        cursor = super().create_cursor(name)
+        if not isinstance(cursor, Reporting):  # of the `cursor_factory` of the settings
+            schemas.follow(self.connection)
+        return cursor
 
     def _set_timezone(self, cursor: Any) -> None:
         loader = self.connection.adapters.get_loader(base.TIMESTAMPTZ_OID, base.Format.TEXT)

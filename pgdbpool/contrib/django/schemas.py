@@ -39,7 +39,8 @@ def follow(connection: Any) -> None:
     wanted = None if name is None else {"search_path": f"{name}, public"}
     if wanted == connection.stay.own_settings:
         return
-    if connection.pgconn.transaction_status != TransactionStatus.IDLE:
+    # A lost connection has no transaction, and goes on with another session.
+    if connection.pgconn.transaction_status not in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
         raise TransactionManagementError(
             f"the open transaction keeps its schema: end it before {name!r} becomes the current one"
         )
