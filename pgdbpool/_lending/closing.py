@@ -23,6 +23,8 @@ EXPIRED = float("-inf")
 class ClosingGroup(TellingGroup):
     """A group that frees the slot of each connection exactly once."""
 
+    __slots__ = ()
+
     def _drop(self, conn: PooledConnection, reason: str) -> None:
         self._discarded[reason] += 1
         if reason == "lost":

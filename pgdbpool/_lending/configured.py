@@ -70,6 +70,21 @@ class Beat:
 class ConfiguredGroup:
     """The configured part of a group: plain attributes, which a reload replaces one by one."""
 
+    # All that a group has, in each of its layers: of an instance without a dictionary Python finds methods
+    # at once, however many groups a process has.
+    __slots__ = (
+        "_always_clean", "_any_role", "_at_checkin", "_bindings", "_borrowed", "_connect_timeout",
+        "_discarded", "_excluded", "_generation", "_give", "_grab", "_hooks", "_kind", "_later_probe",
+        "_lent", "_lock", "_loose", "_move_at", "_on_checkout", "_opened", "_ordered", "_past_failovers",
+        "_patience", "_pause", "_ping_after", "_plain", "_pool", "_probe", "_rate_limited", "_refill_at",
+        "_revive", "_ring", "_row_factory", "_settings", "_slow_block", "_timeout", "_timeouts", "_uneven",
+        "_waits", "_wanted", "_warned", "_writer", "await_writer", "beat", "closed_by", "config", "connects",
+        "ending", "endpoints", "fresh_from_primary", "fresh_refused", "fresh_waits", "guards_failed",
+        "guards_passed", "held_back", "leaks", "left", "limiter", "lock_free", "look_sooner", "manual",
+        "name", "nested", "not_replicated", "on_closed", "on_drop", "on_first_use", "on_left", "overdue",
+        "retired", "retries", "slow_blocks", "slow_statements", "used", "uses",
+    )  # fmt: skip
+
     _pool: Pool
     _probe: Callable[[], object] | None
     """Called at the start of a checkout: of the first one, in lock-free mode of each, and while it is paused.
@@ -90,7 +105,7 @@ class ConfiguredGroup:
     ) -> None:
         self.name = config.name if name is None else name
         """What logs, errors and metrics call it: in another set than the default one, with the set's name."""
-        self.retired = False
+        self.retired = self.used = False
         """Whether it is no longer in use under its name: a Handler looks for the one that is."""
         self.lock_free = lock_free
         self._later_probe = probe

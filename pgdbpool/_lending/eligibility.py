@@ -19,6 +19,8 @@ CAUGHT_UP = 0.5
 class EligibleGroup(ClosingGroup):
     """A group that keeps track of which of its servers it may use."""
 
+    __slots__ = ()
+
     def has_writer(self) -> bool:
         """Return whether a server of the group is known to be up and to take writes."""
         return any(map(self._takes_writes, self.endpoints))

@@ -71,6 +71,8 @@ class _Search:
 class FreshGroup(PausingGroup):
     """A group that finds a server which has what a block must see."""
 
+    __slots__ = ()
+
     if TYPE_CHECKING:
 
         def checkin(self, conn: PooledConnection) -> None: ...

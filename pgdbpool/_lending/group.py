@@ -13,7 +13,6 @@ from contextlib import suppress
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
-from weakref import ref
 
 from .._request import deadline as deadlines
 from .._servers.endpoint import Endpoint, State
@@ -74,6 +73,8 @@ class Group(CheckingGroup):
     may use the group. In lock-free mode it does nothing.
     """
 
+    __slots__ = ()
+
     def __init__(
         self,
         config: GroupConfig,
@@ -109,6 +110,7 @@ class Group(CheckingGroup):
                 **size,
             )
         )
+        self._grab, self._give = self._pool.grab, self._pool.give
 
     def admit(self, block: Block) -> None:
         """Wait for the turn of the block, if the group has a rate limit.
@@ -137,7 +139,7 @@ class Group(CheckingGroup):
         """
         if deadlines.in_use:
             deadlines.check(self.name)
-        now, probe, pool = monotonic(), self._probe, self._pool
+        now, probe, pool, grab = monotonic(), self._probe, self._pool, self._grab
         conn: PooledConnection | None = None
         try:
             # Mostly a connection is idle, and these comparisons, which `_reason_unusable` makes too, are all.
@@ -145,13 +147,13 @@ class Group(CheckingGroup):
             if probe is None or (
                 probe is self._later_probe and now < self.beat.due_at and not pool.missing
             ):  # fmt: skip
-                idle = pool.grab(block.thread)
+                idle = grab(block.thread)
             if idle is not None:
-                used_at, endpoint = idle.used_at, idle.endpoint
+                used_at, endpoint, poll = idle.used_at, idle.endpoint, idle.poll
                 if (
                     used_at > endpoint.condemned_at and used_at > endpoint.suspected_at
                     and now < idle.expires_at and now - used_at <= self._ping_after
-                    and not self._excluded and not idle.poll(0)
+                    and not self._excluded and not poll(0)
                     and (self._any_role or idle.pgconn.parameter_status(IN_RECOVERY) == self._wanted)
                 ):  # fmt: skip
                     conn = idle
@@ -243,14 +245,15 @@ class Group(CheckingGroup):
                 return
             block.conn = None
             now = conn.used_at = monotonic()
+            reason, give = None, self._give
             # Mostly these comparisons, which `_reason_to_close` makes too, find a connection to lend again.
-            ready = (
-                conn.pgconn.transaction_status == IDLE and now < conn.expires_at and not conn.turn.locked()
-                and not (conn.touched or conn.altered) and conn.endpoint.state is _UP
-                and not (self._excluded or self._uneven or self._always_clean)
-            )  # fmt: skip
-            reason = None if ready else self._reason_to_close(conn, now)
-            held = conn.used_at - block.since
+            if (
+                conn.pgconn.transaction_status != IDLE or now >= conn.expires_at or conn.turn.locked()
+                or conn.touched or conn.altered or conn.endpoint.state is not _UP
+                or self._excluded or self._uneven or self._always_clean
+            ):  # fmt: skip
+                reason = self._reason_to_close(conn, now)
+            held = now - block.since
             recent = conn.uses.recent
             recent.append(held)  # `Tally.add`, without a call
             if len(recent) >= BATCH:
@@ -258,12 +261,10 @@ class Group(CheckingGroup):
                 conn.renew_adapters()
             if self._at_checkin is not None:
                 reason = self._at_checkin(conn, reason)
-            if conn.handed_out:
-                reason = self._give_on(conn, reason)
-            elif reason is None:
-                self._pool.give(conn)
+            if reason is None and not conn.handed_out:
+                give(conn)
             else:
-                self._drop(conn, reason)
+                reason = self._give_on(conn, reason)
         except BaseException:
             if conn.lent:  # interrupted before the pool took it
                 self._drop(conn, "interrupted")
@@ -279,14 +280,15 @@ class Group(CheckingGroup):
             conn.close()
 
     def _give_on(self, conn: PooledConnection, reason: str | None) -> str | None:
-        """Move the session to a new object, since the block may keep the old; return why it was closed."""
+        """Close it, and return why, or move its session to a new object: its block may keep the old one."""
         heir = succeed(conn) if reason is None else None
         if heir is not None:
             self._pool.give(heir)
             return None
         reason = reason or "not clean"
         self._drop(conn, reason)
-        end(conn)
+        if conn.handed_out:
+            end(conn)
         return reason
 
     def _reason_to_close(self, conn: PooledConnection, now: float) -> str | None:
@@ -355,7 +357,7 @@ class Group(CheckingGroup):
             self._later_probe()
         return self._pause is not None
 
-    def _dropped(self, handler: ref[Any]) -> None:
+    def _dropped(self, handler: object) -> None:
         """Take back the connection of a Handler or another owner that was collected without leaving."""
         for conn, block in list(self._lent.items()):
             if block.watch is handler:

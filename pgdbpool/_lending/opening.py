@@ -36,6 +36,8 @@ DOWN_AFTER = 1.0
 class OpeningGroup(EligibleGroup):
     """A group that opens connections in its slots."""
 
+    __slots__ = ()
+
     def open(self, *, needed: bool = False) -> None:
         """Open `min_size` connections, but at least one, in the calling thread.
 

@@ -21,11 +21,13 @@ class PausingGroup(OpeningGroup):
     While it is paused, `_probe` returns True: so the checkout of a group that is not paused has no test more.
     """
 
+    __slots__ = ()
+
     if TYPE_CHECKING:
 
         def _first_use(self) -> bool: ...
 
-    used = False
+    used: bool
     """Whether this process has used the group."""
     nested: Callable[[], bool]
     """Returns whether the calling thread has a connection, of any group."""

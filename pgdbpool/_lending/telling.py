@@ -46,6 +46,8 @@ LONG = 1.0
 class TellingGroup(ConfiguredGroup):
     """A group that reports the holders of its connections, and why none is available."""
 
+    __slots__ = ()
+
     def status(self) -> GroupStatus:
         """Return a snapshot."""
         from ..stats import GroupStatus, Histogram  # no block needs it

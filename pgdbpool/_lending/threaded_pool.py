@@ -160,7 +160,7 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
             return list(self._pool)
 
     def grab(self, thread: int) -> PooledConnection | None:
-        return None if self._reserved or self._closed else self._pop()
+        return None if self._reserved or self._closed else ThreadedPool._pop(self)  # found at once
 
     def _pop(self) -> PooledConnection | None:
         """Take an idle connection, if there is one."""

@@ -18,6 +18,8 @@ IN_RECOVERY = b"in_hot_standby"
 class CheckingGroup(FreshGroup):
     """A group that checks a connection before it is lent."""
 
+    __slots__ = ()
+
     def _reason_unusable(self, conn: PooledConnection, now: float, deadline: float) -> str | None:
         """Return why an idle connection must not be lent, or None; a ping only if one is due."""
         endpoint, used_at = conn.endpoint, conn.used_at

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from threading import RLock, get_ident
 from types import CodeType
 from typing import Any
-from weakref import ref
 
 from .._request.freshness import Seen
 from .._request.tenant import Bound
@@ -87,8 +87,8 @@ class Block:
         self, manual: bool, binding: Binding, place: tuple[CodeType, int], high: bool = False
     ) -> None:
         self.open = True
-        self.watch: ref[Any] | None = None
-        """Reports when the Handler is garbage-collected."""
+        self.watch: Any = None
+        """A weak proxy of the Handler, or another owner; it reports when that is garbage-collected."""
         self.conn: Any = None
         """The `PooledConnection` lent to the block, or None."""
         self.lost = False
@@ -143,8 +143,9 @@ class Block:
 
     def spans(self) -> bool:
         """Return whether the transaction continues after the current statement."""
-        owner = self.watch() if self.watch is not None else None
-        return self.manual and not getattr(owner, "commits_at_once", False)
+        with suppress(AttributeError, ReferenceError):  # it is no one-shot, or there is none any more
+            return self.manual and not self.watch.commits_at_once
+        return self.manual
 
     def part(self) -> None:
         """Forget a lost connection, and the commands derived from its attributes."""

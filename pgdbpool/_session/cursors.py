@@ -59,7 +59,10 @@ class BlockCursor(RidingCursor):
     ) -> BlockCursor:
         """Execute a statement, with the preamble of the block if one is due."""
         conn, block = self._conn, self.block
-        plan = plans.get(query) if type(query) is str else None
+        try:
+            plan = plans[query] if type(query) is str else None
+        except KeyError:
+            plan = None
         what = shape(query, conn) if plan is None else plan.what
         if conn.step is not None:
             conn.take_back()
@@ -377,7 +380,10 @@ class BlockClientCursor(psycopg.ClientCursor[Any], BlockCursor):
     """A block's cursor that binds parameters at the client: several statements may share them."""
 
     __slots__ = ()
-    known = False
+
+    def _ride_known(self, *known: Any) -> bool:
+        """Leave its statements to psycopg, which writes the parameters into them."""
+        return False
 
 
 class CommittingCursor(BlockCursor):

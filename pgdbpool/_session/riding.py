@@ -104,8 +104,6 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
 
     __slots__ = ("block",)
     _conn: PooledConnection
-    known = True
-    """Whether known statements go the short way."""
     after: tuple[Command, ...] = NOTHING
     """What follows the statement in its pipeline."""
 
@@ -202,7 +200,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         name = b""
         try:
             if (
-                plan is not None and prepare is None and binary is None and self.known
+                plan is not None and prepare is None and binary is None
                 and self._ride_known(plan, preamble, params)
             ):  # fmt: skip
                 return
@@ -256,8 +254,9 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
                 return False
             key, formats = (plan.query, tx.types or ()), tx.formats
         prepared = conn._prepared
-        name = prepared._names.get(key) if prepared.prepare_threshold is not None else b""
-        if name is None:
+        try:
+            name = prepared._names[key] if prepared.prepare_threshold is not None else b""
+        except KeyError:
             return False
         if self._results or self._query is not None:
             self._reset()

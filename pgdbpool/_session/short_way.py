@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
-from weakref import ref
+from weakref import proxy
 
 import psycopg
 from psycopg._queries import _query2pg
@@ -187,16 +187,16 @@ class Reader:
         self.styles, self.tx = styles, Transformer(context)
         self.tx.set_pgresult(result)
         self.release = partial(self.tx.set_pgresult, None, False)  # type: ignore[call-arg]
-        self.user = ref(cursor, self.release)
+        self.user = proxy(cursor, self.release)
 
     def read(self, result: PGresult, cursor: Any, pgconn: PGconn) -> bool:
         """Take a result for the cursor; return False if another one has the reader, or the styles differ."""
-        if self.tx.pgresult is not None and self.user() is not cursor:
+        if self.tx.pgresult is not None and getattr(cursor, "_tx", None) is not self.tx:
             return False
         if self.styles is not None and self.styles != _styles(pgconn):
             return False
         self.tx.set_pgresult(result, False)  # type: ignore[call-arg]
-        self.user = ref(cursor, self.release)
+        self.user = proxy(cursor, self.release)
         return True
 
 

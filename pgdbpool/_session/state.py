@@ -70,13 +70,15 @@ class ConnectionState(psycopg.Connection[Any]):
     # instances share their keys: 1,300 bytes for each connection, and slower to read. Python gives that form
     # up for an instance whose dictionary is asked for; see `own_dictionary`.
     __slots__ = (
-        "_known", "abandoned", "adapters_shared", "altered", "annotates", "backlog", "block", "bound",
-        "by_itself", "client_encoding", "conforms", "crossed", "dumps", "ended_by_server", "ending",
-        "endpoint", "expires_at", "explicit", "follows", "guarding", "handed_out", "holder", "keeper", "lent",
-        "local", "makers", "named", "not_replicated", "own_handlers", "owner", "patience", "plain", "poll",
-        "private", "proven", "readers", "reads", "replacing", "riding", "settled", "shown", "slot",
-        "speaks_utf8", "stale", "step", "streamed", "syncs", "taken_away", "telling", "touched", "turn",
-        "until", "unusable", "used_at", "uses", "wait_readable", "wrapped",
+        "_known", "abandoned", "adapters_shared", "altered", "annotated", "annotates", "asked_role",
+        "backlog", "block", "bound", "by_itself", "cleaning", "client_encoding", "conforms", "crossed",
+        "declared", "defines", "dropping", "dumps", "ended_by_server", "ending", "endpoint", "expires_at",
+        "explicit", "failed", "follows", "guarding", "handed_out", "holder", "implicit", "in_force", "keeper",
+        "lent", "limited", "local", "makers", "named", "not_replicated", "own_handlers",
+        "owner", "patience", "plain", "poll", "prepares", "private", "proven", "readers", "reads",
+        "replacing", "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed",
+        "syncs", "tainted", "taken_away", "telling", "touched", "turn", "undeclared", "unsure", "until",
+        "unusable", "used_at", "uses", "wait_readable", "wrapped",
     )  # fmt: skip
 
     endpoint: Endpoint
@@ -95,11 +97,11 @@ class ConnectionState(psycopg.Connection[Any]):
     """Latest end of a wait on the clock of `monotonic`: while opening, pinging, or leaving a result early."""
     own_timeout: bool = False
     """Whether the block has changed statement_timeout itself."""
-    limited: bool = False
+    limited: bool
     """Whether a deadline has bound a statement_timeout in the open transaction."""
     annotates: bool
     """Whether its group shows the blocks' correlation ids at the server."""
-    annotated: bool = False
+    annotated: bool
     """Whether that was done in the open transaction."""
     own_name: str = ""
     """The session's application_name."""
@@ -111,13 +113,13 @@ class ConnectionState(psycopg.Connection[Any]):
     """Whether a COMMIT or ROLLBACK is running, whose outcome is worth waiting for."""
     explicit: bool
     """Whether a statement of an autocommit block began the open transaction."""
-    declared: bool = False
+    declared: bool
     """Whether the statement psycopg starts is the one recorded in the block."""
-    undeclared: Any = NOTHING
+    undeclared: Any
     """The statement recorded in the block when a foreign cursor executed another."""
-    defines: bool = False
+    defines: bool
     """Whether a statement since the last rollback may have changed what prepared statements refer to."""
-    unsure: bool = False
+    unsure: bool
     """Whether a transaction may have ended that the block still considers open."""
     proven: Facts | None
     """What its server is known to have of the write-ahead log, since it cannot have less in this session."""
@@ -146,7 +148,7 @@ class ConnectionState(psycopg.Connection[Any]):
     """The group's tally of how long blocks have connections."""
     times_lent: int = 0
     """Number of blocks it was lent to, if counted."""
-    asked_role: str | None = None
+    asked_role: str | None
     """The role of a server that does not report it (before PostgreSQL 14), asked once."""
     local: Bound
     """Settings bound in every transaction, because a pooler's session cannot keep them."""
@@ -160,21 +162,21 @@ class ConnectionState(psycopg.Connection[Any]):
     """Whether the block may have left something in the session."""
     altered: bool
     """Whether the connection's own attributes may have changed."""
-    tainted: bool = False
+    tainted: bool
     """Whether something may be left that cannot be cleaned."""
     stale: bool
     """Whether the session is to be cleaned before the next statement."""
-    cleaning: tuple[Command, ...] = CLEANING
-    in_force: InForce | None = None
+    cleaning: tuple[Command, ...]
+    in_force: InForce | None
     """The format settings in force in the last transaction, if the block binds one of them."""
     follows: bool
     """Whether the answers to a preamble are to be read: for such a setting, or for guards."""
     _following: AdaptersMap | None = None
-    dropping: tuple[Command, ...] = NOTHING
+    dropping: tuple[Command, ...]
     """The commands that drop forgotten prepared statements, in a separate transaction."""
     spoilt: bool = False
     """Whether a statement of the open pipeline has failed, so that the server skips the rest."""
-    prepares: bool = False
+    prepares: bool
     named: int
     """How often a preamble was prepared in the session."""
     own_statements: tuple[str, ...] = ()
@@ -191,9 +193,9 @@ class ConnectionState(psycopg.Connection[Any]):
     """Number of psycopg pipelines that are open, opening or ending."""
     wrapped: bool
     """Whether the open transaction serves, and ends with, one statement of an autocommit block."""
-    implicit: bool = False
+    implicit: bool
     """Whether the open pipeline's statements run in the implicit transactions that its Syncs end."""
-    failed: tuple[Any, str] = None, ""
+    failed: tuple[Any, str]
     """The block's last failed statement, and the server's message."""
     crossed: bool
     """Whether contexts of the open transaction were exited in the wrong order."""
@@ -240,8 +242,11 @@ class ConnectionState(psycopg.Connection[Any]):
         self.lent = self.bound = self.reads = self.riding = self.wrapped = self.streamed = False
         self.handed_out = self.touched = self.altered = self.stale = self.annotates = self.ending = False
         self.crossed = self.follows = self.guarding = self.telling = self.explicit = self.private = False
-        self.proven, self.syncs = None, 0
-        self.local = ()
+        self.limited = self.annotated = self.declared = self.defines = self.unsure = False
+        self.tainted = self.prepares = self.implicit = False
+        self.cleaning, self.undeclared, self.failed = CLEANING, NOTHING, (None, "")
+        self.proven, self.asked_role, self.in_force, self.syncs = None, None, None, 0
+        self.local = self.dropping = ()
         self.patience = self.until = self.adapters_shared = self.dumps = None
         self.readers, self.makers = {}, {}
         self.speaks_utf8 = self.plain = self.by_itself = self.conforms = True

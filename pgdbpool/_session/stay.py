@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
-from weakref import ref
+from weakref import proxy
 
 import psycopg
 
@@ -83,7 +83,7 @@ class KeptConnection(PooledConnection):
 
     def belong_to(self, owner: object) -> None:
         """Close the connection, and let the pool replace it, once the owner is garbage-collected."""
-        self.stay.watch = ref(owner, self.stay.group.on_drop)
+        self.stay.watch = proxy(owner, self.stay.group.on_drop)
 
     def be_collectable(self) -> None:
         """Let the group take another connection once nothing but the group refers to this one."""
