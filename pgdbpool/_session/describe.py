@@ -97,6 +97,7 @@ def where(block: Block) -> str:
 
 
 def frame(code: CodeType, at: int) -> str:
+    """Return the file, line and function of an instruction."""
     return f"{code.co_filename}:{_line(code, at)} in {code.co_name}"
 
 

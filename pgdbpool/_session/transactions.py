@@ -70,13 +70,16 @@ class TransactingConnection(TellingConnection):
 
         :raises psycopg.ProgrammingError: a transaction is open.
         """
-        with self.alone():
-            self._change(self._check_intrans_gen("autocommit"), alters=False)
-            if self.block is None:  # while `configure` has it
-                self._autocommit = self.by_itself = bool(value)
-            elif self.block.manual is bool(value) or self.block.nests:
-                self.block.choose(bool(value))
-                self.block.at_begin = self._encode(self.block)
+        if self.block is None or self.turn.locked() or self.wrapped or self._pipeline or (
+            self.pgconn.transaction_status != IDLE
+        ):  # fmt: skip
+            with self.alone():
+                self._change(self._check_intrans_gen("autocommit"), alters=False)
+        if self.block is None:  # while `configure` has it
+            self._autocommit = self.by_itself = bool(value)
+        elif self.block.manual is bool(value) or self.block.nests:
+            self.block.choose(bool(value))
+            self.block.at_begin = self._encode(self.block)
 
     def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
         """Set the isolation level of the transactions to come, to the end of the block."""

@@ -37,6 +37,8 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
         if settings_dict["OPTIONS"].get("config") is not None and settings_dict["NAME"] == "":
             settings_dict["NAME"] = _groups.named_database(settings_dict) or ""
         super().__init__(settings_dict, alias)
+        self._settled: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+        """Settings, and the parameters of a connection that were made of them."""
 
     @property
     def pool(self) -> None:
@@ -50,6 +52,13 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
 
     def get_connection_params(self) -> dict[str, Any]:
         """Return the settings of a connection: cursors, adapters, when statements are prepared."""
+        given = self.settings_dict
+        if self._settled[0] != given:  # tests and migrations change them
+            params = self._make_params()
+            self._settled = {**given, "OPTIONS": dict(given["OPTIONS"])}, params
+        return dict(self._settled[1])
+
+    def _make_params(self) -> dict[str, Any]:
         if problems := _checks.contradictions(self.settings_dict):
             raise ImproperlyConfigured("\n".join(f"{what} {remedy}" for what, remedy in problems))
         params: dict[str, Any] = super().get_connection_params()
