@@ -129,6 +129,8 @@ class BlockCursor(RidingCursor):
             with conn.owning():
                 super().execute(query, params, prepare=prepare, binary=binary)
         elif self._rides(what, preamble, autocommit):
+            if what.controls and autocommit and preamble:
+                preamble = self._before_begin()
             try:
                 self._ride(preamble, query, params, prepare, binary)
             finally:
@@ -147,13 +149,23 @@ class BlockCursor(RidingCursor):
         if what.controls:
             self._end_control(what)
 
+    def _before_begin(self) -> tuple[Command, ...]:
+        """Return what goes before a BEGIN that is a statement of an autocommit block.
+
+        Its modes must come before any query, so the settings are bound with the statement after it.
+        """
+        conn, modes = self._conn, self.block.binding.modes
+        first = [] if modes is None else conn.allowed(modes).before_begin()
+        cleaning = conn.cleaning if conn.stale else NOTHING
+        return cleaning + self.block.guards() + tuple((text, None) for text in first)
+
     def _end_control(self, what: StatementTraits) -> None:
         """After a statement that began or ended a transaction."""
         conn, block = self._conn, self.block
         if not conn._pipeline:
             conn.explicit = conn.pgconn.transaction_status != IDLE
+        conn.bound = False
         if what.ends:
-            conn.bound = False
             block.committed = True
             if what.commits and special.in_use and not conn._pipeline:
                 with conn.owning():

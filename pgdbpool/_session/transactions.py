@@ -122,14 +122,14 @@ class TransactingConnection(TellingConnection):
         """Return BEGIN as the connection's attributes say, and where these say nothing as the settings do."""
         if modes is None:
             return super()._get_tx_start_command()
-        level, modes = self._isolation_level, self._allowed(modes)
+        level, modes = self._isolation_level, self.allowed(modes)
         return Modes(
             isolation=modes.isolation if level is None else level.name.replace("_", " "),
             read_only=modes.read_only if self._read_only is None else self._read_only,
             deferrable=modes.deferrable if self._deferrable is None else self._deferrable,
         ).begin()
 
-    def _allowed(self, modes: Modes) -> Modes:
+    def allowed(self, modes: Modes) -> Modes:
         """Leave READ WRITE out on a standby: a default has no effect there, while a BEGIN is refused."""
         role = self.endpoint.role
         if modes.read_only is False and role is not None and role.value == "standby":
@@ -199,7 +199,7 @@ class TransactingConnection(TellingConnection):
         if block.manual:
             return self.begin(block) + self._local(block)
         modes = block.binding.modes
-        allowed = None if modes is None else self._allowed(modes)
+        allowed = None if modes is None else self.allowed(modes)
         return implicit(allowed, block.settings, self.pgconn._encoding) + block.binding.report
 
     @contextmanager

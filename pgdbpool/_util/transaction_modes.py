@@ -51,6 +51,10 @@ class Modes(NamedTuple):
             if value is not None and (mode, value) != ("read_only", True)
         ]
 
+    def before_begin(self) -> list[bytes]:
+        """Return the statements that make these modes the defaults of a BEGIN in the same pipeline."""
+        return [*self.of_implicit(), *([b"SET transaction_read_only TO on"] if self.read_only else [])]
+
 
 def canonical(name: str) -> str:
     """Return the one name of a setting: that of its default for a mode, the lower case for others."""

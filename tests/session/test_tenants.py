@@ -134,6 +134,47 @@ def test_transactions_and_savepoints_keep_the_tenant(start: Any, group: str) -> 
         assert seen(db) == [A]
 
 
+@pytest.mark.parametrize("settings", [None, {"default_transaction_isolation": "serializable"}])
+@pytest.mark.parametrize("first", ["", "SET work_mem = '1MB'"])
+def test_a_begin_of_ones_own_has_its_modes_and_the_tenant(
+    start: Any, settings: dict[str, str] | None, first: str
+) -> None:
+    proxy = start()
+    for sql, level, read_only in (
+        ("BEGIN ISOLATION LEVEL REPEATABLE READ", "repeatable read", "off"),
+        ("START TRANSACTION ISOLATION LEVEL READ COMMITTED, READ ONLY", "read committed", "on"),
+        ("BEGIN", "serializable" if settings else "read committed", "off"),
+    ):
+        with Handler("auto", tenant=A, settings=settings) as db:
+            if first:
+                db.query(first)
+            proxy.reset_counts()
+            db.query(sql)
+            assert seen(db) == [A]
+            assert db.fetchval("SHOW transaction_isolation") == level
+            assert db.fetchval("SHOW transaction_read_only") == read_only
+            db.query("SAVEPOINT s")
+            db.query("ROLLBACK TO s")
+            assert seen(db) == [A]
+            db.query("COMMIT")
+            assert proxy.round_trips == 8
+            assert seen(db) == [A]
+            db.query(sql)
+            db.query("COMMIT")
+            assert seen(db) == [A]
+
+
+def test_a_begin_of_ones_own_is_read_only_by_a_setting_and_may_say_otherwise(start: Any) -> None:
+    start()
+    with Handler("auto", tenant=A, settings={"default_transaction_read_only": "on"}) as db:
+        for sql, read_only in (("BEGIN", "on"), ("BEGIN READ WRITE", "off")):
+            db.query(sql)
+            assert db.fetchval("SHOW transaction_read_only") == read_only
+            assert seen(db) == [A]
+            db.query("ROLLBACK")
+            assert db.fetchval("SHOW transaction_read_only") == "on"
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_statements_that_cannot_ride_have_the_tenant_too(start: Any, group: str) -> None:
     start()
