@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from types import NoneType
 from typing import TYPE_CHECKING
@@ -70,16 +70,16 @@ class TransactingConnection(TellingConnection):
 
         :raises psycopg.ProgrammingError: a transaction is open.
         """
-        if self.block is None or self.turn.locked() or self.wrapped or self._pipeline or (
-            self.pgconn.transaction_status != IDLE
-        ):  # fmt: skip
-            with self.alone():
+        at_rest = self.block is not None and self.pgconn.transaction_status == IDLE
+        at_rest = at_rest and not (self.turn.locked() or self.wrapped or self._pipeline)
+        with nullcontext() if at_rest else self.alone():
+            if not at_rest:
                 self._change(self._check_intrans_gen("autocommit"), alters=False)
-        if self.block is None:  # while `configure` has it
-            self._autocommit = self.by_itself = bool(value)
-        elif self.block.manual is bool(value) or self.block.nests:
-            self.block.choose(bool(value))
-            self.block.at_begin = self._encode(self.block)
+            if self.block is None:  # while `configure` has it
+                self._autocommit = self.by_itself = bool(value)
+            elif self.block.manual is bool(value) or self.block.nests:
+                self.block.choose(bool(value))
+                self.block.at_begin = self._encode(self.block)
 
     def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
         """Set the isolation level of the transactions to come, to the end of the block."""

@@ -165,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failover.measure(),
             lambda one: f"{one['errors']} of {one['requests']}; {one['slowest'] * 1000:,.0f} ms",
         )
+        cells = [f"     - {failover.away(event) * 1000:,.0f} ms\n" for event in failover.EVENTS.values()]
+        tables["doors-failover"] += f"   * - PostgreSQL alone: no server takes writes for\n{''.join(cells)}"
     for name, text in tables.items():
         print(f"{name}\n\n{text}")
         if options.write:

@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pgdbpool.cluster import Cluster
+import psycopg
+
+from pgdbpool.cluster import Cluster, Node
 from tests.benchmarks.bench import create_tables, server
 from tests.benchmarks.web import serving
 
@@ -115,6 +117,37 @@ def under(site: Site, event: Callable[[], None], before: float, after: float) ->
         for each in clients:
             each.join()
     return answers
+
+
+def away(event: Callable[[Cluster], None]) -> float:
+    """Return the longest time, in seconds, in which no server took writes: no pool can be faster."""
+    with Cluster(2, settings={"max_connections": 60}) as cluster:
+        cluster.wait_in_sync()
+        nodes, end, longest = cluster.nodes, threading.Event(), [0.0]
+
+        def dial() -> None:
+            last = time.monotonic()
+            while not end.wait(0.005):
+                if any(_takes_writes(node) for node in nodes):
+                    longest[0] = max(longest[0], time.monotonic() - last)
+                    last = time.monotonic()
+
+        thread = threading.Thread(target=dial)
+        thread.start()
+        try:
+            time.sleep(0.5)
+            event(cluster)
+            time.sleep(2.0)
+        finally:
+            end.set()
+            thread.join()
+        return longest[0]
+
+
+def _takes_writes(node: Node) -> bool:
+    with suppress(psycopg.Error), node.connect() as admin:
+        return bool(admin.execute("SELECT NOT pg_is_in_recovery()").fetchone()[0])  # type: ignore[index]
+    return False
 
 
 def measure(
