@@ -12,7 +12,17 @@ from psycopg.adapt import AdaptersMap, Transformer
 from .. import errors
 from .._request.tenant import milliseconds
 from .._util import bounds
-from .commands import CLEANING, CLEANING_TO_READ, IDLE, INERROR, INTRANS, NOTHING, Command, deallocate
+from .commands import (
+    CLEANING,
+    CLEANING_TO_READ,
+    IDLE,
+    INERROR,
+    INTRANS,
+    NOTHING,
+    Command,
+    begins,
+    deallocate,
+)
 from .pooler_safety import left_in_session
 from .prepared import ROLLBACK, dropping, is_stale
 from .short_way import shared
@@ -194,8 +204,8 @@ class CleanedConnection(ConnectionState):
             return None
         self.forget_statements()
         status, undo = self.pgconn.transaction_status, NOTHING
-        if status == INERROR and any(text.startswith(b"BEGIN") for text, _ in preamble):
-            undo = ROLLBACK  # the transaction began with this statement, so nothing else is lost with it
+        if status == INERROR and begins(preamble):
+            undo = ROLLBACK
         elif status != IDLE:
             return None
         dropping, self.dropping = self.dropping, NOTHING

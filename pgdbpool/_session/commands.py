@@ -88,6 +88,11 @@ def _unencodable(settings: Bound, encoding: str) -> SettingError:
     )
 
 
+def begins(commands: Sequence[Command]) -> bool:
+    """Return whether they begin a transaction: nothing of it precedes their statement, or is lost with it."""
+    return any(text.startswith(b"BEGIN") for text, _ in commands)
+
+
 def deallocate(keep: Sequence[str]) -> bytes:
     """Return the statement that drops statements made by PREPARE; psycopg's, made by the protocol, stay."""
     kept = "".join(f" AND name <> {_literal(name)}" for name in keep)

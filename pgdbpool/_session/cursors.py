@@ -19,7 +19,7 @@ from .. import errors
 from .._request import deadline as deadlines
 from .._request import freshness, special
 from . import outcome
-from .commands import ACTIVE, COMMIT, EMPTY, IDLE, NOTHING, TUPLES_OK, Command
+from .commands import ACTIVE, COMMIT, EMPTY, IDLE, NOTHING, TUPLES_OK, Command, begins
 from .connection import PooledConnection
 from .riding import RidingCursor, checked_parameters, gone
 from .rows import Row
@@ -88,7 +88,7 @@ class BlockCursor(RidingCursor):
                 if what.changes and (autocommit or conn.wrapped) and not what.controls:
                     block.in_effect = True
             except psycopg.Error as error:
-                rode = bool(first) and self._rides(what, preamble, autocommit)
+                rode = begins(first) and self._rides(what, preamble, autocommit)
                 self._note_failure(error, what, autocommit, rode, touched)
                 raise
         return self
@@ -321,13 +321,13 @@ class BlockCursor(RidingCursor):
             self._took_effect(what.changes and autocommit)
         except errors.ConnectionLostError as error:
             conn.telling = False
-            self._note_loss(error, autocommit, False, bool(first), touched, single=False)
+            self._note_loss(error, autocommit, False, begins(first), touched, single=False)
             raise
         except psycopg.Error as error:
             conn.telling = False
             block.failure = errors.without_frames(error)
             if error.sqlstate == RECOVERY_CONFLICT:
-                self._note_conflict(error, autocommit, bool(first), touched, single=False)
+                self._note_conflict(error, autocommit, begins(first), touched, single=False)
             raise
 
     def stream(self, query: Any, params: Any = None, **kwargs: Any) -> Iterator[Any]:

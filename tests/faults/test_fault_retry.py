@@ -27,6 +27,11 @@ def proxy(known_cluster: Any, proxy_to: Any, mode: str) -> Iterator[Any]:
     groups: dict[str, dict[str, Any]] = {
         "auto": {"connection_count": 2},
         "manual": {"connection_count": 2, "autocommit": False},
+        "tenants": {
+            "connection_count": 2,
+            "autocommit": False,
+            "tenant": {"setting": "app.tenant", "verify": "off", "required": False},
+        },
     }
     Connection.init(config([server(known_cluster.primary, port=proxy.port)], mode, **groups))
     yield proxy
@@ -168,3 +173,41 @@ def test_a_statement_of_a_group_whose_settings_forbid_writes_is_sent_again(
         assert proxy.cuts == 5
     finally:
         Connection.reset()
+
+
+def roll_back_to(db: Any) -> None:
+    """Undo a part of the open transaction, as the savepoints of SQLAlchemy and Django do."""
+    db.execute("SAVEPOINT s")
+    db.execute("INSERT INTO t VALUES (9)")
+    db.execute("ROLLBACK TO SAVEPOINT s")
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("group", ["manual", "tenants"])
+def test_after_a_rollback_to_a_savepoint_nothing_is_sent_again(
+    proxy: Any, rows: Any, group: str, many: bool, cut: str
+) -> None:
+    def insert(db: Any) -> None:
+        getattr(proxy, cut)(b"INSERT")
+        if many:
+            with db.cursor() as cursor:
+                cursor.executemany("INSERT INTO t VALUES (%s)", [(2,), (3,)])
+        else:
+            db.execute("INSERT INTO t VALUES (2)")
+
+    with pgdbpool.tenant("a" if group == "tenants" else None):
+        with pytest.raises(pgdbpool.ConnectionLostError) as caught, Handler(group) as db:
+            db.execute("INSERT INTO t VALUES (1)")
+            roll_back_to(db)
+            insert(db)
+        assert not caught.value.maybe_committed
+        with Connection.getconn(group) as conn:
+            conn.execute("INSERT INTO t VALUES (1)")
+            roll_back_to(conn)
+            with pytest.raises(pgdbpool.ConnectionLostError):
+                insert(conn)
+            with pytest.raises(pgdbpool.TransactionAbortedError):
+                conn.commit()
+            conn.rollback()
+    assert rows() == []
