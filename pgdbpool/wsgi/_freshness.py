@@ -165,9 +165,9 @@ class _Response:
     def start(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
-        """Hold the beginning back; an error after it was sent is passed on, as a server wants it."""
+        """Hold the beginning back; one for an error is passed on if the server has another one already."""
         if self._write is not None and exc_info is not None:
-            return self._start_response(status, headers, exc_info)
+            return self._start_response(status, [*headers, *self._more()], exc_info)
         if self._held is not None and exc_info is None:
             raise AssertionError("start_response is called twice")
         self._held = status, headers, exc_info

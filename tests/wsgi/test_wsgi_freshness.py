@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
@@ -244,6 +245,33 @@ def test_an_application_that_fails_before_its_first_piece_sends_nothing() -> Non
     with pytest.raises(ZeroDivisionError):
         list(through(failing)(environ, lambda *arguments: sent.append(arguments)))  # type: ignore[arg-type]
     assert sent == []
+
+
+def test_a_page_for_an_error_in_the_body_says_what_was_written_before() -> None:
+    sent: list[Any] = []
+
+    def body(start_response: Any) -> Iterator[bytes]:
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            start_response("500 Internal Server Error", [("X-Page", "error")], sys.exc_info())
+        yield b"sorry"
+
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        fake()(environ, start_response)
+        return body(start_response)
+
+    environ: dict[str, Any] = {}
+    setup_testing_defaults(environ)
+
+    def start(status: str, headers: Any, *error: Any) -> Callable[[bytes], None]:
+        sent.append((status, dict(headers)))
+        return lambda data: None
+
+    assert list(through(app)(environ, start)) == [b"sorry"]  # type: ignore[arg-type]
+    status, headers = sent[-1]
+    assert (len(sent), status, headers["X-Page"]) == (2, "500 Internal Server Error", "error")
+    assert "Set-Cookie" in headers
 
 
 def test_an_application_that_uses_write_is_served() -> None:
