@@ -82,9 +82,9 @@ class FreshGroup(PausingGroup):
 
         It costs that block no guard, or none that fails. Others are not known to lack it.
         """
-        if len(required := seen.required()) != 1 or len(self.endpoints) < 2 or self.writes:
+        if len(self.endpoints) < 2 or (token := seen.token) is None or len(token.positions) != 1:
             return
-        lsn, idle = required[0].lsn, self._pool.lendable()
+        lsn, idle = token.positions[0].lsn, self._pool.lendable()
         if idle and idle[0].endpoint.position < lsn:
             for conn in idle:
                 if conn.endpoint.position >= lsn and conn.endpoint.role is Role.STANDBY:
