@@ -288,13 +288,13 @@ class ExchangingConnection(RequestConnection):
 
     def _await_first(self, many: int) -> float | None:
         """Read what the server sends first; return until when to wait for more."""
-        pgconn, patience, wait = self.pgconn, self.patience, self.wait_readable
+        pgconn, patience, wait_readable = self.pgconn, self.patience, self.wait_readable
         if many > 1 or deadlines.in_use or self.until is not None:
             patience = self._patience_for(many)
         deadline = None if patience is None else monotonic() + patience
         if pgconn.flush():
             return self._flush(deadline, many)
-        if not wait(None if patience is None else patience * 1000 if patience > 0 else 0):
+        if not wait_readable(None if patience is None else patience * 1000 if patience > 0 else 0):
             raise self._unanswered()
         pgconn.consume_input()  # nothing was read before, and mostly this is all
         return deadline
