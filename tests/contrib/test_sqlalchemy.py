@@ -368,6 +368,32 @@ def test_types_that_need_the_driver_go_there_and_back(start: Any) -> None:
         assert conn.execute(table.select()).one() == (value, {"was": [1]})
 
 
+@pytest.mark.parametrize("of_engine", [True, False])
+def test_a_connection_has_its_tenant_after_a_loss_too(
+    start: Any, known_cluster: Any, of_engine: bool
+) -> None:
+    start()
+    made = ready("tenants")
+    chosen = made.execution_options(tenant="a") if of_engine else made
+    with chosen.connect() as conn, known_cluster.primary.connect() as admin:
+        if not of_engine:
+            conn.execution_options(tenant="a")
+        assert conn.scalar(SHOWN) == "a"
+        kill_backends(admin)
+        with pytest.raises(exc.OperationalError):
+            conn.execute(SHOWN)
+        conn.rollback()
+        assert conn.scalar(SHOWN) == "a"
+        conn.commit()
+        with pgdbpool.tenant("b"), pytest.raises(pgdbpool.TenantConflictError):
+            conn.scalar(SHOWN)
+        conn.rollback()
+        conn.invalidate()
+        assert conn.scalar(SHOWN) == "a"
+    with made.connect() as conn:
+        assert conn.scalar(SHOWN) in (None, "")
+
+
 def test_tenants_by_context_and_by_option(start: Any) -> None:
     start()
     made = ready("tenants")

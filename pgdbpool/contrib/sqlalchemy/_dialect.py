@@ -11,7 +11,7 @@ from psycopg.types.hstore import register_hstore
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg.types.string import TextLoader
 from sqlalchemy import URL, Engine, event, exc, pool
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg, PGExecutionContext_psycopg
 from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 
 from ..._api.connection import Connection
@@ -41,11 +41,24 @@ class Tenant(ConnectionCharacteristic):
         dbapi_conn.tenant = None
 
 
+class ExecutionContext(PGExecutionContext_psycopg):
+    """The execution of a statement, with the tenant of the execution options."""
+
+    def create_cursor(self) -> Any:
+        """Return a cursor; a connection that SQLAlchemy took in place of a lost one has the tenant first."""
+        options = self.root_connection.get_execution_options()
+        if "tenant" in options:
+            dbapi_conn: Any = self._dbapi_connection.dbapi_connection
+            dbapi_conn.tenant = options["tenant"]
+        return super().create_cursor()
+
+
 class PgDbPoolDialect(PGDialect_psycopg):
     """`postgresql+pgdbpool://GROUP` or `postgresql+pgdbpool://GROUP?config=FILE`."""
 
     # `driver` stays psycopg: code that asks for it wants to know which values and errors to expect.
     supports_statement_cache = True
+    execution_ctx_cls = ExecutionContext
     connection_characteristics = PGDialect_psycopg.connection_characteristics.union({"tenant": Tenant()})
 
     def __init__(self, **options: Any) -> None:
