@@ -183,7 +183,8 @@ class BlockCursor(RidingCursor):
             single = what.number == 1 and not conn._pipeline
             block.committed = block.committed or what.ends
             implicit = conn._pipeline is not None and conn.implicit
-            self._note_loss(error, autocommit or implicit, what.ends, rode, touched, single)
+            commits = what.commits or (what.ends and what.number > 1)  # what follows a ROLLBACK, at the end
+            self._note_loss(error, autocommit or implicit, commits, rode, touched, single)
             return
         block.failure = errors.without_frames(error)
         block.committed = block.committed or (what.ends and what.number > 1)
@@ -246,7 +247,7 @@ class BlockCursor(RidingCursor):
         self,
         error: errors.ConnectionLostError,
         autocommit: bool,
-        ends: bool,
+        commits: bool,
         rode: bool,
         touched: bool,
         single: bool,
@@ -261,7 +262,7 @@ class BlockCursor(RidingCursor):
             return
         if not errors.undone(error):
             error.maybe_executed = error.maybe_executed or autocommit
-            error.maybe_committed = error.maybe_committed or ends
+            error.maybe_committed = error.maybe_committed or commits
         self._conn.lose_track_after(error)
         if isinstance(error, errors.TransactionTimeoutError) or errors.is_poolers_refusal(error):
             return  # it would take as long again

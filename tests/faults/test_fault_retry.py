@@ -211,3 +211,23 @@ def test_after_a_rollback_to_a_savepoint_nothing_is_sent_again(
                 conn.commit()
             conn.rollback()
     assert rows() == []
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("statement", ["ROLLBACK", "ROLLBACK TO SAVEPOINT s"])
+def test_a_lost_rollback_has_committed_nothing(proxy: Any, rows: Any, statement: str, cut: str) -> None:
+    with Connection.getconn("manual") as conn:
+        conn.execute("INSERT INTO t VALUES (1)")
+        conn.execute("SAVEPOINT s")
+        getattr(proxy, cut)(b"ROLLBACK")
+        with pytest.raises(pgdbpool.ConnectionLostError) as caught:
+            conn.execute(statement)
+        assert (caught.value.maybe_committed, caught.value.maybe_executed) == (False, False)
+        conn.rollback()
+        conn.execute("SAVEPOINT s")
+        getattr(proxy, cut)(b"ROLLBACK")
+        with pytest.raises(pgdbpool.ConnectionLostError) as caught:
+            conn.execute("ROLLBACK; INSERT INTO t VALUES (2)")  # which the end of the text commits
+        assert caught.value.maybe_committed
+        conn.rollback()
+    assert rows() == ([2] if cut == "cut_after" else [])
