@@ -176,10 +176,10 @@ def test_a_forked_child_closes_what_its_parent_has_open_and_goes_on(start: Any) 
 
 def test_options_that_contradict_nothing_are_taken(start: Any) -> None:
     start()
-    made = engine("write", pool_pre_ping=False, pool_recycle=-1, pool_reset_on_return="rollback", echo=False)
-    with made.connect() as conn:
-        conn.execute(text("SELECT 1"))
-    assert engine("write", poolclass=NullPool).connect().execute(text("SELECT 1")).scalar() == 1
+    taken = {"pool_pre_ping": False, "pool_recycle": -1, "pool_reset_on_return": "rollback", "echo": False}
+    for options in (taken, {"poolclass": NullPool}):
+        with engine("write", **options).connect() as conn:
+            assert conn.scalar(text("SELECT 1")) == 1
 
 
 def test_errors_are_sqlalchemys_with_the_pools_as_their_origin(start: Any) -> None:
