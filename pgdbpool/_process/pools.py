@@ -166,7 +166,7 @@ class Pools:
 
     def _nested(self) -> bool:
         me = get_ident()
-        return any(group.held_by(me) for pools in every_pools() for group in pools.all_groups)
+        return any(group.held_by(me) for pools in pools_in_use() for group in pools.all_groups)
 
     def _look_sooner(self, endpoints: Collection[Endpoint]) -> None:
         self.monitor.look_sooner(endpoints)

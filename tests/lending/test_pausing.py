@@ -138,6 +138,16 @@ def test_the_pools_close_at_once(start: Any, mode: str) -> None:
     assert [type(error) for error in errors] == [NotInitializedError]
 
 
+def test_a_connection_of_replaced_pools_lets_no_block_pass(start: Any) -> None:
+    start()
+    left = Connection.getconn("other")
+    start()
+    Connection.pause("g")
+    with pytest.raises(PoolTimeout, match="paused by"):
+        Handler("g", timeout=0.1).__enter__()
+    left.close()
+
+
 def test_max_waiting_holds_for_held_blocks_too(start: Any, mode: str) -> None:
     if mode != "threaded":
         pytest.skip("one thread cannot hold two blocks")

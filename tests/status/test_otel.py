@@ -108,6 +108,9 @@ def test_guards_are_counted(measured: Measured, known_cluster: Any, mode: str) -
     Connection.init(config(known_cluster.nodes, mode, **groups))
     token = Connection.token("w")
     assert token is not None
+    known_cluster.primary.execute(
+        "CHECKPOINT"
+    )  # standbys get what is flushed, and another session may have written
     known_cluster.wait_in_sync()
     Connection.fetchval("g", "SELECT 1", after=token)
     position = token.positions[0]
