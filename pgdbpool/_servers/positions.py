@@ -56,7 +56,7 @@ _FOUND = b"pgdbpool_replayed"
 # The first column is worked out first, so what is told was replayed before the timeline is looked at. The
 # value of a CASE's ELSE must depend on the server: PostgreSQL would work out a constant one beforehand. A
 # subquery, or text to return, would each take as long as all of the comparisons.
-FAST_GUARD = f"""
+_FAST_GUARD = f"""
     SELECT {_REPLAYED} AS {_FOUND.decode()}, CASE WHEN {_REPLAYED} >= $1::pg_lsn
             AND (pg_catalog.pg_stat_get_wal_receiver()).received_tli = $2::int AND {_COMMITTED}
         THEN NULL
@@ -193,6 +193,11 @@ def guard(position: Position, timelines: Timelines, facts: Facts | None) -> tupl
     return command, [*values, b"{%s}" % texts]
 
 
+def fast_guard(position: Position) -> tuple[bytes, list[bytes | None]]:
+    """Return the same for a session that has seen what its standby receives; see `_FAST_GUARD`."""
+    return _FAST_GUARD, [lsn_text(position.lsn).encode(), b"%d" % position.timeline]
+
+
 def query(facts: Facts | None) -> bytes:
     """Return the query for what a server has.
 
@@ -219,11 +224,10 @@ def facts_of(result: PGresult) -> Facts | None:
 
 
 def replayed(result: PGresult) -> int:
-    """Return what a standby has replayed if this is the result of `FAST_GUARD`, else 0."""
+    """Return what a standby has replayed if this is the result of `fast_guard`, else 0."""
     if result.nfields != 2 or result.fname(0) != _FOUND or (value := result.get_value(0, 0)) is None:
         return 0
-    high, _, low = value.partition(b"/")
-    return (int(high, 16) << 32) + int(low, 16)
+    return lsn_of(value.decode())
 
 
 TIMELINES = Timelines()

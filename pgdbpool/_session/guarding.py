@@ -16,11 +16,11 @@ from .. import errors
 from .._request.freshness import Seen
 from .._servers.endpoint import Role
 from .._servers.positions import (
-    FAST_GUARD,
     TIMELINES,
     Facts,
     Verdict,
     facts_of,
+    fast_guard,
     guard,
     judge,
     read,
@@ -80,7 +80,7 @@ class GuardedConnection(LiveConnection):
                     return commands
                 if facts.standby and facts.received and lsn != UNKNOWN and self._shares_transaction(block):
                     self.guarding = self.follows = True
-                    fast = FAST_GUARD, (b"%X/%X" % (lsn >> 32, lsn & 0xFFFFFFFF), b"%d" % timeline)
+                    fast = fast_guard(positions[0])
                     return (commands[0], fast, *commands[1:]) if block.manual else (fast, *commands)
         return self.guards_for(seen) + commands
 
