@@ -22,7 +22,7 @@ from .._session.cursors import BlockCursor
 from .._session.server_cursor import BlockServerCursor
 from .._util import bounds
 from .._util import log_events as events
-from ..errors import CredentialError, Error, HookError, QueryDeadlineError, one_line
+from ..errors import ConnectionLostError, CredentialError, Error, HookError, QueryDeadlineError, one_line
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGenConn
@@ -55,9 +55,7 @@ def dial(
     attempt = _Attempt(endpoint, group, timeout, conclusive)
     conn: PooledConnection | None = None
     try:
-        pgconn = _log_in(endpoint, group, _open_session, attempt.deadline, attempt.arrived)
-        conn = pooled(group.connection_class, kind)(pgconn)
-        attempt.prepare(conn)
+        conn = attempt.open(kind)
         if set_up is not None:
             set_up(conn)
     except _WaitTimeout:
@@ -95,6 +93,27 @@ class _Attempt:
         self.began = monotonic()
         """When the server itself was first asked for something, once address and login are known."""
         self.deadline = self.began + timeout
+
+    def open(self, kind: type[PooledConnection]) -> PooledConnection:
+        """Log in and make the session the group's.
+
+        A pooler may have given the new client a session that its server had just ended; another one will do.
+        """
+        connection_class = pooled(self._group.connection_class, kind)
+        once_more = self._endpoint.config.pooler is not None
+        while True:
+            conn = connection_class(
+                _log_in(self._endpoint, self._group, _open_session, self.deadline, self.arrived)
+            )
+            try:
+                self.prepare(conn)
+                return conn
+            except BaseException as error:
+                conn.close()
+                lost = isinstance(error, ConnectionLostError) and not isinstance(error, QueryDeadlineError)
+                if not (lost and once_more):
+                    raise
+            once_more = False
 
     def arrived(self) -> None:
         """Start the server's own time."""

@@ -192,6 +192,8 @@ class LiveConnection(CleanedConnection):
         if self.abandoned:
             raise errors.BlockClosedError(_PARENTS)
         status = self.pgconn.transaction_status
+        if status == ACTIVE:  # whoever cuts the connection may not have come to cancel what was sent
+            self._cancel_and_close()
         self.close()
         raise self.own_error(psycopg.OperationalError(_SEVERED), status)
 
@@ -313,7 +315,7 @@ class LiveConnection(CleanedConnection):
 
     def _cancel_and_close(self) -> None:
         """Close the connection in the middle of a statement, which is cancelled if it cannot be a commit."""
-        if not self.unusable and not self.may_commit():
+        if not self.abandoned and not self.may_commit():
             with suppress(psycopg.Error):
                 self.cancel_safe(timeout=1.0)
         self.close()
@@ -410,19 +412,29 @@ class LiveConnection(CleanedConnection):
         A running statement is cancelled. A possible commit is waited for, and then left to the server.
         To close the connection would take its socket's number from under a wait for it.
         """
-        committing = self.refuse_from_now_on()
+        self.refuse_from_now_on()
         if self.abandoned:
             return
         with suppress(psycopg.Error, OSError):
             number = self.pgconn.socket
             with socket.socket(fileno=os.dup(number)) as own:
-                if committing:
-                    self._await_commit(own, deadline)
-                elif self.pgconn.transaction_status == ACTIVE and (left := deadline - monotonic()) > 0:
-                    with suppress(psycopg.Error):
-                        self.cancel_safe(timeout=left)
+                stopped = self._stop_statement(own, deadline)
                 if self.pgconn.socket == number:  # raises if it was closed: the number may be another's
+                    own.shutdown(socket.SHUT_WR)
+                    if not stopped:  # the block may have sent one meanwhile, which is the last
+                        self._stop_statement(own, deadline)
                     own.shutdown(socket.SHUT_RDWR)
+
+    def _stop_statement(self, own: socket.socket, deadline: float) -> bool:
+        """Cancel the statement that runs, or wait for it if it may be a commit; return whether one runs."""
+        if self.pgconn.transaction_status != ACTIVE:
+            return False
+        if self.may_commit():
+            self._await_commit(own, deadline)
+        elif (left := deadline - monotonic()) > 0:
+            with suppress(psycopg.Error):
+                self.cancel_safe(timeout=left)
+        return True
 
     def _await_commit(self, own: socket.socket, deadline: float) -> None:
         """Wait until a possible commit is over; at the deadline note the session that stays at the server."""

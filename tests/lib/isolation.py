@@ -316,6 +316,7 @@ class Worker:
                     raise
                 self.events["interrupts swallowed"] += 1
                 self.trail.append("interrupted")
+                self.companion.begin(lambda: None).acquire(timeout=30)  # it may still use the connection
                 for touched in (unit, scene.unit):
                     if touched is not None:
                         touched.counted = False
@@ -387,11 +388,16 @@ class Nemesis(threading.Thread):
 
 def configuration(plan: Plan, name: str) -> dict[str, Any]:
     """Return a configuration with four groups: autocommit or not, with a tenant required or not."""
-    entry = {"host": HOST, "port": plan.pooler or plan.port, "name": "postgres", "user": "app"}
+    entry: dict[str, Any] = {
+        "host": HOST,
+        "port": plan.pooler or plan.port,
+        "name": "postgres",
+        "user": "app",
+    }
     entry["application_name"] = name
     common = {"connection_count": plan.workers // 2 + 2, "min_size": 1, "timeout": 10}
     if plan.pooler:
-        entry["pooler"] = "transaction"
+        entry |= {"pooler": "transaction", "connect_timeout": 10}  # a new client waits for a session
     else:
         common["prepare_threshold"] = 2
     groups = {

@@ -126,6 +126,14 @@ class PgBouncer:
         path = self._directory / "log"
         return path.read_text() if path.exists() else "nothing logged"
 
+    def has_failed(self) -> bool:
+        """Return whether it has ended itself, at a fault of its own.
+
+        1.18 may, when a client that asks for a cancel is gone before that is sent:
+        https://github.com/pgbouncer/pgbouncer/pull/846
+        """
+        return self._process is not None and self._process.poll() is not None and "FATAL @" in self.log()
+
     def _serves(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self.log()

@@ -21,6 +21,9 @@ from support import Interruption, config, wait_for
 
 import pgdbpool
 from pgdbpool import Connection, ConnectionLostError, Handler, NotReplicatedError
+from pgdbpool._session.commands import ACTIVE
+from pgdbpool._session.exchange import ExchangingConnection
+from pgdbpool._session.liveness import LiveConnection
 from pgdbpool._session.outcome import may_commit
 from pgdbpool.cluster import Cluster, Node
 
@@ -90,6 +93,11 @@ class Primary:
         """Return the backends that wait for the standby."""
         sql = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = %s"
         return [pid for (pid,) in self.admin.execute(sql, (name,))]
+
+    def sleeping(self) -> list[int]:
+        """Return the backends that sleep in a statement."""
+        sql = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        return [pid for (pid,) in self.admin.execute(sql)]
 
     def cancel(self, name: str = "pgdbpool") -> None:
         """Cancel, as an administrator does, what waits for the standby."""
@@ -450,13 +458,81 @@ def test_a_statement_that_cannot_be_committing_is_cancelled(
             db.query(statement)
 
     work = Work(sleep)
-    sleeping = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
-    wait_for(lambda: primary.admin.execute(sleeping).fetchall())
+    wait_for(primary.sleeping)
     Connection.terminate()
     error = work.end()
     assert isinstance(error, pgdbpool.Error)
-    wait_for(lambda: primary.admin.execute(sleeping).fetchall() == [])
+    wait_for(lambda: not primary.sleeping())
     assert primary.rows() == 0
+
+
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_a_statement_that_was_sent_as_its_connection_is_cut_is_cancelled(
+    primary: Primary, start: Any, group: str, monkeypatch: Any
+) -> None:
+    start(query_timeout=60_000)
+    receive, cut = ExchangingConnection.receive, LiveConnection._stop_statement
+
+    def receive_late(self: Any, *args: Any) -> Any:
+        if self.pgconn.transaction_status == ACTIVE:
+            wait_for(lambda: self.unusable or not sleeping)
+        return receive(self, *args)
+
+    def cut_late(self: Any, *args: Any) -> Any:
+        wait_for(lambda: self.closed)
+        return cut(self, *args)
+
+    def sleep() -> None:
+        with Handler(group) as db:
+            db.query("SELECT 1")
+            sleeping.append(db)
+            db.query("SELECT pg_sleep(50)")
+
+    sleeping: list[Any] = []
+    monkeypatch.setattr(ExchangingConnection, "receive", receive_late)
+    monkeypatch.setattr(LiveConnection, "_stop_statement", cut_late)
+    work = Work(sleep)
+    wait_for(primary.sleeping)
+    Connection.terminate()
+    assert isinstance(work.end(), ConnectionLostError)
+    wait_for(lambda: not primary.sleeping())
+
+
+def test_a_statement_that_is_sent_while_its_connection_is_cut_is_cancelled(
+    primary: Primary, start: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("pgdbpool._util.bounds.CUT_WITHIN", 10)
+    start(query_timeout=60_000)
+    send_all, stop = ExchangingConnection._send_all, LiveConnection._stop_statement
+    about_to_send, asked, sent = threading.Event(), threading.Event(), threading.Event()
+
+    def send_late(self: Any, *args: Any) -> Any:
+        about_to_send.set()
+        assert asked.wait(5)
+        found = send_all(self, *args)
+        self.pgconn.flush()
+        sent.set()
+        return found
+
+    def stop_and_wait(self: Any, *args: Any) -> bool:
+        found = stop(self, *args)
+        if not asked.is_set():
+            asked.set()
+            assert sent.wait(5)
+            wait_for(primary.sleeping)
+        return found
+
+    def sleep() -> None:
+        with Handler("manual") as db:  # its BEGIN goes with the statement
+            db.query("SELECT pg_sleep(50)")
+
+    monkeypatch.setattr(ExchangingConnection, "_send_all", send_late)
+    monkeypatch.setattr(LiveConnection, "_stop_statement", stop_and_wait)
+    work = Work(sleep)
+    assert about_to_send.wait(5)
+    Connection.terminate()
+    assert isinstance(work.end(), pgdbpool.Error)
+    wait_for(lambda: not primary.sleeping())
 
 
 def test_max_hold_takes_a_connection_away_and_cancels_no_commit(primary: Primary, known_cluster: Any) -> None:

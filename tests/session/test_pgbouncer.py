@@ -68,9 +68,12 @@ def seen(db: Handler) -> Any:
 @SURVIVES_INTERRUPTIONS
 @with_pgbouncer
 def test_tenants_are_kept_apart_over_two_sessions_that_all_share(known_cluster: Any) -> None:
-    with PgBouncer(known_cluster.primary, ("postgres", "app"), pool_size=2) as pooled:
-        plan = Plan("threaded", blocks=600, workers=6, tenants=20, seed=1, pooler=pooled.port)
-        report = run(plan, known_cluster.primary)
+    for _ in range(3):
+        with PgBouncer(known_cluster.primary, ("postgres", "app"), pool_size=2) as pooled:
+            plan = Plan("threaded", blocks=600, workers=6, tenants=20, seed=1, pooler=pooled.port)
+            report = run(plan, known_cluster.primary)
+            if not pooled.has_failed():  # an interrupt can come into a cancel, which ends PgBouncer 1.18
+                break
     assert report.violations == []
     assert report.events["blocks"] == 600
     assert report.events["statements checked"] > 1000
@@ -113,6 +116,21 @@ def test_a_session_that_its_server_ends_is_lost_whatever_the_pooler_adds(
         lose(db, lambda: known_cluster.primary.execute(f"SELECT pg_terminate_backend({pid}, 5000)"))
     with Handler(group) as db:
         assert db.fetchval("SELECT count(*) FROM copied") == 0
+
+
+@with_pgbouncer
+@pytest.mark.parametrize("mode", MODES)
+def test_a_new_connection_whose_first_session_was_just_ended_gets_another(bouncer: Any, mode: str) -> None:
+    pooled = bouncer()
+    with Proxy(pooled.host, pooled.port) as proxy:
+        init(proxy_address(proxy), mode, min_size=0)
+        proxy.cut_after(b"pg_is_in_recovery")
+        for _ in range(2):
+            assert Connection.fetchval("auto", "SELECT 1") == 1
+        Connection.expire("auto")
+        proxy.cut_before(b"pg_is_in_recovery")
+        assert Connection.fetchval("auto", "SELECT 1") == 1
+        Connection.close()
 
 
 @with_pgbouncer
