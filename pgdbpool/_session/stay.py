@@ -25,6 +25,7 @@ from .stay_block import Stay
 from .stay_cursors import StayCursor, StayServerCursor
 
 if TYPE_CHECKING:
+    from psycopg import Xid
     from psycopg.abc import PQGen
     from psycopg.adapt import AdaptersMap
 
@@ -314,6 +315,23 @@ class KeptConnection(PooledConnection):
         """Switch to pipeline mode."""
         self.renew_alone()
         return super().pipeline()
+
+    def tpc_begin(self, xid: Xid | str) -> None:
+        """Begin a two-phase transaction with the tenant of now."""
+        self.renew_alone()
+        super().tpc_begin(xid)
+
+    def tpc_commit(self, xid: Xid | str | None = None) -> None:
+        """Commit a two-phase transaction; one that is named may have been prepared in another session."""
+        if xid is not None:
+            self.renew()
+        super().tpc_commit(xid)
+
+    def tpc_rollback(self, xid: Xid | str | None = None) -> None:
+        """Roll a two-phase transaction back; one that is named may have been prepared in another session."""
+        if xid is not None:
+            self.renew()
+        super().tpc_rollback(xid)
 
     # Giving it back.
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from .. import errors
 from .._request import special
 from .block import Block
-from .commands import IDLE
+from .commands import IDLE, INERROR, UNKNOWN
 from .state import OUTSIDE
-from .transactions import TransactingConnection
+from .transactions import FAILED, TransactingConnection
 
 if TYPE_CHECKING:
     from psycopg import Xid
@@ -40,26 +40,25 @@ class TwoPhaseConnection(TransactingConnection):
     def tpc_prepare(self) -> None:
         """Prepare the two-phase transaction, which is the server's from then on.
 
+        :raises TransactionAbortedError: a statement of it had failed; it is rolled back.
         :raises ConnectionLostError: with `maybe_committed`: it may be prepared, or be rolled back.
         """
         with self._two_phase():
-            try:
+            self._check_failed()
+            with self._unknown_if_lost():
                 super().tpc_prepare()
-            except errors.ConnectionLostError as error:
-                self._note_unknown(error)
-                raise
 
     def tpc_commit(self, xid: Xid | str | None = None) -> None:
         """Commit a two-phase transaction, the open one or one that was prepared.
 
+        :raises TransactionAbortedError: it was not prepared, and a statement of it had failed; it is rolled
+            back.
         :raises ConnectionLostError: with `maybe_committed`, since the outcome is unknown.
         """
         with self._two_phase() as block:
-            try:
+            self._check_failed()
+            with self._unknown_if_lost():
                 super().tpc_commit(xid)
-            except errors.ConnectionLostError as error:
-                self._note_unknown(error)
-                raise
             block.committed = True
             if special.in_use:
                 self.tell_now()
@@ -76,6 +75,23 @@ class TwoPhaseConnection(TransactingConnection):
             except errors.ConnectionLostError as error:
                 error.maybe_executed = error.maybe_executed or prepared
                 raise
+
+    def _check_failed(self) -> None:
+        """Refuse to end a failed transaction well: the server would answer with a silent ROLLBACK."""
+        if self._tpc is not None and self.pgconn.transaction_status == INERROR:
+            super().tpc_rollback()
+            raise errors.TransactionAbortedError(FAILED)
+
+    @contextmanager
+    def _unknown_if_lost(self) -> Iterator[None]:
+        """Note that the outcome is unknown if the connection is lost, unless nothing was sent on it."""
+        status = self.pgconn.transaction_status
+        try:
+            yield
+        except errors.ConnectionLostError as error:
+            if status != UNKNOWN:
+                self._note_unknown(error)
+            raise
 
     @contextmanager
     def _two_phase(self) -> Iterator[Block]:

@@ -352,6 +352,16 @@ def test_savepoints_two_phase_and_server_side_cursors(start: Any) -> None:
         assert conn.execute(sa.select(sa.func.count(Account.id))).scalar() == 1
 
 
+def test_a_two_phase_transaction_has_the_tenant_of_the_options_after_a_loss_too(start: Any) -> None:
+    start()
+    with ready("tenants").connect().execution_options(tenant="a") as conn:
+        for _ in range(2):
+            transaction = conn.begin_twophase()
+            assert conn.execute(SHOWN).scalar() == "a"
+            transaction.rollback()
+            conn.invalidate()
+
+
 def test_types_that_need_the_driver_go_there_and_back(start: Any) -> None:
     start()
     with ready().begin() as conn:
@@ -495,6 +505,16 @@ def test_savepoints_of_a_routing_session_are_where_it_writes(start: Any) -> None
             session.add(Account(id=1, name="x"))
         session.commit()
         assert session.get_one(Account, 1).name == "x"
+
+
+def test_a_routing_session_with_two_phase_transactions_has_no_replica(start: Any) -> None:
+    start()
+    writing, reading = ready("write"), ready("read")
+    with RoutingSession(writing=writing, reading=reading, twophase=True) as session:
+        assert session.get_bind(clause=sa.select(1)) is writing
+        assert session.scalar(sa.select(1)) == 1
+        with pytest.raises(exc.InvalidRequestError, match="two-phase"), session.replica():
+            pass
 
 
 def test_a_class_with_an_engine_of_its_own_keeps_it_in_a_routing_session(start: Any) -> None:

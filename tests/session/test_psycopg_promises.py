@@ -11,7 +11,15 @@ from psycopg.transaction import OutOfOrderTransactionNesting
 from support import config, kill_backends, pid_of, server
 
 import pgdbpool
-from pgdbpool import BlockClosedError, Connection, ConnectionLostError, DBQueryError, Handler
+from pgdbpool import (
+    BlockClosedError,
+    Connection,
+    ConnectionLostError,
+    DBQueryError,
+    Handler,
+    TenantConflictError,
+    TransactionAbortedError,
+)
 from pgdbpool.cluster import Cluster, Node
 
 TENANT = "SELECT current_setting('app.tenant', true)"
@@ -96,6 +104,90 @@ def test_two_phase_commit_works_with_the_tenant(group: str, admin: Any, end: str
 def test_two_phase_commit_is_refused_in_autocommit_mode() -> None:
     with Handler("auto") as db, pytest.raises(psycopg.ProgrammingError, match="autocommit"):
         db.connection.tpc_begin("x")
+
+
+@pytest.mark.parametrize("end", ["tpc_prepare", "tpc_commit"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_failed_two_phase_transaction_is_neither_prepared_nor_committed(
+    admin: Any, end: str, kept: bool
+) -> None:
+    with Connection.getconn("manual") if kept else Handler("manual") as taken:
+        conn = taken if kept else taken.connection
+        conn.tpc_begin("x")
+        conn.execute(INSERT, (1,))
+        with pytest.raises(psycopg.DataError):
+            conn.execute("SELECT 1 / 0")
+        with pytest.raises(TransactionAbortedError, match="failed"):
+            getattr(conn, end)()
+        conn.tpc_begin("x")
+        conn.execute(INSERT, (2,))
+        conn.tpc_prepare()
+        conn.tpc_commit()
+    assert rows(admin) == [(2, "")]
+
+
+def test_two_phase_transactions_of_a_kept_connection_have_the_tenant_of_their_begin(admin: Any) -> None:
+    with pgdbpool.tenant("before"):
+        conn = Connection.getconn("manual")
+    for number, tenant in enumerate(("a", "b")):
+        with pgdbpool.tenant(tenant):
+            conn.tpc_begin("x")
+            conn.execute(INSERT, (number,))
+        with pgdbpool.tenant("other"), pytest.raises(TenantConflictError):
+            conn.execute(INSERT, (9,))
+        conn.tpc_prepare()
+        conn.tpc_commit()
+    conn.tenant = "own"
+    conn.tpc_begin("x")
+    conn.execute(INSERT, (2,))
+    conn.tpc_commit()
+    conn.close()
+    assert rows(admin) == [(0, "a"), (1, "b"), (2, "own")]
+
+
+def test_a_kept_connection_that_was_lost_begins_and_ends_two_phase_transactions_on_another(
+    admin: Any,
+) -> None:
+    with Connection.getconn("manual") as conn:
+        kill_backends(admin, conn.info.backend_pid)
+        conn.tpc_begin("x")
+        conn.execute(INSERT, (1,))
+        conn.tpc_prepare()
+        conn.close()
+    with Connection.getconn("manual") as conn:
+        kill_backends(admin, conn.info.backend_pid)
+        conn.tpc_commit("x")
+    assert rows(admin) == [(1, "")]
+
+
+@pytest.mark.parametrize("end", ["tpc_prepare", "tpc_commit"])
+def test_a_two_phase_step_that_was_not_sent_is_not_maybe_committed(admin: Any, end: str) -> None:
+    with Handler("manual") as db:
+        conn = db.connection
+        conn.tpc_begin("x")
+        conn.execute(INSERT, (1,))
+        kill_backends(admin, pid_of(db))
+        with pytest.raises(ConnectionLostError):
+            conn.execute("SELECT 1")
+        with pytest.raises(ConnectionLostError) as caught:
+            getattr(conn, end)()
+        assert not caught.value.maybe_committed
+        db.rollback()
+
+
+def test_a_lost_commit_of_a_prepared_transaction_is_maybe_committed_and_can_be_recovered(admin: Any) -> None:
+    with Connection.getconn("manual") as conn:
+        conn.tpc_begin("x")
+        conn.execute(INSERT, (1,))
+        conn.tpc_prepare()
+        kill_backends(admin, conn.info.backend_pid)
+        with pytest.raises(ConnectionLostError) as caught:
+            conn.tpc_commit()
+        assert caught.value.maybe_committed
+        [xid] = conn.tpc_recover()
+        conn.rollback()
+        conn.tpc_commit(xid)
+    assert rows(admin) == [(1, "")]
 
 
 def test_a_two_phase_transaction_that_is_left_open_is_not_committed(admin: Any) -> None:

@@ -45,11 +45,8 @@ class ExecutionContext(PGExecutionContext_psycopg):
     """The execution of a statement, with the tenant of the execution options."""
 
     def create_cursor(self) -> Any:
-        """Return a cursor; a connection that SQLAlchemy took in place of a lost one has the tenant first."""
-        options = self.root_connection.get_execution_options()
-        if "tenant" in options:
-            dbapi_conn: Any = self._dbapi_connection.dbapi_connection
-            dbapi_conn.tenant = options["tenant"]
+        """Return a cursor of a connection that has the tenant."""
+        _keep_tenant(self.root_connection)
         return super().create_cursor()
 
 
@@ -153,9 +150,21 @@ class PgDbPoolDialect(PGDialect_psycopg):
             self._hstore = info
         return info
 
+    def do_begin_twophase(self, connection: Any, xid: Any) -> None:
+        """Begin a two-phase transaction of the tenant."""
+        _keep_tenant(connection)
+        super().do_begin_twophase(connection, xid)  # type: ignore[no-untyped-call]
+
     def do_terminate(self, dbapi_connection: Any) -> None:
         """Close a connection for good, which the group replaces."""
         dbapi_connection.terminate()
+
+
+def _keep_tenant(connection: Any) -> None:
+    """Give the tenant of the execution options to what SQLAlchemy took in place of a lost connection."""
+    options = connection.get_execution_options()
+    if "tenant" in options:
+        connection.connection.dbapi_connection.tenant = options["tenant"]
 
 
 def _be_collectable(dbapi_connection: Any, record: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, TextClause, event
+from sqlalchemy import Connection, Engine, TextClause, event, exc
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.expression import SelectBase
@@ -23,8 +23,8 @@ class RoutingSession(Session):
     A flush, INSERT, UPDATE, DELETE, DDL, a SELECT that locks rows, and text that is not plainly a SELECT are
     writes. From the first of them on everything goes to `writing`, until the transaction ends. A function
     that writes, called in a SELECT, is not seen: put it into `with session.primary():`. Inside of
-    `begin_nested()` everything goes to `writing`, where the savepoint is. A class or table of `binds` keeps
-    its own engine.
+    `begin_nested()` everything goes to `writing`, where the savepoint is; so it does with `twophase=True`,
+    since a standby cannot prepare a transaction. A class or table of `binds` keeps its own engine.
     """
 
     def __init__(self, *arguments: Any, writing: Engine, reading: Engine, **options: Any) -> None:
@@ -43,7 +43,15 @@ class RoutingSession(Session):
 
     @contextmanager
     def replica(self) -> Iterator[None]:
-        """Send all that reads to `reading` inside the `with` block, even after a write."""
+        """Send all that reads to `reading` inside the `with` block, even after a write.
+
+        :raises sqlalchemy.exc.InvalidRequestError: the session's transactions are two-phase.
+        """
+        if self.twophase:
+            raise exc.InvalidRequestError(
+                "replica() has no two-phase transactions, which a standby can't prepare: read in a session "
+                "without twophase=True"
+            )
         with self._through(self._reading):
             yield
 
@@ -67,7 +75,7 @@ class RoutingSession(Session):
             return self._writing
         if self._forced is not None:
             return self._forced
-        stays = self._wrote or clause is None or self.in_nested_transaction()
+        stays = self._wrote or self.twophase or clause is None or self.in_nested_transaction()
         return self._writing if stays else self._reading
 
 
