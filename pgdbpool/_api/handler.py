@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import proxy
@@ -22,6 +23,7 @@ from .._session.commands import IDLE, INTRANS
 from .._session.connection import PooledConnection
 from .._session.cursors import BlockClientCursor, BlockCursor
 from .._session.liveness import LEAVE
+from .._session.resending import resends
 from .._session.riding import checked_parameters
 from .._session.statement_shape import shape
 from .._util import log_events as events
@@ -37,7 +39,7 @@ from ..errors import (
 )
 from .connection import Connection, PoolSet
 from .one_statement import begin_special
-from .queries import Queries, resends
+from .queries import Queries
 
 if TYPE_CHECKING:
     from psycopg.abc import Params
@@ -181,7 +183,7 @@ class Handler(Queries):
         :raises ConnectionLostError: the connection was lost; `maybe_executed` says whether the
             statement may have taken effect. The first statement of a transaction, and a statement of
             an autocommit group whose target is `standby` or `read-only`, is sent again on another
-            connection instead, once.
+            connection instead, once; connections that the same event ends do not count.
         :raises TransactionAbortedError: an open transaction was lost before; `rollback()` first.
         """
         conn = self._conn
@@ -198,8 +200,7 @@ class Handler(Queries):
         except DBQueryError as error:
             if not resends(self._group, self._block, error):
                 raise
-        self._undo()  # nothing of it can have been committed
-        return make(self._live()).execute(statement, params)
+        return self._again(partial(_execute, make, statement, params))
 
     def query_prepared(self, params: Sequence[Any]) -> Any:
         """Call `"SQLPrepare"."ExecuteQuery"` with the parameters and return its value (1.x).
@@ -395,3 +396,9 @@ class Query:
     def execute_prepared(db: Handler, sql_params: Sequence[Any]) -> Any:
         """Execute a system-prepared query: `db.query_prepared`."""
         return db.query_prepared(sql_params)
+
+
+def _execute(
+    make: type[BlockCursor], statement: Statement, params: Params | None, conn: PooledConnection
+) -> BlockCursor:
+    return make(conn).execute(statement, params)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from weakref import proxy
@@ -14,11 +15,12 @@ from .._session import describe, outcome
 from .._session.block import Block, guard, is_high
 from .._session.commands import IDLE
 from .._session.cursors import BlockClientCursor, BlockCursor, CommittingCursor, commits_with, plain_row
+from .._session.resending import resends, send_again
 from .._session.riding import checked_parameters
 from .._session.statement_shape import shape
 from .._util.token import Token
 from ..errors import DBQueryError, Error, ResultError, one_line
-from .queries import all_rows, command_tag, first_row, resends, rows_of_all, value_in
+from .queries import all_rows, command_tag, first_row, rows_of_all, value_in
 
 if TYPE_CHECKING:
     from psycopg.abc import Params, QueryNoTemplate
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .._lending.group import Group
+    from .._session.connection import PooledConnection
     from .queries import CommandTag, T
 
 
@@ -206,27 +209,35 @@ class _OneShot:
                 raise
             cursor = None
         if cursor is None:
-            self._replace()
-            cursor = self._cursor(statement, params).execute(statement, params)
+            cursor = self._again(partial(self._attempt, statement, params))
         self.answered = True
         return cursor
 
     def executemany(self, statement: Any, sets: Sequence[Any], returning: bool = False) -> BlockCursor:
         """Execute the statement for each of the parameter sets, with the COMMIT if possible."""
-        cursor = self._cursor(statement, None)
-        lost = False
+        attempt, cursor = partial(self._attempt_all, statement, sets, returning), None
         try:
-            cursor.executemany(statement, sets, returning=returning)
+            cursor = attempt(self.conn)
         except DBQueryError as error:
             if not resends(self.group, self.block, error):
                 raise
-            lost = True
-        if lost:
-            self._replace()
-            cursor = self._cursor(statement, None)
-            cursor.executemany(statement, sets, returning=returning)
+        if cursor is None:
+            cursor = self._again(attempt)
         self.answered = True
         return cursor
+
+    def _attempt(self, statement: Any, params: Any, _: PooledConnection) -> BlockCursor:
+        return self._cursor(statement, params).execute(statement, params)
+
+    def _attempt_all(
+        self, statement: Any, sets: Sequence[Any], returning: bool, _: PooledConnection
+    ) -> BlockCursor:
+        cursor = self._cursor(statement, None)
+        cursor.executemany(statement, sets, returning=returning)
+        return cursor
+
+    def _again(self, attempt: Callable[[PooledConnection], BlockCursor]) -> BlockCursor:
+        return send_again(self.group, self.block, self._begun_anew, attempt)
 
     def _cursor(self, statement: Any, params: Any) -> BlockCursor:
         conn = self.conn
@@ -235,8 +246,8 @@ class _OneShot:
         several = params is not None and (not isinstance(statement, str) or ";" in statement)
         return (BlockClientCursor if several and shape(statement, conn).number > 1 else BlockCursor)(conn)
 
-    def _replace(self) -> None:
-        """Begin again, on another connection if this one is lost: the statement had no effect."""
+    def _begun_anew(self) -> PooledConnection:
+        """Return the connection to begin again on, another if this one is lost."""
         self.block.lost = False
         self.conn.undo()
         if self.conn.closed:
@@ -245,6 +256,7 @@ class _OneShot:
             self.conn = self.group.checkout(self.block, self.timeout)
         if (seen := self.block.sees()) is not None and self.conn.lacking(seen.required()):
             self.conn = self.group.fresh(self.block, self.conn, self.timeout)
+        return self.conn
 
     def _explain(self, error: Exception) -> None:
         """Say of a result that cannot be read that its statement is committed, unless it is a read."""

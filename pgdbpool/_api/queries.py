@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import psycopg
 
 from .._session.cursors import BlockCursor, has_rows, plain_row
-from ..errors import DBQueryError, QueryDeadlineError, StaleReadError
+from .._session.resending import Answer, resends, send_again
+from ..errors import DBQueryError
 from .copy import Copying
 
 if TYPE_CHECKING:
@@ -100,17 +101,26 @@ class Queries(Copying):
         self, statement: QueryNoTemplate, params_seq: Iterable[Params], *, returning: bool
     ) -> BlockCursor:
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
-        try:
-            cursor = BlockCursor(self._live())
+
+        def attempt(conn: PooledConnection) -> BlockCursor:
+            cursor = BlockCursor(conn)
             cursor.executemany(statement, sets, returning=returning)
             return cursor
+
+        try:
+            return attempt(self._live())
         except DBQueryError as error:
             if not resends(self._group, self._block, error):
                 raise
-        self._undo()  # as `query` does: nothing of it can have been committed
-        cursor = BlockCursor(self._live())
-        cursor.executemany(statement, sets, returning=returning)
-        return cursor
+        return self._again(attempt)
+
+    def _again(self, attempt: Callable[[PooledConnection], Answer]) -> Answer:
+        """Send again what cannot have had an effect, in another transaction."""
+        return send_again(self._group, self._block, self._begun_anew, attempt)
+
+    def _begun_anew(self) -> PooledConnection:
+        self._undo()
+        return self._live()
 
     def execute(self, statement: Statement, params: Params | None = None) -> CommandTag:
         """Execute a statement and return its command tag, such as `INSERT 0 1`, as asyncpg does.
@@ -175,18 +185,6 @@ class Queries(Copying):
         See https://www.psycopg.org/psycopg3/docs/advanced/pipeline.html
         """
         return self._live().pipeline()
-
-
-def resends(group: Group, block: Block | None, error: DBQueryError) -> bool:
-    """Return whether a failed statement, which had no effect, is to be sent again; note it if so.
-
-    The caller sends it outside of its `except`: a second error then does not drag the first one along.
-    """
-    if not error.repeatable or isinstance(error, QueryDeadlineError):
-        return False
-    if not isinstance(error, StaleReadError):  # a guard is counted by itself
-        group.note_retry(block, error)
-    return True
 
 
 def all_rows(cursor: psycopg.Cursor[Any], row_factory: RowFactory[T] | None) -> list[T]:

@@ -74,7 +74,7 @@ class ConnectionState(psycopg.Connection[Any]):
         "backlog", "block", "bound", "by_itself", "cleaning", "client_encoding", "conforms", "crossed",
         "declared", "defines", "dropping", "dumps", "ended_by_server", "ending", "endpoint", "expires_at",
         "explicit", "failed", "follows", "guarding", "handed_out", "holder", "implicit", "in_force", "keeper",
-        "lent", "limited", "local", "makers", "named", "not_replicated", "own_handlers",
+        "lent", "limited", "local", "makers", "named", "not_replicated", "opened_at", "own_handlers",
         "owner", "patience", "plain", "poll", "prepares", "private", "proven", "readers", "reads",
         "replacing", "riding", "settled", "shown", "slot", "speaks_utf8", "stale", "step", "streamed",
         "syncs", "tainted", "taken_away", "telling", "touched", "turn", "undeclared", "unsure", "until",
@@ -141,6 +141,7 @@ class ConnectionState(psycopg.Connection[Any]):
     """The server process that may still be committing after the connection was closed, or 0."""
     keeper: Keeper | None
     """Its group, once it is open."""
+    opened_at: float
     used_at: float
     """When the connection was last known to work, on the monotonic clock."""
     expires_at: float
@@ -259,7 +260,7 @@ class ConnectionState(psycopg.Connection[Any]):
         """Prepared preamble commands by text."""
         # The same object except under gevent: `poll` checks and never waits.
         self.poll, self.wait_readable = greenlets.polls(self.pgconn.socket)
-        self.used_at = monotonic()
+        self.opened_at = self.used_at = monotonic()
 
     # What its group, and nobody else, does with it.
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 from weakref import proxy
 
 import psycopg
@@ -20,6 +21,7 @@ from .commands import ACTIVE, BAD, IDLE, INTRANS, OPEN
 from .connection import PooledConnection, asked_by_driver
 from .cursors import BlockCursor
 from .ended import Ended, adopt, pass_on
+from .resending import Answer, resends, send_again
 from .server_cursor import BlockServerCursor
 from .stay_block import Stay
 from .stay_cursors import StayCursor, StayServerCursor
@@ -40,7 +42,6 @@ _TOUCHED = (
 )
 _drivers: set[str] = set()
 """Modules of psycopg and of this package that have asked for the connection of libpq."""
-Answer = TypeVar("Answer")
 
 
 class KeptConnection(PooledConnection):
@@ -210,11 +211,11 @@ class KeptConnection(PooledConnection):
             return attempt()
         except errors.DBQueryError as error:
             stay = self.stay
-            if not error.repeatable or isinstance(error, errors.QueryDeadlineError):
+            if (self.closed and self.touched) or not resends(stay.group, stay, error):
                 raise
-            if self.closed and self.touched:
-                raise
-            stay.group.note_retry(stay, error)
+        return send_again(stay.group, stay, partial(self._begin_anew, stay, follow), lambda _: attempt())
+
+    def _begin_anew(self, stay: Stay, follow: Callable[[], None]) -> KeptConnection:
         stay.lost = False
         if self.closed:
             self.replace(stay)
@@ -223,7 +224,7 @@ class KeptConnection(PooledConnection):
         if freshness.in_use:
             self.freshen(stay)
         follow()
-        return attempt()
+        return self
 
     def freshen(self, stay: Stay) -> None:
         """Go on with a session of a server that has what the block must see.

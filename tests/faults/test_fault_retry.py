@@ -175,6 +175,57 @@ def test_a_statement_of_a_group_whose_settings_forbid_writes_is_sent_again(
         Connection.reset()
 
 
+ENDED = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = pg_backend_pid() AND backend_start < %s
+"""
+"""Ends its own session, if it began before a moment; else it has no row."""
+
+
+def by_handler(moment: object) -> None:
+    with Handler("manual") as db:
+        assert db.query(ENDED, (moment,)).fetchall() == []
+
+
+def by_executemany(moment: object) -> None:
+    with Handler("manual") as db:
+        assert db.fetchmany(ENDED, [(moment,), (moment,)]) == []
+
+
+def by_connection(moment: object) -> None:
+    with Connection.getconn("manual") as conn:
+        assert conn.execute(ENDED, (moment,)).fetchall() == []
+
+
+def by_one_shot(moment: object) -> None:
+    assert Connection.fetch("reads", ENDED, (moment,)) == []
+
+
+WAYS = [by_handler, by_executemany, by_connection, by_one_shot]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_connections_that_the_same_event_ends_do_not_count(
+    known_cluster: Any, mode: str, way: Callable[[object], None], at_once: bool, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("pgdbpool._session.resending.SAME_EVENT", 10.0 if at_once else 0.0)
+    every = {"connection_count": 3, "min_size": 3}
+    reads = {**every, "settings": {"default_transaction_read_only": "on"}}
+    groups = {"manual": {**every, "autocommit": False}, "reads": reads}
+    Connection.init(config([known_cluster.primary], mode, **groups))
+    try:
+        moment = known_cluster.primary.execute("SELECT clock_timestamp()")[0][0]
+        if at_once:  # three sessions are lost, the fourth answers
+            way(moment)
+        else:
+            with pytest.raises(pgdbpool.ConnectionLostError):
+                way(moment)
+        retries = sum(group.retries for group in Connection.status().groups.values())
+        assert retries == (3 if at_once else 1)
+    finally:
+        Connection.reset()
+
+
 def roll_back_to(db: Any) -> None:
     """Undo a part of the open transaction, as the savepoints of SQLAlchemy and Django do."""
     db.execute("SAVEPOINT s")
