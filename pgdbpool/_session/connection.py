@@ -196,9 +196,18 @@ class PooledConnection(TwoPhaseConnection):
                     self.patience, self.holder = patience, 0
 
 
-def asked_by_driver(name: str) -> bool:
+drivers: set[str] = set()
+"""Modules of psycopg and of this package that have asked for the connection of libpq."""
+
+
+def asked_by_driver(asker: FrameType) -> bool:
     """Return whether psycopg or this package asks for libpq's connection: they note what they do."""
-    return name.startswith(("psycopg", "pgdbpool."))
+    name: str = asker.f_globals.get("__name__", "")
+    if name not in drivers:
+        if not name.startswith(("psycopg", "pgdbpool.")):
+            return False
+        drivers.add(name)
+    return True
 
 
 class _Info(psycopg.ConnectionInfo):
@@ -212,7 +221,7 @@ class _Info(psycopg.ConnectionInfo):
     @property
     def pgconn(self) -> Any:
         """libpq's connection; if the application uses it, the session is cleaned after the block."""
-        if not asked_by_driver(sys._getframe(1).f_globals["__name__"]):
+        if not asked_by_driver(sys._getframe(1)):
             self._conn.mark(session=True)
         return self._pgconn
 

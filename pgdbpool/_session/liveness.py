@@ -40,6 +40,7 @@ _NOT_REPLICATED = (
 # psycopg's own, by name: `super()` would look through each of the layers for it.
 _wait = psycopg.Connection.wait
 _check_ok = psycopg.Connection._check_connection_ok
+_OK = int(psycopg.pq.ConnStatus.OK)
 
 LEAVE = "leave its `with ... transaction():` first: what follows in there would take effect by itself"
 
@@ -345,7 +346,9 @@ class LiveConnection(CleanedConnection):
 
         :raises ConnectionLostError: the connection is lost, or was closed by its block; nothing was sent.
         """
-        if self.pgconn.status == BAD and self.block is not None:
+        if (status := self.pgconn.status) == _OK:
+            return
+        if status == BAD and self.block is not None:
             raise self.own_error(psycopg.OperationalError("the connection is lost: nothing was sent"))
         _check_ok(self)
 

@@ -5,9 +5,9 @@ Each transaction, or each statement in autocommit mode, takes the tenant that is
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
+from sys import _getframe
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 from weakref import proxy
@@ -18,7 +18,7 @@ from .. import errors
 from .._request import freshness
 from .block import Binding, Block
 from .commands import ACTIVE, BAD, IDLE, INTRANS, OPEN
-from .connection import PooledConnection, asked_by_driver
+from .connection import PooledConnection, asked_by_driver, drivers
 from .cursors import BlockCursor
 from .ended import Ended, adopt, pass_on
 from .resending import Answer, resends, send_again
@@ -40,8 +40,6 @@ _TOUCHED = (
     "the connection was lost, and with it what was set up in its session: nothing was sent; give it back and "
     "take another"
 )
-_drivers: set[str] = set()
-"""Modules of psycopg and of this package that have asked for the connection of libpq."""
 
 
 class KeptConnection(PooledConnection):
@@ -102,12 +100,11 @@ class KeptConnection(PooledConnection):
     def pgconn(self) -> Any:
         """libpq's connection; if the application uses it, the session is cleaned after the block."""
         # Asked for some ten times in each operation, so the modules of the driver are remembered.
-        name = sys._getframe(1).f_globals["__name__"]
-        if name not in _drivers:
-            if asked_by_driver(name):
-                _drivers.add(name)
-            else:
+        try:
+            if _getframe(1).f_globals["__name__"] not in drivers and not asked_by_driver(_getframe(1)):
                 self.mark(session=True)
+        except KeyError:  # code that is executed from a text may have no module
+            self.mark(session=True)
         return self.__dict__["pgconn"]
 
     @pgconn.setter
@@ -137,7 +134,8 @@ class KeptConnection(PooledConnection):
         :raises TenantConflictError: the open transaction has another tenant than the current one.
         :raises TenantRequiredError: the group requires a tenant and there is none.
         """
-        stay, status = self.stay, self.pgconn.transaction_status
+        # Not as an attribute, which looks who asks: this runs before each statement.
+        stay, status = self.stay, self.__dict__["pgconn"].transaction_status
         if self._pipeline or self.riding:
             return
         if status == INTRANS:
@@ -146,7 +144,8 @@ class KeptConnection(PooledConnection):
             return
         if self.closed or (status == IDLE and self._is_lost()):
             self._get_another(stay)
-        if self.pgconn.transaction_status == IDLE and (binding := stay.bind()) is not stay.binding:
+        idle = self.__dict__["pgconn"].transaction_status == IDLE
+        if idle and (binding := stay.bind()) is not stay.binding:
             self._rebind(stay, binding)
 
     def _is_lost(self) -> bool:
@@ -296,7 +295,7 @@ class KeptConnection(PooledConnection):
     def _renew_within(self) -> None:
         """Bind the current tenant even if the turn is already taken; the session is not replaced then."""
         stay = self.stay
-        if self._pipeline or self.riding or self.pgconn.transaction_status != IDLE:
+        if self._pipeline or self.riding or self.__dict__["pgconn"].transaction_status != IDLE:
             return
         if (binding := stay.bind()) is not stay.binding:
             self._rebind(stay, binding)
@@ -339,7 +338,7 @@ class KeptConnection(PooledConnection):
     def close(self) -> None:
         """Give the connection back to its pool, as `Connection.putconn` does."""
         # The pool and psycopg close a lost connection for good.
-        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        caller = str(_getframe(1).f_globals.get("__name__"))
         if caller.startswith(("pgdbpool._", "psycopg.")):
             super().close()
         else:
@@ -439,7 +438,7 @@ def give_back(conn: PooledConnection) -> None:
     if stay.loose:
         kept._tie(stay)
     try:
-        if not conn.closed and conn.pgconn.transaction_status in OPEN and not conn.turn.locked():
+        if vars(conn)["pgconn"].transaction_status in OPEN and not conn.turn.locked():
             conn.give_up()
     except psycopg.Error:
         PooledConnection.close(conn)  # the server rolls back by itself

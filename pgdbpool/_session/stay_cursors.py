@@ -23,8 +23,8 @@ class _Following:
 
     def _follow(self) -> None:
         """Go on with the session that the connection has now."""
-        if self._pgconn is not self._conn.pgconn:
-            self._pgconn, self._last_query = self._conn.pgconn, None
+        if self._pgconn is not (pgconn := vars(self._conn)["pgconn"]):
+            self._pgconn, self._last_query = pgconn, None
 
     def _begin_alone(self) -> None:
         """Begin a unit of work for a statement that cannot ride."""

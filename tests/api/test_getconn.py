@@ -449,12 +449,15 @@ def test_session_state_is_cleaned_for_the_next_block(start: Any) -> None:
 
 def test_only_work_over_libpq_itself_is_cleaned_unseen(start: Any) -> None:
     start()
-    for work in ("none", "pgconn", "info"):
+    for work in ("none", "pgconn", "info", "text", "text of info"):
         with Connection.getconn("auto") as conn:
             conn.execute("SELECT 1")
             conn.rollback()
             assert conn.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
-            if work != "none":
+            if work.startswith("text"):  # which has no module
+                asked = "conn.info" if "info" in work else "conn"
+                exec(asked + ".pgconn.exec_(b'SET search_path TO elsewhere')", {"conn": conn})
+            elif work != "none":
                 libpq = conn.pgconn if work == "pgconn" else conn.info.pgconn
                 libpq.exec_(b"SET search_path TO elsewhere")
         with Handler("auto") as db:
