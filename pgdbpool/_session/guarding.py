@@ -208,8 +208,11 @@ class GuardedConnection(LiveConnection):
             self.prove(facts)
             seen.note(position)
 
-    def lose_track_after(self, error: errors.ConnectionLostError) -> None:
-        """Note that the block may have written, if the error leaves that open."""
+    def lose_track_after(self, error: BaseException) -> None:
+        """Note that the block may have written, if the error, or an interrupted COMMIT, leaves that open."""
+        if not isinstance(error, errors.ConnectionLostError):
+            self.lose_track()
+            return
         unknown = error.maybe_executed or error.maybe_committed
         if not (unknown or isinstance(error, errors.NotReplicatedError)) or self.block is None or self.reads:
             return

@@ -272,11 +272,13 @@ class KeptConnection(PooledConnection):
             raise error from stay.failure
 
     def rollback(self) -> None:
-        """Roll the open transaction back, if any; one that was lost, or is a parent's, is given up."""
+        """Roll the open transaction back, if any; one that was lost, cut, or is a parent's, is given up."""
         if self.abandoned:
             return
         self.check_left()
         self.stay.lost = False
+        if self.severed and not self._is_anothers():
+            PooledConnection.close(self)
         if not self.closed:
             super().rollback()
 

@@ -326,10 +326,9 @@ class TransactingConnection(TellingConnection):
                 self.wait(self._commit_gen())  # psycopg's commit(), but for the lock
             else:
                 self._send_commit(status)
-        except errors.ConnectionLostError as error:
-            if status == UNKNOWN:
-                raise  # it was lost before, and nothing is committed now
-            self._note_unknown(error)
+        except BaseException as error:
+            if status != UNKNOWN:  # else it was lost before, and nothing is committed now
+                self._note_unknown(error)
             raise
         finally:
             self.ending = False
@@ -355,12 +354,16 @@ class TransactingConnection(TellingConnection):
         except psycopg.Error as error:
             raise self.own_error(error, status)  # noqa: B904  it is the same object
 
-    def _note_unknown(self, error: errors.ConnectionLostError) -> None:
-        """Note in the error, and in the block, that a COMMIT was under way when the connection was lost."""
-        error.maybe_committed = not errors.undone(error)
+    def _note_unknown(self, error: BaseException) -> None:
+        """Note that a COMMIT was under way when the connection was lost, or its wait interrupted."""
+        unknown = True
+        if isinstance(error, errors.ConnectionLostError):
+            unknown = error.maybe_committed = not errors.undone(error)
+        elif not self.closed:
+            return
         if (block := self.block) is not None:
             block.lost = False  # or committed: nobody knows, and this error says so
-            block.committed = block.committed or error.maybe_committed
+            block.committed = block.committed or unknown
             self.lose_track_after(error)
 
     def rollback(self) -> None:
@@ -434,14 +437,11 @@ class TransactingConnection(TellingConnection):
                     raise errors.TransactionAbortedError(FAILED) from block.failure
                 body_ended = True
             self._note_left(block, outermost)
-        except errors.ConnectionLostError as error:
-            unknown = body_ended and outermost and not errors.undone(error)
-            error.maybe_committed = error.maybe_committed or unknown
-            block.committed, block.lost = block.committed or unknown, block.lost and not unknown
-            self.lose_track_after(error)
-            raise
         except OutOfOrderTransactionNesting as error:
             self._note_crossed(block, error, outermost)
+            raise
+        except BaseException as error:
+            self._note_left_by(error, block, body_ended and outermost)
             raise
         finally:
             self.ending = False
@@ -477,6 +477,17 @@ class TransactingConnection(TellingConnection):
                 self.run(commands)
                 self.bound = self.pgconn.transaction_status != IDLE
             return self.pgconn.transaction_status == IDLE
+
+    def _note_left_by(self, error: BaseException, block: Block, committing: bool) -> None:
+        """Note what became of a transaction that an error has left, perhaps one of its COMMIT."""
+        if not isinstance(error, errors.ConnectionLostError):
+            if committing:
+                self._note_unknown(error)
+            return
+        unknown = committing and not errors.undone(error)
+        error.maybe_committed = error.maybe_committed or unknown
+        block.committed, block.lost = block.committed or unknown, block.lost and not unknown
+        self.lose_track_after(error)
 
     def _note_crossed(self, block: Block, error: OutOfOrderTransactionNesting, outermost: bool) -> None:
         """Note that contexts of transactions were left in the wrong order.

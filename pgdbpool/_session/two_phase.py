@@ -88,7 +88,7 @@ class TwoPhaseConnection(TransactingConnection):
         status = self.pgconn.transaction_status
         try:
             yield
-        except errors.ConnectionLostError as error:
+        except BaseException as error:
             if status != UNKNOWN:
                 self._note_unknown(error)
             raise

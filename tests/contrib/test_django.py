@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from proxy import HOST
 from psycopg.adapt import Loader
-from support import config, in_child, kill_backends, server, wait_for
+from support import config, in_child, interruptions, kill_backends, server, wait_for
 
 pytest.importorskip("django")
 
@@ -42,6 +42,13 @@ from pgdbpool.contrib.django.schemas import schema
 ENGINE = "pgdbpool.contrib.django"
 TENANT = {"setting": "app.tenant", "verify": "off", "required": False}
 PID = "SELECT pg_backend_pid()"
+SLOW_COMMIT = """
+    CREATE TABLE t (id int);
+    CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_sleep(0.2); RETURN NULL; END $$;
+    CREATE CONSTRAINT TRIGGER late AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION slow()
+"""
 
 
 def forget_connections() -> None:
@@ -337,6 +344,40 @@ def test_a_failure_that_was_swallowed_in_a_transaction_is_raised_at_its_end(from
         with suppress(IntegrityError):
             run("INSERT INTO t VALUES (1)")
     assert value("SELECT count(*) FROM t") == 0
+
+
+@pytest.mark.parametrize("way", ["a statement", "the inner block's end", "its rollback", "all that follows"])
+def test_a_transaction_lost_in_an_inner_block_is_not_given_up_in_silence(
+    from_file: Any, known_cluster: Any, way: str
+) -> None:
+    from_file()
+    run("CREATE TABLE t (id int)")
+    with pytest.raises(DatabaseError, match="nothing of it was committed"), transaction.atomic():
+        run("INSERT INTO t VALUES (1)")
+        with suppress(DatabaseError, ValueError), transaction.atomic():
+            with known_cluster.primary.connect() as admin:
+                kill_backends(admin)
+            if way == "its rollback":
+                raise ValueError
+            if way != "the inner block's end":
+                run("INSERT INTO t VALUES (2)")
+        if way == "all that follows":
+            run("INSERT INTO t VALUES (3)")
+    assert value("SELECT count(*) FROM t") == 0
+
+
+def test_an_interrupted_commit_is_not_taken_for_a_databases_error(from_file: Any, known_cluster: Any) -> None:
+    from_file()
+    run(SLOW_COMMIT)
+
+    def work() -> None:
+        with transaction.atomic():
+            run("INSERT INTO t VALUES (1)")
+
+    with interruptions() as interrupt:
+        assert interrupt(0.1, work)
+    assert value("SELECT 1") == 1
+    wait_for(lambda: known_cluster.primary.execute("SELECT count(*) FROM t") == [(1,)])
 
 
 def test_a_forked_child_gets_connections_of_its_own(from_file: Any) -> None:

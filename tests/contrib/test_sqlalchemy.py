@@ -245,6 +245,15 @@ def test_a_lost_commit_says_that_it_may_have_committed(start: Any) -> None:
     assert caught.value.orig.maybe_committed  # type: ignore[union-attr]
 
 
+def test_a_session_that_was_cut_rolls_back_in_silence(start: Any) -> None:
+    start()
+    session = sessionmaker(ready())()
+    with pytest.raises(ZeroDivisionError), session.begin():
+        session.execute(text("SELECT 1"))
+        Connection.terminate()
+        raise ZeroDivisionError
+
+
 def test_invalidate_and_detach(start: Any) -> None:
     start()
     made = ready()

@@ -193,6 +193,38 @@ def test_an_error_in_a_loop_ends_the_transaction_around_it(pools: None, group: s
         exact(group)
 
 
+SLOW_COMMIT = """
+    CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END $$;
+    CREATE CONSTRAINT TRIGGER late AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION slow()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("group", ["auto", "manual"])
+def test_a_commit_whose_wait_is_interrupted_is_not_taken_for_a_loss(
+    pools: None, known_cluster: Any, group: str, kept: bool
+) -> None:
+    """It may have committed: neither `commit()` nor the next statement may say that nothing was."""
+    known_cluster.primary.execute(SLOW_COMMIT)
+
+    def work(conn: Any) -> None:
+        with conn.transaction() if group == "auto" else nullcontext():
+            conn.execute("INSERT INTO t VALUES (1)")
+        conn.commit()
+
+    with interruptions() as interrupt, Connection.getconn(group) if kept else Handler(group) as taken:
+        conn = taken if kept else taken.connection
+        assert interrupt(0.1, lambda: work(conn))
+        taken.commit()
+        conn = taken if kept else taken.connection
+        assert conn.execute("SELECT 1").fetchone()[0] == 1
+    exact(group)
+    wait_for(lambda: known_cluster.primary.execute("SELECT count(*) FROM t") == [(1,)])
+
+
 def test_an_interruption_when_a_dial_ends_keeps_no_thread_waiting(pools: None, mode: str) -> None:
     if mode == "non-threaded":
         pytest.skip("nobody waits for another in lock-free mode")

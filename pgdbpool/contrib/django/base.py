@@ -8,6 +8,7 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.postgresql import base
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
+from django.db.utils import DatabaseError
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
@@ -139,6 +140,21 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
         if not isinstance(cursor, Reporting):  # of the `cursor_factory` of the settings
             schemas.follow(self.connection)
         return cursor
+
+    # A transaction that was lost in an inner `atomic()` would be given up in silence by the outer one.
+
+    def _savepoint_rollback(self, sid: str) -> None:
+        """Roll back to a savepoint; if the transaction is lost, its commit raises."""
+        try:
+            super()._savepoint_rollback(sid)
+        except DatabaseError:
+            if not self.connection.stay.lost:
+                raise
+
+    def _savepoint_commit(self, sid: str) -> None:
+        """Release a savepoint, unless it was lost with its transaction."""
+        if not self.connection.stay.lost:
+            super()._savepoint_commit(sid)
 
     def _set_timezone(self, cursor: Any) -> None:
         loader = self.connection.adapters.get_loader(base.TIMESTAMPTZ_OID, base.Format.TEXT)
