@@ -1,4 +1,4 @@
-"""Where the writes of a statement outside of a transaction ended, also of one that failed after a commit."""
+"""What a block is told of its writes: where they ended, and of a commit whose outcome is unknown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .exchange import ExchangingConnection
 
 
 class TellingConnection(ExchangingConnection):
-    """A connection that notes for its block what a statement has written that was sent alone."""
+    """A connection that notes for its block what a statement sent alone, or a lost commit, has written."""
 
     def _after_failure(self, block: Block, error: BaseException, autocommit: bool) -> None:
         """Note in the block that its statement failed; a part may be committed."""
@@ -39,3 +39,26 @@ class TellingConnection(ExchangingConnection):
             return
         if outcome.may_commit(getattr(block, "statement", None), inside=False):
             self.tell_now()
+
+    def _note_unknown(self, error: BaseException) -> None:
+        """Note that a COMMIT was under way when the connection was lost, or its wait interrupted."""
+        unknown = True
+        if isinstance(error, errors.ConnectionLostError):
+            unknown = error.maybe_committed = not errors.undone(error)
+        elif not self.closed:
+            return
+        if (block := self.block) is not None:
+            block.lost = False  # or committed: nobody knows, and this error says so
+            block.committed = block.committed or unknown
+            self.lose_track_after(error)
+
+    def _note_left_by(self, error: BaseException, block: Block, committing: bool) -> None:
+        """Note what became of a transaction that an error has left, perhaps one of its COMMIT."""
+        if not isinstance(error, errors.ConnectionLostError):
+            if committing:
+                self._note_unknown(error)
+            return
+        unknown = committing and not errors.undone(error)
+        error.maybe_committed = error.maybe_committed or unknown
+        block.committed, block.lost = block.committed or unknown, block.lost and not unknown
+        self.lose_track_after(error)

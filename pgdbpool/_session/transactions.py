@@ -354,18 +354,6 @@ class TransactingConnection(TellingConnection):
         except psycopg.Error as error:
             raise self.own_error(error, status)  # noqa: B904  it is the same object
 
-    def _note_unknown(self, error: BaseException) -> None:
-        """Note that a COMMIT was under way when the connection was lost, or its wait interrupted."""
-        unknown = True
-        if isinstance(error, errors.ConnectionLostError):
-            unknown = error.maybe_committed = not errors.undone(error)
-        elif not self.closed:
-            return
-        if (block := self.block) is not None:
-            block.lost = False  # or committed: nobody knows, and this error says so
-            block.committed = block.committed or unknown
-            self.lose_track_after(error)
-
     def rollback(self) -> None:
         """Roll the open transaction back, if any."""
         self.check_free()
@@ -477,17 +465,6 @@ class TransactingConnection(TellingConnection):
                 self.run(commands)
                 self.bound = self.pgconn.transaction_status != IDLE
             return self.pgconn.transaction_status == IDLE
-
-    def _note_left_by(self, error: BaseException, block: Block, committing: bool) -> None:
-        """Note what became of a transaction that an error has left, perhaps one of its COMMIT."""
-        if not isinstance(error, errors.ConnectionLostError):
-            if committing:
-                self._note_unknown(error)
-            return
-        unknown = committing and not errors.undone(error)
-        error.maybe_committed = error.maybe_committed or unknown
-        block.committed, block.lost = block.committed or unknown, block.lost and not unknown
-        self.lose_track_after(error)
 
     def _note_crossed(self, block: Block, error: OutOfOrderTransactionNesting, outermost: bool) -> None:
         """Note that contexts of transactions were left in the wrong order.
