@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from contextvars import copy_context
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
-from flask import Flask, g, jsonify
+from flask import Flask, jsonify
 from flask.cli import AppGroup, with_appcontext
 from flask.globals import current_app, request
 
@@ -50,6 +51,10 @@ __all__ = ["PgDbPool"]
 
 _OWN_CONTEXT = "pgdbpool.context"
 """Key of the environ: the request runs in a context of its own."""
+_STACK = "pgdbpool.stack"
+"""Key of the environ: what to leave at the end of a request without a context of its own."""
+_PRESERVED = "werkzeug.debug.preserve_context"
+"""Key of the environ: the test's client enters the request in the test's context once more."""
 
 _BUSY = (Category.UNAVAILABLE, Category.CONNECTION_LOST, Category.RESOURCE, Category.RETRYABLE)
 
@@ -66,10 +71,10 @@ class PgDbPool:
       `pgdbpool.wsgi.HealthApp`.
     - `PGDBPOOL_STATUS`: the path of the status page, such as ``/-/pools``; see `pgdbpool.wsgi.StatusApp`.
     - `PGDBPOOL_STATUS_TOKEN`: the page's password. Without it the page answers this machine alone.
-    - `PGDBPOOL_ERRORS`: true to answer errors of the pool with JSON: 503 and ``Retry-After`` when coming
-      back helps, 504 when the time was up, 400 or 403 for a tenant, 429 above a rate limit. An error that
-      says that a statement or COMMIT may have taken effect stays a 500, since a client must not simply
-      repeat it.
+    - `PGDBPOOL_ERRORS`: true to answer errors of the pool, and those that SQLAlchemy has wrapped, with JSON:
+      503 and ``Retry-After`` when coming back helps, 504 when the time was up, 400 or 403 for a tenant, 429
+      above a rate limit. An error that says that a statement or COMMIT may have taken effect stays a 500,
+      since a client must not simply repeat it.
 
     :param app: the application; leave it out and call `init_app` later, in an application factory.
     :param tenant: returns the request's tenant, or None for none. It is called before the view, after the
@@ -107,6 +112,10 @@ class PgDbPool:
         app.teardown_request(self._end)
         if config.get("PGDBPOOL_ERRORS"):
             app.register_error_handler(Error, _answer)
+            if find_spec("sqlalchemy"):
+                from sqlalchemy.exc import OperationalError
+
+                app.register_error_handler(OperationalError, _answer_of_engine)
         app.cli.add_command(_commands)
         app.extensions["pgdbpool"] = self
         Connection.init(config["PGDBPOOL"])
@@ -120,7 +129,11 @@ class PgDbPool:
             context = copy_context()
             if (seconds := config.get("PGDBPOOL_DEADLINE")) is not None:
                 context.run(deadlines.set_current, seconds)
-            return in_context(context, inner, {**environ, _OWN_CONTEXT: True}, start_response)
+            body = in_context(context, inner, {**environ, _OWN_CONTEXT: True}, start_response)
+            if _PRESERVED in environ:  # so a body of `stream_with_context` leaves the request in its context
+                with closing(body):
+                    return list(body)
+            return body
 
         wrapped: WSGIApplication = own_context
         if path := config.get("PGDBPOOL_HEALTH"):
@@ -138,14 +151,24 @@ class PgDbPool:
             set_current(value)
             return
         # Of `app.test_request_context()`, which runs in the caller's context and must leave nothing there.
-        stack = g._pgdbpool_stack = ExitStack()
-        stack.enter_context(tenant(value))
+        # Such contexts share `g` when one is inside of another.
+        request.environ.setdefault(_STACK, ExitStack()).enter_context(tenant(value))
 
     @staticmethod
     def _end(error: BaseException | None) -> None:
-        stack = g.pop("_pgdbpool_stack", None)  # none if an earlier function answered the request
+        stack = request.environ.pop(_STACK, None)  # none if an earlier function answered the request
         if stack is not None:
             stack.close()
+
+
+def _answer_of_engine(error: Any) -> ResponseReturnValue:
+    """Answer an error of the pool that SQLAlchemy has wrapped."""
+    if not isinstance(error.orig, Error):
+        raise error
+    try:
+        return _answer(error.orig)
+    except Error:
+        raise error from error.orig
 
 
 def _answer(error: Error) -> ResponseReturnValue:

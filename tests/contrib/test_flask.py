@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,53 @@ def test_a_test_request_context_leaves_no_tenant(make: Any) -> None:
         app.preprocess_request()
         assert pgdbpool.current_tenant() == "ada"
     assert pgdbpool.current_tenant() is None
+
+
+def test_test_request_contexts_inside_of_each_other_keep_their_tenants(make: Any) -> None:
+    app = make(PgDbPool(tenant=by_user))
+    outer = app.test_request_context(headers={"X-User": "ada"})
+    with app.app_context(), outer:
+        app.preprocess_request()
+        with app.test_request_context(headers={"X-User": "ben"}):
+            app.preprocess_request()
+            assert pgdbpool.current_tenant() == "ben"
+        assert pgdbpool.current_tenant() == "ada"
+        app.preprocess_request()
+    assert pgdbpool.current_tenant() is None
+
+
+def test_a_client_that_keeps_the_request_reads_a_body_that_streams_with_it(make: Any) -> None:
+    app = make(PgDbPool(tenant=by_user))
+
+    @app.get("/stream")
+    def stream() -> Any:
+        return flask.Response(flask.stream_with_context(pgdbpool.current_tenant() for _ in range(2)))
+
+    with app.test_client() as client:
+        assert client.get("/stream?x=1", headers={"X-User": "ada"}).text == "adaada"
+        assert flask.request.args["x"] == "1"
+
+
+def test_errors_that_sqlalchemy_has_wrapped_are_answered_too(make: Any) -> None:
+    sa = pytest.importorskip("sqlalchemy")
+    app = make(PgDbPool(), PGDBPOOL_ERRORS=True)
+    engine = sa.create_engine("postgresql+pgdbpool://read")
+
+    @app.get("/<what>")
+    def fail(what: str) -> Any:
+        if what == "offline":
+            raise sa.exc.OperationalError(None, None, sqlite3.OperationalError())
+        with pgdbpool.tenant("ada"), ExitStack() as stack:
+            if what == "full":
+                for _ in range(2):
+                    stack.enter_context(Connection.getconn("read"))
+            with pgdbpool.deadline(0.2), engine.connect() as conn:
+                conn.execute(sa.text("SELECT pg_sleep(5)" if what == "late" else f"SELECT '{what}'::int"))
+        return ""
+
+    client = app.test_client()
+    statuses = {what: client.get(f"/{what}").status_code for what in ("full", "late", "7", "x", "offline")}
+    assert statuses == {"full": 503, "late": 504, "7": 200, "x": 500, "offline": 500}
 
 
 def test_errors_are_answered_if_that_is_switched_on(make: Any) -> None:
