@@ -277,10 +277,12 @@ class KeptConnection(PooledConnection):
             return
         self.check_left()
         self.stay.lost = False
-        if self.severed and not self._is_anothers():
-            PooledConnection.close(self)
         if not self.closed:
-            super().rollback()
+            try:
+                super().rollback()
+            except errors.ConnectionLostError:
+                if not self.severed:
+                    raise
 
     # As the connection's, with the tenant of now.
 

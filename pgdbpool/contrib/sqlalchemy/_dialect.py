@@ -46,7 +46,9 @@ class ExecutionContext(PGExecutionContext_psycopg):
 
     def create_cursor(self) -> Any:
         """Return a cursor of a connection that has the tenant."""
-        _keep_tenant(self.root_connection)
+        options = self.root_connection.get_execution_options()
+        if "tenant" in options:
+            _keep_tenant(self.root_connection, options)
         return super().create_cursor()
 
 
@@ -152,7 +154,9 @@ class PgDbPoolDialect(PGDialect_psycopg):
 
     def do_begin_twophase(self, connection: Any, xid: Any) -> None:
         """Begin a two-phase transaction of the tenant."""
-        _keep_tenant(connection)
+        options = connection.get_execution_options()
+        if "tenant" in options:
+            _keep_tenant(connection, options)
         super().do_begin_twophase(connection, xid)  # type: ignore[no-untyped-call]
 
     def do_terminate(self, dbapi_connection: Any) -> None:
@@ -160,11 +164,9 @@ class PgDbPoolDialect(PGDialect_psycopg):
         dbapi_connection.terminate()
 
 
-def _keep_tenant(connection: Any) -> None:
+def _keep_tenant(connection: Any, options: Mapping[str, Any]) -> None:
     """Give the tenant of the execution options to what SQLAlchemy took in place of a lost connection."""
-    options = connection.get_execution_options()
-    if "tenant" in options:
-        connection.connection.dbapi_connection.tenant = options["tenant"]
+    connection.connection.dbapi_connection.tenant = options["tenant"]
 
 
 def _be_collectable(dbapi_connection: Any, record: Any) -> None:
