@@ -80,6 +80,9 @@ class DatabaseValidation(BaseDatabaseValidation):  # type: ignore[misc]
 
     def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
         """Report what `pgdbpool check` finds in the group and its servers, but for mere hints."""
+        return [*super().check(**kwargs), *self._findings()]
+
+    def _findings(self) -> list[checks.CheckMessage]:
         if wrong := _errors(self.connection.alias, self.connection.settings_dict):
             known = apps.ready and apps.is_installed(str(__package__))  # then `check_settings` reports it
             return [] if known else wrong
