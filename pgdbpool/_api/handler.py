@@ -224,12 +224,12 @@ class Handler(Queries):
         :raises ConnectionLostError: with `maybe_committed`: the connection was lost on the way.
         :raises DBQueryError: the server refused (a deferred constraint ...): nothing was committed.
         """
-        block = self._opened()
+        block, conn = self._opened(), self._conn
         if block.lost:
             self._live()  # raises
-        if self._conn is not None and not self._conn.closed:
+        if conn is not None and conn.pgconn.status != _BAD:
             try:
-                self._conn.commit()
+                conn.commit()
             except TransactionAbortedError as error:
                 raise error from block.failure
         if not block.manual:
@@ -361,7 +361,7 @@ class Handler(Queries):
                     "the block ends, but its transaction was lost with the connection: nothing was committed"
                 ) from block.failure
             return
-        if conn is None or conn.closed:
+        if conn is None or conn.pgconn.status == _BAD:
             return
         if conn.pgconn.transaction_status == _ACTIVE or conn.turn.locked():
             conn.force_close()  # interrupted in a statement, or in a loop: its state is unknown

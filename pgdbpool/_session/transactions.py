@@ -337,7 +337,8 @@ class TransactingConnection(TellingConnection):
 
     def _send_commit(self, status: int) -> None:
         """Send COMMIT and wait for its answer."""
-        self._check_connection_ok()
+        if status == UNKNOWN:
+            self._check_connection_ok()  # raises
         if special.in_use and self.learns() is not None:
             answer = self._commit_and_tell(status)
         else:
