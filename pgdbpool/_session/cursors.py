@@ -214,13 +214,14 @@ class BlockCursor(RidingCursor):
         """Add to the preamble what a deadline and `annotate` bind, if the statement can ride with it."""
         conn = self._conn
         left = deadlines.check() if deadlines.in_use else None
-        if what.ends or conn.pgconn.transaction_status == IDLE:
-            conn.limited = conn.annotated = False
-        if (
-            what.number > 1 or conn._pipeline or what.alone or what.controls or what.sets
-            or (what.utility and autocommit and not self.block.settings)
-        ):  # fmt: skip
-            return preamble
+        if what.uncommon or what.sets or conn._pipeline:
+            if what.ends or conn.pgconn.transaction_status == IDLE:
+                conn.limited = conn.annotated = False
+            if (
+                what.number > 1 or conn._pipeline or what.alone or what.controls or what.sets
+                or (what.utility and autocommit and not self.block.settings)
+            ):  # fmt: skip
+                return preamble
         if deadlines.in_use:
             preamble = conn.limit(preamble, left)
         if conn.annotates:
