@@ -282,7 +282,8 @@ def _with_processes(cluster: Cluster, plan: Plan, chaos: Chaos) -> Iterator[tupl
     try:
         assert begun.wait(60), "the writer does not begin"
         ends, struck = time.monotonic() + plan.seconds, 0
-        while time.monotonic() < ends and processes[0].is_alive():
+        # What a process tells may not fit into the pipe, and it ends only when that is read.
+        while time.monotonic() < ends and processes[0].is_alive() and told.empty():
             struck += 1
             chaos.strike(promote=struck % 6 == 3)
             time.sleep(chaos.random.uniform(0.1, 0.8))
