@@ -339,7 +339,7 @@ def run(plan: Plan) -> Report:
             assert process.wait(30) == 0
         except (AssertionError, BrokenPipeError) as error:
             log.seek(0)
-            raise AssertionError(f"{error}; its log ends: {log.read()[-3000:].decode()}") from error
+            raise AssertionError(f"{error}; its log ends: {log.read()[-30000:].decode()}") from error
     return report
 
 

@@ -474,12 +474,13 @@ def test_a_statement_that_was_sent_as_its_connection_is_cut_is_cancelled(
     receive, cut = ExchangingConnection.receive, LiveConnection._stop_statement
 
     def receive_late(self: Any, *args: Any) -> Any:
-        if self.pgconn.transaction_status == ACTIVE:
-            wait_for(lambda: self.unusable or not sleeping)
+        if sleeping and self.pgconn.transaction_status == ACTIVE:
+            held.set()
+            wait_for(lambda: self.unusable)
         return receive(self, *args)
 
     def cut_late(self: Any, *args: Any) -> Any:
-        wait_for(lambda: self.closed)
+        wait_for(lambda: self.closed or not held.is_set())
         return cut(self, *args)
 
     def sleep() -> None:
@@ -489,6 +490,7 @@ def test_a_statement_that_was_sent_as_its_connection_is_cut_is_cancelled(
             db.query("SELECT pg_sleep(50)")
 
     sleeping: list[Any] = []
+    held = threading.Event()
     monkeypatch.setattr(ExchangingConnection, "receive", receive_late)
     monkeypatch.setattr(LiveConnection, "_stop_statement", cut_late)
     work = Work(sleep)
