@@ -38,7 +38,7 @@ def worker_exit(server: Any, worker: Any) -> None:
     """A worker that ends: close its pools; requests that overstayed `graceful_timeout` are cancelled.
 
     gunicorn calls it in the master if the worker has exited already, and the master keeps its pools. When all
-    of gunicorn ends, the master kills at `graceful_timeout` what has not exited, and the hook may come too late.
+    of gunicorn ends, the master kills at `graceful_timeout` what has not exited: the hook may be too late.
     """
     if worker.pid == os.getpid():
         close_all(0.0, "gunicorn's worker_exit, as the worker ends")
