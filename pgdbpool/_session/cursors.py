@@ -214,6 +214,7 @@ class BlockCursor(RidingCursor):
         """Add to the preamble what a deadline and `annotate` bind, if the statement can ride with it."""
         conn = self._conn
         left = deadlines.check() if deadlines.in_use else None
+        # A common one always rides: what an ended transaction had bound, `limit` and `annotate` reset for it.
         if what.uncommon or what.sets or conn._pipeline:
             if what.ends or conn.pgconn.transaction_status == IDLE:
                 conn.limited = conn.annotated = False

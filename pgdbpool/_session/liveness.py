@@ -193,9 +193,7 @@ class LiveConnection(CleanedConnection):
         if self.abandoned:
             raise errors.BlockClosedError(_PARENTS)
         status = self.pgconn.transaction_status
-        if status == ACTIVE:  # whoever cuts the connection may not have come to cancel what was sent
-            self._cancel_and_close()
-        self.close()
+        self._cancel_and_close()  # the thread that cuts it may not have come to cancel what was sent
         raise self.own_error(psycopg.OperationalError(_SEVERED), status)
 
     def may_commit(self) -> bool:
@@ -315,8 +313,8 @@ class LiveConnection(CleanedConnection):
             raise errors.as_query_error(psycopg.ProgrammingError(f"the connection was lost; {LEAVE}"))
 
     def _cancel_and_close(self) -> None:
-        """Close the connection in the middle of a statement, which is cancelled if it cannot be a commit."""
-        if not self.abandoned and not self.may_commit():
+        """Close the connection; a statement that is under way is cancelled if it cannot be a commit."""
+        if not self.abandoned and self.pgconn.transaction_status == ACTIVE and not self.may_commit():
             with suppress(psycopg.Error):
                 self.cancel_safe(timeout=1.0)
         self.close()

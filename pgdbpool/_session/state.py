@@ -142,6 +142,7 @@ class ConnectionState(psycopg.Connection[Any]):
     keeper: Keeper | None
     """Its group, once it is open."""
     opened_at: float
+    """When it was opened, on the monotonic clock."""
     used_at: float
     """When the connection was last known to work, on the monotonic clock."""
     expires_at: float
