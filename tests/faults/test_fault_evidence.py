@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from known import leave
 from load import call
 from support import kill_backends, pid_of, server, wait_for
 
@@ -294,6 +295,7 @@ def test_connections_that_the_network_has_forgotten_are_replaced(
 def test_a_server_that_takes_no_sessions_is_evidence(start: Any, known_cluster: Any) -> None:
     """57P03: it answers, but takes no sessions."""
     node: Node = known_cluster.standbys[0]
+    leave(node)
     with node.connect():  # a smart shutdown waits for this one
         start([node], min_size=0)
         with Handler("g") as db:

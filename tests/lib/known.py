@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+import weakref
 from typing import Any
 
 import psycopg
@@ -14,7 +14,7 @@ from pgdbpool.cluster import Cluster, ClusterError, Node
 VERSION_VARIABLE = "PGDBPOOL_TEST_PG_VERSION"
 
 END_CLIENTS = b"""
-    SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
     WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"""
 # What a test may have made in a database, one row each: the statement that removes it.
 LEFTOVERS = b"""
@@ -45,6 +45,10 @@ FOLLOWS = b"""
         SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming' AND sender_port = %s)"""
 
 
+_kept: weakref.WeakKeyDictionary[Node, psycopg.Connection[Any]] = weakref.WeakKeyDictionary()
+"""Our session on each server, from test to test: to open one is what most tests would take longest for."""
+
+
 def restore(cluster: Cluster) -> None:
     """Undo what a test did to the cluster; raises if that takes a new one."""
     primary, *standbys = cluster.nodes
@@ -54,28 +58,52 @@ def restore(cluster: Cluster) -> None:
         node.resume()
         if not node.running:
             node.start()
-    with ExitStack() as stack:
-        # One connection to each server: it is what most tests take longest for.
-        first, *others = [stack.enter_context(_without_clients(node)) for node in cluster.nodes]
-        for (statements,) in first.execute(LEFTOVERS).fetchall():
-            first.execute(sql.SQL(statements))
-        ((written,),) = first.execute("SELECT pg_current_wal_lsn()::text").fetchall()
-        follow = [_follows(other, written, primary.port) for other in others]
+    first, *others = [_without_clients(node) for node in cluster.nodes]
+    for (statements,) in first.execute(LEFTOVERS).fetchall():
+        first.execute(sql.SQL(statements))
+    ((written,),) = first.execute("SELECT pg_current_wal_lsn()::text").fetchall()
+    follow = [_follows(other, written, primary.port) for other in others]
     if not all(follow):
         cluster.wait_in_sync(timeout=10)
 
 
 def _without_clients(node: Node) -> psycopg.Connection[Any]:
-    """Return the only connection to a server, which has the settings that it began with."""
-    connection = node.connect()
-    # First, since what these hold locked could not be dropped, nor its end be replayed on a standby.
-    connection.execute(END_CLIENTS)
+    """Return the only session on a server, which has the settings that it began with."""
+    connection = _session(node)
     if connection.execute(CHANGED_SETTINGS).fetchone():
         connection.execute("ALTER SYSTEM RESET ALL")
-        connection.close()
         node.restart()
-        return node.connect()
+        connection = _session(node)
     return connection
+
+
+def _session(node: Node) -> psycopg.Connection[Any]:
+    """Return our session on a server, a new one if a test has ended it, after the end of all others."""
+    # First, since what these hold locked could not be dropped, nor its end be replayed on a standby.
+    if (connection := _kept.pop(node, None)) is not None:
+        try:
+            _end_others(connection)
+        except psycopg.OperationalError:
+            connection.close()
+            connection = None
+    if connection is None:
+        connection = node.connect()
+        _end_others(connection)
+    _kept[node] = connection
+    return connection
+
+
+def leave(node: Node) -> None:
+    """Close our session, for a test that must be the server's only client."""
+    if (connection := _kept.pop(node, None)) is not None:
+        connection.close()
+
+
+def _end_others(connection: psycopg.Connection[Any]) -> None:
+    """End all other clients; the server's own wait for that looks every 100 ms only."""
+    deadline = time.monotonic() + 5
+    while connection.execute(END_CLIENTS).fetchall() and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _follows(standby: psycopg.Connection[Any], written: str, port: int) -> bool:
