@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -23,7 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pictures", action="store_true", help="take the pictures of the status page for doc/")
 
 
+MEMORY = Path("/dev/shm")
+ROOM_NEEDED = 8 << 30
+"""Bytes; a whole run in four processes takes a third of that."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        _keep_servers_in_memory(config)
     # What `nohup` and a shell's `&` ignore is ignored in every program that a test starts, too. What has a
     # handler here has the default there.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,6 +44,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than half a second; `-m 'not slow'` leaves it out")
     config.addinivalue_line("markers", "long: takes long; runs with --long only")
     config.addinivalue_line("markers", "surroundings: runs other programs; runs with --surroundings only")
+
+
+def _keep_servers_in_memory(config: pytest.Config) -> None:
+    """Have temporary files but pytest's own made in memory, if there is room: servers create thousands."""
+    if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).free < ROOM_NEEDED:
+        return
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    place = tempfile.mkdtemp(prefix="pgdbpool-tests-", dir=MEMORY)
+    os.chmod(place, 0o1777)  # the servers' user is another than root
+    os.environ["TMPDIR"], tempfile.tempdir = place, None
+    config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
+
+
+def pytest_collection_finish() -> None:
+    """Spare each collection of garbage in a test the thousands of tests themselves."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
