@@ -192,7 +192,13 @@ def test_a_reload_of_changed_code_costs_no_request(known_cluster: Any, site: Any
     asleep = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
     wait_for(lambda: standby.execute(asleep)[0][0])
     source = tmp_path / "start_app.py"
-    source.write_text(source.read_text() + "\n")
+
+    def noticed() -> bool:
+        # gunicorn never learns of a change that was made before it first looked at the file.
+        source.touch()
+        return f"{source} modified" in running.log.read_text()
+
+    wait_for(noticed, what="gunicorn sees that the file has changed")
     thread.join()
     assert answers == [(200, str(before))]
     wait_for(lambda: before not in running.workers and running.ask("read")[0] == 200, 20)

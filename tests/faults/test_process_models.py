@@ -155,13 +155,24 @@ class Server:
         workers = self.workers if self.process.poll() is None else []
         self.process.send_signal(signal.SIGINT)  # the quick way
         try:
-            self.process.wait(15)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(2)
+            wait_for(self._ended, 15, "the server's end")
         finally:
             self.process.kill()
             self.process.wait(15)
             for pid in workers:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+    def _ended(self) -> bool:
+        # gunicorn tells its workers once, and waits for one that was too young to hear it.
+        if self.process.poll() is None:
+            for pid in self.workers:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGQUIT)
+            time.sleep(0.2)
+        return self.process.poll() is not None
 
 
 Serve = Callable[..., Server]
