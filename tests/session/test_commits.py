@@ -475,12 +475,12 @@ def test_a_statement_that_was_sent_as_its_connection_is_cut_is_cancelled(
 
     def receive_late(self: Any, *args: Any) -> Any:
         if sleeping and self.pgconn.transaction_status == ACTIVE:
-            held.set()
+            held.append(self)
             wait_for(lambda: self.unusable)
         return receive(self, *args)
 
     def cut_late(self: Any, *args: Any) -> Any:
-        wait_for(lambda: self.closed or not held.is_set())
+        wait_for(lambda: self.closed or self not in held)
         return cut(self, *args)
 
     def sleep() -> None:
@@ -490,7 +490,7 @@ def test_a_statement_that_was_sent_as_its_connection_is_cut_is_cancelled(
             db.query("SELECT pg_sleep(50)")
 
     sleeping: list[Any] = []
-    held = threading.Event()
+    held: list[Any] = []
     monkeypatch.setattr(ExchangingConnection, "receive", receive_late)
     monkeypatch.setattr(LiveConnection, "_stop_statement", cut_late)
     work = Work(sleep)
