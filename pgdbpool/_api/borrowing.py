@@ -47,9 +47,9 @@ class Borrowing:
 
         It is a psycopg connection. In a manual-commit group its first statement begins a transaction, and
         `commit` and `rollback` end it; each transaction, or each statement in autocommit mode, takes the
-        tenant that is current when it begins. A `with` block of it commits or rolls back, and gives it back.
+        tenant that is current when it begins. As a `with` block it commits or rolls back, and is given back.
         A `Handler` is safer wherever a `with` block will do: its connection comes back by itself. While no
-        server of the group is up, as in a restart, it waits for one, as psycopg_pool's `getconn` does.
+        server of the group is up, as in a restart, the call waits for one, as psycopg_pool's `getconn` does.
 
         The parameters are those of a `Handler`.
 
@@ -57,7 +57,7 @@ class Borrowing:
         :param skip: top-level packages that the call may come through: their lines are not the caller's.
         :param timeout: seconds to wait for a connection, and for a server that is up.
         :raises PoolTimeout: no connection became free in time.
-        :raises DBOfflineError: no server was up in time; and what entering a `Handler` raises.
+        :raises DBOfflineError: no server was up in time. The errors of entering a `Handler` may come, too.
         """
         found = cls.group(group)
         frame = _caller(sys._getframe(1), ("pgdbpool", "contextlib", *skip))
@@ -100,7 +100,7 @@ _passed: dict[tuple[str, ...], set[str | None]] = {}
 
 
 def _caller(frame: FrameType, skip: tuple[str, ...]) -> FrameType:
-    """Return the nearest frame that is of none of the packages; the first if there is no such one."""
+    """Return the nearest frame outside the packages; the given one if every frame is inside them."""
     at: FrameType | None = frame
     passed = _passed.setdefault(skip, set())
     while at is not None:

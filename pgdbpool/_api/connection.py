@@ -36,20 +36,20 @@ if TYPE_CHECKING:
     from ..stats import Status
 
 Source: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str] | IO[str] | None"
-"""What a configuration is read from."""
+"""The source of a configuration."""
 
 REFUSE_WITHIN = 1.0
 """Seconds that `close` waits for a configuration change to finish before it refuses new blocks anyway."""
 
 
 open_sets: dict[str, type[PoolSet]] = {}
-"""The sets of the process by name, those that are closed left out; the default one is always there."""
+"""The sets of the process by name, without the closed ones; the default set is always there."""
 
 
 class PoolSet(OneShots, Borrowing, ReloadMethods):
     """A set of pools; all methods are class methods, and the state is that of the class.
 
-    `Connection` is one. Each `Pools` object has a class of its own, so that the same methods serve it.
+    `Connection` is one. Each `Pools` object has its own class, so that the same methods serve it.
     """
 
     set_name: str
@@ -59,15 +59,15 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
     _closed: bool
     _closed_by: str
     _unopened: str
-    """What to do about a set that was not opened."""
+    """The advice for a set that was not opened."""
     _until: str
-    """Up to when no block can begin in one that is closed."""
+    """The event until which no block can begin in a closed set."""
     _anew: str
-    """What to do about a configuration that cannot be changed to."""
+    """The advice for a configuration to which a running set cannot change."""
 
-    # Of the process.
+    # Shared by the whole process.
     _abandoned: list[Pools] = []
-    """A parent's, kept so that nothing of them is collected, and so touched, in a child."""
+    """The parent's pools, kept in a child so that nothing of them is collected, and so touched."""
     _handlers: SignalHandlers | None = None
 
     deadline = staticmethod(deadline)
@@ -76,7 +76,7 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
     def _open(cls, config: Source, wait: bool | Literal["all"]) -> None:
         if wait not in (True, False, "all"):
             raise ValueError(f"wait={wait!r} is none of True, False and 'all'")
-        from .._config.load import load  # a quarter of what there is to import, and this alone needs it
+        from .._config.load import load  # a quarter of all imports, and only this method needs it
 
         greenlets.check()
         fork.notice()
@@ -152,7 +152,7 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
     def group(cls, name: str) -> Group:
         """Return the group of that name.
 
-        :raises UnconfiguredGroupError: there is no such group; the error lists the groups.
+        :raises UnconfiguredGroupError: no such group; the error lists the groups.
         :raises NotInitializedError: `init` was not called.
         """
         pools = cls._pools
@@ -220,7 +220,7 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def token(cls, group: str) -> Token:
-        """Return where the writes of the group's servers end now, those of others included.
+        """Return the position at which the writes to the group's servers end, other clients' included.
 
         It takes a round trip; a block's own token takes none, see `Handler.token`.
 
@@ -244,9 +244,9 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def is_everywhere(cls, token: Token) -> bool:
-        """Return whether each standby of all sets of pools is known to have what the token stands for.
+        """Return whether each standby of all sets of pools is known to have the token's writes.
 
-        No server is asked: what reads have found out counts.
+        No server is asked: the answer rests on the findings of earlier reads.
         """
         here = [endpoint for pools in open_pools() for endpoint in pools.endpoints.values()]
         return bool(here) and has_everywhere(token.positions, here)
@@ -276,8 +276,8 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
 
         A block that a thread enters inside another one goes on. `pgdbpool pause` does it in all processes.
 
-        :param seconds: after which the pause ends by itself.
-        :raises UnconfiguredGroupError: there is no such group; the error lists the groups.
+        :param seconds: the time after which the pause ends by itself.
+        :raises UnconfiguredGroupError: no such group; the error lists the groups.
         """
         cls._current().pause([cls.group(group)], f"{cls.__name__}.pause()", seconds)
 
@@ -285,7 +285,7 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
     def resume(cls, group: str) -> None:
         """Let the blocks of a paused group go on.
 
-        :raises UnconfiguredGroupError: there is no such group; the error lists the groups.
+        :raises UnconfiguredGroupError: no such group; the error lists the groups.
         """
         cls._current().resume([cls.group(group)])
 
@@ -306,9 +306,9 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
 
     @classmethod
     def _is_open(cls) -> bool:
-        """Return whether the pools are open, for integrations that open them if nobody did.
+        """Return whether the pools are open, for integrations that open them if the application did not.
 
-        :raises NotInitializedError: `close`, `terminate` or a signal ended them: nothing is to open others.
+        :raises NotInitializedError: `close`, `terminate` or a signal ended them; none may be opened.
         """
         try:
             cls._current()
@@ -372,10 +372,10 @@ class Connection(PoolSet):
         :param wait: True opens `min_size` connections of each group, one at least, before returning. A group
             whose servers are all away is a warning in the log: its blocks raise `DBOfflineError` until one is
             there. ``"all"`` raises that error here. False opens nothing until the first block needs it.
-        :raises ConfigError: everything that is wrong with the configuration, before anything is opened.
+        :raises ConfigError: with all faults of the configuration, before anything is opened.
         :raises DBConnectionError: a server is up and refuses a group because of the configuration (a wrong
             password, an unknown database, a certificate that is not trusted), and the group has no other. The
-            error has each endpoint's own reason. One endpoint of several is a warning.
+            error has each endpoint's own reason. A refusal by one endpoint of several is only a warning.
         :raises ThreadingModelError: gevent has patched the process too late, or in part.
         :raises ValueError: `wait` is another value.
         """
@@ -385,10 +385,10 @@ class Connection(PoolSet):
     def install_signal_handlers(cls, *signals: int, timeout: float = 5.0) -> None:
         """Make signals, SIGTERM and SIGINT if none are named, end all pools before their old handlers run.
 
-        From the first signal on new blocks are refused, and those that are open have `timeout` seconds to
+        From the first signal on, new blocks are refused, and those that are open have `timeout` seconds to
         end. Then the pools are closed and the earlier handler is called, or the process ends if there
         was none.
-        A second signal ends the wait. For processes of your own: servers have hooks, see
+        A second signal ends the wait. This is for your own processes; application servers have hooks, see
         `pgdbpool.contrib.gunicorn`.
 
         :param timeout: seconds to wait for blocks.
@@ -451,8 +451,8 @@ def close_all(timeout: float, by: str) -> None:
 
 
 def _begin_anew() -> None:
-    """In a forked child, replace everything of the parent's by pools that open on first use."""
-    # The parent's connections, locks and threads are not ours: nothing of them may be closed, written to
+    """In a forked child, replace all of the parent's pools with pools that open on first use."""
+    # The parent's connections, locks and threads are not ours: none of them may be closed, written to
     # or waited for.
     sets = list(open_sets.values())
     for each in sets:

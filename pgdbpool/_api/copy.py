@@ -86,10 +86,10 @@ class Copying:
     ) -> str:
         """Copy records, a sequence of values each, into a table; return the command tag: `COPY 2`.
 
-        Values are sent as text, so PostgreSQL reads each as what its column is.
+        Values are sent as text, so PostgreSQL reads each by its column's type.
 
         :param where: an SQL condition that a row must meet; it is part of the statement's text.
-        :raises DBQueryError: PostgreSQL refused: none of the records is there.
+        :raises DBQueryError: PostgreSQL refused; none of the records was copied.
         :raises TypeError: a record is not a sequence of values.
         """
         with self.copy(_into(table, columns, schema, sql.SQL(""), where)) as copy:
@@ -115,7 +115,7 @@ class Copying:
         :param source: a path, a file, an iterable of `bytes` or `str`, or the data itself as `bytes`.
         :param where: an SQL condition that a row must meet; it is part of the statement's text.
         :param options: options of COPY, such as `format="csv", header=True`.
-        :raises DBQueryError: PostgreSQL refused: nothing of it is there.
+        :raises DBQueryError: PostgreSQL refused; none of the data was copied.
         :raises ValueError: an option or a name that COPY does not have.
         """
         encoded = options.get("encoding") is not None
@@ -143,7 +143,7 @@ class Copying:
 
         :param output: a path, a file that is open for writing, or a function that is called with `bytes`.
         :param options: options of COPY, such as `format="csv", header=True`.
-        :raises DBQueryError: PostgreSQL refused; a path has not been opened then.
+        :raises DBQueryError: PostgreSQL refused; an output path was not opened.
         :raises ValueError: an option or a name that COPY does not have.
         """
         return self._copy_out(_table(table, columns, schema), output, options)
@@ -161,7 +161,7 @@ class Copying:
         COPY has no parameters at the server: psycopg quotes them into the text.
 
         :param output: as for `copy_from_table`.
-        :raises DBQueryError: PostgreSQL refused; a path has not been opened then.
+        :raises DBQueryError: PostgreSQL refused; an output path was not opened.
         :raises ValueError: an option that COPY does not have.
         """
         if checked_parameters(params) or isinstance(statement, Template):
@@ -210,7 +210,7 @@ def _reading(source: Source) -> Iterator[Iterable[Any]]:
 def _chunks(file: Any) -> Iterator[Any]:
     while data := file.read(_CHUNK):
         yield data
-    if data is None:  # not its end: what follows would be missing
+    if data is None:  # not its end: the rest would be missing
         raise BlockingIOError(f"{file!r} is non-blocking and has no data now: pass one that waits")
 
 

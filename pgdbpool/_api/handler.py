@@ -75,11 +75,11 @@ class Handler(Queries):
     :param tenant_override: allow a tenant that is not the current one.
     :param settings: server settings for this block, over those of the group: name to value.
     :param priority: ``high`` goes before those that wait, and may take the group's `reserved` connections.
-    :param correlation_id: what the block's log records and errors are to have, in place of the current one of
-        `pgdbpool.correlation()`; any value, as that takes it.
+    :param correlation_id: the id in the block's log records and errors, in place of the current one of
+        `pgdbpool.correlation()`; it takes the same values.
     :param after: a token, or its text: the block sees the writes up to it, besides those of the current
         `pgdbpool.read_your_writes()`.
-    :raises UnconfiguredGroupError: there is no such group.
+    :raises UnconfiguredGroupError: no such group.
     :raises NotInitializedError: `Connection.init` was not called.
 
     Entering the block raises `TenantRequiredError`, `TenantConflictError` or `SettingError` before
@@ -93,7 +93,7 @@ class Handler(Queries):
         "_settings", "_tenant", "_timeout",
     )  # fmt: skip
     _home: ClassVar[type[PoolSet]] = Connection
-    """The set of pools that its group is of."""
+    """The set of pools that its group belongs to."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class Handler(Queries):
             except TransactionAbortedError as error:
                 raise error from block.failure
         if not block.manual:
-            block.in_effect = False  # it was asked for
+            block.in_effect = False  # the commit was asked for
 
     def rollback(self) -> None:
         """Roll the open transaction back, if any; after a lost connection, go on with another.
@@ -290,12 +290,12 @@ class Handler(Queries):
 
     @property
     def token(self) -> Token | None:
-        """Where the writes of the block ended, for `after` or `read_your_writes`; None if it has none.
+        """The end of the block's writes, for `after` or `read_your_writes`; None if it has none.
 
-        Inside of `read_your_writes`, and with `after`, it is known once the block has committed, at no round
-        trip. Elsewhere the server is asked, which the open block has to do.
+        Inside `read_your_writes`, and with `after`, it is known once the block has committed, at no round
+        trip. Otherwise the server is asked, for which the block must still be open.
 
-        :raises BlockClosedError: the block has ended, and nobody had asked for its token before.
+        :raises BlockClosedError: the server would have to be asked, and the block has ended.
         """
         block = self._block
         if block is not None and (seen := block.sees()) is not None:
@@ -371,7 +371,7 @@ class Handler(Queries):
             try:
                 conn.give_up()
             except psycopg.Error as error:
-                # The exception of the block is the one to see; the server rolls back by itself.
+                # The block's own exception is the one to report; the server rolls back by itself.
                 events.BLOCK_ROLLBACK_FAILED(
                     "group %s: rollback failed: %s", self._group.name, error, group=self._group.name,
                     endpoint=conn.endpoint.label, correlation_id=block.correlation_id, reason=one_line(error),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class BlockOptions(TypedDict, total=False):
-    """What a block may be given besides its group; see `Handler`."""
+    """The options of a block besides its group; see `Handler`."""
 
     tenant: Any
     tenant_override: bool
@@ -48,7 +48,7 @@ class BlockOptions(TypedDict, total=False):
 def begin_special(
     block: Block, group: Group, caller: FrameType, correlation_id: str | None, after: freshness.Seen | None
 ) -> None:
-    """Give a new block what it has by its context: a correlation id, and what its reads must see."""
+    """Give a new block its context's correlation id, and the writes that its reads must see."""
     if tracing.in_use:
         describe.begin(block, correlation_id, caller if group.config.leak_stack else None)
     if freshness.in_use and (seen := freshness.for_block(after)) is not None:
@@ -86,7 +86,7 @@ class OneShots:
         :raises ConnectionLostError: with `maybe_executed` in an autocommit group, `maybe_committed` in
             another: the statement may or may not have taken effect.
         :raises ResultError: Python cannot hold the result, or the row factory failed; the effect
-            of the statement is committed. After a statement that only reads, the error itself.
+            of the statement is committed. After a statement that only reads, the original error is raised.
         """
         with _OneShot(cls.group(group), **block) as one:
             return all_rows(one.execute(statement, params), row_factory)
@@ -117,7 +117,7 @@ class OneShots:
     ) -> Any:
         """Execute one statement in its own block, and return a value of its first row; see `fetch`.
 
-        :raises LookupError: there is no such column; the effect of the statement is committed.
+        :raises LookupError: no such column; the effect of the statement is committed.
         """
         with _OneShot(cls.group(group), **block) as one:
             row = plain_row(one.execute(statement, params))
@@ -139,7 +139,7 @@ class OneShots:
         params_seq: Iterable[Params],
         **block: Unpack[BlockOptions],
     ) -> int:
-        """Execute a statement once for each set of parameters, in one transaction; return the rows in all."""
+        """Execute a statement once for each set of parameters, in one transaction; return the row count."""
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         with _OneShot(cls.group(group), **block) as one:
             return one.executemany(statement, sets).rowcount
@@ -156,7 +156,7 @@ class OneShots:
     ) -> list[T]:
         """Execute a statement once for each set of parameters, in one transaction; return all of their rows.
 
-        Where the answer of the COMMIT is lost, so are the rows; see `fetch`.
+        If the answer to the COMMIT is lost, so are the rows; see `fetch`.
         """
         sets = params_seq if isinstance(params_seq, Sequence) else list(params_seq)
         with _OneShot(cls.group(group), **block) as one:
@@ -164,7 +164,7 @@ class OneShots:
 
 
 class _OneShot:
-    """A block of one statement, without the parts of a Handler that only more of them need."""
+    """A block of one statement, without the parts of a Handler that only several statements need."""
 
     __slots__ = ("__weakref__", "answered", "block", "conn", "group", "timeout")
     commits_at_once = True
@@ -247,7 +247,7 @@ class _OneShot:
         return (BlockClientCursor if several and shape(statement, conn).number > 1 else BlockCursor)(conn)
 
     def _begun_anew(self) -> PooledConnection:
-        """Return the connection to begin again on, another if this one is lost."""
+        """Return the connection on which to begin again: another one if this one is lost."""
         self.block.lost = False
         self.conn.undo()
         if self.conn.closed:
@@ -259,7 +259,7 @@ class _OneShot:
         return self.conn
 
     def _explain(self, error: Exception) -> None:
-        """Say of a result that cannot be read that its statement is committed, unless it is a read."""
+        """Say in the error for an unreadable result that its statement is committed, unless it only reads."""
         if outcome.may_commit(self.block.statement, inside=False):
             raise ResultError(
                 f"the statement is committed, but its result cannot be read: {one_line(error)}"

@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 
 
 class Pools(PoolSet):
-    """A set of pools of its own, beside the default one that `Connection` stands for.
+    """A separate set of pools, beside the default one that `Connection` stands for.
 
     >>> with Pools("reports.yaml") as pools:                            # doctest: +SKIP
     ...     with pools.Handler("read") as db:
@@ -32,16 +32,16 @@ class Pools(PoolSet):
     ...     pools.fetchval("read", "SELECT 1")
 
     `pools.Handler` opens blocks in its groups as `Handler` does, and `pools.set_name` is its name. It has all
-    methods of `Connection` but those of the whole process: `init`, for which it is made and closed,
-    `install_signal_handlers`, `reset` and the two of 1.x. A `with` block of it closes it at the end.
+    methods of `Connection` but those for the whole process: `init` (the object is made and closed instead),
+    `install_signal_handlers`, `reset` and the two of 1.x. As a `with` block it is closed at the end.
     Keep the object for as long as its pools are needed: if it is dropped, they are closed with a
     `ResourceWarning`.
 
-    :param config: what `Connection.init` takes.
+    :param config: as for `Connection.init`.
     :param wait: as for `Connection.init`.
     :param name: stands before the names of its groups in logs, errors, metrics and the status:
         ``reports/read``. Left out, it is ``pools``, with a number if there are several.
-    :raises ConfigError: also if an open set has that name; and what `Connection.init` raises.
+    :raises ConfigError: also if an open set has that name. The errors of `Connection.init` may come, too.
     """
 
     Handler: ClassVar[type[Handler]]
@@ -56,7 +56,7 @@ class Pools(PoolSet):
     _anew = "close this set and make another Pools(config)"
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
-        """Make the class whose state is that of the set, and its one instance."""
+        """Make the class that holds the state of the set, and its one instance."""
         state = {"_pools": None, "_lock": threading.RLock(), "_closed": False, "_closed_by": ""}
         made: Any = type(cls)
         own = made(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **state})
@@ -71,7 +71,7 @@ class Pools(PoolSet):
         own = type(self)
         if open_sets.get(own.set_name) is own:
             raise ConfigError(f"the set of pools {own.set_name!r} is open already: `reload` changes it")
-        finalize(self, _dropped, own).atexit = False  # first, for an interruption as they have opened
+        finalize(self, _dropped, own).atexit = False  # first: an interruption may follow the opening
         _register(own, name)
         try:
             own._open(config, wait)
@@ -93,7 +93,7 @@ class Pools(PoolSet):
         return f"<{type(self).__name__} {self.set_name!r}: {groups}>"
 
     def __reduce__(self) -> NoReturn:
-        """Refuse a copy: the pools are of one object and one process."""
+        """Refuse a copy: the pools belong to one object and one process."""
         raise TypeError(f"{self!r} cannot be copied or pickled: make another one of the same configuration")
 
     if not TYPE_CHECKING:  # the attributes of the class are known

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .._session.connection import PooledConnection
     from .._session.rows import Row
 
-    T = TypeVar("T", default=Any)  # what the group's row factory makes, if none is given
+    T = TypeVar("T", default=Any)  # the type that the group's row factory makes, if none is given
 
 _item = tuple.__getitem__
 _NO_ROWS = (
@@ -34,7 +34,7 @@ _NO_ROWS = (
 
 
 class Queries(Copying):
-    """The query methods of a `Handler`, each of them made of `query` or of a cursor of the block."""
+    """The query methods of a `Handler`, each built on `query` or on a cursor of the block."""
 
     __slots__ = ()
 
@@ -54,8 +54,8 @@ class Queries(Copying):
     ) -> list[T]:
         """Execute a statement and return its rows, or an empty list if it has none.
 
-        Here and in the methods below, of several statements in one string it is the last one's result. Each
-        raises what `query` does.
+        Here and in the methods below, several statements in one string give the result of the last one. Each
+        method raises the errors of `query`.
 
         :param row_factory: makes the rows, such as psycopg's `class_row(Account)`; left out, the group's
             `row_factory`: `Row` by default.
@@ -73,7 +73,7 @@ class Queries(Copying):
         """Execute a statement and return a value of its first row, or None without a row.
 
         :param column: the index or the name of the column, whatever the group's `row_factory`.
-        :raises LookupError: there is no such column; the statement has been executed.
+        :raises LookupError: no such column; the statement has been executed.
         """
         return first_value(self.query(statement, params), column)
 
@@ -91,7 +91,7 @@ class Queries(Copying):
         return rows_of_all(self._many(statement, params_seq, returning=True), row_factory)
 
     def executemany(self, statement: QueryNoTemplate, params_seq: Iterable[Params]) -> int:
-        """Execute a statement once for each set of parameters; return the number of rows in all.
+        """Execute a statement once for each set of parameters; return the total number of rows.
 
         It is one transaction, and all sets travel in one pipeline.
         """
@@ -115,7 +115,7 @@ class Queries(Copying):
         return self._again(attempt)
 
     def _again(self, attempt: Callable[[PooledConnection], Answer]) -> Answer:
-        """Send again what cannot have had an effect, in another transaction."""
+        """Repeat an attempt that cannot have had an effect, in another transaction."""
         return send_again(self._group, self._block, self._begun_anew, attempt)
 
     def _begun_anew(self) -> PooledConnection:
@@ -125,13 +125,13 @@ class Queries(Copying):
     def execute(self, statement: Statement, params: Params | None = None) -> CommandTag:
         """Execute a statement and return its command tag, such as `INSERT 0 1`, as asyncpg does.
 
-        It is a string. A loop over it raises `TypeError`, since the rows are meant then: `query` has them.
+        It is a string. A loop over it raises `TypeError`, since it must be meant for the rows of `query`.
         """
         return command_tag(self.query(statement, params))
 
     @contextmanager
     def copy(self, statement: Statement, params: Params | None = None) -> Iterator[psycopg.Copy]:
-        """Start a COPY, after what the block needs first; use the `psycopg.Copy` inside its `with`.
+        """Start a COPY, after the block's due commands; use the `psycopg.Copy` inside its `with`.
 
         See https://www.psycopg.org/psycopg3/docs/basic/copy.html
 
@@ -197,7 +197,7 @@ def all_rows(cursor: psycopg.Cursor[Any], row_factory: RowFactory[T] | None) -> 
 
 
 def rows_of_all(cursor: psycopg.Cursor[Any], row_factory: RowFactory[T] | None) -> list[T]:
-    """Return the rows that `executemany` gave, of all sets of parameters."""
+    """Return the rows of all sets of parameters after `executemany`."""
     if row_factory is not None:
         cursor.row_factory = row_factory
     return [row for result in cursor.results() if has_rows(result) for row in result]
@@ -235,7 +235,7 @@ def command_tag(cursor: psycopg.Cursor[Any]) -> CommandTag:
 
 
 class CommandTag(str):
-    """A command tag: a string that is not taken for the rows of its statement."""
+    """A command tag: a string that cannot be mistaken for the rows of its statement."""
 
     __slots__ = ()
 

@@ -40,21 +40,21 @@ def run(
     max_backoff: float = 1.0,
     pools: Pools | None = None,
 ) -> T:
-    """Run `function(db)` in a block and return its result; repeat it after a failure that passes.
+    """Run `function(db)` in a block and return its result; repeat it after a transient failure.
 
-    Such are a serialization failure, a deadlock, a lost connection, and a failover: servers that are away or
-    have become read-only. It is repeated if nothing of the attempt can have taken effect: in the
+    That is a serialization failure, a deadlock, a lost connection, or a failover: servers that are away or
+    have become read-only. The call is repeated if nothing of the attempt can have taken effect: in the
     transaction of a manual-commit group before its first COMMIT, in a group whose target is
     read-only, and if the block got no connection. After a COMMIT whose outcome is unknown, and in an
-    autocommit group, it is repeated with `idempotent` only. What the function does outside of the
-    block it does again.
+    autocommit group, it is repeated with `idempotent` only. Effects of the function outside of the
+    block are repeated, too.
 
-    :param attempts: how often it is tried at most.
+    :param attempts: the maximum number of attempts.
     :param tenant, settings, timeout, priority, correlation_id, after: those of `Handler`, in each attempt.
     :param idempotent: whether the work may take effect twice.
     :param backoff: seconds before the second attempt; they double, up to `max_backoff`, and a
         random half of them is left out. Nothing is repeated beyond the current deadline.
-    :param pools: the set of pools that the group is of, instead of the default one.
+    :param pools: the set of pools that the group belongs to, instead of the default one.
     :raises Exception: the last attempt's, with their number in its notes and as `attempts`.
     :raises ValueError: `attempts` is less than 1.
     """
@@ -121,7 +121,7 @@ def _reads(db: Handler) -> bool:
 
 
 def _harmless(db: Handler, error: Exception, reads: bool, idempotent: bool) -> bool:
-    """Return whether the failure may pass, and whether nothing of the attempt can have taken effect.
+    """Return whether the failure may be transient, and nothing of the attempt can have taken effect.
 
     :param reads: whether the group could only read before the attempt.
     """
@@ -132,7 +132,7 @@ def _harmless(db: Handler, error: Exception, reads: bool, idempotent: bool) -> b
     if not passing or (isinstance(error, DBConnectionError) and not isinstance(error, DBOfflineError)):
         return False  # such as a wrong password, which the server will refuse again
     if isinstance(error, NotReplicatedError):
-        return False  # it is known to be there
+        return False  # the commit is known to be there
     if idempotent or reads or block is None:
         return True
     unknown = getattr(error, "maybe_executed", False) or getattr(error, "maybe_committed", False)

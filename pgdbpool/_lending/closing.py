@@ -103,7 +103,7 @@ class ClosingGroup(TellingGroup):
             self._loose[ref(conn, self._collected)] = block.place
 
     def tie(self, conn: PooledConnection) -> None:
-        """Refer to such a connection again."""
+        """Refer to a loosened connection again."""
         if self._loose.pop(ref(conn), None) is not None and conn.block is not None:
             self._lent[conn] = conn.block
 

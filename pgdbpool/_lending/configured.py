@@ -55,7 +55,7 @@ def _patience(settings: Bound) -> float | None:
 
 
 class Pause(NamedTuple):
-    """Who holds the blocks back, and until when on the clock of `monotonic`."""
+    """The source of a pause, and its end on the clock of `monotonic`."""
 
     by: str
     until: float
@@ -70,8 +70,8 @@ class Beat:
 class ConfiguredGroup:
     """The configured part of a group: plain attributes, which a reload replaces one by one."""
 
-    # All that a group has, in each of its layers: of an instance without a dictionary Python finds methods
-    # at once, however many groups a process has.
+    # All attributes of a group, in each of its layers: on an instance without a dictionary Python finds
+    # methods at once, however many groups a process has.
     __slots__ = (
         "_always_clean", "_any_role", "_at_checkin", "_bindings", "_borrowed", "_connect_timeout",
         "_discarded", "_excluded", "_generation", "_give", "_grab", "_hooks", "_kind", "_later_probe",
@@ -87,7 +87,7 @@ class ConfiguredGroup:
 
     _pool: Pool
     _probe: Callable[[], object] | None
-    """Called at the start of a checkout: of the first one, in lock-free mode of each, and while it is paused.
+    """Called at the start of the first checkout; of each one in lock-free mode, or while the group is paused.
 
     It returns whether the block may have to be held.
     """
@@ -104,9 +104,9 @@ class ConfiguredGroup:
         name: str | None = None,
     ) -> None:
         self.name = config.name if name is None else name
-        """What logs, errors and metrics call it: in another set than the default one, with the set's name."""
+        """Its name in logs, errors and metrics: outside the default set it includes the set's name."""
         self.retired = self.used = False
-        """Whether it is no longer in use under its name: a Handler looks for the one that is."""
+        """Whether it is no longer in use under its name: a Handler looks for the group that is."""
         self.lock_free = lock_free
         self._later_probe = probe
         self.beat = Beat()
@@ -133,7 +133,7 @@ class ConfiguredGroup:
         self.connects: dict[Endpoint, Tally] = {}
         self._pause: Pause | None = None
         self.held_back: list[object] = []
-        """One for each block that waits until the group is no longer paused."""
+        """One entry for each block that waits for the end of a pause."""
         self.closed_by = ""
         """The cause of the closing of the pools, for error messages."""
         self.ending = False
@@ -150,7 +150,7 @@ class ConfiguredGroup:
         self._refill_at = 0.0
         self.on_first_use: Callable[[], None] = lambda: None
         self.look_sooner: Callable[[Collection[Endpoint]], None] = lambda endpoints: None
-        """Has the servers asked now whether they are up and what they are: a connection waits for one."""
+        """Has the servers asked now whether they are up, and for their roles: a connection waits for one."""
         self.await_writer: Callable[[Any, float], bool] = lambda group, deadline: False
         """Waits until the deadline for a primary to be promoted; returns whether one is available."""
         self.on_closed: Callable[[], None] = lambda: None
@@ -297,7 +297,7 @@ class ConfiguredGroup:
         return [block for _, block in self.held()]
 
     def held_by(self, thread: int) -> int:
-        """Return how many connections the blocks of the thread hold."""
+        """Return the number of connections that the thread's blocks hold."""
         return sum(block.thread == thread for block in self._blocks())
 
     def busy(self, but: int = 0) -> bool:

@@ -288,12 +288,12 @@ def _failure(endpoint: Endpoint, error: Exception, down: bool) -> DialError:
 
 
 def _is_down(endpoint: Endpoint, error: psycopg.Error, deadline: float, conclusive: bool) -> bool:
-    """Probe the server for why it refused: libpq gives no SQLSTATE, and its text is translated.
+    """Probe the server for the reason of its refusal: libpq gives no SQLSTATE, and its text is translated.
 
     :param conclusive: whether no answer means that the server is down, rather than that time was short.
     """
     endpoint.refuses = False
-    if _FULL.search(str(error)):  # a probe would be one session more
+    if _FULL.search(str(error)):  # a probe would take one more session
         endpoint.note_full()
         return False
     probe = endpoint.probe()

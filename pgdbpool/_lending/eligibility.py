@@ -90,8 +90,8 @@ class EligibleGroup(ClosingGroup):
     def _cut(self, endpoint: Endpoint) -> None:
         """Cut the connections in use to an endpoint whose writes are lost, so that no COMMIT is acknowledged.
 
-        Nothing is cancelled: a COMMIT in progress has the outcome that the server gives it, and its block
-        gets the error that it may have happened.
+        Nothing is cancelled: the server decides the outcome of a COMMIT in progress, and its block gets the
+        error for an unknown outcome.
         """
         for slot in self._pool.slots():
             conn = slot.conn() if slot.conn is not None else None

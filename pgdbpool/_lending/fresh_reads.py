@@ -1,8 +1,8 @@
-"""Which server a read goes to that must see certain writes, once a guard has failed or cannot ride.
+"""Which server serves a read that must see certain writes, once a guard has failed or cannot ride.
 
-It is asked in this order: another standby, the same ones for `fresh_wait`, the primary if `target` admits it,
-and a server that there was no room for, to which the block's connection gives its place.
-Each is asked in a round trip of its own, so the statement that follows needs no guard.
+Servers are asked in this order: another standby, the block's own one for `fresh_wait`, the primary if `target`
+admits it, and a server for which the pool had no slot left: the block's connection gives its slot up.
+Each is asked in a separate round trip, so the statement that follows needs no guard.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ ADMITS_PRIMARY = ("any", "prefer-standby")
 
 
 class _Search:
-    """The search of one block for a server that has what it must see."""
+    """One block's search for a server that has the writes it must see."""
 
     def __init__(self, block: Block, seen: Seen, until: float) -> None:
         self.block, self.seen = block, seen
         self.until = until
         """When the block's own time is up."""
         self.told: dict[Endpoint, str] = {}
-        """How far each server is that was asked."""
+        """The progress of each server that was asked."""
         self.lost: list[Position] = []
         self.no_room: list[Endpoint] = []
-        """Servers that were not asked, since that takes a connection more."""
+        """Servers that were not asked, since that takes one more connection."""
 
     def error(self, group: str) -> StaleReadError:
         """Return the error for a block that no server can serve."""
@@ -69,7 +69,7 @@ class _Search:
 
 
 class FreshGroup(PausingGroup):
-    """A group that finds a server which has what a block must see."""
+    """A group that finds a server which has the writes that a block must see."""
 
     __slots__ = ()
 
@@ -78,9 +78,9 @@ class FreshGroup(PausingGroup):
         def checkin(self, conn: PooledConnection) -> None: ...
 
     def prefer_fresh(self, seen: Seen) -> None:
-        """Let the next block have an idle connection to a standby that is known to have it all, if one is.
+        """Let the next block have an idle connection, if any, to a standby that is known to have these writes.
 
-        It costs that block no guard, or none that fails. Others are not known to lack it.
+        That block needs no guard, or none that fails. Other standbys are not known to lack the writes.
         """
         if len(self.endpoints) < 2 or (token := seen.token) is None or len(token.positions) != 1:
             return
@@ -92,9 +92,9 @@ class FreshGroup(PausingGroup):
                     return
 
     def fresh(self, block: Block, conn: PooledConnection, timeout: float | None) -> PooledConnection:
-        """Return a connection, this one or another that is lent in its place, to a server that has it all.
+        """Return a connection, this one or another lent in its place, to a server that has the writes.
 
-        :raises StaleReadError: there is none within the time; the error has how far each server is.
+        :raises StaleReadError: no server has them in time; the error has the progress of each.
         """
         seen = block.sees()
         if seen is None or self.writes or conn.pgconn.transaction_status != IDLE:
@@ -113,9 +113,9 @@ class FreshGroup(PausingGroup):
         return found
 
     def _has_it(self, search: _Search, conn: PooledConnection, ask: bool = True) -> bool:
-        """Return whether a connection's server has what the block must see.
+        """Return whether a connection's server has the writes that the block must see.
 
-        :raises StaleReadError: what it must see is lost.
+        :raises StaleReadError: some of these writes are lost.
         """
         try:
             facts = conn.ask_facts() if ask else conn.proven
@@ -165,7 +165,7 @@ class FreshGroup(PausingGroup):
     def _on_a_standby(
         self, search: _Search, conn: PooledConnection, movable: bool
     ) -> PooledConnection | None:
-        """Return a connection to a standby that has it now: this one, or one of another server."""
+        """Return a connection to a standby that has the writes now: this one, or one to another server."""
         just_asked = conn.endpoint.found_behind() is not None and conn.proven is not None
         if self._has_it(search, conn, ask=not just_asked):
             return conn
@@ -185,9 +185,9 @@ class FreshGroup(PausingGroup):
         return sorted(usable, key=lambda endpoint: -endpoint.position)
 
     def _awaited(self, search: _Search, conn: PooledConnection) -> PooledConnection | None:
-        """Wait for this standby to have it, for `fresh_wait`; less if it does not replay anything."""
+        """Wait up to `fresh_wait` for this standby to have the writes; less if it replays nothing."""
         began = monotonic()
-        # A question that the time of the block does not suffice for would cost the connection.
+        # A question for which the block has too little time would cost the connection.
         until, pause = min(began + self.config.fresh_wait, search.until - bounds.MIN_TIMEOUT), FIRST_PAUSE
         at = None if conn.proven is None else conn.proven.lsn
         if until <= began or conn.closed or (conn.proven is not None and not conn.proven.standby):
@@ -212,7 +212,7 @@ class FreshGroup(PausingGroup):
         if conn.pgconn.server_version < WAITING_SINCE or not needed:
             time.sleep(pause)
             return
-        # It looks at no timeline, so what the standby has is asked all the same.
+        # It looks at no timeline, so the standby is asked for its position all the same.
         within = f"WITH (TIMEOUT '{max(1, int(1000 * left))}ms', NO_THROW)"
         try:
             conn.ask(f"WAIT FOR LSN '{lsn_text(max(needed))}' {within}".encode())
@@ -237,9 +237,9 @@ class FreshGroup(PausingGroup):
     def _ask_there(
         self, search: _Search, conn: PooledConnection, endpoint: Endpoint, needed: bool = False
     ) -> PooledConnection | None:
-        """Ask another server; if it has it, return a connection to it that is lent in place of this one.
+        """Ask another server; if it has the writes, return a connection to it, lent in place of this one.
 
-        :param needed: whether this connection is given up if there is no room for both.
+        :param needed: whether this connection is given up if the pool has no room for both.
         """
         other = self.borrow(endpoint)
         if other is None:
@@ -266,7 +266,7 @@ class FreshGroup(PausingGroup):
         return other
 
     def _swap(self, block: Block, conn: PooledConnection, other: PooledConnection) -> None:
-        """Lend a connection in place of another one, which comes back.
+        """Lend a connection in place of another one, which goes back to the pool.
 
         :raises HookError: the block keeps the connection that it had.
         """

@@ -1,7 +1,7 @@
 """One pool of connections over the endpoints of a group.
 
-Its layers, each of which knows those below alone: `configured`, `telling`, `closing`, `eligibility`,
-`opening`, `pausing`, `fresh_reads`, `usability`. Here is what blocks come through: `checkout` and `checkin`.
+Its layers, each of which knows only those below it: `configured`, `telling`, `closing`, `eligibility`,
+`opening`, `pausing`, `fresh_reads`, `usability`. This module has `checkout` and `checkin`, which blocks call.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class Group(CheckingGroup):
         describe.mark(error, block)
 
     def checkin(self, conn: PooledConnection) -> None:
-        """Take a connection back: idle and clean it is lent again, else it is closed and replaced."""
+        """Take a connection back: if idle and clean it is lent again, else it is closed and replaced."""
         conn.block = None
         try:
             if (block := self._lent.pop(conn, None)) is None:
@@ -400,7 +400,7 @@ class Group(CheckingGroup):
         :raises PoolTimeout: no time is left.
         """
         now = monotonic()
-        self._pool.taken -= 1  # the slot was in vain
+        self._pool.taken -= 1  # the slot was of no use
         if now >= deadline:
             raise self._exhausted(PoolTimeout, 0.0, high) from None
         if not self._pool.hold_back(pause):

@@ -18,7 +18,7 @@ HELD_EVERY = 0.02
 class PausingGroup(OpeningGroup):
     """A group whose new blocks can be made to wait.
 
-    While it is paused, `_probe` returns True: so the checkout of a group that is not paused has no test more.
+    While it is paused, `_probe` returns True. So the checkout of an unpaused group needs no extra test.
     """
 
     __slots__ = ()

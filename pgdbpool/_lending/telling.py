@@ -100,7 +100,7 @@ class TellingGroup(ConfiguredGroup):
 
     @property
     def paused_by(self) -> str | None:
-        """Who holds new blocks back; None if they are not held."""
+        """The source of the group's pause; None if it is not paused."""
         pause = self._pause
         return pause.by if pause is not None and monotonic() < pause.until else None
 

@@ -68,8 +68,8 @@ class ThreadedPool(psycopg_pool.ConnectionPool[PooledConnection]):
     garbage collection may free a slot anywhere.
 
     `_pool` is a deque, whose operations are one step each, so `grab` and `give` use it without the lock. They
-    take nothing from a waiter: a connection is in it only if nobody waited when it was given back. For the
-    moment between: `give` looks at the queue again after it has appended, and a waiter at `_pool` after it
+    take nothing from a waiter: a connection is in it only if no thread waited when it was given back. To
+    close the gap, `give` looks at the queue again after it has appended, and a waiter at `_pool` after it
     has queued, so that one of them sees the other.
 
     The last `reserved` connections go to high-priority callers only. Others wait until more than `reserved`

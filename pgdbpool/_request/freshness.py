@@ -1,4 +1,4 @@
-"""What the reads of the current context must see: the writes up to a token, and those of earlier blocks.
+"""The writes that reads in the current context must see: those up to a token, and of earlier blocks.
 
 Readers check the plain attribute `in_use` first, so a process without tokens pays nothing.
 """
@@ -23,7 +23,7 @@ _lock = threading.RLock()  # a signal handler may note a write too
 
 
 class Seen:
-    """What the blocks of a context have seen: the token that it began with, and what they have written."""
+    """The writes that a context has seen: those up to the token it began with, and its blocks' own."""
 
     __slots__ = ("_outer", "_token", "forgiving", "written")
 
@@ -35,20 +35,20 @@ class Seen:
         self._outer = outer
         self._token = token
         self.written: Token | None = None
-        """Where the writes of the blocks inside ended."""
+        """The end of the writes of the blocks inside."""
         self.forgiving = False
         """Whether writes that a failover may have lost are logged and forgotten, in place of an error."""
 
     @property
     def token(self) -> Token | None:
-        """Where the writes ended that the next block is to see; None if there are none."""
+        """The end of the writes that the next block is to see; None if there are none."""
         own = self._token
         if self._outer is None or (outer := self._outer.token) is None:
             return own
         return outer if own is None else own | outer
 
     def required(self) -> tuple[Position, ...]:
-        """Return what a read must have behind it."""
+        """Return the positions that the server of a read must have reached."""
         token = self.token
         return NOTHING if token is None else token.positions
 
@@ -61,7 +61,7 @@ class Seen:
             self._outer.note(position)
 
     def note_unknown(self, system: int) -> None:
-        """Note that a block inside may have written, and that nobody knows up to where."""
+        """Note that a block inside may have written, up to an unknown position."""
         self.note(Position(system, 0, UNKNOWN))
 
     def forgives(self, position: Position) -> bool:
@@ -122,9 +122,9 @@ def read_your_writes(token: Token | str | None = None) -> _ReadYourWrites:
 
 
 def for_block(after: Seen | None) -> Seen | None:
-    """Return what a block that begins now must see, and is to tell of its writes; None for nothing.
+    """Return the record of writes that a new block must see, and adds its own to; None without one.
 
-    :param after: what it was given by itself, and no other block was.
+    :param after: the record that this block alone was given.
     """
     outer = current(_current)
     if after is not None:
@@ -134,12 +134,12 @@ def for_block(after: Seen | None) -> Seen | None:
 
 
 def set_current(seen: Seen) -> None:
-    """Let the blocks of the rest of this context, such as a request's, see what this one says."""
+    """Let the blocks in the rest of this context, such as a request's, see these writes."""
     _current.set(Binding(seen))
 
 
 def current_seen() -> Seen | None:
-    """Return what the current context has seen, or None."""
+    """Return the current context's record of seen writes, or None."""
     return current(_current)
 
 

@@ -100,7 +100,7 @@ def tenant_value(name: str, value: Any, kind: str, pattern: str | None = None) -
     """Return the tenant's value as text, checked against its type (uuid, int, text, regex)."""
     try:
         if kind == "uuid":
-            from uuid import UUID  # takes as long to import as a fifth of this package
+            from uuid import UUID  # its import takes as long as that of a fifth of this package
 
             return UUID.__str__(value if isinstance(value, UUID) else UUID(value))
         if kind == "int":
