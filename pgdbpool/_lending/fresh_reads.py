@@ -1,7 +1,7 @@
 """Which server serves a read that must see certain writes, once a guard has failed or cannot ride.
 
-Servers are asked in this order: another standby, the block's own one for `fresh_wait`, the primary if `target`
-admits it, and a server for which the pool had no slot left: the block's connection gives its slot up.
+The order is: other standbys, the block's own one for `fresh_wait`, the primary if `target` admits it, and a
+server for which the pool had no slot left: the block's connection gives its slot up.
 Each is asked in a separate round trip, so the statement that follows needs no guard.
 """
 
@@ -78,7 +78,7 @@ class FreshGroup(PausingGroup):
         def checkin(self, conn: PooledConnection) -> None: ...
 
     def prefer_fresh(self, seen: Seen) -> None:
-        """Let the next block have an idle connection, if any, to a standby that is known to have these writes.
+        """Let the next block have an idle connection, if any, to a standby known to have these writes.
 
         That block needs no guard, or none that fails. Other standbys are not known to lack the writes.
         """

@@ -38,13 +38,13 @@ class Binding:
         modes = self.modes
         self.begin_and_set = (BEGIN if modes is None else ((modes.begin(), None),)) + self.set
         self.alone = implicit(modes, settings) + self.report
-        """What goes before a statement that is a transaction of its own."""
+        """The commands before a statement that is its own transaction."""
         self.by_role = modes is not None and modes.read_only is False
         """Whether the commands depend on the role of the server."""
 
 
 def implicit(modes: Modes | None, settings: Bound, encoding: str = "utf-8") -> tuple[Command, ...]:
-    """Return what gives an implicit transaction these modes, and binds the settings."""
+    """Return the commands that give an implicit transaction these modes, and bind the settings."""
     if modes is None:
         return set_local(settings, encoding)
     first = tuple((sql, None) for sql in modes.of_implicit())
@@ -81,7 +81,7 @@ class Block:
     in_effect: bool
     """Whether a statement has taken effect outside a transaction since the last commit() or rollback()."""
     seen: Seen
-    """What its reads must see, and what learns of its writes; of a `GuardedBlock`."""
+    """The record of writes that its reads must see, and that notes its own; of a `GuardedBlock`."""
 
     def __init__(
         self, manual: bool, binding: Binding, place: tuple[CodeType, int], high: bool = False
@@ -134,16 +134,16 @@ class Block:
         self.chosen, self.manual = True, not autocommit
 
     def sees(self) -> Seen | None:
-        """Return what its reads must see, and what learns of its writes; None for nothing."""
+        """Return the record of writes that its reads must see, and that notes its own; None without one."""
         return None
 
     def guards(self) -> tuple[Command, ...]:
-        """Return what must precede its next transaction, so that it reads nothing stale."""
+        """Return the commands that must precede its next transaction, so that it reads nothing stale."""
         return NOTHING
 
     def spans(self) -> bool:
         """Return whether the transaction continues after the current statement."""
-        with suppress(AttributeError, ReferenceError):  # it is no one-shot, or there is none any more
+        with suppress(AttributeError, ReferenceError):  # it is not a one-shot, or that is gone
             return self.manual and not self.watch.commits_at_once
         return self.manual
 
@@ -155,13 +155,13 @@ class Block:
 
 
 class GuardedBlock(Block):
-    """A block whose reads must see what its context has seen; `guard` makes one of a block."""
+    """A block whose reads must see the writes its context has seen; `guard` turns a block into one."""
 
     __slots__ = ()
 
     @property
     def at_begin(self) -> tuple[Command, ...]:
-        """What goes before the first statement of a transaction, with the guards that are due."""
+        """The commands before the first statement of a transaction, with the guards that are due."""
         commands: tuple[Command, ...] = self.conn.guarded(self, self.seen, _AT_BEGIN.__get__(self))
         return commands
 
@@ -170,11 +170,11 @@ class GuardedBlock(Block):
         _AT_BEGIN.__set__(self, commands)
 
     def sees(self) -> Seen:
-        """Return what its reads must see, and what learns of its writes."""
+        """Return the record of writes that its reads must see, and that notes its own."""
         return self.seen
 
     def guards(self) -> tuple[Command, ...]:
-        """Return what must precede its next transaction, so that it reads nothing stale."""
+        """Return the commands that must precede its next transaction, so that it reads nothing stale."""
         commands: tuple[Command, ...] = self.conn.guards_for(self.seen)
         return commands
 
@@ -183,7 +183,7 @@ _AT_BEGIN: Any = vars(Block)["at_begin"]
 
 
 def guard(block: Block, seen: Seen) -> None:
-    """Let a block see what this one says, and tell it of its writes."""
+    """Make a block see these writes, and add its own to them."""
     block.seen = seen
     block.__class__ = GuardedBlock
 

@@ -226,13 +226,13 @@ class CleanedConnection(ConnectionState):
             self.spoilt = self.spoilt or outer
 
     def note_definition(self, what: StatementTraits) -> None:
-        """Note if a statement may change what prepared statements refer to; see `_rollback_gen`."""
+        """Note if a statement may change objects that prepared statements use; see `_rollback_gen`."""
         self.defines = self.defines or (what.utility and not what.controls)
 
     def _rollback_gen(self) -> PQGen[None]:
         """Roll back, and keep the prepared statements unless the transaction failed or defined something.
 
-        psycopg drops them all, in a round trip more.
+        psycopg would drop them all, in one more round trip.
         """
         if (
             self.pgconn.transaction_status != INTRANS or self.defines
@@ -246,7 +246,7 @@ class CleanedConnection(ConnectionState):
     def snapshot_attributes(self, configured: bool) -> None:
         """Record the attributes that every block starts with; called once, when the connection is opened.
 
-        :param configured: whether the application may have added attributes of its own.
+        :param configured: whether the application may have added attributes.
         """
         self.client_encoding = self.pgconn.parameter_status(b"client_encoding")
         self.speaks_utf8 = self.client_encoding == b"UTF8"
@@ -273,7 +273,7 @@ class CleanedConnection(ConnectionState):
             self._adapters = AdaptersMap(self._adapters)
 
     def renew_adapters(self) -> None:
-        """Forget what has adapted values so far: it keeps each class of a parameter."""
+        """Forget the objects that have adapted values so far: they keep each class of a parameter."""
         self.adapters_shared, self.dumps, self.readers = None, None, {}
 
     def share_adapters(self) -> AdaptersMap:

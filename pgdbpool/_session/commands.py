@@ -89,7 +89,7 @@ def _unencodable(settings: Bound, encoding: str) -> SettingError:
 
 
 def begins(commands: Sequence[Command]) -> bool:
-    """Return whether they begin a transaction: nothing of it precedes their statement, or is lost with it."""
+    """Return whether they begin a transaction: then no earlier part of it is lost with their statement."""
     return any(text.startswith(b"BEGIN") for text, _ in commands)
 
 

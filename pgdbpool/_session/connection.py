@@ -201,7 +201,7 @@ drivers: set[str] = set()
 
 
 def asked_by_driver(asker: FrameType) -> bool:
-    """Return whether psycopg or this package asks for libpq's connection: they note what they do."""
+    """Return whether psycopg or this package asks for libpq's connection: these note their own effects."""
     name: str = asker.f_globals.get("__name__", "")
     if name not in drivers:
         if not name.startswith(("psycopg", "pgdbpool.")):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
 RECOVERY_CONFLICT = "40001"
-"""SQLSTATE of a statement that a standby cancelled since its replay could wait no longer."""
+"""SQLSTATE of a statement that a standby cancelled because its replay could wait no longer."""
 
 _NO_PLACE = (
     "executemany() binds sets of parameters, and a template string has its values already: give the "
@@ -44,7 +44,7 @@ _NO_ROWS = (int(psycopg.pq.ExecStatus.COMMAND_OK), int(psycopg.pq.ExecStatus.EMP
 
 
 def _goes_on(conn: PooledConnection, error: psycopg.Error) -> bool:
-    """Return whether the connection is in a pipeline, which takes answers while it sends what follows."""
+    """Return whether the connection is in a pipeline, which takes answers while it goes on sending."""
     refused = error.sqlstate is None and not isinstance(error, psycopg.errors.PipelineAborted)
     return conn._pipeline is not None and (not refused or getattr(error, "unsent", False))
 
@@ -100,7 +100,7 @@ class BlockCursor(RidingCursor):
         self._conn.end_wrapped()
 
     def _note(self, what: StatementTraits, query: Any) -> StatementTraits:
-        """Note what a statement leaves behind, or ends; return its traits in this session."""
+        """Note the effects of a statement before it is sent; return its traits in this session."""
         what = self._conn.touch(what, query)
         if what.controls:
             self._begin_control(what)
@@ -117,7 +117,7 @@ class BlockCursor(RidingCursor):
         self, what: StatementTraits, preamble: tuple[Command, ...], autocommit: bool, query: Any, params: Any,
         prepare: bool | None, binary: bool | None,
     ) -> None:  # fmt: skip
-        """Execute in a pipeline, or what cannot ride, or begins or ends a transaction."""
+        """Execute in a pipeline, or a statement that cannot ride, or that begins or ends a transaction."""
         conn, block = self._conn, self.block
         conn.note_definition(what)
         if what.ends:
@@ -150,7 +150,7 @@ class BlockCursor(RidingCursor):
             self._end_control(what)
 
     def _before_begin(self) -> tuple[Command, ...]:
-        """Return what goes before a BEGIN that is a statement of an autocommit block.
+        """Return the commands before a BEGIN that is a statement of an autocommit block.
 
         Its modes must come before any query, so the settings are bound with the statement after it.
         """
@@ -176,14 +176,14 @@ class BlockCursor(RidingCursor):
     def _note_failure(
         self, error: psycopg.Error, what: StatementTraits, autocommit: bool, rode: bool, touched: bool
     ) -> None:
-        """Note in the block, and in the error, what a failed statement means."""
+        """Note the consequences of a failed statement in the block and in the error."""
         conn, block = self._conn, self.block
         conn.telling = False
         if isinstance(error, errors.ConnectionLostError):
             single = what.number == 1 and not conn._pipeline
             block.committed = block.committed or what.ends
             implicit = conn._pipeline is not None and conn.implicit
-            commits = what.commits or (what.ends and what.number > 1)  # what follows a ROLLBACK, at the end
+            commits = what.commits or (what.ends and what.number > 1)  # those after a ROLLBACK, at the end
             self._note_loss(error, autocommit or implicit, commits, rode, touched, single)
             return
         block.failure = errors.without_frames(error)
@@ -194,7 +194,7 @@ class BlockCursor(RidingCursor):
         if error.sqlstate == RECOVERY_CONFLICT:
             self._note_conflict(error, autocommit, rode, touched, what.number == 1)
         if conn.pgconn.transaction_status == ACTIVE and not _goes_on(conn, error):
-            # psycopg leaves a COPY that it refuses under way: where that ends is not known.
+            # psycopg leaves a COPY that it refuses under way: its end is not known.
             conn.close()
             block.lost = not autocommit
 
@@ -211,10 +211,10 @@ class BlockCursor(RidingCursor):
     def _extended(
         self, preamble: tuple[Command, ...], what: StatementTraits, autocommit: bool
     ) -> tuple[Command, ...]:
-        """Add to the preamble what a deadline and `annotate` bind, if the statement can ride with it."""
+        """Add a deadline's and `annotate`'s settings to the preamble, if the statement can ride with it."""
         conn = self._conn
         left = deadlines.check() if deadlines.in_use else None
-        # A common one always rides: what an ended transaction had bound, `limit` and `annotate` reset for it.
+        # A common one always rides: for it `limit` and `annotate` reset the settings of an ended transaction.
         if what.uncommon or what.sets or conn._pipeline:
             if what.ends or conn.pgconn.transaction_status == IDLE:
                 conn.limited = conn.annotated = False
@@ -230,7 +230,7 @@ class BlockCursor(RidingCursor):
         return self._to_tell(preamble, autocommit) if freshness.in_use else preamble
 
     def _to_tell(self, preamble: tuple[Command, ...], autocommit: bool) -> tuple[Command, ...]:
-        """Let the statement tell where its writes ended, if it may have any and ends its transaction."""
+        """Have the statement report the end of its writes, if it may have any and ends its transaction."""
         conn = self._conn
         if not (autocommit or self.after) or conn.learns() is None:
             return preamble
@@ -240,7 +240,7 @@ class BlockCursor(RidingCursor):
         return preamble or EMPTY
 
     def _commented(self, query: Any) -> Any:
-        """Return what cannot ride, with the correlation id in a comment: no plan of it is kept."""
+        """Return a statement that cannot ride, with the id in a comment: no plan of it is kept."""
         if not self._conn.annotates:
             return query
         return comment_on(query, f"correlation_id={self.block.correlation_id}")
@@ -258,7 +258,7 @@ class BlockCursor(RidingCursor):
         block = self.block
         block.failure = errors.without_frames(error)
         if isinstance(error, errors.NotReplicatedError):
-            return  # it says itself what there is to say, and the connection is there
+            return  # the error itself says everything, and the connection is there
         block.lost = block.lost or not autocommit
         if error.repeatable:
             return
@@ -276,7 +276,7 @@ class BlockCursor(RidingCursor):
     def _may_repeat(self, autocommit: bool, rode: bool, touched: bool, single: bool) -> bool:
         """Return whether nothing of the statement can have taken effect, nor anything be lost before it."""
         # Rode with its own BEGIN: nothing of it can have been committed. But a session that the
-        # block had made its own (a lock, a temporary table) is gone, and it should know.
+        # block had made its own (a lock, a temporary table) is gone, and the block should know.
         # Nor can a server that takes no writes have done any.
         return not touched and (
             (rode and self.block.manual) or (autocommit and self._conn.reads_only and single)
@@ -347,7 +347,7 @@ class BlockCursor(RidingCursor):
 
     @contextmanager
     def copy(self, statement: Any, params: Any = None, *, writer: Any = None) -> Iterator[psycopg.Copy]:
-        """Start a COPY; what the block needs first is sent before, since COPY cannot ride."""
+        """Start a COPY; the block's due commands are sent before, since COPY cannot ride."""
         conn, params = self._conn, checked_parameters(params)
         conn.check_free()
         with conn.alone():
@@ -363,20 +363,20 @@ class BlockCursor(RidingCursor):
             self._took_effect(alone)
 
     def _took_effect(self, changed: bool) -> None:
-        """Note, if it did, that a statement has taken effect by itself: no rollback undoes it."""
+        """Note that a statement has taken effect by itself, if it did: no rollback undoes it."""
         if changed:
             self.block.in_effect = True
 
     @property
     def connection(self) -> PooledConnection:
-        """The connection, which may then do anything: its session is cleaned after the block."""
+        """The connection; since its user may do anything, the session is cleaned after the block."""
         # psycopg itself asks for it too, and does nothing to it.
         if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "psycopg":
             return self._conn
         return self._conn.expose()
 
     def _own(self, query: Any) -> StatementTraits:
-        """Return what a statement is, once it may be sent; the caller has the turn."""
+        """Return a statement's traits, once it may be sent; the caller has the turn."""
         conn = self._conn
         if conn.block is not self.block:
             raise gone(self.block)
@@ -402,9 +402,9 @@ class BlockClientCursor(psycopg.ClientCursor[Any], BlockCursor):
 
 
 class CommittingCursor(BlockCursor):
-    """A cursor whose one statement is committed in its own round trip, for a block of no other.
+    """A cursor whose one statement is committed in its own round trip, for a block of that one alone.
 
-    PostgreSQL skips the COMMIT where anything before it failed, since there is no Sync between.
+    PostgreSQL skips the COMMIT if anything before it failed, since no Sync comes between.
     """
 
     __slots__ = ()
@@ -449,7 +449,7 @@ class CommittingCursor(BlockCursor):
         except errors.ConnectionLostError as error:
             if not errors.undone(error):
                 error.maybe_committed, error.repeatable = True, False
-            self.block.lost = False  # or committed: this error says that nobody knows
+            self.block.lost = False  # or committed: this error says that the outcome is unknown
             raise
 
     def _check_after(self, answers: list[list[PGresult]]) -> None:
@@ -479,10 +479,10 @@ def plain_row(cursor: psycopg.Cursor[Any]) -> Row | None:
 
 
 def has_rows(cursor: psycopg.Cursor[Any]) -> bool:
-    """Go to the last statement's result, waiting for it in a pipeline, and tell whether it has rows."""
+    """Go to the last statement's result, waiting for it in a pipeline; return whether it has rows."""
     if cursor.pgresult is None or len(cursor._results) != 1:
         cursor._fetch_pipeline()
         if cursor._execmany_returning is None and len(cursor._results) > 1:
             cursor.set_result(-1)
-    # Of one that failed it says yes: fetching then raises.
+    # The answer for a failed one is yes: fetching then raises.
     return cursor.pgresult is None or cursor.pgresult.status not in _NO_ROWS

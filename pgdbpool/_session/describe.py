@@ -68,7 +68,7 @@ def _place(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
 
 
 def describe(block: Block, seconds: float, names: dict[int | None, str]) -> str:
-    """Return as text which thread has a connection, for how long, and the last statement."""
+    """Return the thread that has a connection, for how long, and the last statement, as text."""
     place = _place(block, names)
     text = f"thread {place['holder']} for {seconds:.1f} s, from {frame(*block.place)}"
     if (own_id := getattr(block, "own_id", None)) is not None:
@@ -81,7 +81,7 @@ def describe(block: Block, seconds: float, names: dict[int | None, str]) -> str:
 
 
 def brief(block: Block, names: dict[int | None, str]) -> dict[str, Any]:
-    """Return for a list which thread has a connection, where its block began, and the last statement."""
+    """Return the thread that has a connection, the place of its block and the last statement, for a list."""
     statement = text_of(getattr(block, "statement", None))
     return {
         "place": where(block),

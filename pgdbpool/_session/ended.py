@@ -62,7 +62,7 @@ class _Kind:
         self.read = attrgetter(*self.slots)
         body = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         self.ended: type[PooledConnection] = type(cls.__name__, (Ended, cls), body)
-        """The class that an object has after its end: still an instance of its own."""
+        """The class of an object after its end: a subclass of its former one."""
         nobodys = cls.__new__(cls)
         psycopg.Connection.__init__(nobodys, NOBODYS)
         nobodys._closed = True
@@ -89,7 +89,7 @@ def end(conn: PooledConnection) -> None:
 def succeed(conn: PooledConnection) -> PooledConnection | None:
     """Return the connection that has the session from now on; to be called when no block has it.
 
-    :returns: None if another thread is just using the old one: it is as it was.
+    :returns: None if another thread is just using the old one, which stays as it was.
     """
     cls = type(conn)
     heir = cls.__new__(cls)
@@ -131,8 +131,8 @@ def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
 def adopt(conn: PooledConnection, other: PooledConnection) -> None:
     """Go on in a connection that was lost with the session of another, which is ended.
 
-    What the application has set in the object stays: adapters, handlers, factories, the modes of
-    transactions, attributes of its own.
+    The application's changes to the object stay: adapters, handlers, factories, the modes of
+    transactions, added attributes.
     """
     kept = {name: value for name, value in vars(conn).items() if name in _CHOSEN or name not in own_names}
     threshold = conn.prepare_threshold

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 _SYNC = int(pq.ExecStatus.PIPELINE_SYNC)
 _COPYING = tuple(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
 MOST_NAMES = 20
-"""How often a session prepares a preamble: anew after a block that touched it; nothing removes the old."""
+"""How often a session prepares a preamble: again after a block that touched it; nothing removes the old."""
 MOST_LEFT = 100
-"""Answers that are taken at most from a connection that was lost."""
+"""The maximum number of answers that are taken from a lost connection."""
 _NONE_KNOWN: dict[bytes, bytes] = {}
 _names = itertools.count(1)
 
@@ -47,7 +47,7 @@ class ExchangingConnection(RequestConnection):
     """A connection that sends pending commands together with a statement."""
 
     def run(self, commands: Sequence[Command]) -> None:
-        """Send commands in one round trip of their own; the first that fails is raised.
+        """Send commands in a separate round trip; the first failure is raised.
 
         :raises NotCleanError: a cleaning failed, and so the connection was closed.
         """
@@ -65,9 +65,9 @@ class ExchangingConnection(RequestConnection):
                     raise self.own_error(error)  # noqa: B904  it is the same object
 
     def ask_facts(self) -> Facts | None:
-        """Ask what the server has of the write-ahead log, in a round trip; None if it does not say.
+        """Ask the server how much of the write-ahead log it has, in a round trip; None if it does not say.
 
-        :raises DBQueryError: it was not to be asked.
+        :raises DBQueryError: it could not be asked.
         """
         with self.lock:
             try:
@@ -82,11 +82,11 @@ class ExchangingConnection(RequestConnection):
         return facts
 
     def tell_now(self) -> None:
-        """Ask where writes ended, in a round trip of its own: for what the question could not ride with."""
+        """Ask for the end of writes in a separate round trip, if the question could not ride."""
         if self.learns() is None:
             return
         facts = None
-        with suppress(psycopg.Error):  # the writes are there: their block is not to fail for the question
+        with suppress(psycopg.Error):  # the writes are there: their block must not fail for the question
             facts = self.ask_facts()
         self.note_written(facts)
 
@@ -129,7 +129,7 @@ class ExchangingConnection(RequestConnection):
             raise
 
     def _is_lost_after(self, results: list[PGresult], error: BaseException, status: int) -> bool:
-        """Return whether libpq found the connection lost after the server's word that it ends the session.
+        """Return whether libpq found the connection lost after the server's message that it ends the session.
 
         After any other error nothing is left under way. As in psycopg, the session can be used again after
         Ctrl-C.
@@ -158,13 +158,13 @@ class ExchangingConnection(RequestConnection):
     ) -> list[list[PGresult]]:
         """Send commands, and a statement after them, and wait; return the statement's answers.
 
-        They travel in a pipeline. This is what psycopg's generators do, in one loop: half of what a
-        statement costs at the client is theirs. The caller must hold `lock` and make errors its own.
+        They travel in a pipeline. One loop does the work of psycopg's generators, which are half of a
+        statement's cost at the client. The caller must hold `lock` and pass errors through `own_error`.
 
         :param send: sends the statement.
         :param after: commands without parameters that follow the statement; their answers follow its own.
-        :param many: how many statements the server may keep the answers of: each has its time.
-        :raises psycopg.Error: the first that failed of the commands; the statement was skipped then.
+        :param many: the number of statements whose answers the server may keep back: each has its own time.
+        :raises psycopg.Error: the error of the first failed command; the statement was skipped then.
         """
         pgconn = self.pgconn
         if self.unusable or self.streamed:
@@ -193,7 +193,7 @@ class ExchangingConnection(RequestConnection):
     def _exchange_and_tell(
         self, commands: Sequence[Command], send: Callable[[], None], after: Sequence[Command], many: int
     ) -> list[list[PGresult]]:
-        """Send commands and a statement as `exchange` does, and learn where its writes ended."""
+        """Send commands and a statement as `exchange` does, and learn the end of its writes."""
         self.telling, self.syncs = False, 0 if after else 1
         end = *(after or (SYNC,)), (query(self.proven), None)  # after a COMMIT, or a Sync, which implies one
         try:
@@ -206,16 +206,16 @@ class ExchangingConnection(RequestConnection):
         return self.tell(outcomes)
 
     def _before_sending(self, commands: Sequence[Command]) -> Sequence[Command]:
-        """Refuse what cannot be sent; after a stream, have a first command that has no rows."""
+        """Refuse an unusable connection; return the commands, with a first one that has no rows."""
         if self.unusable:
             self._refuse_use()
         self.streamed = False
         return commands if commands and commands[0][1] is None else (*EMPTY, *commands)
 
     def _end_exchange(self, error: BaseException, outcomes: list[list[PGresult]], began_in: int) -> None:
-        """Close the connection: where its session stands is not known.
+        """Close the connection: the state of its session is not known.
 
-        As psycopg does, do not leave a statement running. Raises what the server said last, if it did.
+        As psycopg does, do not leave a statement running. Raises the server's last error, if it sent one.
         """
         if not isinstance(error, psycopg.Error):
             self._cancel_and_close()
@@ -225,7 +225,7 @@ class ExchangingConnection(RequestConnection):
         self._note_loss(error, began_in)
 
     def _hear(self, notify: pq.misc.PGnotify | None) -> None:
-        """Pass notifications on that came with the answers."""
+        """Pass on the notifications that came with the answers."""
         pgconn = self.pgconn
         while notify:
             if pgconn.notify_handler:
@@ -275,7 +275,7 @@ class ExchangingConnection(RequestConnection):
             if (status := result.status) == _SYNC:
                 if not self.syncs:
                     return True
-                self.syncs -= 1  # what follows has a Sync of its own
+                self.syncs -= 1  # the next part has its own Sync
                 continue
             outcomes.append(answer := [result])
             if status in _COPYING:
@@ -287,7 +287,7 @@ class ExchangingConnection(RequestConnection):
             deadline = self._deadline(many) if many > 1 else deadline
 
     def _await_first(self, many: int) -> float | None:
-        """Read what the server sends first; return until when to wait for more."""
+        """Read the first input from the server; return the time until which to wait for more."""
         pgconn, patience, wait_readable = self.pgconn, self.patience, self.wait_readable
         if many > 1 or deadlines.in_use or self.until is not None:
             patience = self._patience_for(many)
@@ -300,7 +300,7 @@ class ExchangingConnection(RequestConnection):
         return deadline
 
     def _await_answer(self, deadline: float | None, late: float) -> float:
-        """Read what the server sends until an answer is there, at most to the deadline.
+        """Read the server's input until an answer is there, at most until the deadline.
 
         :param late: when the deadline was first found to have passed, 0 if it has not.
         :returns: the same for the next answer.
@@ -326,7 +326,7 @@ class ExchangingConnection(RequestConnection):
 
         libpq finds the end of the stream while answers that arrived ahead of it are not taken yet.
         """
-        if type(error) is not psycopg.OperationalError:  # not libpq's word for a lost connection
+        if type(error) is not psycopg.OperationalError:  # not libpq's error for a lost connection
             return None
         answers = [answer for answers in outcomes for answer in answers]
         with suppress(psycopg.OperationalError):
@@ -335,7 +335,7 @@ class ExchangingConnection(RequestConnection):
                     break
                 if (answer := self.pgconn.get_result()) is not None:
                     answers.append(answer)
-        failed = (answer for answer in answers if answer.status == FATAL)  # a pooler's own word comes second
+        failed = (answer for answer in answers if answer.status == FATAL)  # a pooler's own comes second
         return next(filter(outcome.ends_session, failed), None)
 
     def _ended_by(self, answer: PGresult, status: int) -> psycopg.Error:
@@ -346,7 +346,7 @@ class ExchangingConnection(RequestConnection):
         return error
 
     def _forget_notifications(self) -> None:
-        """Drop what came for the LISTEN of an earlier block, now that this has ended.
+        """Drop notifications for the LISTEN of an earlier block, now that this has ended.
 
         libpq has read no further than to the answer that was taken last.
         """
@@ -394,10 +394,10 @@ class ExchangingConnection(RequestConnection):
         self._known.clear()
         error = psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
         if self.stale and number < len(self.cleaning):
-            # Not clean, and nobody's fault but the last borrower's: another will do.
+            # Not clean, which is only the last borrower's fault: another connection will do.
             self.pgconn.finish()
             return errors.as_query_error(error, errors.NotCleanError)
-        self.stale = False  # the cleaning has a transaction of its own
+        self.stale = False  # the cleaning has its own transaction
         if self.guarding and (behind := self.note_failed(error)) is not None:
             if self.pgconn.transaction_status != IDLE:
                 self.exchange(ROLLBACK)  # of the guards' own transaction, or the one that they began
@@ -409,12 +409,12 @@ class ExchangingConnection(RequestConnection):
         return self._within_deadline(None if self.patience is None else self.patience * many)
 
     def _deadline(self, many: int) -> float | None:
-        """Return until when to wait for the next of so many answers."""
+        """Return the time until which to wait for the next of so many answers."""
         patience = self._patience_for(many)
         return None if patience is None else monotonic() + patience
 
     def _flush(self, deadline: float | None, many: int) -> float | None:
-        """Send what does not fit into the socket's buffer, and take what the server sends meanwhile.
+        """Send the data that does not fit into the socket's buffer, and take the server's input meanwhile.
 
         :returns: the deadline of the next wait.
         """
@@ -453,7 +453,7 @@ class ExchangingConnection(RequestConnection):
     def clean_what_shows(self) -> None:
         """Clean the session now, not with the first statement, if the client shows settings that need it.
 
-        Code decides by it: whether to send SET TIME ZONE, how to write a date. It takes a round trip, after a
+        Programs decide by them: about SET TIME ZONE, or the form of a date. It takes a round trip, after a
         block that has changed such a setting.
         """
         with self.alone():

@@ -2,7 +2,7 @@
 
 In `read committed` a statement takes its snapshot after the guard before it, in the same transaction. In
 `repeatable read` the guard would take the snapshot that the statement reads by, and only then look at the
-position: there it has a transaction of its own before the statement's. Where writes ended is asked after the
+position: there it has its own transaction before the statement's. The end of writes is asked for after the
 COMMIT, or after the Sync that implies one: before it the commit's record is not written yet.
 """
 
@@ -49,7 +49,7 @@ SYNC: Command = (b"", None)
 
 
 class GuardedConnection(LiveConnection):
-    """A connection that knows what its server has of the write-ahead log."""
+    """A connection that knows how much of the write-ahead log its server has."""
 
     def lacking(self, positions: Iterable[Position]) -> list[Position]:
         """Return the positions that the server is not known to have."""
@@ -85,9 +85,9 @@ class GuardedConnection(LiveConnection):
         return self.guards_for(seen) + commands
 
     def _missing(self, seen: Seen) -> list[Position] | None:
-        """Return what the server is not known to have of the seen writes.
+        """Return the seen positions that the server is not known to have; None if no guard is needed.
 
-        :raises StaleReadError: it is known not to have it.
+        :raises StaleReadError: it is known not to have them.
         """
         positions = seen.required()
         if not positions or self._only_writers() or not (missing := self.lacking(positions)):
@@ -97,15 +97,15 @@ class GuardedConnection(LiveConnection):
         return missing
 
     def _apart(self, missing: Iterable[Position]) -> tuple[Command, ...]:
-        """Return guards in a transaction of their own."""
+        """Return guards in a separate transaction."""
         self.guarding = self.follows = True
         return BEGIN + tuple(guard(position, TIMELINES, self.proven) for position in missing) + COMMIT
 
     def _shares_transaction(self, block: Block) -> bool:
         """Return whether a guard may go into the transaction of the next statement.
 
-        A level of isolation that is asked for has one snapshot. What sets it has to be the first statement,
-        and of what is sent in several steps (`owner`) the block does not know the statement yet.
+        An isolation level that is asked for has one snapshot, and its SET has to be the first statement. If
+        an operation has several steps (`owner`), the block does not know its statement yet.
         """
         if self.one_snapshot or self.owner or self._isolation_level is not None or block.binding.modes:
             return False
@@ -133,14 +133,14 @@ class GuardedConnection(LiveConnection):
         return error
 
     def note_passed(self, answers: Sequence[PGresult]) -> None:
-        """Note what the guards have found."""
+        """Note the findings of the guards."""
         self._end_guarding(True)
         for answer in answers:
             if (facts := self._found(answer)) is not None:
                 self.prove(facts)
 
     def _found(self, answer: PGresult) -> Facts | None:
-        """Return what a guard has found; None if the answer is not a guard's."""
+        """Return the findings of a guard; None if the answer is not a guard's."""
         known = self.proven
         if known is None or not (lsn := replayed(answer)):
             return facts_of(answer)
@@ -168,15 +168,15 @@ class GuardedConnection(LiveConnection):
             self.keeper.note_guard(self, passed)
 
     def prove(self, facts: Facts) -> None:
-        """Remember what the server has; behind a pooler the next transaction may be on another one."""
+        """Remember the server's position; behind a pooler the next transaction may be on another server."""
         if not self.endpoint.config.pooler:
             self.proven = facts
             self.endpoint.note_facts(facts)
 
-    # Where writes ended.
+    # The end of writes.
 
     def tell_next(self) -> None:
-        """Let the exchange of the next statement tell where its writes ended."""
+        """Let the exchange of the next statement ask for the end of its writes."""
         self.telling = self.streamed = True  # both are looked for at once
 
     def learns(self) -> Seen | None:
@@ -188,7 +188,7 @@ class GuardedConnection(LiveConnection):
         return None if standby else seen
 
     def tell(self, outcomes: list[list[PGresult]]) -> list[list[PGresult]]:
-        """Note where writes ended; return the answers that are not about this."""
+        """Note the end of writes; return the other answers."""
         *outcomes, told = outcomes
         kept = [results for results in outcomes if not (results and _is_xid(results[0]))]
         asked = [results[0] for results in outcomes if results and _is_xid(results[0])]
@@ -198,7 +198,7 @@ class GuardedConnection(LiveConnection):
         return kept
 
     def note_written(self, facts: Facts | None) -> None:
-        """Note that the block has written, up to here; None if the server does not say where that is."""
+        """Note that the block has written, up to here; None if the server does not give a position."""
         if self.block is None or (seen := self.block.sees()) is None:
             return
         position = None if facts is None else written(facts)
@@ -222,7 +222,7 @@ class GuardedConnection(LiveConnection):
             self.lose_track()
 
     def lose_track(self) -> None:
-        """Note that something may have been written, nobody knows up to where."""
+        """Note that something may have been written, up to an unknown position."""
         self.note_written(None)
 
 

@@ -1,4 +1,4 @@
-"""Whether the server still answers: waiting for it within bounds, and what a lost connection means."""
+"""Whether the server still answers: bounded waits for it, and the consequences of a lost connection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit)
-"""What psycopg takes for a reason to cancel, and to wait for five seconds."""
+"""The exceptions for which psycopg cancels, and waits for five seconds."""
 _PARENTS = "this connection belongs to the parent process: open a Handler in this one"
 _SEVERED = "the connection was cut under the block"
 _NOT_REPLICATED = (
@@ -49,7 +49,7 @@ class LiveConnection(CleanedConnection):
     """A connection whose waits are bounded, and which notes losses in its block."""
 
     def alive(self) -> bool:
-        """Return whether, without a round trip, the server still holds the other end.
+        """Return, without a round trip, whether the server still holds the other end.
 
         A server that closed, restarted or was killed has sent FIN or RST. Readable is not dead:
         a notice, a parameter status (after a promotion) or a TLS ticket is consumed first.
@@ -133,10 +133,10 @@ class LiveConnection(CleanedConnection):
         return result
 
     def _loss_behind(self, error: BaseException) -> psycopg.Error | None:
-        """Return the loss of the connection that an error of psycopg's own stands for; None if it does not.
+        """Return the loss of the connection behind one of psycopg's own errors; None if there is none.
 
-        A pooler has a word of its own after the one with which the server ends a session, and psycopg takes
-        one answer only to COPY, and to the commands that it sends itself.
+        A pooler sends its own message after the one with which the server ends a session, and psycopg takes
+        only one answer to COPY, and to the commands that it sends itself.
         """
         refused = isinstance(error, (psycopg.ProgrammingError, psycopg.InternalError, ValueError))
         if not refused or self.pgconn.status != BAD or getattr(error, "sqlstate", None):
@@ -146,27 +146,27 @@ class LiveConnection(CleanedConnection):
         return lost
 
     def _too_late(self, status: int) -> psycopg.Error:
-        """Return the error for a wait that would begin after its time."""
+        """Return the error for a wait that would begin after its deadline."""
         if self.until is not None and self.closed:  # psycopg asks all the same; the loss is noted
             return psycopg.OperationalError("the connection was lost when a stream or COPY was left early")
         # psycopg would still take data that has arrived, and a stream that flows would never end.
         return self._unanswered(status)
 
     def _interrupted(self, interruption: BaseException, status: int) -> None:
-        """Do not let a statement run on whose wait was interrupted: where it stands is not known."""
+        """Stop a statement whose wait was interrupted: its state is not known."""
         if self.pgconn.transaction_status == ACTIVE:
             self._cancel_and_close()
         self._note_loss(interruption, status)
 
     def stop_unwaited(self, interruption: BaseException, status: int = ACTIVE) -> None:
-        """Do not let a statement run on that was sent, if the interruption came before the wait for it."""
+        """Stop a statement that was sent, if the interruption came before the wait for it."""
         if self.pgconn.transaction_status == ACTIVE:
             self._interrupted(interruption, status)
 
     def _look_back(self, status: int) -> None:
-        """Find out what an answer leaves behind that is not in it."""
+        """Look for events that the answer itself does not show."""
         if self.closed:
-            # psycopg keeps to itself what goes wrong while it rolls back to a savepoint.
+            # psycopg hides an error that comes while it rolls back to a savepoint.
             self._note_loss(psycopg.OperationalError("the connection was lost in a rollback"), status)
         if self.not_replicated:
             self._check_replicated()
@@ -180,7 +180,7 @@ class LiveConnection(CleanedConnection):
         block = self.block
         if block is not None:
             block.committed = True
-        # After a cancel of the pool's own the record would not do: that is no success.
+        # After the pool's own cancel the record would not do: that is not a success.
         if self.keeper is not None and self.keeper.tolerates(self) and not self.severed:
             return
         error = errors.NotReplicatedError(_NOT_REPLICATED.format(self.endpoint.label))
@@ -193,13 +193,13 @@ class LiveConnection(CleanedConnection):
         if self.abandoned:
             raise errors.BlockClosedError(_PARENTS)
         status = self.pgconn.transaction_status
-        self._cancel_and_close()  # the thread that cuts it may not have come to cancel what was sent
+        self._cancel_and_close()  # the thread that cuts it may not have cancelled the statement yet
         raise self.own_error(psycopg.OperationalError(_SEVERED), status)
 
     def may_commit(self) -> bool:
         """Return whether the current statement may be committing, so that it must not be cancelled.
 
-        A read of which nothing is to be committed may be cancelled, and a statement inside of a transaction.
+        A read that commits nothing may be cancelled, and so may a statement inside a transaction.
         """
         block = self.block
         if self.ending or self.unsure or self._tpc is not None:
@@ -213,7 +213,7 @@ class LiveConnection(CleanedConnection):
         return outcome.may_commit(statement, inside)
 
     def _within_deadline(self, patience: float | None) -> float | None:
-        """Return how long a wait may take that would have this long without a deadline."""
+        """Return how long a wait may take under the deadline, given its limit without one."""
         if self.until is not None:
             left = self.until - monotonic()
             patience = left if patience is None else min(patience, left)
@@ -251,7 +251,7 @@ class LiveConnection(CleanedConnection):
             self.spoilt = True
         self._note_loss(error, status)
         kind = self._kind_of(error)
-        if self.cut_by and not isinstance(error, errors.DBQueryError):  # it may come by twice
+        if self.cut_by and not isinstance(error, errors.DBQueryError):  # it may come here twice
             error.args = (f"the pools were closed by {self.cut_by}, with this block open: {error}",)
         own = errors.as_query_error(error, kind)
         if (block := self.block) is not None:
@@ -261,7 +261,7 @@ class LiveConnection(CleanedConnection):
                 statement = getattr(block, "statement", None)
                 if isinstance(statement, str):  # another object, since the next execution may be well
                     block.statement = statement = statement[:1] + statement[1:]
-                self.failed = statement, f"{error.diag.severity}:  {error}\n"  # as libpq says it
+                self.failed = statement, f"{error.diag.severity}:  {error}\n"  # as libpq words it
         return own
 
     @property
@@ -280,7 +280,7 @@ class LiveConnection(CleanedConnection):
         return modes is not None and bool(modes.read_only)
 
     def _kind_of(self, error: psycopg.Error) -> type[errors.DBQueryError]:
-        """Return the class of the package for an error, by what became of the connection."""
+        """Return the package's class for an error, by the state of the connection."""
         if self.taken_away:
             return errors.HoldExceededError
         if self.closed:
@@ -340,7 +340,7 @@ class LiveConnection(CleanedConnection):
                 self.until = min(monotonic() + bounds.CLIENT_GRACE, self.until or inf)
 
     def _check_connection_ok(self) -> None:
-        """Raise if nothing can be sent; psycopg asks before it makes a cursor or sends a command of its own.
+        """Raise if nothing can be sent; psycopg asks before it makes a cursor or sends its own commands.
 
         :raises ConnectionLostError: the connection is lost, or was closed by its block; nothing was sent.
         """
@@ -352,7 +352,7 @@ class LiveConnection(CleanedConnection):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Note who has the connection's lock for longer than a statement."""
+        """Note the thread that has the connection's lock for longer than a statement."""
         self.holder, until = get_ident(), self.until
         try:
             yield
@@ -385,8 +385,8 @@ class LiveConnection(CleanedConnection):
     def force_close(self) -> None:
         """End the connection, whatever loop is open over it and holds psycopg's lock for good.
 
-        Another thread that is in a statement finds the connection lost, and closes it: psycopg reads what
-        is freed if it is closed under a wait.
+        Another thread that is in a statement finds the connection lost, and closes it: psycopg reads
+        freed memory if the connection is closed under a wait.
         """
         if self._is_anothers():
             self.cut_from_other_thread(monotonic())
@@ -411,7 +411,7 @@ class LiveConnection(CleanedConnection):
         """Cut the connection under its block, from any thread, within the deadline; the block finds it lost.
 
         A running statement is cancelled. A possible commit is waited for, and then left to the server.
-        To close the connection would take its socket's number from under a wait for it.
+        Closing the connection would free its socket's number under a wait for it.
         """
         self.refuse_from_now_on()
         if self.abandoned:

@@ -27,15 +27,15 @@ class RequestConnection(GuardedConnection):
             self.limited, allowed = True, left - min(bounds.MARGIN, left / 2)
         elif not self.limited:
             return preamble
-        # 0 is no bound. In a transaction what an earlier statement has bound is put back.
+        # 0 means no bound. In a transaction this also undoes the bound of an earlier statement.
         milliseconds = 0 if allowed is None else max(1, round(allowed * 1000))
         return preamble + set_local((("statement_timeout", str(milliseconds)),))
 
     def annotate(self, preamble: tuple[Command, ...]) -> tuple[Command, ...]:
         """Add the block's correlation id, as a part of application_name, once in each transaction.
 
-        Not to the statement's text, since that is what plans are known by: with a comment of its own, each
-        block's would be parsed and planned anew, at the server and in psycopg.
+        Not to the statement's text, which identifies its plan: with a different comment, each block's
+        statement would be parsed and planned again, at the server and in psycopg.
         """
         block, status = self.block, self.pgconn.transaction_status
         if status == IDLE:

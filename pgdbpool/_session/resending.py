@@ -39,7 +39,7 @@ def send_again(
 
     A connection that was open when the first one was lost may be lost to the same event: it does not count.
 
-    :param another: makes the block begin anew, and returns its connection.
+    :param another: makes the block begin again, and returns its connection.
     """
     since = monotonic()
     while True:

@@ -105,7 +105,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
     __slots__ = ("block",)
     _conn: PooledConnection
     after: tuple[Command, ...] = NOTHING
-    """What follows the statement in its pipeline."""
+    """The commands after the statement in its pipeline."""
 
     def __init__(self, connection: PooledConnection, *, row_factory: Any = None) -> None:
         block = connection.block
@@ -153,7 +153,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         return super()._check_result_for_fetch()
 
     def _convert_query(self, query: Any, params: Any = None) -> PostgresQuery:
-        """Convert a statement as psycopg does; what cannot be sent is refused before anything is."""
+        """Convert a statement as psycopg does; refuse one that cannot be sent before anything is."""
         converted = self._query_cls(self._tx)
         try:
             converted.convert(query, params)
@@ -329,7 +329,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             self._make_row = conn.makers[name] = factory(self)
 
     def _read_anew(self, result: PGresult, name: bytes) -> None:
-        """Find what reads a result, and keep it for a prepared statement that comes again."""
+        """Make the reader of a result, and keep it for a prepared statement that comes again."""
         readers = self._conn.readers
         if name and name not in readers:
             if len(readers) >= MOST_KEPT:
@@ -412,7 +412,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         prepared = self._conn._prepared
         names: dict[Any, tuple[Prepare, bytes]] = {}
         plan = []
-        for params in sets:  # before anything is sent, since this is if a parameter may be refused
+        for params in sets:  # before anything is sent, since a parameter may be refused
             converted = self._convert_query(query, params)
             key = converted.query, converted.types
             how, name = names.get(key) or self._get_prepared(converted, True)
@@ -441,7 +441,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         self._check_after(list(answers))
 
     def _check_after(self, answers: list[list[PGresult]]) -> None:
-        """Raise where what followed the statement failed: a COMMIT, or the one that a Sync implies."""
+        """Raise if a command after the statement failed: a COMMIT, or the one that a Sync implies."""
         try:
             for answer in answers:
                 self._check_results(answer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import _tuplegetter  # type: ignore[attr-defined]  # what namedtuple has for a field
+from collections import _tuplegetter  # type: ignore[attr-defined]  # namedtuple's descriptor of a field
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -85,7 +85,7 @@ def _row_class(names: tuple[str, ...]) -> type[Row]:
         if name.isidentifier() and not name.startswith("_") and not hasattr(Row, name)
     }
     positions = {f"_{position}": value for position, value in enumerate(values)}
-    # The name of the class is what an AttributeError has; a `__getattr__` would slow every access down.
+    # An AttributeError shows the name of the class; a `__getattr__` would slow every access down.
     own = {"__slots__": (), "_names": names, "_at": at, **fields, **positions}
     return type(f"Row({', '.join(names)})", (Row,), own)
 

@@ -1,8 +1,8 @@
-"""What is kept of statements between their executions, so that psycopg need not find it anew each time.
+"""The parts of statements that are kept between executions, so that psycopg need not find them again.
 
 A statement is known once it was executed: its text in psycopg's form, its prepared name, the class of its
-rows. `RidingCursor._ride_known` sends it with these. All else about a statement is the same either way: what
-goes before it, the wait for its answer, losses and errors. In any doubt, and so for all that psycopg refuses,
+rows. `RidingCursor._ride_known` sends it with these. All else about a statement is the same either way: its
+preamble, the wait for its answer, losses and errors. In any doubt, and so for all that psycopg refuses,
 the statement is left to psycopg's own conversion, before anything is sent.
 
 It uses psycopg's private `_query2pg`, `AdaptersMap._dumpers`, `_dumpers_by_oid`, `_loaders` and
@@ -46,7 +46,7 @@ class Plan:
         self.bare = text.encode(), ()
         """Its key among psycopg's prepared statements if it is executed without parameters."""
         self.query, self.formats, self.places = b"", list[PyFormat](), -1
-        """What psycopg makes of it for parameters, and the number of its placeholders, if without names."""
+        """psycopg's form of it for parameters, and the number of its placeholders, if they have no names."""
         self.names: list[str] | None = None
         """The names of the placeholders, if they have names."""
         with suppress(psycopg.Error):  # `%` in a text without parameters
@@ -124,10 +124,10 @@ class _Shared:
         self._last: tuple[AdaptersMap, AdaptersMap | None] = AdaptersMap(), None
 
     def of(self, adapters: AdaptersMap) -> tuple[AdaptersMap, AdaptersMap | None]:
-        """Return the copy, and what of it can adapt the parameters of all known statements of a connection.
+        """Return the copy, and its part that can adapt the parameters of a connection's known statements.
 
-        That must hold no connection, since it would be a cycle which keeps a lost connection's slot. So it is
-        None if the application has registered dumpers of its own, which may ask for the connection.
+        That part must hold no connection, since the cycle would keep a lost connection's slot. So it is None
+        if the application has registered its own dumpers, which may ask for the connection.
         """
         last = self._last  # other threads may replace it
         if not _alike(last[0], adapters):
@@ -149,14 +149,14 @@ def _alike(one: AdaptersMap, other: AdaptersMap) -> bool:
 
 
 class Context(NamedTuple):
-    """What psycopg's adaptation asks of a cursor; a cursor itself would hand its connection out."""
+    """The attributes that psycopg's adaptation asks of a cursor, which itself would expose its connection."""
 
     adapters: AdaptersMap
     connection: Any
 
 
 class _Session(NamedTuple):
-    """What psycopg's loaders ask of a connection, which itself would be in a cycle; see `_Shared`."""
+    """The attributes that psycopg's loaders ask of a connection, which itself would form a cycle."""
 
     pgconn: PGconn
 
@@ -175,10 +175,10 @@ _LASTING = _STYLED | {
 
 
 class Reader:
-    """What reads the results of a prepared statement, whose columns cannot change, for one cursor at a time.
+    """Reads the results of a prepared statement, whose columns cannot change, for one cursor at a time.
 
-    Finding the loaders of the columns anew is a tenth of what a statement costs at the client. A cursor that
-    has it and dies leaves it without a result, in one step of C, and so free for the next cursor.
+    Finding the loaders of the columns again is a tenth of a statement's cost at the client. A cursor that
+    dies with the reader leaves it without a result, in one step of C, and so free for the next cursor.
     """
 
     __slots__ = ("release", "styles", "tx", "user")

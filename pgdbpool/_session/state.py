@@ -66,9 +66,9 @@ class Settled(NamedTuple):
 class ConnectionState(psycopg.Connection[Any]):
     """A psycopg connection with the state that its group, its block and its threads share."""
 
-    # What every connection has. With these, its own attributes would be too many for the form in which
-    # instances share their keys: 1,300 bytes for each connection, and slower to read. Python gives that form
-    # up for an instance whose dictionary is asked for; see `own_dictionary`.
+    # The attributes that every connection has. With them, its dictionary would be too large for the form in
+    # which instances share their keys: 1,300 bytes for each connection, and slower to read. Python gives that
+    # form up for an instance whose dictionary is asked for; see `own_dictionary`.
     __slots__ = (
         "_known", "abandoned", "adapters_shared", "altered", "annotated", "annotates", "asked_role",
         "backlog", "block", "bound", "by_itself", "cleaning", "client_encoding", "conforms", "crossed",
@@ -118,17 +118,17 @@ class ConnectionState(psycopg.Connection[Any]):
     undeclared: Any
     """The statement recorded in the block when a foreign cursor executed another."""
     defines: bool
-    """Whether a statement since the last rollback may have changed what prepared statements refer to."""
+    """Whether a statement since the last rollback may have changed objects that prepared statements use."""
     unsure: bool
     """Whether a transaction may have ended that the block still considers open."""
     proven: Facts | None
-    """What its server is known to have of the write-ahead log, since it cannot have less in this session."""
+    """How much of the write-ahead log its server is known to have: it cannot have less in this session."""
     guarding: bool
     """Whether guards were among the commands that were sent last, or are about to be."""
     one_snapshot: bool = False
     """Whether a guard has found that transactions have one snapshot for all statements, unasked."""
     telling: bool
-    """Whether the next statement's exchange is to tell where its writes ended."""
+    """Whether the next statement's exchange is to ask for the end of its writes."""
     syncs: int
     """Syncs to come before the last one of the pipeline."""
     not_replicated: bool
@@ -225,11 +225,11 @@ class ConnectionState(psycopg.Connection[Any]):
     client_encoding: bytes | None
     speaks_utf8: bool
     dumps: Transformer | None
-    """What adapts the parameters of known statements, unless that takes one of each statement's own."""
+    """The transformer for parameters of known statements; None if each statement needs its own."""
     readers: dict[bytes, Reader | Literal[False] | None]
-    """What reads the results of a prepared statement, by name; None if it came once, False if none can."""
+    """The readers of prepared statements' results, by name; None if it came once, False if none can."""
     makers: dict[bytes, Any]
-    """What makes the rows of a prepared statement, by its name: their columns cannot change."""
+    """The makers of prepared statements' rows, by name: their columns cannot change."""
     plain: bool
     """Whether the connection adds nothing to a block's BEGIN or settings."""
     _pool: Any = None  # defined, so that psycopg does not warn when an open connection is garbage-collected
@@ -263,7 +263,7 @@ class ConnectionState(psycopg.Connection[Any]):
         self.poll, self.wait_readable = greenlets.polls(self.pgconn.socket)
         self.opened_at = self.used_at = monotonic()
 
-    # What its group, and nobody else, does with it.
+    # The operations of its group alone.
 
     def begin_set_up(
         self, endpoint: Endpoint, until: float, *, autocommit: bool, prepare_threshold: int | None
@@ -279,13 +279,13 @@ class ConnectionState(psycopg.Connection[Any]):
         self.local += settings
 
     def stay_in_autocommit(self) -> None:
-        """Take back what `configure` told psycopg of transactions: the block sends BEGIN itself."""
+        """Undo the mode that `configure` may have set in psycopg: the block sends BEGIN itself."""
         self._autocommit = True
 
     def end_set_up(
         self, patience: float | None, row_factory: Any, cursor_factory: Any, server_cursor_factory: Any
     ) -> None:
-        """Lift the limits of the set-up, and take what blocks begin with."""
+        """Lift the limits of the set-up, and take the attributes that blocks begin with."""
         self.until, self.patience = None, patience
         self.row_factory, self.cursor_factory = row_factory, cursor_factory
         self.server_cursor_factory = server_cursor_factory
@@ -312,7 +312,7 @@ class ConnectionState(psycopg.Connection[Any]):
         self.expires_at = at
 
     def note_role(self, role: str | None) -> None:
-        """Note what a server that does not report its role has answered; None to have it asked anew."""
+        """Note the answer of a server that does not report its role; None to have it asked again."""
         self.asked_role = role
 
     def note_end_of_pools(self, by: str) -> None:
@@ -345,8 +345,8 @@ class ConnectionState(psycopg.Connection[Any]):
     def own_dictionary(self) -> dict[str, Any]:
         """Return the attributes that have no slot; before anything else asks for them.
 
-        Asking for them ends the form in which Python reads them fastest. In the dictionary that comes of it,
-        whose keys are shared, each one is searched for; in one with keys of its own it is found by position.
+        Asking for them ends the form in which Python reads them fastest. In the resulting dictionary,
+        whose keys are shared, each one is searched for; in one with its own keys it is found by position.
         """
         if not self.private:
             self.private, self.__dict__ = True, {**vars(self)}
@@ -386,7 +386,7 @@ class ConnectionState(psycopg.Connection[Any]):
             step.give_up()
 
     def mark(self, *, session: bool = False, attributes: bool = False, kept: bool = False) -> None:
-        """Note what the block may leave behind, to be undone before the next one: the one place that does.
+        """Note the changes that a block may leave, to be undone before the next one; nothing else does.
 
         :param session: the block may leave something in the session.
         :param attributes: the connection's own attributes may have changed.

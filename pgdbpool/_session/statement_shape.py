@@ -19,7 +19,7 @@ from psycopg.sql import Composable, Identifier, Literal
 
 from ..errors import as_query_error
 
-# What a name may hold, with `$` or without, and may begin with: also any character beyond ASCII. So these
+# The characters of a name, with `$` or without, and its first one: also any beyond ASCII. So these
 # exclude the other ASCII characters; a class up to the last character takes 8 ms to compile.
 _IN_NAME = r"[^\x00-\x23\x25-\x2f\x3a-\x40\x5b-\x5e\x60\x7b-\x7f]"
 _IN_TAG = r"[^\x00-\x2f\x3a-\x40\x5b-\x5e\x60\x7b-\x7f]"
@@ -27,7 +27,7 @@ _FIRST = r"[^\x00-\x40\x5b-\x5e\x60\x7b-\x7f]"
 
 
 def _opaque(escape: str) -> re.Pattern[str]:
-    """Return the pattern of what holds no code, and of the mark before a string with backslash escapes.
+    """Return the pattern of text that holds no code, and of the mark before a string with backslash escapes.
 
     As PostgreSQL's lexer reads them. A constant that goes on in a later line is one; a constant with a
     doubled quote reads as two here, which covers the same text. Without an end it takes the rest, so that no
@@ -98,7 +98,7 @@ _MAY_READ = {"WITH", "EXPLAIN"}
 _WRITES = re.compile(r"\b(?:insert|update|delete|merge|analyze)\b", re.I)
 _LOCAL = {"LOCAL", "TRANSACTION", "CONSTRAINTS"}
 # Anywhere in the text, so that it is also found in a quoted name, a CTE or an EXPLAIN ANALYZE.
-# set_limit: pg_trgm. The last ones leave what no statement removes: see _TAINTS.
+# set_limit: pg_trgm. The last ones leave changes that no statement undoes: see _TAINTS.
 _REACHES = re.compile(
     r"set_config|pg_settings|advisory|\btemp\b|\btemporary\b|pg_temp|\bset_limit\b|\bwith\s+hold\b"
     r"|dblink_connect|\bsetseed\b|replication_origin_(?:session|xact)_setup"
@@ -111,8 +111,8 @@ _HINTS = (
     "replication", "isn_weak", "sepgsql_setcon",
 )  # fmt: skip
 _PIECE, _OVERLAP = 65_536, 1_000
-# A library, connections elsewhere, the state of random() (which RESET ALL leaves), the origin of what is
-# replicated, a temporary slot, a mode of contrib/isn, a label.
+# A library, connections elsewhere, the state of random() (which RESET ALL leaves), an origin of
+# replication, a temporary slot, a mode of contrib/isn, a label.
 _TAINTS = re.compile(
     r"\bload\b|dblink_connect|\bsetseed\b|\bseed\b|replication_origin_(?:session|xact)_setup"
     r"|_replication_slot|\bisn_weak\b|\bsepgsql_setcon\b",
@@ -120,14 +120,14 @@ _TAINTS = re.compile(
 )
 _PREPARES = re.compile(r"\bprepare\b", re.I)
 _TIMEOUT = re.compile(r"statement_timeout", re.I)
-# In whose text a setting's name may be a string or quoted.
+# First words of statements in which a setting's name may be a string or quoted.
 _NAMES = {"SET", "RESET", "DO", "CALL", "EXECUTE"}
 _QUOTES = re.compile(r"set_config|pg_settings", re.I)
 
 
 @dataclass(frozen=True, slots=True)  # slots are read faster than a tuple's names
 class StatementTraits:
-    """What a statement's text says about it."""
+    """The facts that a statement's text gives."""
 
     number: int
     """Statements in the text: the extended protocol, and so a pipeline, takes one."""
@@ -156,11 +156,11 @@ class StatementTraits:
     sets: bool
     """It is a SET: that takes no time, and SET TRANSACTION comes before any query of its transaction."""
     escapes: bool
-    """It may be read otherwise where `standard_conforming_strings` is off."""
+    """It may be read otherwise if `standard_conforming_strings` is off."""
     special: bool
     """Something is to be noted before it is sent: it touches, sets a timeout, controls, or has escapes."""
     uncommon: bool
-    """It may be one that cannot ride with the preamble, or changes what the next preamble is."""
+    """It may be one that cannot ride with the preamble, or changes the next preamble."""
 
 
 @lru_cache(maxsize=2048)
@@ -169,7 +169,7 @@ def _known(text: str) -> StatementTraits:
 
 
 def _analyse(text: str, escaping: bool = False) -> StatementTraits:
-    if "\0" in text:  # psycopg would send what stands before it
+    if "\0" in text:  # psycopg would send only the text before it
         raise as_query_error(
             psycopg.ProgrammingError("the statement's text contains a NUL: nothing was sent")
         )
@@ -208,7 +208,7 @@ def _analyse(text: str, escaping: bool = False) -> StatementTraits:
 
 
 def _changes(words: list[str], code: str) -> bool:
-    """Return whether one of the statements is more than a reading one."""
+    """Return whether one of the statements does more than read."""
     others = {word for word in words if word not in _READS}
     return bool(others) and (not others <= _MAY_READ or _WRITES.search(code) is not None)
 
@@ -227,7 +227,7 @@ def code_of(text: str, escaping: bool = False, name: str = " ") -> str:
 
 
 def _end_of_comment(text: str, at: int) -> int:
-    """Return where a comment ends that began before `at`, with those inside of it."""
+    """Return the end of a comment that began before `at`; it may have others inside."""
     depth = 1
     for mark in _COMMENT_MARK.finditer(text, at):
         depth += 1 if mark[0] == "/*" else -1
@@ -263,7 +263,7 @@ def statements_of(code: str) -> list[str]:
 
 
 def _first_words(code: str) -> list[str]:
-    """Return the first word of a statement and what comes next; nothing if it is empty."""
+    """Return the first two words of a statement; nothing if it is empty."""
     return code.lstrip(" \t\r\n\f\v(")[:200].replace("(", " ").split(None, 2)[:2]
 
 
@@ -302,11 +302,11 @@ UNKNOWN = StatementTraits(
     touches=True, prepares=False, taints=False, timeout=False, allows="", changes=True, sets=False,
     escapes=False, special=True, uncommon=False,
 )  # fmt: skip
-"""Of what is not a statement, which psycopg refuses."""
+"""The traits of an object that is not a statement, which psycopg refuses."""
 
 
 def shape(query: Any, conn: psycopg.Connection[Any]) -> StatementTraits:
-    """Return what the text of a statement says; remembered, since programs repeat themselves."""
+    """Return the traits of a statement's text; remembered, since programs repeat themselves."""
     if not isinstance(query, str):  # first, since it mostly is
         text = text_of(query, conn)
         if text is None:
@@ -317,13 +317,13 @@ def shape(query: Any, conn: psycopg.Connection[Any]) -> StatementTraits:
 
 
 def shape_with_escapes(query: Any, conn: psycopg.Connection[Any]) -> StatementTraits:
-    """Return what the text of a statement says where `standard_conforming_strings` is off."""
+    """Return the traits of a statement's text if `standard_conforming_strings` is off."""
     text = text_of(query, conn)
     return UNKNOWN if text is None else _analyse(text, escaping=True)
 
 
 def text_of(query: Any, conn: psycopg.Connection[Any] | None) -> str | None:
-    """Return the text of a statement; None of what psycopg refuses."""
+    """Return the text of a statement; None if psycopg refuses it."""
     if isinstance(query, str):
         return query
     if isinstance(query, Composable):

@@ -134,7 +134,7 @@ class KeptConnection(PooledConnection):
         :raises TenantConflictError: the open transaction has another tenant than the current one.
         :raises TenantRequiredError: the group requires a tenant and there is none.
         """
-        # Not as an attribute, which looks who asks: this runs before each statement.
+        # Not as an attribute, which looks at the caller: this runs before each statement.
         stay, status = self.stay, self.__dict__["pgconn"].transaction_status
         if self._pipeline or self.riding:
             return
@@ -162,13 +162,13 @@ class KeptConnection(PooledConnection):
             self.turn.release()
 
     def renew_alone(self) -> None:
-        """Begin a unit of work for what cannot ride, on a server that has what it must see."""
+        """Begin a unit of work for a statement that cannot ride, on a server with the writes it must see."""
         self.renew()
         if freshness.in_use:
             self.freshen(self.stay)
 
     def _rebind(self, stay: Stay, binding: Binding) -> None:
-        """Let the next unit of work bind something else."""
+        """Let the next unit of work bind other settings."""
         late = binding.special and not stay.binding.special
         stay.binding = binding
         if late:
@@ -226,9 +226,9 @@ class KeptConnection(PooledConnection):
         return self
 
     def freshen(self, stay: Stay) -> None:
-        """Go on with a session of a server that has what the block must see.
+        """Go on with a session of a server that has the writes the block must see.
 
-        :raises StaleReadError: there is none; or the session is this block's own, and cannot be left.
+        :raises StaleReadError: no server has them; or the session is this block's own, and cannot be left.
         """
         seen = stay.sees()
         if seen is None or self.pgconn.transaction_status != IDLE or not self.lacking(seen.required()):
@@ -292,7 +292,7 @@ class KeptConnection(PooledConnection):
         return super().send_due()
 
     def preamble(self, block: Block) -> Any:
-        """Return what must be sent before the next statement."""
+        """Return the commands that must be sent before the next statement."""
         self._renew_within()
         return super().preamble(block)
 

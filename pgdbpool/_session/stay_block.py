@@ -1,4 +1,4 @@
-"""The time that a connection is out of its pool without a `with` block: a block that begins anew.
+"""The time that a connection is out of its pool without a `with` block: a block that begins again.
 
 Each of its units of work takes the tenant that is current when it begins.
 """
@@ -68,10 +68,10 @@ class Lender(Protocol):
         """Count a statement that is sent again."""
 
     def prefer_fresh(self, seen: Seen) -> None:
-        """Let the next block have a connection to a server that is known to have this, if one is idle."""
+        """Let the next block have an idle connection, if any, to a server known to have these writes."""
 
     def fresh(self, block: Block, conn: PooledConnection, timeout: float | None) -> PooledConnection:
-        """Return a connection to a server that has what the block must see."""
+        """Return a connection to a server that has the writes the block must see."""
 
 
 class Stay(Block):
@@ -103,7 +103,7 @@ class Stay(Block):
 
     @property
     def at_begin(self) -> tuple[Command, ...]:
-        """What goes before the first statement of a unit of work, with the guards that are due."""
+        """The commands before the first statement of a unit of work, with the guards that are due."""
         commands: tuple[Command, ...] = _AT_BEGIN.__get__(self)
         if freshness.in_use and self.conn is not None and (seen := self.sees()) is not None:
             commands = self.conn.guarded(self, seen, commands)
@@ -114,11 +114,11 @@ class Stay(Block):
         _AT_BEGIN.__set__(self, commands)
 
     def sees(self) -> Seen | None:
-        """Return what its reads must see, and what learns of its writes: now, as its tenant is."""
+        """Return the current record of writes, which its reads must see and which notes its own."""
         return getattr(self, "seen", None) or freshness.current_seen()
 
     def guards(self) -> tuple[Command, ...]:
-        """Return what must precede its next unit of work, so that it reads nothing stale."""
+        """Return the commands that must precede its next unit of work, so that it reads nothing stale."""
         seen = self.sees()
         return NOTHING if seen is None or self.conn is None else self.conn.guards_for(seen)
 

@@ -1,4 +1,4 @@
-"""What a block is told of its writes: where they ended, and of a commit whose outcome is unknown."""
+"""Reports to a block about its writes: their end, and a commit whose outcome is unknown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .exchange import ExchangingConnection
 
 
 class TellingConnection(ExchangingConnection):
-    """A connection that notes for its block what a statement sent alone, or a lost commit, has written."""
+    """A connection that notes for its block the writes of a statement sent alone, or of a lost commit."""
 
     def _after_failure(self, block: Block, error: BaseException, autocommit: bool) -> None:
         """Note in the block that its statement failed; a part may be committed."""
@@ -28,7 +28,7 @@ class TellingConnection(ExchangingConnection):
             block.failure = errors.without_frames(error)  # the cause, if it is swallowed and the block ends
 
     def tell_of_alone(self, block: Block, autocommit: bool) -> None:
-        """Tell where the writes ended of a statement outside of a transaction, which could not ride."""
+        """Note the end of the writes of a statement outside a transaction, which could not ride."""
         if self._pipeline or self.learns() is None:  # in a pipeline its outermost end tells
             return
         if self.pipelines:
@@ -48,12 +48,12 @@ class TellingConnection(ExchangingConnection):
         elif not self.closed:
             return
         if (block := self.block) is not None:
-            block.lost = False  # or committed: nobody knows, and this error says so
+            block.lost = False  # or committed: that is unknown, and this error says so
             block.committed = block.committed or unknown
             self.lose_track_after(error)
 
     def _note_left_by(self, error: BaseException, block: Block, committing: bool) -> None:
-        """Note what became of a transaction that an error has left, perhaps one of its COMMIT."""
+        """Note the outcome of a transaction that an error has left, perhaps an error of its COMMIT."""
         if not isinstance(error, errors.ConnectionLostError):
             if committing:
                 self._note_unknown(error)

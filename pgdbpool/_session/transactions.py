@@ -53,7 +53,7 @@ class TransactingConnection(TellingConnection):
 
     @property
     def autocommit(self) -> bool:
-        """Whether each statement is a transaction of its own: as the group says, until the block sets it."""
+        """Whether each statement is its own transaction: as the group says, until the block sets it."""
         return self.by_itself if self.block is None else not self.block.manual
 
     @autocommit.setter
@@ -62,7 +62,7 @@ class TransactingConnection(TellingConnection):
 
     @property
     def commits_each(self) -> bool:
-        """Whether the next statement is a transaction of its own."""
+        """Whether the next statement is its own transaction."""
         return self.autocommit and self.pgconn.transaction_status == IDLE
 
     def set_autocommit(self, value: bool) -> None:
@@ -119,7 +119,7 @@ class TransactingConnection(TellingConnection):
         return self._begin_with(None if self.block is None else self.block.binding.modes)
 
     def _begin_with(self, modes: Modes | None) -> bytes:
-        """Return BEGIN as the connection's attributes say, and where these say nothing as the settings do."""
+        """Return BEGIN; each mode is that of the connection's attribute if set, or else of the settings."""
         if modes is None:
             return super()._get_tx_start_command()
         level, modes = self._isolation_level, self.allowed(modes)
@@ -159,7 +159,7 @@ class TransactingConnection(TellingConnection):
         block.conn = self
 
     def preamble(self, block: Block) -> tuple[Command, ...]:
-        """Return what must be sent before the next statement on the connection; mostly nothing.
+        """Return the commands that must be sent before the next statement on the connection; mostly none.
 
         :raises ConnectionLostError: it was lost before.
         """
@@ -191,11 +191,11 @@ class TransactingConnection(TellingConnection):
         return cleaning + block.guards() + self.begin(block) + self._local(block)
 
     def _local(self, block: Block) -> tuple[Command, ...]:
-        """Return what binds the settings, in the encoding that the session has now."""
+        """Return the commands that bind the settings, in the encoding that the session has now."""
         return set_local(block.settings, self.pgconn._encoding) + block.binding.report
 
     def _encode(self, block: Block) -> tuple[Command, ...]:
-        """Return BEGIN, or the modes of an implicit transaction, and what binds the settings."""
+        """Return BEGIN, or the modes of an implicit transaction, and the commands that bind the settings."""
         if block.manual:
             return self.begin(block) + self._local(block)
         modes = block.binding.modes
@@ -204,7 +204,7 @@ class TransactingConnection(TellingConnection):
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Send what the block needs first in a round trip of its own, for what cannot ride.
+        """Send the block's due commands in a separate round trip, for a statement that cannot ride.
 
         In an autocommit block with settings a transaction is opened for it, and committed after it. Other
         threads wait until it is over.
@@ -215,9 +215,9 @@ class TransactingConnection(TellingConnection):
                 yield
 
     def send_due(self) -> tuple[Block, bool, bool]:
-        """Send what the block needs first; the caller has the turn.
+        """Send the block's due commands; the caller has the turn.
 
-        :returns: the block, whether it is in no transaction of its own, and whether one was opened for it.
+        :returns: the block, whether it autocommits outside a transaction, and whether one was opened for it.
         """
         block = self.block
         if block is None:
@@ -261,7 +261,7 @@ class TransactingConnection(TellingConnection):
             self.commit()
 
     def undo(self) -> None:
-        """Roll back after an error, which is the one to see; if that fails, close."""
+        """Roll back after an error, which is the one to report; if that fails, close."""
         try:
             if self.pgconn.transaction_status == ACTIVE or self.holder or self._is_anothers():
                 self.force_close()
@@ -348,7 +348,7 @@ class TransactingConnection(TellingConnection):
             raise self.own_error(error, status)
 
     def _commit_and_tell(self, status: int) -> PGresult:
-        """Commit, and learn in the same round trip where the block's writes ended; return the answer."""
+        """Commit, and learn the end of the block's writes in the same round trip; return the answer."""
         self.tell_next()
         try:
             return self.exchange(NOTHING, lambda: None, COMMIT)[-1][-1]
@@ -437,7 +437,7 @@ class TransactingConnection(TellingConnection):
             self._leave(block, outermost, contexts)
 
     def _leave(self, block: Block, outermost: bool, contexts: int) -> None:
-        """Undo what psycopg leaves open after an interruption, or a loss, beyond the outer contexts."""
+        """Undo contexts and transactions that psycopg leaves open after an interruption or a loss."""
         if self.closed:
             self._num_transactions = contexts
             if outermost and not block.manual:
@@ -453,7 +453,7 @@ class TransactingConnection(TellingConnection):
             self.tell_now()
 
     def _send_due_of_transaction(self, block: Block) -> bool:
-        """Send what the block needs before psycopg's transaction; return whether it is the outermost one."""
+        """Send the block's due commands before psycopg's transaction; return whether it is the outermost."""
         with self.alone():
             self.end_wrapped()
             self.implicit = False
@@ -479,7 +479,7 @@ class TransactingConnection(TellingConnection):
             self._note_loss(error, ACTIVE)
 
     def _undo_left_open(self, block: Block) -> None:
-        """Roll back a transaction that psycopg was interrupted in while it ended it."""
+        """Roll back a transaction if psycopg was interrupted while ending it."""
         with self.alone():
             # It may be another thread's by now.
             ended = self.pgconn.transaction_status in OVER or self._num_transactions

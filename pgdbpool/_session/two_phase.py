@@ -66,7 +66,7 @@ class TwoPhaseConnection(TransactingConnection):
     def tpc_rollback(self, xid: Xid | str | None = None) -> None:
         """Roll back a two-phase transaction, the open one or one that was prepared.
 
-        :raises ConnectionLostError: with `maybe_executed` if it was prepared: it may be so still.
+        :raises ConnectionLostError: with `maybe_executed` if it was prepared: it may still be.
         """
         with self._two_phase():
             prepared = xid is not None or (self._tpc is not None and self._tpc[1])
@@ -77,7 +77,7 @@ class TwoPhaseConnection(TransactingConnection):
                 raise
 
     def _check_failed(self) -> None:
-        """Refuse to end a failed transaction well: the server would answer with a silent ROLLBACK."""
+        """Refuse to prepare or commit a failed transaction: the server would roll it back silently."""
         if self._tpc is not None and self.pgconn.transaction_status == INERROR:
             super().tpc_rollback()
             raise errors.TransactionAbortedError(FAILED)
@@ -95,7 +95,7 @@ class TwoPhaseConnection(TransactingConnection):
 
     @contextmanager
     def _two_phase(self) -> Iterator[Block]:
-        """Have the turn for a step of a two-phase transaction, whose outcome is worth a wait."""
+        """Take the turn for a step of a two-phase transaction, whose outcome is worth a wait."""
         self.check_free()
         with self.alone():
             if (block := self.block) is None:
