@@ -1,4 +1,4 @@
-"""What an application calls: `Connection`, `Handler`, queries, one-shots, retries.
+"""The calls of an application: `Connection`, `Handler`, queries, one-shots, retries.
 
 Nothing here keeps state but `Connection`; every other room can be used without it.
 """

@@ -57,7 +57,7 @@ class Borrowing:
         :param skip: top-level packages that the call may come through: their lines are not the caller's.
         :param timeout: seconds to wait for a connection, and for a server that is up.
         :raises PoolTimeout: no connection became free in time.
-        :raises DBOfflineError: no server was up in time. The errors of entering a `Handler` may come, too.
+        :raises DBOfflineError: no server was up in time. It also raises the errors of entering a `Handler`.
         """
         found = cls.group(group)
         frame = _caller(sys._getframe(1), ("pgdbpool", "contextlib", *skip))

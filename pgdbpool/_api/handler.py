@@ -74,7 +74,7 @@ class Handler(Queries):
         out, the current one of `pgdbpool.tenant()`.
     :param tenant_override: allow a tenant that is not the current one.
     :param settings: server settings for this block, over those of the group: name to value.
-    :param priority: ``high`` goes before those that wait, and may take the group's `reserved` connections.
+    :param priority: ``high`` goes before other waiters, and may take the group's `reserved` connections.
     :param correlation_id: the id in the block's log records and errors, in place of the current one of
         `pgdbpool.correlation()`; it takes the same values.
     :param after: a token, or its text: the block sees the writes up to it, besides those of the current

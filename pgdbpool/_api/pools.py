@@ -41,7 +41,7 @@ class Pools(PoolSet):
     :param wait: as for `Connection.init`.
     :param name: stands before the names of its groups in logs, errors, metrics and the status:
         ``reports/read``. Left out, it is ``pools``, with a number if there are several.
-    :raises ConfigError: also if an open set has that name. The errors of `Connection.init` may come, too.
+    :raises ConfigError: also if an open set has that name. It also raises the errors of `Connection.init`.
     """
 
     Handler: ClassVar[type[Handler]]

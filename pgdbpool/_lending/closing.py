@@ -17,7 +17,7 @@ from .left_sessions import LeftSession
 from .telling import TellingGroup, Warn
 
 EXPIRED = float("-inf")
-"""The expiry time of a connection that is to be replaced, whatever its age."""
+"""The expiry time of a connection that must be replaced, whatever its age."""
 
 
 class ClosingGroup(TellingGroup):

@@ -66,7 +66,7 @@ class HoldWatcher:
         """The holds already reported: id and start of the block. The id may be reused, the start is not."""
 
     def watch(self, groups: Iterable[Group]) -> None:
-        """Watch these groups from now on, as far as they have a limit."""
+        """Watch the groups that have a limit from now on."""
         self._groups = [g for g in groups if g.config.leak_after or g.config.max_hold]
 
     @property

@@ -67,7 +67,7 @@ class Pool(Protocol):
     def take(self, timeout: float, high: bool = False) -> PooledConnection | Slot:
         """Take the longest idle connection, or a slot in which the caller opens one.
 
-        :param high: whether the caller may use reserved connections, and waits before those that may not.
+        :param high: whether the caller may use reserved connections, and waits ahead of callers that may not.
         :raises NoConnection: neither became free within the timeout (seconds).
         """
 

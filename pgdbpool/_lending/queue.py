@@ -32,7 +32,7 @@ class Queue:
 class Waiter:
     """A place in the queue; the lock of the pool guards `got`, and `wake` is held until it is served.
 
-    psycopg_pool's WaitingClient uses a threading.Condition, which stays locked for ever if the thread is
+    psycopg_pool's WaitingClient uses a threading.Condition, which stays locked forever if the thread is
     interrupted while it enters. This class needs only two operations of a plain lock.
     """
 

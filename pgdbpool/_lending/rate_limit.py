@@ -34,7 +34,7 @@ def _until_woken(turn: _Turn, seconds: float) -> None:
 
 
 class RateLimiter:
-    """A token bucket: `per_second` tokens come in, up to `burst` are kept, a block takes one.
+    """A token bucket: `per_second` tokens come in, up to `burst` are kept, and a block takes one.
 
     If the bucket is empty, callers wait in a queue, and a waiter takes its token by leaving the queue. So
     an interrupted waiter has taken none, and those behind it move up. A token that came in for a waiter

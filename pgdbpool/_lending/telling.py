@@ -105,7 +105,7 @@ class TellingGroup(ConfiguredGroup):
         return pause.by if pause is not None and monotonic() < pause.until else None
 
     def discarded(self, reason: str) -> int:
-        """Return how many connections the pool has closed for the reason."""
+        """Return the number of connections that the pool has closed for the reason."""
         return self._discarded[reason]
 
     def note_retry(self, block: Block | None, error: Error) -> None:
@@ -283,7 +283,7 @@ class TellingGroup(ConfiguredGroup):
     def _what_is_missing(
         self, full: list[Endpoint], dialled: list[DialError]
     ) -> tuple[type[DBConnectionError], str]:
-        """Return the error class, and the text for what all endpoints together lack."""
+        """Return the error class, and the text about the lack that all endpoints share."""
         up = any(endpoint.state is State.UP for endpoint in self.endpoints)
         if full:
             return ServerFullError, "no server has room for another connection"

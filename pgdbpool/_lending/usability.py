@@ -1,4 +1,4 @@
-"""Whether an idle connection may be lent: not lost, expired or excluded, and with the role that is wanted."""
+"""Whether an idle connection may be lent: not lost, expired or excluded, and with the wanted role."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class CleanedConnection(ConnectionState):
         return True
 
     def settle(self) -> None:
-        """Set the attributes that every block begins with, and remove those that the last one has added."""
+        """Set the attributes that every block begins with, and remove those that the last block added."""
         if (settled := self.settled) is None:
             return
         mine = self.own_dictionary()
@@ -195,7 +195,7 @@ class CleanedConnection(ConnectionState):
     def before_resending(
         self, error: psycopg.Error, preamble: Sequence[Command]
     ) -> tuple[Command, ...] | None:
-        """Forget stale prepared statements after such an error, and return what to send before a retry.
+        """Forget stale prepared statements after such an error; return the commands to send before a retry.
 
         :returns: None if the statement must not be sent again: in a transaction that was already open, or
             after any other error.

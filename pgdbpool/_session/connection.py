@@ -40,7 +40,7 @@ class _Answers(deque[Any]):
     """The results psycopg waits for in a pipeline; a failing COMMIT implied by its Sync adds one."""
 
     def popleft(self) -> Any:
-        """Return the entry that the next answer belongs to, or None if it belongs to no cursor."""
+        """Return the entry to which the next answer belongs, or None if it belongs to no cursor."""
         return super().popleft() if self else None
 
 

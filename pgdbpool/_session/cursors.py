@@ -134,7 +134,7 @@ class BlockCursor(RidingCursor):
             try:
                 self._ride(preamble, query, params, prepare, binary)
             finally:
-                if not preamble and special.in_use:  # with one it tells itself; CALL commits before it fails
+                if not preamble and special.in_use:  # with one `_ride` asks; CALL commits before it fails
                     with conn.owning():
                         conn.tell_of_alone(block, autocommit)
             if preamble and not what.ends:

@@ -26,7 +26,7 @@ _LOADERS: tuple[tuple[str, type[Loader]], ...] = (
 
 
 def _context(context: Any) -> Any:
-    """Return the settings the server formatted a value with: outside a transaction, those of the last one."""
+    """Return the settings by which the server formatted a value: those of the current or last transaction."""
     conn = getattr(context, "connection", None)
     in_force = getattr(conn, "in_force", None)
     if conn is None or in_force is None or conn.pgconn.transaction_status != IDLE:

@@ -31,7 +31,7 @@ _ANEW = ("turn", "step", "handed_out", "replacing", "__weakref__", "__dict__")
 
 
 class Ended:
-    """The methods of a connection that has gone on to another block: all that had an effect refuse."""
+    """The methods of a connection that has gone on to another block: all methods with an effect refuse."""
 
     __slots__ = ()
 
@@ -87,7 +87,7 @@ def end(conn: PooledConnection) -> None:
 
 
 def succeed(conn: PooledConnection) -> PooledConnection | None:
-    """Return the connection that has the session from now on; to be called when no block has it.
+    """Return the connection that has the session from now on; call it when no block has the session.
 
     :returns: None if another thread is just using the old one, which stays as it was.
     """
@@ -116,7 +116,7 @@ def pass_on(conn: PooledConnection, cls: type[PooledConnection]) -> PooledConnec
 
 
 def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
-    """Give all that a connection has, its session too, to another object of its class."""
+    """Give everything a connection has, including its session, to another object of its class."""
     heir.__dict__ = {**conn.own_dictionary()}  # not `update`, which would have it share its keys
     kind = _kind(type(conn))
     deque(map(setattr, repeat(heir), kind.slots, kind.read(conn)), 0)

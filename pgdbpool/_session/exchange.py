@@ -235,7 +235,7 @@ class ExchangingConnection(RequestConnection):
     def _send_all(
         self, commands: Sequence[Command], send: Callable[[], None] | None, after: Sequence[Command]
     ) -> int:
-        """Queue all that goes into the pipeline; return how many answers the commands will have."""
+        """Queue everything for the pipeline; return how many answers the commands will have."""
         pgconn, before = self.pgconn, len(commands)
         known = _NONE_KNOWN if self.touched else self._known
         pgconn.enter_pipeline_mode()
@@ -262,7 +262,7 @@ class ExchangingConnection(RequestConnection):
         """Take the answers to all that was sent, each with its results, up to the Sync's.
 
         :param cleaning: how many of the first answers are those of a cleaning.
-        :returns: False if a COPY is under way, which the caller refuses: there is no end to wait for.
+        :returns: False if a COPY is under way, which the caller refuses: it has no end to wait for.
         """
         pgconn, late = self.pgconn, 0.0
         while True:
@@ -405,11 +405,11 @@ class ExchangingConnection(RequestConnection):
         return error
 
     def _patience_for(self, many: int) -> float | None:
-        """Return how long to wait for the next of so many answers."""
+        """Return the seconds to wait for the next of this many answers."""
         return self._within_deadline(None if self.patience is None else self.patience * many)
 
     def _deadline(self, many: int) -> float | None:
-        """Return the time until which to wait for the next of so many answers."""
+        """Return the time until which to wait for the next of this many answers."""
         patience = self._patience_for(many)
         return None if patience is None else monotonic() + patience
 
@@ -430,7 +430,7 @@ class ExchangingConnection(RequestConnection):
 
     @contextmanager
     def waiting_for(self, statements: int) -> Iterator[None]:
-        """Wait for so many statements: the server's statement_timeout holds for each one."""
+        """Wait for this many statements: the server's statement_timeout applies to each one."""
         patience = self.patience
         if patience is not None:
             self.patience = patience * max(1, statements)
@@ -459,4 +459,4 @@ class ExchangingConnection(RequestConnection):
         with self.alone():
             if self.stale and self._shown() != self.shown:
                 self.run(self.cleaning)
-                self.shown = self._shown()  # the server's defaults may be others by now
+                self.shown = self._shown()  # the server's defaults may have changed by now

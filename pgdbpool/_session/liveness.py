@@ -218,7 +218,7 @@ class LiveConnection(CleanedConnection):
             left = self.until - monotonic()
             patience = left if patience is None else min(patience, left)
         rest = deadlines.time_left()
-        if rest is None or self.block is None:  # opening a connection has a bound that knows of it
+        if rest is None or self.block is None:  # opening a connection has a bound that includes it
             return patience
         if (least := bounds.CLIENT_GRACE if self.ending else 0.0) > rest:
             rest = least
@@ -294,7 +294,7 @@ class LiveConnection(CleanedConnection):
         block = self.block
         if block is None or not self.closed or status in OVER:  # unknown: it was lost before
             return
-        # In COPY or a pipeline the status tells only that something is under way.
+        # In COPY or a pipeline the status shows only that something is under way.
         if status != ACTIVE or block.manual or self.bound or self._num_transactions:
             block.lost = True
             block.failure = errors.without_frames(error) if isinstance(error, Exception) else None

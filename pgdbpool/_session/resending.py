@@ -21,7 +21,7 @@ SAME_EVENT = 1.0
 
 
 def resends(group: Lender, block: Block | None, error: DBQueryError) -> bool:
-    """Return whether a failed statement, which had no effect, is to be sent again; note it if so.
+    """Return whether a failed statement, which had no effect, should be sent again; note it if so.
 
     The caller sends it outside of its `except`: a second error then does not drag the first one along.
     """

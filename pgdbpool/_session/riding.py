@@ -60,7 +60,7 @@ def gone(block: Block) -> errors.Error:
 
 
 def refuse_parameters(query: PostgresQuery, number: int) -> None:
-    """Refuse so many parameters of one statement, unless they are written into its text."""
+    """Refuse too many parameters for one statement, unless they are written into its text."""
     if not isinstance(query, PostgresClientQuery):
         raise psycopg.ProgrammingError(
             f"the statement has {number} parameters, and can have {MOST_PARAMETERS}: nothing was sent; "
@@ -89,7 +89,7 @@ def checked_parameters(params: Any) -> Any:
 
 
 class Declared:
-    """A cursor whose statements its block knows of, also those that psycopg begins."""
+    """A cursor that declares its statements to its block, including those that psycopg begins."""
 
     __slots__ = ()
     _conn: PooledConnection
@@ -392,14 +392,14 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
             self._send_query_prepared(name, query, binary=binary)
 
     def _take(self, query: PostgresQuery, preparing: Prepare, name: bytes, answer: list[PGresult]) -> None:
-        """Take the answer to the statement over as the cursor's result, or raise its error."""
+        """Take over the answer to the statement as the cursor's result, or raise its error."""
         if preparing is not _SHOULD:
             self._check_results(answer)
         # Only now: a statement that was skipped is not prepared, whatever psycopg would note.
         prepared = self._conn._prepared
         if (key := prepared.maybe_add_to_cache(query, preparing, name)) is not None:
             prepared.validate(key, preparing, name, answer)
-        if preparing is _SHOULD:  # it is prepared also if it fails itself
+        if preparing is _SHOULD:  # it is prepared even if its execution fails
             self._check_results(answer)
         self._set_results(answer)
 

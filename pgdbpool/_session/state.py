@@ -167,12 +167,12 @@ class ConnectionState(psycopg.Connection[Any]):
     tainted: bool
     """Whether something may be left that cannot be cleaned."""
     stale: bool
-    """Whether the session is to be cleaned before the next statement."""
+    """Whether the session must be cleaned before the next statement."""
     cleaning: tuple[Command, ...]
     in_force: InForce | None
     """The format settings in force in the last transaction, if the block binds one of them."""
     follows: bool
-    """Whether the answers to a preamble are to be read: for such a setting, or for guards."""
+    """Whether the answers to a preamble must be read: for such a setting, or for guards."""
     _following: AdaptersMap | None = None
     dropping: tuple[Command, ...]
     """The commands that drop forgotten prepared statements, in a separate transaction."""
@@ -268,7 +268,7 @@ class ConnectionState(psycopg.Connection[Any]):
     def begin_set_up(
         self, endpoint: Endpoint, until: float, *, autocommit: bool, prepare_threshold: int | None
     ) -> None:
-        """Make a new session one of the endpoint's; the set-up has to be over at a time of `monotonic`."""
+        """Make a new session one of the endpoint's; the set-up must end by a time of `monotonic`."""
         self.endpoint, self.until = endpoint, until
         self.watch()
         self._autocommit, self.by_itself = True, autocommit

@@ -29,7 +29,7 @@ _FIRST = r"[^\x00-\x40\x5b-\x5e\x60\x7b-\x7f]"
 def _opaque(escape: str) -> re.Pattern[str]:
     """Return the pattern of text that holds no code, and of the mark before a string with backslash escapes.
 
-    As PostgreSQL's lexer reads them. A constant that goes on in a later line is one; a constant with a
+    As PostgreSQL's lexer reads them. A constant that continues on a later line is one; a constant with a
     doubled quote reads as two here, which covers the same text. Without an end it takes the rest, so that no
     text is read twice: PostgreSQL refuses it.
     https://www.postgresql.org/docs/current/sql-syntax-lexical.html
@@ -105,7 +105,7 @@ _REACHES = re.compile(
     r"|(?:create|copy)_(?:logical|physical)_replication_slot|\bisn_weak\b|\bsepgsql_setcon\b",
     re.I,
 )
-# One of these is in each of them; to look for these takes a twentieth of the time.
+# Each of them contains one of these; searching for these takes a twentieth of the time.
 _HINTS = (
     "set_config", "pg_settings", "advisory", "temp", "set_limit", "hold", "dblink_connect", "setseed",
     "replication", "isn_weak", "sepgsql_setcon",
@@ -152,13 +152,13 @@ class StatementTraits:
     allows: str
     """How long, in PostgreSQL's words, if the text says so."""
     changes: bool
-    """It may take effect: it is not one that only reads, as far as its words tell."""
+    """It may take effect: it is not one that only reads, as far as its words show."""
     sets: bool
     """It is a SET: that takes no time, and SET TRANSACTION comes before any query of its transaction."""
     escapes: bool
     """It may be read otherwise if `standard_conforming_strings` is off."""
     special: bool
-    """Something is to be noted before it is sent: it touches, sets a timeout, controls, or has escapes."""
+    """Something must be noted before it is sent: it touches, sets a timeout, controls, or has escapes."""
     uncommon: bool
     """It may be one that cannot ride with the preamble, or changes the next preamble."""
 
@@ -280,7 +280,7 @@ def _outside_parentheses(code: str) -> str:
 def _reaches(text: str) -> bool:
     """Return whether the text has a word that may leave something in the session, even if only in its data.
 
-    A long text is looked through in pieces, since no other thread goes on during a search.
+    A long text is looked through in pieces, since no other thread can run during a search.
     """
     small = text.lower()
     if not any(hint in small for hint in _HINTS):

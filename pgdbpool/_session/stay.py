@@ -77,7 +77,7 @@ class KeptConnection(PooledConnection):
         self.stay.tenant = value
 
     def _check_intrans_gen(self, attribute: str) -> PQGen[None]:
-        """Let an attribute of a lost connection be set, which goes on with another session."""
+        """Let an attribute be set on a lost connection, which goes on with another session."""
         if not self.closed or self.stay.lost:
             yield from super()._check_intrans_gen(attribute)
 

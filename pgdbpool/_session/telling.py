@@ -29,7 +29,7 @@ class TellingConnection(ExchangingConnection):
 
     def tell_of_alone(self, block: Block, autocommit: bool) -> None:
         """Note the end of the writes of a statement outside a transaction, which could not ride."""
-        if self._pipeline or self.learns() is None:  # in a pipeline its outermost end tells
+        if self._pipeline or self.learns() is None:  # in a pipeline its outermost end asks
             return
         if self.pipelines:
             if autocommit or block.committed:

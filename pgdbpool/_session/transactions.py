@@ -170,7 +170,7 @@ class TransactingConnection(TellingConnection):
                 with self.owning():
                     self.clean_what_shows()
             if (block.manual and self.altered) or (block.settings and self.touched):
-                block.at_begin = self._encode(block)  # its isolation_level, its encoding may be others by now
+                block.at_begin = self._encode(block)  # its isolation_level or encoding may have changed
             commands = block.at_begin
             return self.cleaning + commands if self.stale else commands
         if status == INTRANS:
@@ -449,7 +449,7 @@ class TransactingConnection(TellingConnection):
     def _note_left(self, block: Block, outermost: bool) -> None:
         """Note that psycopg has committed a transaction, or released a savepoint."""
         block.committed = block.committed or outermost
-        if special.in_use and outermost and not self._pipeline:  # else its end tells
+        if special.in_use and outermost and not self._pipeline:  # else the pipeline's end asks
             self.tell_now()
 
     def _send_due_of_transaction(self, block: Block) -> bool:

@@ -102,7 +102,7 @@ class TwoPhaseConnection(TransactingConnection):
                 raise errors.BlockClosedError(OUTSIDE)
             self.end_wrapped()
             self.bound, self.ending = False, True
-            self.mark(attributes=True)  # it may be left prepared, and nothing else shows that
+            self.mark(attributes=True)  # it may stay prepared, and nothing else shows that
             try:
                 yield block
             finally:
