@@ -176,7 +176,7 @@ class Handler(Queries):
     def query(self, statement: Statement, params: Params | None = None) -> psycopg.Cursor[Any]:
         """Execute a statement and return its cursor: iterate, `fetchone`, `fetchall`, `rowcount` ...
 
-        Rows answer to index and to column name. Empty parameters count as none, as in 1.x, so
+        Rows can be read by index and by column name. Empty parameters count as none, as in 1.x, so
         that a lone `%` needs no doubling.
 
         :raises DBQueryError: also psycopg's own class (`psycopg.errors.UniqueViolation` ...).

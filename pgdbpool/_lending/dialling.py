@@ -288,7 +288,7 @@ def _failure(endpoint: Endpoint, error: Exception, down: bool) -> DialError:
 
 
 def _is_down(endpoint: Endpoint, error: psycopg.Error, deadline: float, conclusive: bool) -> bool:
-    """Probe the server for the reason of its refusal: libpq gives no SQLSTATE, and its text is translated.
+    """Probe the server for the reason for its refusal: libpq gives no SQLSTATE, and its text is translated.
 
     :param conclusive: whether no answer means that the server is down, rather than that time was short.
     """

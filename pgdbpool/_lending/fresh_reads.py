@@ -206,7 +206,7 @@ class FreshGroup(PausingGroup):
         return None
 
     def _let_pass(self, search: _Search, conn: PooledConnection, pause: float, left: float) -> None:
-        """Let some time pass; PostgreSQL 19 and later ends it when the standby has got there."""
+        """Let some time pass; PostgreSQL 19 and later ends it when the standby has caught up."""
         system = None if conn.proven is None else conn.proven.system
         needed = [p.lsn for p in search.seen.required() if p.system == system and p.lsn != UNKNOWN]
         if conn.pgconn.server_version < WAITING_SINCE or not needed:

@@ -142,7 +142,7 @@ class Group(CheckingGroup):
         now, probe, pool, grab = monotonic(), self._probe, self._pool, self._grab
         conn: PooledConnection | None = None
         try:
-            # Mostly a connection is idle, and these comparisons, which `_reason_unusable` makes too, are all.
+            # Usually a connection is idle, and these comparisons, also made by `_reason_unusable`, suffice.
             idle = None
             if probe is None or (
                 probe is self._later_probe and now < self.beat.due_at and not pool.missing
@@ -246,7 +246,7 @@ class Group(CheckingGroup):
             block.conn = None
             now = conn.used_at = monotonic()
             reason, give = None, self._give
-            # Mostly these comparisons, which `_reason_to_close` makes too, find a connection to lend again.
+            # Usually these comparisons, which `_reason_to_close` makes too, find a connection to lend again.
             if (
                 conn.pgconn.transaction_status != IDLE or now >= conn.expires_at or conn.turn.locked()
                 or conn.touched or conn.altered or conn.endpoint.state is not _UP

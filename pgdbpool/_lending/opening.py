@@ -180,7 +180,7 @@ class OpeningGroup(EligibleGroup):
         return None
 
     def _dial_or_wait(self, endpoint: Endpoint, timeout: float) -> DialInProgress | None:
-        """Dial a suspect endpoint, or wait for the thread that already is, so it is dialled only once."""
+        """Dial a suspect endpoint, or wait for the thread that already does, so it is dialled only once."""
         with self._lock:
             other = endpoint.dial_in_progress()
             if other is None:

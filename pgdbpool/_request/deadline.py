@@ -21,7 +21,7 @@ _current: Variable[float] = ContextVar("pgdbpool_deadline", default=None)
 
 
 def deadline(seconds: float) -> Scope[float]:
-    """Bound everything inside the `with` block to so many seconds from now.
+    """Limit everything inside the `with` block to this many seconds from now.
 
     Each wait (for the rate limit, a connection, a connect, a statement's answer) is cut to the remaining
     time, and `statement_timeout` is bound to it at the server in the statement's own round trip. The

@@ -1,4 +1,4 @@
-"""The writes that reads in the current context must see: those up to a token, and of earlier blocks.
+"""The writes that reads in the current context must see: up to a token, and those of earlier blocks.
 
 Readers check the plain attribute `in_use` first, so a process without tokens pays nothing.
 """
@@ -107,7 +107,7 @@ class _ReadYourWrites(Scope[Seen]):
 def read_your_writes(token: Token | str | None = None) -> _ReadYourWrites:
     """Let the blocks inside the `with` block see the writes up to the token, and those of earlier ones.
 
-    A read of a standby that has not replayed them yet does not run there; see :doc:`/guide/freshness`. It is
+    A read does not run on a standby that has not replayed them yet; see :doc:`/guide/freshness`. It is
     a context variable: a new thread does not inherit it, `contextvars.copy_context()` passes it on.
 
     >>> with read_your_writes(token) as seen:                           # doctest: +SKIP
@@ -122,7 +122,7 @@ def read_your_writes(token: Token | str | None = None) -> _ReadYourWrites:
 
 
 def for_block(after: Seen | None) -> Seen | None:
-    """Return the record of writes that a new block must see, and adds its own to; None without one.
+    """Return the record of the writes that a new block must see, to which it adds its own; None without one.
 
     :param after: the record that this block alone was given.
     """

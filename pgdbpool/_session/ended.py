@@ -31,7 +31,7 @@ _ANEW = ("turn", "step", "handed_out", "replacing", "__weakref__", "__dict__")
 
 
 class Ended:
-    """The methods of a connection that has gone on to another block: all methods with an effect refuse."""
+    """The methods of a connection that has gone on to another block: those with an effect refuse."""
 
     __slots__ = ()
 
@@ -87,7 +87,7 @@ def end(conn: PooledConnection) -> None:
 
 
 def succeed(conn: PooledConnection) -> PooledConnection | None:
-    """Return the connection that has the session from now on; call it when no block has the session.
+    """Return the connection that has the session from now on; call this when no block has it.
 
     :returns: None if another thread is just using the old one, which stays as it was.
     """
@@ -129,7 +129,7 @@ def _hand_over(conn: PooledConnection, heir: PooledConnection) -> None:
 
 
 def adopt(conn: PooledConnection, other: PooledConnection) -> None:
-    """Go on in a connection that was lost with the session of another, which is ended.
+    """Let a lost connection go on with the session of another one, which is ended.
 
     The application's changes to the object stay: adapters, handlers, factories, the modes of
     transactions, added attributes.

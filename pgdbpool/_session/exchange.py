@@ -453,7 +453,7 @@ class ExchangingConnection(RequestConnection):
     def clean_what_shows(self) -> None:
         """Clean the session now, not with the first statement, if the client shows settings that need it.
 
-        Programs decide by them: about SET TIME ZONE, or the form of a date. It takes a round trip, after a
+        Programs rely on them for SET TIME ZONE, or the form of a date. It takes a round trip, after a
         block that has changed such a setting.
         """
         with self.alone():

@@ -61,7 +61,7 @@ class GuardedConnection(LiveConnection):
     def guards_for(self, seen: Seen) -> tuple[Command, ...]:
         """Return the commands that fail, with all that follow, unless the server has the seen writes.
 
-        :raises StaleReadError: it has not, as is known already; nothing was sent.
+        :raises StaleReadError: the server is already known to lack them; nothing was sent.
         """
         return self._apart(missing) if (missing := self._missing(seen)) else NOTHING
 
@@ -177,7 +177,7 @@ class GuardedConnection(LiveConnection):
 
     def tell_next(self) -> None:
         """Let the exchange of the next statement ask for the end of its writes."""
-        self.telling = self.streamed = True  # both are looked for at once
+        self.telling = self.streamed = True  # one test looks for both
 
     def learns(self) -> Seen | None:
         """Return the object that notes the block's writes; None without one, or on a standby."""

@@ -69,7 +69,7 @@ def refuse_parameters(query: PostgresQuery, number: int) -> None:
 
 
 def wrong_parameters(params: Any) -> TypeError | None:
-    """Return the error for parameters that are neither a sequence nor a mapping; None for right ones."""
+    """Return the error for parameters that are neither a sequence nor a mapping; None for valid ones."""
     if params is None or (isinstance(params, (Sequence, Mapping)) and not isinstance(params, (str, bytes))):
         return None
     return TypeError(

@@ -51,7 +51,7 @@ class KeptConnection(PooledConnection):
 
     @property
     def stay(self) -> Stay:
-        """The time that the connection is out.
+        """The block that spans the connection's time out of its pool.
 
         :raises BlockClosedError: it was given back, or is the parent process's.
         """

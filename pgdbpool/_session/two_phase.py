@@ -38,7 +38,7 @@ class TwoPhaseConnection(TransactingConnection):
                 self._autocommit = True
 
     def tpc_prepare(self) -> None:
-        """Prepare the two-phase transaction, which is the server's from then on.
+        """Prepare the two-phase transaction, which belongs to the server from then on.
 
         :raises TransactionAbortedError: a statement of it had failed; it is rolled back.
         :raises ConnectionLostError: with `maybe_committed`: it may be prepared, or be rolled back.
