@@ -1,4 +1,4 @@
-"""What sort of failure an error is, for code that has to act on it: the categories, by SQLSTATE."""
+"""The categories of failures by SQLSTATE, for code that has to act on an error."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import psycopg
 
 
 class Category(enum.Enum):
-    """A sort of failure, by what a program can do about it."""
+    """A sort of failure, by the program's possible reaction."""
 
     CONNECTION_LOST = "connection lost"
-    """The session ended under the work: ask again, if that can do no harm."""
+    """The session ended during the work: ask again, if that can do no harm."""
     UNAVAILABLE = "unavailable"
     """No server can serve now: starting, stopping, down, or none of the right role. Come back later."""
     RETRYABLE = "retryable"
@@ -19,33 +19,33 @@ class Category(enum.Enum):
     READ_ONLY = "read only"
     """A write reached a server, or a transaction, that takes none."""
     TIMEOUT = "timeout"
-    """It took longer than it may: a statement, a lock, the request."""
+    """A time limit was exceeded: of a statement, a lock, the request."""
     RESOURCE = "resource"
     """Something is used up: connections, queue, rate, memory, disk. Less load is the remedy."""
     CONSTRAINT = "constraint"
-    """The data say no: unique, foreign key, check, not null, exclusion."""
+    """The data violate a constraint: unique, foreign key, check, not null, exclusion."""
     DATA = "data"
-    """A value is not one: out of range, malformed, division by zero."""
+    """A value is not valid: out of range, malformed, division by zero."""
     PERMISSION = "permission"
     """Not allowed: login, privilege, row-level security, a missing or contradicting tenant."""
     SYNTAX = "syntax"
-    """The statement is wrong: its grammar, a name that does not exist, a feature that there is not."""
+    """The statement is wrong: its grammar, a name that does not exist, an unsupported feature."""
     STATE = "state"
     """Not possible in this state of the transaction, the cursor or the object."""
     RAISED = "raised"
-    """Raised by code in the database (`RAISE`, a routine, a trigger), or an SQLSTATE of its own."""
+    """Raised by code in the database (`RAISE`, a routine, a trigger), or a user-defined SQLSTATE."""
     SERVER = "server"
     """The server or its files are broken: internal error, input and output, corruption."""
     USAGE = "usage"
     """The program uses the package or the driver wrongly: configuration, a closed block, parameters."""
     OTHER = "other"
-    """No error of a database, or one that nothing is known of."""
+    """Not an error of a database, or an unknown one."""
 
 
 _C = Category
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-# The first two characters are the class; a code of its own goes before its class.
+# The first two characters are the class; the entry of a code goes before that of its class.
 _BY_CLASS: dict[str, Category] = {
     "02": _C.DATA, "03": _C.STATE, "08": _C.CONNECTION_LOST, "09": _C.RAISED, "0A": _C.SYNTAX, "0B": _C.STATE,
     "0F": _C.STATE, "0L": _C.PERMISSION, "0P": _C.PERMISSION, "0Z": _C.RAISED, "10": _C.SYNTAX,
@@ -74,11 +74,11 @@ _BY_CODE: dict[str, Category] = {
 
 def by_sqlstate(sqlstate: str) -> Category:
     """Return the category of an SQLSTATE, by the code itself or by its class."""
-    # What the list of PostgreSQL does not have, a routine has made up.
+    # A code that PostgreSQL's list does not have was made up by a routine.
     return _BY_CODE.get(sqlstate) or _BY_CLASS.get(sqlstate[:2], Category.RAISED)
 
 
-# psycopg's own errors have no SQLSTATE; the first that fits.
+# psycopg's own errors have no SQLSTATE; the first matching class counts.
 _BY_DRIVER: tuple[tuple[type[Exception], Category], ...] = (
     (psycopg.errors.ConnectionTimeout, Category.TIMEOUT),
     (psycopg.errors.CancellationTimeout, Category.TIMEOUT),

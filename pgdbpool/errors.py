@@ -19,7 +19,7 @@ class Error(Exception):
     """The base class of the package's own errors."""
 
     category: Category | None = Category.USAGE
-    """The class's result of `classify`; None if the SQLSTATE decides it."""
+    """The result of `classify` for the class; None if the SQLSTATE decides it."""
     correlation_id: str | None = None
     """The id of the block that raised it; see `correlation`."""
 
@@ -60,7 +60,7 @@ class UnknownEndpointError(Error, LookupError):
 class ThreadingModelError(Error, RuntimeError):
     """Two threads used a lock-free pool at once, or the process's threads do not suit the pools.
 
-    That is a monkey patch of gevent that came too late, or `install_signal_handlers` outside the main thread.
+    Examples: gevent's monkey patch came too late, or `install_signal_handlers` ran outside the main thread.
     """
 
 
@@ -127,7 +127,7 @@ class DBConnectionError(Error, psycopg.OperationalError):
 
 
 class DBOfflineError(DBConnectionError):
-    """Every endpoint of the group is known to be down, or went down while this was asked."""
+    """Every endpoint of the group is known to be down, or went down during the request."""
 
 
 class TargetUnavailableError(DBOfflineError):
@@ -188,14 +188,14 @@ class DeadlineExceeded(DBConnectionError, TimeoutError):
 
 
 class RuntimeDirError(Error):
-    """The `runtime_dir` cannot be used; says why, and how to fix it."""
+    """The `runtime_dir` cannot be used; the message says why, and how to fix it."""
 
 
 class DBQueryError(Error):
     """A statement failed; the instance is also psycopg's own class, with `sqlstate` and `diag`.
 
     `maybe_executed`: the connection was lost while an autocommit statement was in progress,
-    so it may or may not have taken effect. `maybe_committed`: the same of a COMMIT.
+    so it may or may not have taken effect. `maybe_committed`: the same for a COMMIT.
     """
 
     category: Category | None = None
@@ -255,7 +255,7 @@ class NotCleanError(ConnectionLostError):
 
 
 class NotReplicatedError(ConnectionLostError):
-    """The transaction is committed on its server, and perhaps nowhere else: after a failover it may be gone.
+    """The transaction is committed on its server, and perhaps nowhere else: a failover may lose it.
 
     The wait for the synchronous standby was cancelled, for example by an administrator's `pg_cancel_backend`.
     The connection stays usable. Do not repeat the work: it is on its server.
@@ -277,8 +277,8 @@ class ResultError(DBQueryError, psycopg.DataError):
 class StaleReadError(DBQueryError, psycopg.OperationalError):
     """No server that the group reads from has replayed the writes that the block must see: nothing was read.
 
-    `servers` has, by label, how far each server is that was asked. If `lost` is set, the writes may have been
-    lost in a failover or a crash: they are beyond the point from which the new primary went on.
+    `servers` has, by label, the position of each server that was asked. If `lost` is set, the writes may have
+    been lost in a failover or a crash: they are beyond the point from which the new primary went on.
     """
 
     category = Category.UNAVAILABLE

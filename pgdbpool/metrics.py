@@ -1,7 +1,7 @@
 """Metrics for Prometheus, of all processes of an application (extra `metrics`).
 
-They come from what the processes publish in the `runtime_dir`, so that any of them can answer for all, and
-counters do not shrink when a process ends. Without a `runtime_dir` they are those of this process.
+They come from the snapshots that the processes publish in the `runtime_dir`, so that any process can answer
+for all, and counters do not shrink when a process ends. Without a `runtime_dir` they cover this process only.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ Observe = Callable[[CallbackOptions], Iterable[Observation]]
 
 POOL, STATE = "db.client.connection.pool.name", "db.client.connection.state"
 OPERATION_BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
-"""The same for `db.client.operation.duration`, as the conventions have them."""
+"""The same for `db.client.operation.duration`, as the conventions specify."""
 BOUNDS = (0.00001, 0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 """Upper bounds of the histograms' buckets in seconds, unless a view of the SDK sets others."""
 
@@ -204,7 +204,7 @@ def _span(tracer: Tracer | None, name: str, attributes: dict[str, Any]) -> Abstr
 
 @contextmanager
 def _open_span(tracer: Tracer, name: str, attributes: dict[str, Any]) -> Iterator[trace.Span]:
-    # The library would note the error's text, and with it values of the row that was refused.
+    # The library would record the error's text, and with it values of the refused row.
     with tracer.start_as_current_span(
         name, kind=SpanKind.CLIENT, attributes=attributes, record_exception=False,
         set_status_on_exception=False,

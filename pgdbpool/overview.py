@@ -18,7 +18,7 @@ AT_LEAST = 12
 """Steps of history that are shown, also if the processes are younger."""
 
 SAME_EVENT = 10.0
-"""Seconds within which processes may notice the same thing."""
+"""Seconds within which several processes may notice the same event."""
 
 _ROLES = {"primary": "primary", "read-write": "primary", "standby": "standby", "read-only": "standby"}
 """The role that a target needs."""
@@ -29,7 +29,7 @@ _WORST_FIRST = ("down", "probing", "draining", "up")
 def gather(runtime_dir: str | None = None) -> dict[str, Any]:
     """Return the overview of the processes that publish in the directory.
 
-    :param runtime_dir: left out, that of this process's configuration; if it has none, only
+    :param runtime_dir: by default that of this process's configuration; if it has none, only
         this process is shown, with all its sets of pools.
     :raises RuntimeDirError: the directory is missing, or others can use it.
     :raises NotInitializedError: it was left out, and `Connection.init` was not called.
@@ -88,7 +88,7 @@ def overview(snapshots: Sequence[Mapping[str, Any]], gone: Mapping[str, Any], no
 
 
 def stranded(view: Mapping[str, Any], label: str) -> str | None:
-    """Return what a group would have no other one of without this endpoint, or None if all are served."""
+    """Return why the endpoint is indispensable to a group, or None if all groups are served without it."""
     drained = next(endpoint for endpoint in view["endpoints"] if endpoint["label"] == label)
     for group in view["groups"]:
         role = _ROLES.get(group["target"])
@@ -106,12 +106,12 @@ def stranded(view: Mapping[str, Any], label: str) -> str | None:
 
 
 def _left_behind(endpoint: Mapping[str, Any], role: str | None) -> bool:
-    """Return whether an endpoint is a primary that another one was promoted beyond."""
+    """Return whether an endpoint is a primary on an older timeline than another's."""
     return role == "primary" and bool(endpoint["outdated"])
 
 
 def _forking(snapshots: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Return the processes that serve nothing: others were forked from them, and they had no block."""
+    """Return the processes that serve no requests: others were forked from them, and they had no block."""
     serving = {snapshot["status"]["pid"] for snapshot in snapshots if _blocks(snapshot)}
     pids = {snapshot["status"]["pid"] for snapshot in snapshots}
     return pids.intersection(snapshot.get("parent") for snapshot in snapshots) - serving

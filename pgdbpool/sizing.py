@@ -78,7 +78,7 @@ class GroupSize:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """What `recommend` found; `fits` is false where not even one connection for each group has room."""
+    """The result of `recommend`; `fits` is false if not even one connection for each group has room."""
 
     fits: bool
     type: str

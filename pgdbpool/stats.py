@@ -23,7 +23,7 @@ class Histogram:
 
     @classmethod
     def of(cls, tallies: Iterable[Tally], instant: int = 0) -> Histogram:
-        """Return the histogram of tallies, with so many more that took no time."""
+        """Return the histogram of tallies and of `instant` more durations of no time."""
         counts, seconds = [instant] + [0] * len(BUCKETS), 0.0
         for tally in tallies:
             more, seconds_more = tally.read()
@@ -66,9 +66,9 @@ class EndpointStatus:
     round_trip: float | None
     """Seconds to the server and back: the least of the last minutes, as the kernel saw it (Linux, TCP)."""
     failovers: int
-    """How often it was seen to have been promoted."""
+    """How many promotions of it were seen."""
     use: Histogram
-    """How long blocks had a connection to it, over all groups."""
+    """How long blocks held connections to it, over all groups."""
     connect: Histogram
     """How long it took to open one, over all groups."""
 
@@ -84,9 +84,9 @@ class GroupStatus:
     in_use: int
     waiting: int
     target: str
-    """The roles that it wants."""
+    """The role that it requires."""
     paused: str | None
-    """Who holds its new blocks back; see `pgdbpool pause`."""
+    """The operator whose order holds its new blocks back; see `pgdbpool pause`."""
     min_size: int
     max_size: int
     connections: dict[str, int]
@@ -103,11 +103,11 @@ class GroupStatus:
     retries: int
     """Statements that were sent again, and attempts that `run` repeated."""
     failovers: int
-    """How often one of the group's servers was seen to have been promoted."""
+    """How many promotions of the group's servers were seen."""
     rate_limited: int
     """Blocks that `rate_limit` refused."""
     leaks: int
-    """Blocks that had a connection for longer than `leak_after`."""
+    """Blocks that held a connection for longer than `leak_after`."""
     overdue: int
     """Blocks whose connection was taken from them after `max_hold`."""
     slow_blocks: int
@@ -129,7 +129,7 @@ class GroupStatus:
     wait: Histogram
     """How long a checkout waited for a connection or a slot; not for one to be opened."""
     use: dict[str, Histogram]
-    """How long blocks had a connection, by endpoint label."""
+    """How long blocks held a connection, by endpoint label."""
     connect: dict[str, Histogram]
     """How long it took to open a connection, by endpoint label."""
 
@@ -143,7 +143,7 @@ class Status:
     groups: dict[str, GroupStatus]
     endpoints: dict[str, EndpointStatus]
     buckets: tuple[float, ...] = BUCKETS
-    """Where the buckets of all histograms end, in seconds; the last one of each has no end."""
+    """Upper bounds of the buckets of all histograms, in seconds; the last one of each has none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the snapshot as plain dicts, lists, strings and numbers, as JSON has them."""

@@ -1,4 +1,4 @@
-"""`pgdbpool check`: is the configuration right, and are its servers?"""
+"""`pgdbpool check`: are the configuration and its servers right?"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LONGEST_PAUSE = 3600
 
 
 class Command(NamedTuple):
-    """A sub-command: what it is for, and which of the options it has."""
+    """A sub-command: its purpose and its options."""
 
     brief: str
     text: str

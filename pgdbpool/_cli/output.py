@@ -22,7 +22,7 @@ EXIT = {"ok": 0, "healthy": 0, "broken": 1, "unhealthy": 1, "degraded": 3}
 
 
 class Commands(Protocol):
-    """What argparse's `add_subparsers` returns."""
+    """The result of argparse's `add_subparsers`."""
 
     def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
         """Add a sub-command."""
@@ -44,8 +44,8 @@ def table(
 ) -> str:
     """Return lines with aligned columns; words that have a colour get it.
 
-    :param width: of the screen, which no line exceeds; None for any.
-    :param spare: columns to leave out where there is no room for all, in this order.
+    :param width: the width of the screen, which no line exceeds; None for any.
+    :param spare: columns to leave out, in this order, if not all fit.
     """
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
@@ -87,7 +87,7 @@ def show_json(value: Any) -> None:
 
 
 class Progress:
-    """One line on standard error of progress, on terminals only."""
+    """One line of progress on standard error, on terminals only."""
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

@@ -39,7 +39,7 @@ def add(commands: output.Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Become the program; the password is in its environment, and in no list of processes."""
+    """Become the program; the password is in its environment, and not in the list of processes."""
     group, config = options.group, options.config
     if os.path.isfile(group) and config is not None and not os.path.exists(config):
         group, config = config, group  # as the other commands have it

@@ -59,7 +59,7 @@ def add(commands: output.Commands) -> None:
 
 
 def _seconds_or_place(text: str) -> float | str:
-    """Return the seconds of `--watch`, or the place that was meant to stand before it."""
+    """Return the seconds of `--watch`, or the place that was meant to precede it."""
     try:
         return output.seconds(text)
     except argparse.ArgumentTypeError:

@@ -1,4 +1,4 @@
-"""A text that is shown again and again, on a terminal with keys."""
+"""A text that is shown repeatedly, on a terminal with keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOME, CLEAR_LINE, CLEAR_REST = "\x1b[H", "\x1b[K", "\x1b[J"
 OTHER_SCREEN, FIRST_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 
 RATE_OVER = 3.0
-"""Seconds between the views that rates are computed from: processes publish once a second."""
+"""Seconds between the views from which rates are computed: processes publish once a second."""
 
 View = Mapping[str, Any]
 Show = Callable[["View | None", int, str], "tuple[View, str]"]
@@ -60,7 +60,7 @@ def _draw(text: str, width: int, height: int) -> None:
 
 
 def _pressed(seconds: float) -> Iterator[str]:
-    """Yield the keys that are pressed first within some seconds; an empty one is the end of the input."""
+    """Yield the keys of the first input within some seconds; an empty one means the end of the input."""
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
     if ready:
         yield from os.read(sys.stdin.fileno(), 64).decode("ascii", "replace") or [""]
@@ -68,7 +68,7 @@ def _pressed(seconds: float) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[None]:
-    """Have the terminal give each key at once, on a screen of its own; both are undone at the end."""
+    """Have the terminal give each key at once, on a separate screen; undo both at the end."""
     import termios
     import tty
 

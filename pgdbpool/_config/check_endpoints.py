@@ -178,7 +178,7 @@ def _merge_parameter(name: str, text: str, fields: dict[str, Any], path: str, re
 
 
 def _unknown_parameter(message: str, conninfo: str) -> str:
-    """Return a hint at the parameter that libpq does not know, if it cannot be a piece of a password."""
+    """Return a hint at the parameter that libpq does not know, if it cannot be part of a password."""
     match = re.search(r'"([a-z_]{1,40})"', message)
     tail = conninfo.rpartition("@")[2]
     if not match or "pass" in tail.lower() or not re.search(rf"(^|[\s?&]){match[1]}\s*=", tail):

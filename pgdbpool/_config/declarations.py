@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
 
     def dataclass_transform(**_):
-        """Do nothing: it is for type checkers."""
+        """Do nothing; it is for type checkers."""
         return lambda cls: cls
 
 
@@ -89,8 +89,8 @@ def step(key: object) -> str:
 class Kind:
     """A kind of value: `allowed` describes it, `check` returns a value as the package uses it.
 
-    Each kind declares its fields as a dataclass does. To make it one would write and compile code
-    for each, which was a fifth of the time that importing the package takes.
+    Each kind declares its fields as a dataclass does. A real dataclass would generate and compile code
+    for each kind, which took a fifth of the package's import time.
     """
 
     text: ClassVar[bool] = False  # whether text is kept, even if it looks like a number or a boolean
@@ -150,7 +150,7 @@ class Key:
     """The declaration of a key, put on a dataclass field with `Annotated`.
 
     `name` is the key as users write it if that is not the field's name, `default` the default in words
-    if it is no plain value, `libpq` the connection parameter that carries the value; `nullable` is false
+    if it is not a plain value, `libpq` the connection parameter that carries the value; `nullable` is false
     if null does not count as a missing key.
     """
 
@@ -164,7 +164,7 @@ class Key:
 
 @dataclass(eq=False, repr=False)
 class Setting:
-    """A key with what its dataclass field adds: where the value goes, and whether null is a value."""
+    """A key with the facts of its dataclass field: the value's destination, and whether null is a value."""
 
     name: str
     field: str

@@ -1,4 +1,4 @@
-"""The names of the keys in other pools, drivers and servers, for the hint at the right one."""
+"""The names of the keys in other pools, drivers and servers, for a hint at the right key."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def hint(word: object, known: Iterable[str]) -> str:
 
 
 def synonym(word: str, known: Iterable[str]) -> str:
-    """Return which of the keys another pool or driver calls so; mostly the empty string."""
+    """Return the key that another pool or driver calls by this word; usually the empty string."""
     keys = set(known)
     key = dict(_PLACES).get(_fitting(keys), {}).get(_plain(word), "")
     return key if key in keys else ""
 
 
 def _fitting(keys: set[str]) -> str:
-    """Return the place whose keys these are."""
+    """Return the place to which these keys belong."""
     shares: Mapping[str, int] = {place: len(keys.intersection(words.values())) for place, words in _PLACES}
     place = max(shares, key=lambda name: shares[name])
     return place if shares[place] > 2 else ""

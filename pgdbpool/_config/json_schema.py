@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     title: str
     prefix: str
-    """What their names begin with in the reference."""
+    """The prefix of their names in the reference."""
     keys: Mapping[str, Setting]
 
 
@@ -43,7 +43,7 @@ PARTS = (
 
 
 class Entry(NamedTuple):
-    """A key as the reference has it."""
+    """A key as the reference shows it."""
 
     key: str
     part: str

@@ -87,9 +87,9 @@ def load_runtime_dir(
     source: Mapping[Any, Any] | str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> tuple[str, str | None]:
-    """Return where a configuration comes from, and its `runtime_dir`; nothing else of it has to be valid.
+    """Return the origin of a configuration and its `runtime_dir`; nothing else in it has to be valid.
 
-    So a command needs none of the application's variables.
+    So a command does not need the application's variables.
 
     :raises ConfigError: the file cannot be read, or its `runtime_dir` is not valid.
     """
@@ -267,7 +267,7 @@ def _add_keys(
 
 
 def _meant(variable: str, known: set[str]) -> str:
-    """Return a hint at the variable that was meant: by another pool's word for a key, or by its letters."""
+    """Return a hint at the intended variable: by another pool's word for a key, or by its letters."""
     key = synonym(variable.removeprefix("PGDBPOOL_"), _VARIABLE_KEYS)
     return f"; did you mean 'PGDBPOOL_{key.upper()}'?" if key else nearest(variable, known)
 

@@ -50,7 +50,7 @@ NotReplicated = Literal["error", "warn"]
 HOUR, DAY, YEAR = 3600, 86_400, 31_536_000
 CONNECTION_COUNT = 10
 LIKELY = 600
-"""Seconds above which no caller would wait for a connection; see `Seconds`."""
+"""Seconds longer than any caller would wait for a connection; see `Seconds`."""
 
 NO_SERVICE: Mapping[str, str] = MappingProxyType({})
 
@@ -65,10 +65,10 @@ KEEPALIVES: dict[str, str | int] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointConfig:
-    """One server: where it is, who logs in, and what every session on it starts with.
+    """One server: its address, its login, and the settings with which every session on it starts.
 
     A part that is None was left out: libpq finds its own default for it (``PG*`` variables, password file,
-    service file). The password, the conninfo and the server settings are never in the repr.
+    service file). The password, the conninfo and the server settings never appear in the repr.
     """
 
     label: Annotated[

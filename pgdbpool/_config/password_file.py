@@ -1,4 +1,4 @@
-"""The file that a password is read from, at `init` and again with new connections."""
+"""The file from which a password is read, at `init` and again with new connections."""
 
 from __future__ import annotations
 

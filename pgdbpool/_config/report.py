@@ -11,7 +11,7 @@ from .foreign_keys import hint
 
 
 class Report:
-    """Collects problems; `names` puts a source's own name, a variable's, in place of the start of a path."""
+    """Collects problems; `names` replaces the start of a path with the source's name for it, a variable."""
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}

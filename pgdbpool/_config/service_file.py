@@ -11,7 +11,7 @@ from psycopg.pq import ConninfoOption, PGconn
 
 
 def decoded(options: Iterable[ConninfoOption]) -> dict[str, str]:
-    """Return those of libpq's parameters that have a value."""
+    """Return the parameters of libpq that have a value."""
     # Some may not be in UTF-8, but none of those used here.
     return {o.keyword.decode(): o.val.decode(errors="surrogateescape") for o in options if o.val}
 

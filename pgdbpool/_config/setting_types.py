@@ -1,4 +1,4 @@
-"""The kinds of values that are about server settings: their names, their values, a tenant's."""
+"""The kinds of values for server settings: their names, their values, a tenant's."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Pattern(Text):
 
 
 def twice(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names of settings that are another one's in PostgreSQL, which knows no case, and why."""
+    """Yield names that PostgreSQL, which ignores case, takes for another setting's name, and why."""
     spellings: dict[str, str] = {}
     for name in names:
         if (first := spellings.setdefault(canonical(name), name)) != name:

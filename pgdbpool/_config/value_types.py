@@ -149,7 +149,7 @@ class Seconds(Kind):
     high: int
     zero: str = ""
     whole: bool = False  # libpq counts these in whole seconds
-    likely: float = 0  # a number above it, without a unit, is taken for one of milliseconds
+    likely: float = 0  # a higher number without a unit is probably meant in milliseconds
 
     @property
     def allowed(self) -> str:
@@ -193,7 +193,7 @@ class Milliseconds(Kind):
     zero: str
     high: int = 2**31 - 1
     likely: ClassVar[int] = 100
-    """A number below it, without a unit, is taken for one of seconds."""
+    """A lower number without a unit is probably meant in seconds."""
 
     @property
     def allowed(self) -> str:
@@ -221,7 +221,7 @@ class Milliseconds(Kind):
 
 
 class MaxLag(NamedTuple):
-    """How far a standby may be behind; None is no limit."""
+    """How far a standby may be behind; None means no limit."""
 
     bytes: int | None
     seconds: float | None

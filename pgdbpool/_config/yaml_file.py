@@ -134,7 +134,7 @@ class _Loader(yaml.SafeLoader):
         return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Report keys that stand twice; here, because a merge (<<) adds keys to the node later."""
+        """Report duplicate keys; here, because a merge (<<) adds keys to the node later."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -150,7 +150,7 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError):
-            # What SafeLoader's own constructors raise for a value that does not fit its explicit tag.
+            # SafeLoader's own constructors raise these for a value that does not fit its explicit tag.
             problem = "found a value that does not fit its tag"
         raise _bad(node, problem)
 

@@ -1,4 +1,4 @@
 """The demo: a cluster, the example under gunicorn, and the tour that breaks things.
 
-Nothing imports it but the command.
+Only the command imports it.
 """

@@ -63,7 +63,7 @@ class Stopped(KeyboardInterrupt):
 def stopping_on_signals() -> Iterator[None]:
     """Raise `Stopped` on the first SIGINT, SIGTERM or SIGHUP, and ignore those that follow.
 
-    Only so does an impatient second Ctrl-C not interrupt the cleaning up, which is short and bounded.
+    Otherwise an impatient second Ctrl-C would interrupt the clean-up, which is short and bounded.
     """
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -115,7 +115,7 @@ def create_database(cluster: Cluster) -> None:
 
 
 def write_config(cluster: Cluster, runtime_dir: str | None = None) -> Path:
-    """Write the example's configuration with the cluster's servers in place of its own; return the path."""
+    """Write the example's configuration with the cluster's servers substituted; return the path."""
     config = yaml.safe_load((example_directory() / "pgdbpool.yaml").read_text())
     config["db"] = [_server(node, cluster.password) for node in cluster.nodes]
     if runtime_dir is not None:
@@ -383,7 +383,7 @@ def facts(cluster: Cluster, server: Gunicorn) -> dict[str, Any]:
 
 
 def introduction(cluster: Cluster, server: Gunicorn) -> str:
-    """Return the introduction: what runs at which address, and what to try."""
+    """Return the introduction: the programs, their addresses, and things to try."""
     nodes = "\n".join(f"  {n.name}  {n.role:7}  {n.label}  process {n.pid}" for n in cluster.nodes)
     victim = cluster.standbys[0]
     url = server.url

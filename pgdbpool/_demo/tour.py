@@ -25,7 +25,7 @@ CLIENTS = 8
 TRANSFERS = 200
 READS = 400
 BACK_WITHIN = 10.0
-"""Seconds that a standby which is up again may take to get its share of the reads."""
+"""Seconds within which a restarted standby must get its share of the reads."""
 
 
 class StepFailed(AssertionError):
@@ -240,7 +240,7 @@ class Tour:
         )
 
     def health(self) -> str:
-        """Check that the application notices it, and goes on."""
+        """Check that the application notices the killed standby, and goes on."""
         seen: dict[str, Any] = {}
 
         def known() -> bool:
@@ -254,7 +254,7 @@ class Tour:
         return f"200, {self.victim.name} is {seen['state']}: {reason}"
 
     def back(self) -> str:
-        """Start it again, and check that it gets its share."""
+        """Restart the standby, and check that it gets its share."""
         window = 200
 
         def share(reads: list[Read]) -> float:
@@ -283,7 +283,7 @@ class Tour:
         )
 
     def ended(self) -> str:
-        """Check that nothing is left; to be called when everything was stopped."""
+        """Check that nothing is left; to be called once everything has stopped."""
         left = [
             process.pid
             for process in processes()

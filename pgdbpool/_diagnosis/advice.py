@@ -19,7 +19,7 @@ _RANK = {"error": 0, "warning": 1, "info": 2}
 
 
 def status(findings: list[Finding]) -> str:
-    """Return `broken` if something does not work, `degraded` if something may not, or `ok`."""
+    """Return `broken` if something does not work, `degraded` if something may fail, or else `ok`."""
     worst = min((_RANK[finding.severity] for finding in findings), default=2)
     return (BROKEN, DEGRADED, OK)[worst]
 

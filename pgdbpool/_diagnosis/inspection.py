@@ -1,6 +1,6 @@
 """Queries the servers of a configuration once, for the facts that `pgdbpool check` prints.
 
-Every endpoint is dialled as each of its groups would. `advice.py` draws conclusions from them.
+Every endpoint is dialled as each of its groups would do it. `advice.py` draws conclusions from the facts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FACTS = b"""
 
 @dataclass
 class ServerFacts:
-    """The facts about one endpoint; None if they could not be asked."""
+    """The facts about one endpoint; None for those that could not be queried."""
 
     label: str
     reachable: bool = False
@@ -200,7 +200,7 @@ def _visit(
 
 
 def _ask(conn: PooledConnection, facts: ServerFacts, reports: dict[str, ServerReport]) -> None:
-    """Ask a server for all that does not depend on the group; missing answers are left out."""
+    """Ask a server for the facts that do not depend on the group; missing answers are left out."""
     times = []
     for _ in range(ROUND_TRIPS):
         began = monotonic()

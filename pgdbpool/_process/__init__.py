@@ -1,4 +1,4 @@
-"""What exists once per process: the pools, the background thread, forks, signals, reloads.
+"""Everything that exists once per process: the pools, the background thread, forks, signals, reloads.
 
-Nothing here is called by an application.
+Applications call nothing here.
 """

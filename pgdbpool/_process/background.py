@@ -48,12 +48,12 @@ class _Part(Protocol):
 
 
 class _Flight:
-    """A probe under way; behind a pooler, then a question to the server: the pooler may answer alone."""
+    """A probe under way; behind a pooler, which may answer alone, a question to the server follows."""
 
     def __init__(self, endpoint: Endpoint, now: float) -> None:
         self.endpoint = endpoint
         self.until = now + PROBE_TIMEOUT
-        """When it is over, unless the server has said something more by then."""
+        """When it is over, unless the server has sent something more by then."""
         self.patience = WAIT
         """Seconds that requests may still wait for it."""
         self.accepting = False
@@ -91,7 +91,7 @@ class _Flight:
         return StatusQuery(partial(endpoint.conninfo, users_of(endpoint)[0].config), endpoint.arrive)
 
     def register(self, poller: select.poll) -> bool:
-        """Have the poller wait for what this waits for; return whether that is all."""
+        """Register with the poller the events that this waits for; return whether those are all."""
         if self._then is None:
             return self._now.register(poller)
         self._then.register(poller)
@@ -105,14 +105,14 @@ class _Flight:
 
 
 def _doubtful(endpoint: Endpoint) -> bool:
-    """Return whether an endpoint is UP but has not answered a ping."""
+    """Return whether an endpoint is UP, but has not answered a ping."""
     return endpoint.silent and endpoint.state is State.UP
 
 
 class Prober:
     """Asks each DOWN endpoint at most twice a second whether it accepts sessions again.
 
-    And once each that is UP and has not answered a ping, whether it is there.
+    It also asks each endpoint once that is UP and has not answered a ping.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -175,8 +175,8 @@ class Prober:
     def hasten(self, endpoints: Collection[Endpoint], deadline: float) -> bool:
         """Go on with the probes of these endpoints for a request that has no other; return whether one is up.
 
-        If nothing but checkouts takes the steps of a probe, it hardly ever comes to its end. A probe in
-        which nothing happens is waited for once, so that a silent server does not cost every request time.
+        A probe that only checkouts step hardly ever comes to its end. The wait for a probe without progress
+        happens once, so that a silent server does not cost every request time.
         """
         while True:
             self.step()
@@ -237,7 +237,7 @@ class Monitor:
         self._beat = Beat() if beat is None else beat
         self._hurried_at = 0.0
         self._failed = ""
-        """How a step failed last; the same failure is not logged again."""
+        """The last failure of a step; the same failure is not logged again."""
 
     def step(self) -> float:
         """Do the work that is due, without waiting; return the seconds until there may be more to do."""

@@ -15,7 +15,7 @@ _Result = TypeVar("_Result")
 _begin_anew: Callable[[], None] = lambda: None  # noqa: E731
 _noticing = threading.Lock()
 UWSGI = "uwsgi" in sys.modules
-"""Whether a process may be forked without a word to Python."""
+"""Whether a process may be forked without Python's knowledge."""
 _pid = os.getpid()
 _parent: int | None = None
 
@@ -33,7 +33,7 @@ def parent() -> int | None:
 
 
 def notice() -> None:
-    """Catch up on a fork that Python was not told of.
+    """Catch up on a fork of which Python was not informed.
 
     uWSGI forks in C and calls Python's hooks only with its option `py-call-uwsgi-fork-hooks`.
     """

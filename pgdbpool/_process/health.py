@@ -27,7 +27,7 @@ HEALTHY, DEGRADED, UNHEALTHY = "healthy", "degraded", "unhealthy"
 
 
 class _Visit:
-    """One server's examination, and what came of it."""
+    """One server's examination, and its result."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -52,12 +52,12 @@ class _Visit:
 
     @property
     def server_report(self) -> ServerReport | None:
-        """What the server said of itself, if it did."""
+        """The server's report on itself, if it sent one."""
         return self.query.report
 
     @property
     def role(self) -> Role | None:
-        """The role that it has now, or was last known to have."""
+        """The current role, or else the last known one."""
         if self.server_report is not None:
             return Role.STANDBY if self.server_report.standby else Role.PRIMARY
         return self.endpoint.role
@@ -70,7 +70,7 @@ class _Visit:
     def end(self, waited: float | None, deadline: float) -> None:
         """Note the result, and give the borrowed connection back.
 
-        :param waited: how long there was no answer, where time is up.
+        :param waited: how long the server gave no answer, if time is up.
         """
         self.over = True
         query, endpoint = self.query, self.endpoint
@@ -183,7 +183,7 @@ def _wait(visits: list[_Visit], began: float, deadline: float) -> None:
 
 
 def _unwanted(visit: _Visit) -> str | None:
-    """Return why a group does without a server that answers, for another reason than its role."""
+    """Return why a group does without a server that answers, for a reason other than its role."""
     refusals = (group.refusal(visit.endpoint, None) for group in users_of(visit.endpoint))
     return next((reason for reason in refusals if reason is not None), None)
 

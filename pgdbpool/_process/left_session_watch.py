@@ -1,4 +1,4 @@
-"""Asks servers about sessions that were left in a commit, and tells their groups which have ended."""
+"""Asks servers about sessions that were left in a commit, and tells the groups which ones have ended."""
 
 from __future__ import annotations
 

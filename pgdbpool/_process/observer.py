@@ -1,7 +1,7 @@
 """Queries servers periodically for their role, timeline and replication lag.
 
-Each status query uses a connection outside of the pools, in steps that never wait. So it costs no request
-any time: in threaded mode the background thread steps it, in lock-free mode a checkout in passing.
+Each status query uses a connection outside the pools, in steps that never wait. So it costs requests no
+time: in threaded mode the background thread steps it, in lock-free mode a checkout does so in passing.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class StatusQuery:
         self._arrive = arrive
         self._arrival: ConnectParameters | None = None
         self.missing = ""
-        """The lookup that it waits for, which a poller cannot see: the server's address, user or password."""
+        """The lookup under way, which a poller cannot see: the server's address, user or password."""
         self.report: ServerReport | None = None
         self.failure = ""
         self.asked_at: float | None = None
-        """When it had a connection, and asked."""
+        """When it had a connection and sent the query."""
         self.answered = False
         """Whether the server answered, if only with an error."""
         self.moves = 0
@@ -226,7 +226,7 @@ class Observer:
         if endpoint not in self._queries:
             if now < self._due_at(endpoint):
                 return
-            if endpoint.state is not State.UP:  # that is the prober's
+            if endpoint.state is not State.UP:  # the prober's task
                 self._due[endpoint] = (now + random.uniform(*QUICKLY),) * 2
                 return
             kept = self._kept.pop(endpoint, None)

@@ -34,7 +34,7 @@ class Ordered(Protocol):
 
 
 def obey(pools: Ordered, order: Order) -> str:
-    """Execute an order and return what it did.
+    """Execute an order and return its effect in words.
 
     :raises Error: it cannot be executed; nothing was changed.
     """

@@ -1,8 +1,8 @@
 """Patroni's REST API, for servers with `patroni`: which server to query, and whether to wait for a primary.
 
-It is evidence beside the servers' own, never in its place: a server counts as the primary because it says so
-itself. Patroni is asked only while a block finds no server to write to, in threads with a bound, so that a
-Patroni that is away or hangs stops nothing.
+It supplements the servers' own evidence and never replaces it: a server counts as the primary only if it says
+so itself. Patroni is asked only while a block finds no server to write to, in a bounded number of threads, so
+that a Patroni that is unreachable or hangs stops nothing.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ EVERY = 0.1
 """Seconds between two questions to the same member."""
 
 ASK_WITHIN = 2.0
-"""Seconds that a member has for its answer; of a restart, during which it may hang, others tell after one."""
+"""Seconds that a member has for its answer; it may hang in a restart, which others report after one."""
 
 WANTED_FOR = 1.0
-"""Seconds for which members are asked after a block has wanted to know."""
+"""Seconds for which members are asked after a block's request."""
 
 SILENT_FOR = 5.0
 """Seconds during which no block waits for a member that did not answer the last time."""
 
 LOOK_EVERY = 0.02
-"""Seconds between two looks of a block that waits."""
+"""Seconds between two checks by a block that waits."""
 
 NOTHING_DUE = 3600.0
 _MOST = 1 << 20
@@ -100,7 +100,7 @@ def _get(url: str, path: str) -> Any:
 class Patronis:
     """Asks the members while a block waits for a primary; a part of the background.
 
-    :param look: has a server looked at, or probed, at once.
+    :param look: has a server queried, or probed, at once.
     """
 
     def __init__(
@@ -162,12 +162,12 @@ class Patronis:
         )
 
     def _may_be_there(self, endpoint: Endpoint) -> bool:
-        """Return whether a server has not failed us since its Patroni calls it the primary."""
+        """Return whether a server has not failed since its Patroni began to call it the primary."""
         failed = endpoint.last_error_at or 0.0
         return endpoint.state is State.UP or failed < self._primaries.get(endpoint, 0.0)
 
     def heard(self, since: float) -> bool:
-        """Return whether all members were asked after that time, but those known not to answer."""
+        """Return whether all members, except those known not to answer, were asked after that time."""
         now = self._clock()
         return all(self._told(endpoint, since, now) for endpoint in self._urls)
 

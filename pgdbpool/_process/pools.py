@@ -55,7 +55,7 @@ def pools_in_use() -> list[Pools]:
 
 
 def forget_parents() -> list[Pools]:
-    """In a forked child, let go of all pools of the parent, and return them: none may be collected."""
+    """In a forked child, abandon all pools of the parent, and return them: none may be collected."""
     found = every_pools()
     _existing.clear()
     for pools in found:
@@ -64,7 +64,7 @@ def forget_parents() -> list[Pools]:
 
 
 class Pools:
-    """Everything that belongs to one configuration in one process, for the class of a set of pools."""
+    """Everything that belongs to one configuration in one process, for the class of one set of pools."""
 
     def __init__(self, config: Config, owner: Any) -> None:
         self.config = self.wanted = config
@@ -104,7 +104,7 @@ class Pools:
 
     @property
     def all_groups(self) -> list[Group]:
-        """The groups that blocks may have a connection of."""
+        """The groups whose connections blocks may have."""
         return [*self.groups.values(), *self.removed]
 
     def _endpoint(self, config: EndpointConfig) -> Endpoint:
@@ -140,7 +140,7 @@ class Pools:
         return group
 
     def full_name(self, group: str) -> str:
-        """Return the name of a group that no other set of the process has."""
+        """Return the group's name with that of its set, unique in the process."""
         return f"{self.set_name}/{group}" if self.set_name else group
 
     def retire(self) -> None:
@@ -242,7 +242,7 @@ class Pools:
             self.monitor.wake()
 
     def obey(self, order: Mapping[str, Any]) -> str:
-        """Execute an order that was given to all processes; return what it did.
+        """Execute an order that was given to all processes; return its effect in words.
 
         :raises Exception: it cannot be executed; the error says why.
         """
@@ -251,7 +251,7 @@ class Pools:
         return obey(self, order)
 
     def concerns(self, order: Mapping[str, Any]) -> bool:
-        """Return whether an order is for this set: the default one refuses what no set of the process has."""
+        """Return whether an order is for this set: the default set refuses names that no set has."""
         here = (p for p in pools_in_use() if p.config.runtime_dir == self.config.runtime_dir)
         return self._fits(order) or (not self.set_name and not any(pools._fits(order) for pools in here))
 
@@ -374,7 +374,7 @@ class Pools:
             warn_of_sizes(self.config, self.endpoints, self.config.processes)
 
     def _await_lag(self) -> None:
-        """Wait until the lag of the standbys is known that a group limits."""
+        """Wait until the lag of the standbys is known if a group limits it."""
         limited = [e for g in self.groups.values() if g.config.max_lag for e in g.endpoints]
         deadline = monotonic() + STATUS_TIMEOUT
         while monotonic() < deadline and any(
@@ -400,7 +400,7 @@ class Pools:
             time.sleep(0.01)  # for checkin to tell would be work in every block
 
     def blame(self, by: str, but: int) -> None:
-        """Note who closes the pools, for the errors of their blocks, except those of that thread."""
+        """Note what closes the pools, for the errors of their blocks, except those of that thread."""
         for group in self.all_groups:
             group.closed_by = by
             for conn, block in group.held():
@@ -408,7 +408,7 @@ class Pools:
                     conn.note_end_of_pools(by)
 
     def abandon(self) -> None:
-        """In a forked child, let go of the parent's pools without touching sockets, locks or threads."""
+        """In a forked child, abandon the parent's pools without touching sockets, locks or threads."""
         for group in self.all_groups:
             group.abandon()
         if self.publisher is not None:

@@ -1,6 +1,6 @@
 """Changes while the process runs: `Connection.reload`, `resize`, `expire`, `add_endpoint`, `remove_endpoint`.
 
-Each makes a changed configuration out of the present one, which the pools then take over.
+Each derives a changed configuration from the present one, and the pools then take it over.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class ReloadMethods:
             removed: list[Group] = []
             pools.wanted = config
             # A signal handler that comes here while `changing` is set leaves its change to this loop; before
-            # and after that it makes it itself, and the loop finds nothing left to do, or does it again.
+            # and after that the handler makes it, and the loop finds nothing left to do, or does it again.
             while not pools.changing and pools.wanted is not pools.config:
                 pools.changing = True
                 try:

@@ -1,4 +1,4 @@
-"""The configuration that is in use, for operators: what it sets, without secrets."""
+"""The configuration that is in use, for operators: the keys that it sets, without secrets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it; a function by its name."""
+    """Return a value in its JSON form; a function by its name."""
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
     if dataclasses.is_dataclass(value):

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 SEND_EVERY = 0.1
-"""Seconds until the signal is sent once more, if the main thread has not taken it."""
+"""Seconds until the signal is sent again if the main thread has not taken it."""
 
 
 class SignalHandlers:
-    """Ends the pools at the first of the signals, and then does what the signal did before.
+    """Ends the pools at the first of the signals, and then lets the signal have its earlier effect.
 
-    A signal handler runs in the main thread between any two instructions of it: it may be in a block, and
-    hold any lock. So it must not wait. A thread does, and sends the signal again when it is done.
+    A signal handler runs between any two instructions of the main thread, which may be in a block and hold
+    any lock. So it must not wait. A separate thread waits, and sends the signal again at the end.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SignalHandlers:
     def install(self, signals: Iterable[int]) -> None:
         """Take the signals over.
 
-        :raises ThreadingModelError: this is not the main thread, or something else than Python handles one.
+        :raises ThreadingModelError: this is not the main thread, or a handler outside Python has one of them.
         """
         if threading.current_thread() is not threading.main_thread():
             raise ThreadingModelError(
@@ -73,7 +73,7 @@ class SignalHandlers:
     def wait(self) -> None:
         """Before the main thread is refused a block, let the earlier handler speak: it may end the program.
 
-        Otherwise one that asks for its next block at this moment would end with the refusal.
+        Otherwise a program that asks for its next block at this moment would end with the refusal.
         """
         me = _thread.get_ident()
         if not self._begun or me != self._main or self._has_block(me):
@@ -87,7 +87,7 @@ class SignalHandlers:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._handing_over:
-            return  # sent once more, a moment ago
+            return  # sent again, a moment ago
         if self._done:
             self._hand_over(number, frame)
         elif self._begun:

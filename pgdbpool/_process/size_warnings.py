@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def warn_of_sizes(config: Config, endpoints: Mapping[str, Endpoint], processes: int) -> None:
-    """Warn of servers that do not admit what all processes together can open."""
+    """Warn of servers that admit fewer connections than all processes together can open."""
     roles = {e.label: e.role.value for e in endpoints.values() if e.role}
     for label, need in demand(config, processes, roles).items():
         endpoint = endpoints[label]

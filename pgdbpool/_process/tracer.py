@@ -1,7 +1,7 @@
 """The points at which a tracer, such as OpenTelemetry's, follows connections and statements.
 
-The functions of these points are wrapped while there is a tracer. A test for one in each block and statement
-would be paid for by applications that have none.
+The functions at these points are wrapped while a tracer is in use. Applications without one would pay for a
+test in each block and statement.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PoolTracer(Protocol):
-    """Follows the pools of this process. What its methods raise reaches the block."""
+    """Follows the pools of this process. Exceptions from its methods reach the block."""
 
     def checkout(self, group: str, take: Callable[[], PooledConnection]) -> PooledConnection:
         """Call `take`, which lends a connection to a block, and return the connection."""

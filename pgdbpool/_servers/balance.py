@@ -47,10 +47,10 @@ def order(
 ) -> list[Endpoint]:
     """Return the endpoints worth a dial, the best first.
 
-    Only endpoints that are UP. One of an unsuitable role comes in only if no other is left and its role
-    was seen longer than `ROLE_LASTS` ago, or before it was doubted, since roles move. `round-robin` evens
-    out the connections of the group, `least-connections` those of the whole process, `random` draws; each
-    by weight.
+    Only endpoints that are UP count. One of an unsuitable role is included only if no other is left and its
+    role was seen longer than `ROLE_LASTS` ago, or before it was doubted, since roles move. `round-robin`
+    evens out the connections of the group, `least-connections` those of the whole process, `random` draws;
+    each goes by weight.
     """
     up = [c for c in candidates if c.endpoint.state is State.UP]
     fitting = [

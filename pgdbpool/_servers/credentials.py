@@ -1,4 +1,4 @@
-"""The login at a server: user and password, obtained anew for each connection if they may change.
+"""The login at a server: user and password, obtained again for each connection if they may change.
 
 No message contains a password, nor the text of an exception that a callable of the application raised.
 """
@@ -66,7 +66,7 @@ class Login:
         return BackgroundCall(ask, "user and password", CredentialError)
 
     def ask(self, *, anew: bool = False) -> dict[str, str]:
-        """Return `user` and `password` for one connection, unless libpq is to find them itself.
+        """Return `user` and `password` for one connection, unless libpq has to find them itself.
 
         :param anew: read `pass_file` even if it has not changed.
         :raises CredentialError: a callable failed, or did not return text.
@@ -89,7 +89,7 @@ class Login:
             value = source()
         except Exception as error:  # noqa: BLE001 - the application's function may raise anything
             failure = f"{name} raised {type(error).__name__}{_place(error)}"
-        # Outside of the handler: the callable's exception, with any text, would be the context otherwise.
+        # Outside the handler: otherwise the callable's exception, with any text, would be the context.
         if failure:
             raise CredentialError(failure)
         if not isinstance(value, str):

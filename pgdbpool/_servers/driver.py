@@ -21,7 +21,7 @@ class Driver:
 
     @property
     def fell_back(self) -> bool:
-        """Whether the Python version runs although the C version is installed and PSYCOPG_IMPL is not set so.
+        """Whether the Python version runs, unasked by PSYCOPG_IMPL, although the C version is installed.
 
         This happens in subinterpreters: psycopg's C code can be loaded in one interpreter only.
         """

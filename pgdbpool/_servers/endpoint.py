@@ -50,7 +50,7 @@ FULL_PAUSE = (0.02, 1.0)
 """Seconds until a full server is dialled again: the first pause and the longest; it doubles each time."""
 
 BEHIND_LASTS = 0.02
-"""Seconds for which a server that was behind a read is taken to be where it was."""
+"""Seconds for which a server that was behind a read is assumed to be at the same position."""
 
 CHANGING = ("weight", "connect_timeout", "password", "pass_file", "patroni")
 """Keys of a server that may change while its connections stay."""
@@ -118,7 +118,7 @@ class ServerSession(Protocol):
     used_at: float
 
     def note_role(self, role: str | None) -> None:
-        """Note the role that the server has answered; None to have it asked anew."""
+        """Note the role that the server has answered; None to ask it again."""
 
     @property
     def closed(self) -> bool:
@@ -164,7 +164,7 @@ class Endpoint:
         self.read_only = False
         self.role_seen_at = 0.0
         self.role_doubted_at = 0.0
-        """When something happened after which its role may be another."""
+        """When an event occurred after which its role may be different."""
         self.role_changed_at = 0.0
         """When its role last changed: older evidence is ignored."""
         self.timeline: int | None = None
@@ -176,11 +176,11 @@ class Endpoint:
         """How far a standby is behind, if a group limits that."""
         self.reported_at = 0.0
         self.position = 0
-        """How far it was seen in the write-ahead log, on whichever timeline."""
+        """The last position seen in its write-ahead log, on any timeline."""
         self.facts: Facts | None = None
-        """What it had of the write-ahead log when it was last asked."""
+        """Its part of the write-ahead log at the last query."""
         self.behind_at = 0.0
-        """When that was last too little for a read."""
+        """When that part was last too little for a read."""
         self.condemned_at = 0.0
         """When it went down: connections that have not worked since then are not lent."""
         self.suspected_at = 0.0
@@ -190,7 +190,7 @@ class Endpoint:
         self.silent = False
         """Whether a ping went unanswered since then: a probe checks whether the server is up."""
         self.refuses = False
-        """Whether it refused the last login, for another reason than being full."""
+        """Whether it refused the last login, for a reason other than being full."""
         self.full_pause = 0.0
         """Seconds between two connects while the server is full; 0 if it is not."""
         self.full_until = 0.0
@@ -204,7 +204,7 @@ class Endpoint:
         self.down_since: float | None = None
         self.opened = 0
         self.failovers = 0
-        """How many promotions of it were seen."""
+        """The number of promotions of it that were seen."""
         self.on_down: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_silent: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_up: Callable[[Endpoint], None] = lambda endpoint: None
@@ -349,7 +349,7 @@ class Endpoint:
     def note_role(self, conn: ServerSession, since: float) -> Role:
         """Learn the server's role from its report on the connection, at no round trip.
 
-        :param since: when the connection's last message was asked for, at the earliest.
+        :param since: the earliest time at which the connection's last message may have been requested.
         :returns: the known role, which differs from the connection's if that report is older.
 
         `in_hot_standby` is reported by PostgreSQL 14 and later, at connect and when it changes:
@@ -370,7 +370,7 @@ class Endpoint:
             in_recovery = conn.ask(b"SELECT pg_is_in_recovery()").get_value(0, 0)
             role = Role.STANDBY if in_recovery == b"t" else Role.PRIMARY
             conn.note_role(role.value)
-        if not conn.reads and since >= self.role_changed_at:  # such a connection makes itself read only
+        if not conn.reads and since >= self.role_changed_at:  # a session for reads makes itself read only
             self.read_only = status(b"default_transaction_read_only") == b"on"
         self._note(role, since)
         return self.role or role
@@ -407,16 +407,16 @@ class Endpoint:
         self.on_seen(self)
 
     def note_facts(self, facts: Facts) -> None:
-        """Remember what the server has of the write-ahead log."""
+        """Remember the server's part of the write-ahead log."""
         self.facts, self.position = facts, facts.lsn
 
     def note_behind(self, facts: Facts) -> None:
-        """Remember what the server had of the write-ahead log when that was too little for a read."""
+        """Remember the server's part of the write-ahead log, which was too little for a read."""
         self.note_facts(facts)
         self.behind_at = monotonic()
 
     def found_behind(self) -> Facts | None:
-        """Return what the server has of the write-ahead log, if that was too little a moment ago."""
+        """Return the server's part of the write-ahead log, if that was too little a moment ago."""
         return self.facts if monotonic() - self.behind_at < BEHIND_LASTS else None
 
     def ask_timeline(self, conn: ServerSession) -> None:
@@ -486,7 +486,7 @@ class Endpoint:
 
 
 def has_everywhere(positions: Iterable[Position], endpoints: Iterable[Endpoint]) -> bool:
-    """Return whether each server that is not a primary is known to have what the positions stand for."""
+    """Return whether each server that is not a primary is known to have the writes at the positions."""
     facts = [endpoint.facts for endpoint in endpoints if endpoint.role is not Role.PRIMARY]
     return all(
         known is not None and judge(position, known, TIMELINES) is Verdict.PASSED

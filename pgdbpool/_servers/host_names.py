@@ -1,7 +1,7 @@
 """Resolves the host names of servers.
 
-Names are resolved here, for each new connection, and not by libpq, which would do it while psycopg holds
-the interpreter's lock: a silent name server would stop all threads.
+Names are resolved here, for each new connection, and not by libpq. It would resolve them while psycopg holds
+the interpreter's lock, so a silent name server would stop all threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a server has of the write-ahead log, and whether that includes what a token stands for.
+"""A server's part of the write-ahead log, and whether that includes the writes of a token.
 
-A position alone proves nothing: after a failover it may be beyond what the new primary has, or be reached by
-other records. So it counts on its timeline, and on those that began after it.
+A position alone proves nothing: after a failover it may be beyond the new primary's log, or be reached by
+other records. So it counts on its own timeline, and on timelines that began after it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from .._util.token import UNKNOWN, Position, lsn_of, lsn_text
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
-# The position is read before the timeline: so a standby that turns to another one in between is not taken to
-# have reached it on the old. What a standby receives is shown to members of pg_read_all_stats alone; others
-# see the timeline of the control file, marked with a c, which may lag behind. A standby that receives nothing
-# tells none.
+# The position is read before the timeline, so a standby that switches timelines in between is not taken to
+# have reached it on the old one. Only members of pg_read_all_stats see the timeline that a standby receives.
+# Others see that of the control file, marked with a c, which may lag behind. A standby that receives nothing
+# reports none.
 # https://www.postgresql.org/docs/current/monitoring-stats.html#MONITORING-PG-STAT-WAL-RECEIVER-VIEW
 _SYSTEM = "(SELECT system_identifier FROM pg_catalog.pg_control_system())"
 _FACTS = f"""
@@ -38,8 +38,8 @@ _FACTS = f"""
 _TEXT = """pg_catalog.concat_ws(' ', 'pgdbpool', system, CASE WHEN standby THEN 's' ELSE 'p' END,
     coalesce(lsn, '0/0'), coalesce(timeline, '-'))"""
 QUERY = f"SELECT {_TEXT} FROM ({_FACTS}) AS facts".encode()
-"""The query for what a server has."""
-# The text is no number, so the cast fails, and with it all that follows in the pipeline.
+"""The query for a server's facts."""
+# The text is not a number, so the cast fails, and with it all later statements in the pipeline.
 GUARD = f"""
     SELECT CASE WHEN passed THEN facts ELSE facts::int::text END FROM (
         SELECT {_TEXT} AS facts,
@@ -47,15 +47,15 @@ GUARD = f"""
             OR (lsn >= $2::pg_lsn AND timeline = ANY ($3::text[]))
             OR (NOT standby AND $3::text[] = '{{}}') AS passed
         FROM ({_FACTS}) AS facts OFFSET 0) AS guard""".encode()
-"""The query that fails unless the server has what a position stands for."""
+"""The query that fails unless the server has the writes at a position."""
 KNOWN_GUARD = GUARD.replace(_SYSTEM.encode(), b"$1::text")
 """The same for a session whose server is known, which saves a look into the server's control file."""
 _COMMITTED = "pg_catalog.current_setting('transaction_isolation') = 'read committed'"
 _REPLAYED = "pg_catalog.pg_last_wal_replay_lsn()"
 _FOUND = b"pgdbpool_replayed"
-# The first column is worked out first, so what is told was replayed before the timeline is looked at. The
-# value of a CASE's ELSE must depend on the server: PostgreSQL would work out a constant one beforehand. A
-# subquery, or text to return, would each take as long as all of the comparisons.
+# The first column is evaluated first, so the reported position was replayed before the timeline is read. The
+# value of a CASE's ELSE must depend on the server: PostgreSQL would evaluate a constant one beforehand. A
+# subquery, or a text result, would each take as long as all of the comparisons.
 _FAST_GUARD = f"""
     SELECT {_REPLAYED} AS {_FOUND.decode()}, CASE WHEN {_REPLAYED} >= $1::pg_lsn
             AND (pg_catalog.pg_stat_get_wal_receiver()).received_tli = $2::int AND {_COMMITTED}
@@ -63,12 +63,12 @@ _FAST_GUARD = f"""
         ELSE ('pgdbpool 0 s ' || {_REPLAYED}
             || CASE WHEN {_COMMITTED} THEN ' -' ELSE ' snapshot' END)::int
         END""".encode()
-"""The same for a session that has seen what its standby receives, in the transaction of the statement.
+"""The same for a session that sees its standby's receiver, in the transaction of the statement.
 
-In `read committed` the statement takes a snapshot of its own, after the guard. Elsewhere this one fails.
+In `read committed` the statement takes its own snapshot, after the guard. At other levels this guard fails.
 """
 _ANSWER = re.compile(r"pgdbpool (\d+) ([sp]) ([0-9A-F]+/[0-9A-F]+) ([0-9a-f]{8}|-|snapshot)")
-# As it may be anywhere in the file: other lines, and comments, are left out by the pattern.
+# A fork may be anywhere in the file; the pattern leaves out other lines and comments.
 _HISTORY = "SELECT pg_catalog.pg_read_file('pg_wal/{:08X}.history', 0, 100000, true)"
 _FORK = re.compile(r"^\s*(\d+)\s+([0-9A-F]+/[0-9A-F]+)", re.MULTILINE)
 
@@ -77,7 +77,7 @@ PAGE, SHORT_HEADER, LONG_HEADER = 8192, 24, 40
 
 
 class Verdict(enum.Enum):
-    """Whether a server has what a position stands for."""
+    """Whether a server has the writes at a position."""
 
     PASSED = "has it"
     BEHIND = "is behind"
@@ -86,17 +86,17 @@ class Verdict(enum.Enum):
 
 
 class Facts(NamedTuple):
-    """What a server has of the write-ahead log, at one moment; it never has less while it runs."""
+    """A server's part of the write-ahead log, at one moment; it never shrinks while the server runs."""
 
     system: int
     standby: bool
     lsn: int
     timeline: int | None
-    """The one that a primary writes, or that a standby receives; None if it receives nothing."""
+    """The timeline that a primary writes, or that a standby receives; None if it receives nothing."""
     received: bool = True
-    """Whether the session sees what a standby receives, else its timeline is that of a restartpoint."""
+    """Whether the session sees a standby's receiver; else the timeline is that of a restartpoint."""
     one_snapshot: bool = False
-    """Whether a guard has told this that failed since its transaction has one snapshot for all statements."""
+    """Whether a guard reported them that failed since its transaction has one snapshot for all statements."""
 
     def __str__(self) -> str:
         role = "a standby" if self.standby else "a primary"
@@ -116,10 +116,10 @@ def read(text: str) -> Facts | None:
 
 
 def written(facts: Facts) -> Position | None:
-    """Return where a primary's writes end; None of a standby, which has none.
+    """Return the position at which a primary's writes end; None for a standby, which has no writes.
 
-    The position to insert at is behind the header of the next page if the last record filled its page: a
-    standby that has replayed all is before it.
+    If the last record filled its page, the insert position is behind the header of the next page. A standby
+    that has replayed everything is before it.
     """
     if facts.standby or facts.timeline is None:
         return None
@@ -129,7 +129,7 @@ def written(facts: Facts) -> Position | None:
 
 
 class Timelines:
-    """The histories of timelines that servers have told."""
+    """The histories of timelines that servers have reported."""
 
     def __init__(self) -> None:
         self._forks: dict[tuple[int, int], dict[int, int] | None] = {}
@@ -144,7 +144,7 @@ class Timelines:
         self._forks[system, timeline] = forks
 
     def includes(self, system: int, timeline: int, position: Position) -> bool | None:
-        """Return whether a later timeline began after the position; None if that is not known."""
+        """Return whether a later timeline began after the position; None if unknown."""
         forks = self._forks.get((system, timeline))
         if forks is None:
             return None
@@ -159,7 +159,7 @@ class Timelines:
 
 
 def judge(position: Position, facts: Facts, timelines: Timelines) -> Verdict:
-    """Return whether a server has what the position stands for."""
+    """Return whether a server has the writes at the position."""
     if position.system not in (0, facts.system):
         return Verdict.PASSED  # it is of another cluster
     if position.lsn == UNKNOWN:
@@ -169,8 +169,8 @@ def judge(position: Position, facts: Facts, timelines: Timelines) -> Verdict:
         return Verdict.BEHIND if facts.lsn < position.lsn else Verdict.UNPROVEN
     if timeline > position.timeline:
         if (included := timelines.includes(facts.system, timeline, position)) is None:
-            # Where the history may not be read, nothing is fresher than the primary. A standby may yet be one
-            # that others have left behind.
+            # If the role may not read the history, the primary is as fresh as any server. A standby may still
+            # be one that the others have left behind.
             unreadable = timelines.knows(facts.system, timeline)
             return Verdict.PASSED if unreadable and not facts.standby else Verdict.UNPROVEN
         if not included:
@@ -181,9 +181,9 @@ def judge(position: Position, facts: Facts, timelines: Timelines) -> Verdict:
 
 
 def guard(position: Position, timelines: Timelines, facts: Facts | None) -> tuple[bytes, list[bytes | None]]:
-    """Return the command that fails unless the server has what the position stands for.
+    """Return the command that fails unless the server has the writes at the position.
 
-    :param facts: what the server was found to have before, in the same session.
+    :param facts: the server's facts from an earlier query in the same session.
     """
     command, system = (GUARD, position.system) if facts is None else (KNOWN_GUARD, facts.system)
     if position.lsn == UNKNOWN:
@@ -194,14 +194,14 @@ def guard(position: Position, timelines: Timelines, facts: Facts | None) -> tupl
 
 
 def fast_guard(position: Position) -> tuple[bytes, list[bytes | None]]:
-    """Return the same for a session that has seen what its standby receives; see `_FAST_GUARD`."""
+    """Return the same for a session that sees its standby's receiver; see `_FAST_GUARD`."""
     return _FAST_GUARD, [lsn_text(position.lsn).encode(), b"%d" % position.timeline]
 
 
 def query(facts: Facts | None) -> bytes:
-    """Return the query for what a server has.
+    """Return the query for a server's facts.
 
-    :param facts: what it was found to have before, in the same session: a primary stays on its timeline.
+    :param facts: its facts from an earlier query in the same session: a primary stays on its timeline.
     """
     if facts is None or facts.standby or facts.timeline is None:
         return QUERY
@@ -217,18 +217,18 @@ def history_query(timeline: int) -> bytes:
 
 
 def facts_of(result: PGresult) -> Facts | None:
-    """Return the facts in the result of `QUERY` or `GUARD`; None of another one."""
+    """Return the facts in the result of `QUERY` or `GUARD`; None for any other result."""
     if result.nfields != 1 or result.ntuples != 1 or (value := result.get_value(0, 0)) is None:
         return None
     return read(value.decode("ascii", "replace"))
 
 
 def replayed(result: PGresult) -> int:
-    """Return what a standby has replayed if this is the result of `fast_guard`, else 0."""
+    """Return the position that a standby has replayed if this is the result of `fast_guard`, else 0."""
     if result.nfields != 2 or result.fname(0) != _FOUND or (value := result.get_value(0, 0)) is None:
         return 0
     return lsn_of(value.decode())
 
 
 TIMELINES = Timelines()
-"""What the servers of this process have told."""
+"""The histories that the servers of this process have reported."""

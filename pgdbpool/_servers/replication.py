@@ -85,7 +85,7 @@ def behind(primary: ServerReport, standby: ServerReport) -> Lag | None:
 
 
 class PrimaryHistory:
-    """The past positions of the primary: they show how long ago it was at the position of a standby."""
+    """The past positions of the primary, which show how long ago it was at the position of a standby."""
 
     def __init__(self) -> None:
         self._known: deque[tuple[float, int]] = deque(maxlen=HISTORY)

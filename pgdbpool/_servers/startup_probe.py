@@ -274,7 +274,7 @@ class StartupProbe:
         self.accepting = False
         self.reason = "no answer"
         self.sqlstate = ""
-        """SQLSTATE of the error that the server has answered."""
+        """SQLSTATE of the error with which the server answered."""
         self.out_of_time = False
         """Whether `run` gave up before an answer arrived."""
         self._found = 0
@@ -284,7 +284,7 @@ class StartupProbe:
             for place in places(params):
                 self._begin(place, config.label)
         except (psycopg.Error, ValueError) as error:
-            self._finish(True, str(error))  # not an answer of a server: libpq reports the same
+            self._finish(True, str(error))  # not a server's answer: libpq reports the same
 
     def _begin(self, place: Place, label: str) -> None:
         if not place.named:
@@ -299,7 +299,7 @@ class StartupProbe:
         return self._found + sum(dialogue.moves for dialogue in self._dialogues)
 
     def _find(self) -> None:
-        """Contact the addresses of names that have been resolved meanwhile."""
+        """Contact the addresses of names that were resolved in the meantime."""
         for place, resolving in list(self._resolving):
             if resolving.under_way:
                 self.reason = f"host {place.host!r} is not resolved yet"

@@ -1,4 +1,4 @@
-"""The time of a round trip to a server, as the kernel has measured it: nothing is sent for it."""
+"""The time of a round trip to a server, as the kernel has measured it; nothing is sent for it."""
 
 from __future__ import annotations
 

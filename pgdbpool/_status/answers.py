@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from .runtime_dir import RuntimeDir, replaces
 
 LOOK_EVERY = 0.1
-"""Seconds between two looks for answers."""
+"""Seconds between two checks for answers."""
 OVERTAKEN_WITHIN = 2.0
 """Seconds for the answers to an order that a later one has replaced."""
 
 
 class Answer(NamedTuple):
-    """What became of an order in one process."""
+    """The outcome of an order in one process."""
 
     pid: int
     done: bool | None
@@ -33,10 +33,10 @@ def give(
 ) -> list[Answer]:
     """Give an order to the processes that publish now, and return what each of them answers.
 
-    A process that exits meanwhile has nothing more to do, and holds nothing up. Each set of pools of a
+    A process that exits meanwhile has nothing more to do, and delays nothing. Each set of pools of a
     process answers for itself, if the order is for it.
 
-    :param order: what `RuntimeDir.order` takes.
+    :param order: as for `RuntimeDir.order`.
     :param deadline: when to stop waiting, on the clock of `monotonic`.
     :param watch: is called with the number of processes that have not answered yet.
     :raises RuntimeDirError: the order cannot be given.
@@ -67,7 +67,7 @@ def give(
 def await_quiet(
     room: RuntimeDir, groups: Sequence[str] | None, deadline: float
 ) -> dict[tuple[int, str], int]:
-    """Wait until no block is open in the groups; return the number of those that are, by process and set."""
+    """Wait until no block is open in the groups; return how many still are, by process and set."""
     while True:
         in_use = {
             _key(snapshot)[:2]: sum(
@@ -86,7 +86,7 @@ def await_quiet(
 def _concerned(
     snapshots: Sequence[Mapping[str, Any]], order: Mapping[str, Any]
 ) -> Iterator[Mapping[str, Any]]:
-    """Yield the snapshots of the sets that take an order, by the same rule as they."""
+    """Yield the snapshots of the sets that take an order, by the rule that the sets apply."""
     having = [
         _key(snapshot)
         for snapshot in snapshots
@@ -107,7 +107,7 @@ def fits(order: Mapping[str, Any], groups: Container[str], endpoints: Container[
 
 
 def _key(snapshot: Mapping[str, Any]) -> tuple[int, str, float]:
-    """Return what tells a set of pools of a process from others, and from a later process of that number."""
+    """Return the identity of a set of pools: a later process may have the same process id."""
     return snapshot["status"]["pid"], snapshot.get("set", ""), snapshot["started"]
 
 
@@ -119,7 +119,7 @@ def _answer(key: tuple[int, str, float], snapshot: Mapping[str, Any] | None, num
 
 
 def _successor(room: RuntimeDir, order: Mapping[str, Any], number: int) -> str:
-    """Return what to say of the later order that has replaced this one; empty if none has."""
+    """Return the description of the later order that has replaced this one; empty if none has."""
     later = (new for new in room.orders() if new["n"] > number and replaces(new, order))
     return next((f"overtaken by a later {new['do']}, ordered by {new['by']}" for new in later), "")
 

@@ -82,14 +82,14 @@ class Told(Protocol):
         """Return whether an order is for this set of pools."""
 
     def obey(self, order: Mapping[str, Any]) -> str:
-        """Execute an order; return what it did."""
+        """Execute an order; return its effect in words."""
 
 
 class Publisher:
     """Publishes the status of the pools, and executes orders.
 
-    `_lock` keeps the final snapshot at the exit of the process apart from one of another thread. In
-    lock-free mode it does nothing.
+    `_lock` keeps the final snapshot at the exit of the process apart from another thread's. In lock-free
+    mode it does nothing.
     """
 
     def __init__(self, path: str, pools: Told, *, threaded: bool) -> None:
@@ -136,11 +136,11 @@ class Publisher:
         return max(self._due - now, 0.01) if self._threaded else EVERY
 
     def publishing_group(self, *args: Any, **options: Any) -> Group:
-        """Return a group of lock-free mode, whose checkins publish when it is time."""
+        """Return a group of lock-free mode, whose checkins publish when due."""
         return _PublishingGroup(self, *args, **options)
 
     def after_checkin(self) -> None:
-        """Publish if it is time."""
+        """Publish if due."""
         if monotonic() >= self._due:
             self.begin()
             self._publish()
@@ -245,7 +245,7 @@ class Publisher:
     # Orders.
 
     def _obey_orders(self, room: RuntimeDir) -> None:
-        """Execute new orders; a process that has just started executes those that stand."""
+        """Execute new orders; a process that has just started executes all standing orders."""
         try:
             mark = room.orders_mark()
             if mark == self._mark:
@@ -263,10 +263,10 @@ class Publisher:
                 self._obey(order)
 
     def _obey(self, order: Mapping[str, Any]) -> None:
-        """Execute an order, and note the answer for whoever gave it."""
+        """Execute an order, and note the answer for the process that gave it."""
         try:
             text, done = self._pools.obey(order), True
-        except Exception as error:  # noqa: BLE001  whoever gave the order handles it
+        except Exception as error:  # noqa: BLE001  the process that gave the order handles it
             text, done = str(error), False
         self._answers.append({"n": order["n"], "done": done, "text": text})
         what = " ".join(filter(None, (order["do"], order["group"], order["endpoint"])))

@@ -1,7 +1,7 @@
 """The directory in which the processes of one application publish their status, and find orders.
 
 Each process has one file there and holds a lock on it for as long as it lives: a file that can be locked
-belongs to a process that has exited, in whatever container it ran. Its counters are added to `gone.json`
+belongs to a process that has exited, whichever container it ran in. Its counters are added to `gone.json`
 before the file is removed, so that sums never shrink.
 """
 
@@ -30,9 +30,9 @@ _SIZE = slice(_HEADER.index(b"%"), _HEADER.index(b"%") + 10)
 _LIMIT = 16 << 20
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 KEPT = 60.0
-"""Seconds for which an order is kept that is not one for processes that start later."""
+"""Seconds for which an order that does not concern later processes is kept."""
 _TRIES = 20
-"""How often to read a file that is just being written, or to try a lock."""
+"""How often to read a file that another process is writing, or to try a lock."""
 
 
 class LockedError(RuntimeDirError):
@@ -145,11 +145,11 @@ class RuntimeDir:
     def order(
         self, do: str, *, by: str, group: str | None = None, endpoint: str | None = None, **more: Any
     ) -> int:
-        """Have all processes do something; return the number that their answers have.
+        """Give an order to all processes; return its number, which their answers repeat.
 
-        Processes that start later drain what is drained, and pause what is paused.
+        Processes that start later obey the drains and pauses in force.
 
-        :param by: who gives the order, for logs and errors.
+        :param by: the operator or program that gives the order, for logs and errors.
         :raises RuntimeDirError: the directory belongs to another user.
         """
         if self._guest:
@@ -157,7 +157,7 @@ class RuntimeDir:
         now = time.time()
         with self._locked():
             orders = self.orders()
-            # Never a number again, even if the file was removed: processes ignore orders that are not new.
+            # Never reuse a number, even if the file was removed: processes ignore orders that are not new.
             number = max([int(now * 1000), *(int(order["n"]) + 1 for order in orders)])
             new = {"n": number, "do": do, "by": by, "time": now, "group": group, "endpoint": endpoint, **more}
             orders = [order for order in orders if _in_force(order, new, now)]
@@ -179,9 +179,9 @@ class RuntimeDir:
         return os.open(name, flags | _FLAGS, 0o600, dir_fd=self._fd)
 
     def _create(self, name: str, flags: int) -> int:
-        """Open a file for writing, and make it if it is missing.
+        """Open a file for writing, and create it if it is missing.
 
-        :raises RuntimeDirError: something else has its name, such as a symbolic link.
+        :raises RuntimeDirError: its name belongs to something else, such as a symbolic link.
         """
         try:
             return self._open(name, flags | os.O_CREAT)
@@ -286,7 +286,7 @@ def add_counts(total: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _is_order(found: object) -> bool:
-    """Return whether a part of the file, which anybody with the right may have edited, is an order."""
+    """Return whether a part of the file, which another program may have edited, is an order."""
     return (
         isinstance(found, dict)
         and {"n": int, "time": float, "do": str, "by": str}.items()
@@ -297,7 +297,7 @@ def _is_order(found: object) -> bool:
 
 
 def stands(order: Mapping[str, Any], now: float) -> bool:
-    """Return whether an order is also one for processes that start now."""
+    """Return whether an order also concerns processes that start now."""
     if order["do"] == "pause":
         return bool(order["until"] > now)
     return order["do"] in ("drain", "undrain", "resume")
@@ -332,7 +332,7 @@ def _read(fd: int) -> dict[str, Any] | None:
     """Return the snapshot in a file; None if it is incomplete."""
     for _ in range(_TRIES):
         data = os.pread(fd, _LIMIT, 0)
-        # Its end, not the file's: a process that was stopped or killed before `ftruncate` left a longer one.
+        # The body's end, not the file's: a process stopped or killed before `ftruncate` left a longer file.
         size = int(data[_SIZE]) if data[_SIZE].isdigit() else 0
         body = data[_HEADER_SIZE : _HEADER_SIZE + size]
         if data[:_HEADER_SIZE] == _HEADER % (len(body), zlib.crc32(body)):

@@ -37,7 +37,7 @@ class Latch:
     def open(self) -> None:
         """Release all waiters, now and later."""
         self.opened = True
-        try:  # noqa: SIM105  suppress() would be calls in which an interruption could come in
+        try:  # noqa: SIM105  suppress() would add calls in which an interruption could occur
             self._lock.release()
         except RuntimeError:
             pass  # open already
@@ -76,12 +76,12 @@ class BackgroundCall(Generic[_Answer]):
 
     @property
     def answered(self) -> bool:
-        """Whether it was answered, or has failed."""
+        """Whether it has returned or failed."""
         return self._over.opened
 
     @property
     def over(self) -> bool:
-        """Whether no answer will come any more: it has come, or the thread never started."""
+        """Whether no answer is to be expected: it has come, or the thread never started."""
         return self.answered or (not self._begun and monotonic() > self.began + BORN_WITHIN)
 
     @property

@@ -7,10 +7,10 @@ CLIENT_GRACE = 1.0
 """Time that the client waits beyond the server's own statement_timeout."""
 
 MARGIN = 0.1
-"""Maximum time by which the server's statement_timeout comes before the deadline of the request."""
+"""Maximum time by which the server's statement_timeout precedes the deadline of the request."""
 
 MIN_TIMEOUT = 0.05
 """Minimum timeout of a connect, ping or probe, even if the caller's deadline is nearer."""
 
 CUT_WITHIN = 0.5
-"""Time that cancelling, and waiting for commits, may take if connections are closed under their blocks."""
+"""Time that cancelling, and waiting for commits, may take if connections are closed during their blocks."""

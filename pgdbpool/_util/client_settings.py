@@ -10,9 +10,9 @@ SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*"
 """The name of a server setting, also of an application's own: app.tenant."""
 
 REPORTED = (b"TimeZone", b"DateStyle", b"IntervalStyle")
-"""What psycopg reads and writes dates, times and intervals by."""
+"""The settings by which psycopg reads and writes dates, times and intervals."""
 
-# A transaction's own value of these would hold at the server alone, and text be misread.
+# A transaction's own value of these would hold at the server alone, and text would be misread.
 _REFUSED = {"client_encoding", "standard_conforming_strings"}
 _SILENT = {"error", "fatal", "panic"}
 _NAMES = {name.decode().lower() for name in REPORTED}
@@ -43,7 +43,7 @@ def is_reported(names: Iterable[str]) -> bool:
 
 
 class InForce:
-    """Stands for a connection where psycopg's loaders ask one how the server wrote a value."""
+    """Stands in for a connection when psycopg's loaders ask one how the server wrote a value."""
 
     __slots__ = ("_values",)
 
@@ -52,7 +52,7 @@ class InForce:
 
     @classmethod
     def of(cls, result: Any) -> InForce | None:
-        """Return what a result of `REPORT` says; None of another one."""
+        """Return the values in a result of `REPORT`; None for any other result."""
         if result.nfields != len(REPORTED) or result.fname(0) != _MARK:
             return None
         return cls({name: result.get_value(0, place) for place, name in enumerate(REPORTED)})

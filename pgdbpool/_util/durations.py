@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from threading import Lock
 
 BUCKETS = tuple(2**power / 1_000_000 for power in range(4, 27))
-"""Where the buckets of all histograms end, in seconds: 16 microseconds, twice that, up to 67 seconds."""
+"""Upper bounds of the buckets of all histograms, in seconds: 16 microseconds, twice that, up to 67 s."""
 
 BATCH = 256
 """Durations that are kept before they are counted."""
@@ -16,15 +16,15 @@ BATCH = 256
 class Tally:
     """A histogram of durations: they are kept in a list, and counted in batches.
 
-    To append takes a tenth of the time to find a bucket, and in a sorted list there are only as many places
-    to find as there are buckets.
+    Appending takes a tenth of the time of finding a bucket, and a sorted list needs only one search for each
+    bucket.
     """
 
     __slots__ = ("_counting", "_counts", "_sum", "recent")
 
     def __init__(self) -> None:
         self.recent: list[float] = []
-        """Not counted yet. Code that appends here calls `count` when there are `BATCH` of them."""
+        """Not counted yet. Code that appends here calls `count` when the list has `BATCH` of them."""
         self._counts = [0] * (len(BUCKETS) + 1)
         self._sum = 0.0
         self._counting = Lock()

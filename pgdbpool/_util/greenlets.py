@@ -18,7 +18,7 @@ from psycopg import waiting
 from ..errors import ThreadingModelError
 
 _Lock = threading.Lock
-"""As it was at import."""
+"""The value at import."""
 
 Poll = Callable[[float | None], list[tuple[int, int]]]
 

@@ -36,7 +36,7 @@ FIELDS = {
     "statement": "The text of the last statement, without its parameters.",
     "timeline": "The timeline of the server.",
 }
-"""What each field says."""
+"""The meaning of each field."""
 
 EVENTS: dict[str, Event] = {}
 """All events by name."""

@@ -2,8 +2,8 @@
 
 An asynchronous exception (a signal handler's, such as a job's time limit) may come between any two steps of
 the block's beginning and end, and before the first step of `__exit__`, which then does nothing. So the value
-ends with whichever comes first, its `__exit__` or its `Scope`, which only the `with` statement refers to. Its
-end is seen by a weak reference and not by `__del__`, which would run after each block and swallow an
+ends at its `__exit__` or with its `Scope`, whichever comes first. Only the `with` statement refers to the
+`Scope`. A weak reference detects its end, and not `__del__`, which would run after each block and swallow an
 interruption there.
 """
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Binding(Generic[T]):
-    """A value, the binding that it hides, and whether it is over while others still lead to it."""
+    """A value, the binding that it hides, and whether it has ended while others still lead to it."""
 
     __slots__ = ("hidden", "over", "value", "watch")
 
@@ -30,14 +30,14 @@ class Binding(Generic[T]):
         self.hidden = hidden
         self.over = False
         self.watch: ref[Any] | None = None
-        """Tells when its Scope is dropped."""
+        """Detects that its Scope was dropped."""
 
 
 Variable = ContextVar["Binding[T] | None"]
 
 
 def current(variable: Variable[T]) -> T | None:
-    """Return the value that the context has, or None."""
+    """Return the value in the context, or None."""
     binding = variable.get()
     if binding is not None and binding.over:
         binding = _live(variable)
@@ -86,7 +86,7 @@ class Scope(ContextDecorator, Generic[T]):
         if (binding := self._binding) is None:
             return
         top = self._variable.get()
-        while top is not None and top is not binding:  # those above it were interrupted in their end
+        while top is not None and top is not binding:  # bindings above it were interrupted in their end
             top = top.hidden
         if top is None:
             binding.over = True

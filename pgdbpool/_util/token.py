@@ -1,4 +1,4 @@
-"""Where writes ended: a position in the write-ahead log of each cluster that was written to."""
+"""The end of writes: a position in the write-ahead log of each cluster that was written to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from struct import Struct
 from typing import NamedTuple
 
 UNKNOWN = 2**64 - 1
-"""The position of a write that may have been committed, nobody knows where: only a primary is at it."""
+"""The unknown position of a write that may have been committed: only a primary is known to have it."""
 
 _PACKED = Struct(">QIQ")
 
@@ -28,7 +28,7 @@ class Position(NamedTuple):
 
 
 class Token:
-    """Where the writes of a block ended: opaque, and text of 27 characters for `str` and back.
+    """The position at which a block's writes ended: opaque; `str` makes a text of 27 characters of it.
 
     Two tokens joined with ``|`` stand for the writes of both, also if these are of different clusters.
     """
@@ -44,7 +44,7 @@ class Token:
 
     @classmethod
     def parse(cls, text: str) -> Token:
-        """Return the token that the text is of.
+        """Return the token of a text.
 
         :raises ValueError: it is not the text of a token.
         """
@@ -94,6 +94,6 @@ def lsn_text(lsn: int) -> str:
 
 
 def lsn_of(text: str) -> int:
-    """Return the position that PostgreSQL's text is of."""
+    """Return the position of PostgreSQL's text."""
     high, _, low = text.partition("/")
     return (int(high, 16) << 32) + int(low, 16)

@@ -1,7 +1,7 @@
 """Transaction modes that settings ask for: `default_transaction_isolation`, `_read_only`, `_deferrable`.
 
-A default counts for the next transaction, and settings are bound inside one. So these are a part of BEGIN,
-and go before all else in the implicit transaction of an autocommit group's pipeline.
+A default counts for the next transaction, and settings are bound inside one. So the modes are a part of
+BEGIN, and come before all other statements in the implicit transaction of an autocommit group's pipeline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ READ_ONLY = (("transaction_read_only", "on"),)
 
 
 class Modes(NamedTuple):
-    """What a transaction's BEGIN says of it; None is the session's default."""
+    """The modes that a transaction's BEGIN states; None is the session's default."""
 
     isolation: str | None = None
     read_only: bool | None = None
@@ -41,9 +41,9 @@ class Modes(NamedTuple):
     def of_implicit(self) -> list[bytes]:
         """Return the statements that give an implicit transaction these modes, before its first query.
 
-        `READ_ONLY` is not among them: a query may set it, so it is bound with the settings. Not SET
-        TRANSACTION or SET LOCAL, of which the server warns outside of BEGIN. Each transaction starts these
-        settings again from their defaults, so nothing of them is left.
+        `READ_ONLY` is not among them: a query may set it, so it is bound with the settings. SET TRANSACTION
+        and SET LOCAL are not used, since the server warns of them outside BEGIN. Each transaction starts
+        these settings again from their defaults, so nothing of them is left.
         """
         return [
             f"SET transaction_{mode} TO {_literal(value)}".encode()
@@ -57,7 +57,7 @@ class Modes(NamedTuple):
 
 
 def canonical(name: str) -> str:
-    """Return the one name of a setting: that of its default for a mode, the lower case for others."""
+    """Return the canonical name of a setting: that of its default for a mode, in lower case for others."""
     small = name.lower()
     return _ALIASES.get(small, small)
 
@@ -70,7 +70,7 @@ def is_mode(name: str) -> bool:
 def mode_value(name: str, text: str) -> str:
     """Return the value of a mode's setting as PostgreSQL shows it.
 
-    :raises ValueError: with the allowed values.
+    :raises ValueError: the value is not allowed; the message has the allowed ones.
     """
     kind = _KINDS[_MODES[canonical(name)]]
     small = " ".join(text.split()).lower()

@@ -145,7 +145,7 @@ class Cluster:
         watchdog.remove_cluster(str(self._directory), self._uid)
         for node in self.nodes:
             node.release()
-        if self._watchdog is not None:  # ended last: if we are killed before, it continues from here
+        if self._watchdog is not None:  # ended last: if we are killed before that, it completes the removal
             self._watchdog.kill()
             self._watchdog.wait(10)
         self._owner = None

@@ -101,7 +101,7 @@ class Home:
             return self.installation.popen(program, *args, cwd=self.directory, output=output)
 
     def write(self, path: Path, text: str) -> None:
-        """Write, or replace at once, a file that only the servers' user can read."""
+        """Write, or atomically replace, a file that only the servers' user can read."""
         descriptor, partial = tempfile.mkstemp(dir=self.directory)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
@@ -196,9 +196,9 @@ def reachable(path: Path, account: pwd.struct_passwd) -> bool:
 
 
 def copy_wheel(tree: Path) -> Path:
-    """Copy `tree` of the wheel to where every user can run it, once, and return the copy; for root only.
+    """Copy `tree` of the wheel, once, to a place open to every user, and return the copy; for root only.
 
-    Raises ClusterError if the copy cannot be made or anyone but root could have changed it.
+    Raises ClusterError if the copy cannot be made or a user other than root could have changed it.
     """
     try:
         CACHE.mkdir(parents=True)

@@ -47,8 +47,8 @@ class Node:
         self._upstream = upstream
         self._process: subprocess.Popen[bytes] | None = None
         self._paused = False
-        # To clients, a bound port without a listener is as closed as any. But no other program gets it while
-        # the server is down, and no client connects to itself. Only Linux lets the server bind it then.
+        # To clients, a bound port without a listener is as closed as any other. But no other program gets it
+        # while the server is down, and no client connects to itself. Only Linux lets the server bind it then.
         self._reservation = socket.socket()
         self._reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reservation.bind((HOST, 0))

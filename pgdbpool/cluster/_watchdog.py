@@ -95,7 +95,7 @@ def remove_segments(creators: set[int]) -> None:
     for row in rows:
         segment, creator, attached, uid = row[1], int(row[4]), int(row[6]), int(row[7])
         if creator in creators and attached == 0 and shutil.which("ipcrm"):
-            # As its owner: root without CAP_SYS_ADMIN, as in a container, may not.
+            # As its owner, since root without CAP_SYS_ADMIN, as in a container, may not remove it.
             owner = uid if os.geteuid() == 0 else None
             subprocess.run(["ipcrm", "-m", segment], user=owner, capture_output=True, timeout=10)
 

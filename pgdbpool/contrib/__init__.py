@@ -1,1 +1,1 @@
-"""What fits the pools into other people's programs; nothing of the core imports it."""
+"""Integrations of the pools with other programs; nothing in the core imports them."""

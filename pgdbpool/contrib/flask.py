@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["PgDbPool"]
 
 _OWN_CONTEXT = "pgdbpool.context"
-"""Key of the environ: the request runs in a context of its own."""
+"""Key of the environ: the request runs in a separate context."""
 _STACK = "pgdbpool.stack"
-"""Key of the environ: what to leave at the end of a request without a context of its own."""
+"""Key of the environ: the scopes to leave at the end of a request without a separate context."""
 _PRESERVED = "werkzeug.debug.preserve_context"
 """Key of the environ: the test's client enters the request in the test's context once more."""
 
@@ -64,7 +64,7 @@ class PgDbPool:
 
     Its keys in `app.config`, all but the first optional:
 
-    - `PGDBPOOL`: what `Connection.init` takes: a mapping, a file's path, or None for the environment.
+    - `PGDBPOOL`: the argument of `Connection.init`: a mapping, a file's path, or None for the environment.
     - `PGDBPOOL_DEADLINE`: seconds that each request has, its streamed body included; see
       `pgdbpool.deadline`.
     - `PGDBPOOL_HEALTH`: the path at which probes are answered, such as ``/-/health``; see
@@ -72,13 +72,13 @@ class PgDbPool:
     - `PGDBPOOL_STATUS`: the path of the status page, such as ``/-/pools``; see `pgdbpool.wsgi.StatusApp`.
     - `PGDBPOOL_STATUS_TOKEN`: the page's password. Without it the page answers this machine alone.
     - `PGDBPOOL_ERRORS`: true to answer errors of the pool, and those that SQLAlchemy has wrapped, with JSON:
-      503 and ``Retry-After`` when coming back helps, 504 when the time was up, 400 or 403 for a tenant, 429
+      503 and ``Retry-After`` if a retry helps, 504 if the time was up, 400 or 403 for a tenant, 429
       above a rate limit. An error that says that a statement or COMMIT may have taken effect stays a 500,
       since a client must not simply repeat it.
 
     :param app: the application; leave it out and call `init_app` later, in an application factory.
     :param tenant: returns the request's tenant, or None for none. It is called before the view, after the
-        `before_request` functions that the application registered before `init_app`; when one of these
+        `before_request` functions that the application registered before `init_app`; if one of these
         answers the request, it is not called.
     :raises ConfigError: by `init_app`: the configuration is not valid.
     """
@@ -122,7 +122,7 @@ class PgDbPool:
 
     @staticmethod
     def _wrapped(app: Flask) -> WSGIApplication:
-        """Return the application, each request in a context of its own, with the pages beside it."""
+        """Return the application, each request in a separate context, with the pages beside it."""
         inner, config = app.wsgi_app, app.config
 
         def own_context(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -172,7 +172,7 @@ def _answer_of_engine(error: Any) -> ResponseReturnValue:
 
 
 def _answer(error: Error) -> ResponseReturnValue:
-    """Answer an error of the pool, or raise it again when it is not one that a client can act on."""
+    """Answer an error of the pool, or raise it again if a client cannot act on it."""
     if isinstance(error, DBQueryError) and (error.maybe_executed or error.maybe_committed):
         raise error
     category = classify(error)

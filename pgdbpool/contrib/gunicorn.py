@@ -28,7 +28,7 @@ def worker_abort(worker: Any) -> None:
 def worker_int(worker: Any) -> None:
     """A quick shutdown (SIGINT, SIGQUIT): cancel running statements, so that no thread waits for them.
 
-    gunicorn calls it too, in a thread, as ``--reload`` has found a change: those requests are to end.
+    gunicorn also calls it, in a thread, if ``--reload`` has found a change: those requests are to end.
     """
     if threading.current_thread() is threading.main_thread():
         terminate_all("gunicorn's worker_int, as the worker was told to quit")
@@ -38,7 +38,7 @@ def worker_exit(server: Any, worker: Any) -> None:
     """A worker that ends: close its pools; requests that overstayed `graceful_timeout` are cancelled.
 
     gunicorn calls it in the master if the worker has exited already, and the master keeps its pools. When all
-    of gunicorn ends, the master kills at `graceful_timeout` what has not exited: the hook may be too late.
+    of gunicorn ends, the master kills the remaining workers at `graceful_timeout`: the hook may be too late.
     """
     if worker.pid == os.getpid():
         close_all(0.0, "gunicorn's worker_exit, as the worker ends")

@@ -17,7 +17,7 @@ session, and '' after the transaction that set it):
 Policies are evaluated with the rights of the role, but a function in one might take back the session user's:
 if the tables' owners are not trusted, connect as the role itself, not as a superuser.
 
-Not seen: foreign tables, which have no row-level security; reads by a function in C; reads by a view
+Not detected: foreign tables, which have no row-level security; reads by a function in C; reads by a view
 through a function; hidden rows that a unique or foreign key reveals. Source: https://www.postgresql.org/docs/current/ddl-rowsecurity.html
 """
 
@@ -161,7 +161,7 @@ def audit(
             if tables is None:
                 foreign = catalog.fetch(conn, catalog.ForeignFact, catalog.FOREIGN, role=me.oid)
                 found += findings.on_foreign(me.subject, foreign)
-            if guarded and not me.superuser:  # a superuser needs no way around
+            if guarded and not me.superuser:  # a superuser does not need a way around
                 scope: dict[str, Any] = {"role": me.oid, "tables": guarded}
                 views = catalog.fetch(conn, catalog.ViewFact, catalog.VIEWS, **scope)
                 functions = catalog.fetch(conn, catalog.FunctionFact, catalog.FUNCTIONS, **scope)
@@ -173,7 +173,7 @@ def audit(
         children = catalog.children_with_policies(known)
         for oid, table in chosen.items():
             parents = [known[a].name for a in table.ancestors if a in known and known[a].enabled]
-            # One says all about a parent.
+            # One finding covers a parent.
             found += list(findings.on_parent(me.subject, table, children.get(oid, ()))) or list(
                 findings.on_table(me.subject, table, policies[oid], parents, tables is not None)
             )
@@ -208,7 +208,7 @@ def _behaviour(
     for oid, (table, policies) in usable.items():
         tried = list(findings.on_behaviour(me.subject, table, policies, settings, behaviours[oid]))
         yield from tried
-        if behaviours[oid].fails("nobody"):  # then holes could not be told from rows meant for all
+        if behaviours[oid].fails("nobody"):  # then holes could not be distinguished from rows meant for all
             said = {(finding.code, finding.subject) for finding in tried}
             for finding in findings.on_text(table, policies, settings):
                 if (finding.code, finding.subject) not in said:

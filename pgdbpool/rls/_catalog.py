@@ -1,7 +1,7 @@
 """The catalogs' facts about a role, the tables it may use, their policies, and the ways around them.
 
 Each query is one noun of the audit. All but `ROLE` run with `search_path = pg_catalog`, so that every
-name and expression they return is qualified, and quoted where SQL needs quotes.
+name and expression they return is qualified, and quoted if SQL needs quotes.
 Source: https://www.postgresql.org/docs/current/ddl-rowsecurity.html and
 https://www.postgresql.org/docs/current/catalogs.html
 """
@@ -34,7 +34,7 @@ def fetch(conn: psycopg.Connection[Any], kind: type[T], query: str, **params: ob
 
 @dataclass(frozen=True, slots=True)
 class RoleFact:
-    """One thing about a role: `kind` is role, owns or becomes; `subject` a role or table, as in SQL."""
+    """One fact about a role: `kind` is role, owns or becomes; `subject` a role or table, as in SQL."""
 
     kind: str
     oid: int
@@ -45,7 +45,7 @@ class RoleFact:
     bypassrls: bool
 
 
-# The row of the kind `role` comes always, unless there is no such role.
+# The row of the kind `role` always comes, unless there is no such role.
 # Each role with the owner's privileges (pg_has_role USAGE) counts as owner. SET ROLE: before version 16
 # each member may, since then a grant may leave it out, and ADMIN OPTION is enough to grant it to oneself.
 ROLE = """
@@ -84,7 +84,7 @@ class Column:
 
     name: str
     ident: str
-    """The name, quoted where SQL needs it."""
+    """The name, quoted if SQL needs it."""
     type: str
     required: bool
     filler: Any
@@ -97,11 +97,11 @@ class Table:
 
     oid: int
     name: str
-    """Qualified, and quoted where SQL needs it."""
+    """Qualified, and quoted if SQL needs it."""
     schema: str
     relname: str
     alias: str
-    """The name that policies refer to it by, quoted where SQL needs it."""
+    """The name by which policies refer to it, quoted if SQL needs it."""
     owner: str
     owned: bool
     """Whether the role has the owner's privileges."""
@@ -239,7 +239,7 @@ class Policy:
 # `reach` follows an expression to the functions, views and tables it names, a function with a parsed body
 # and a view to the objects they name, and a table to the policies on reading it: `EXISTS (SELECT FROM
 # orders ...)` reads the tenant if the policies of orders do. `via` is the name in the expression that led
-# there.
+# to them.
 POLICIES = """
 WITH RECURSIVE reach (policy, via, class, object) AS (
     SELECT p.oid, NULL::text COLLATE "C", 'pg_policy'::regclass::oid, p.oid FROM pg_policy p
@@ -383,7 +383,7 @@ class SourceFact:
 
     name: str
     plain: str
-    """Its name alone, as others write it."""
+    """Its unqualified name, as callers write it."""
     immutable: bool
     source: str
     used_by: list[str]

@@ -42,7 +42,7 @@ TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One finding of the audit; `code` is stable, `remedy` is SQL if there is some."""
+    """One finding of the audit; `code` is stable, `remedy` is SQL if any exists."""
 
     severity: Severity
     code: str
@@ -104,7 +104,7 @@ def on_table(
 
 
 def on_parent(role: str, table: Table, children: Sequence[str]) -> Iterator[Finding]:
-    """Find a table without policies that shows the rows of those children that have some."""
+    """Find a table without policies that shows the rows of children with policies."""
     reads = [command for command in COMMANDS if command != "INSERT" and table.allows(command)]
     if children and reads and not table.enabled:
         message = (
@@ -133,7 +133,7 @@ def _on_rights(role: str, table: Table) -> Iterator[Finding]:
 def _on_coverage(
     role: str, table: Table, policies: Sequence[Policy], commands: Sequence[str]
 ) -> Iterator[Finding]:
-    """Find commands that the role has a right to, and that no policy allows a row for."""
+    """Find commands that the role has a right to, but for which no policy admits a row."""
     it = table.name
     if not policies:
         yield Finding("info", "no-policy", it, f"it has no policy, so {role} reads and writes no row")
@@ -315,7 +315,7 @@ class _Opening(NamedTuple):
 
 
 def _openings(table: Table, policies: Sequence[Policy], found: Behaviour) -> Iterator[_Opening]:
-    """Yield each made-up row that a command reaches without a tenant but not as `nobody`."""
+    """Yield each made-up row that a command reaches without a tenant but not in the state `nobody`."""
     for part, command in table.examined(PARTS):
         those = applied(policies, command, part)
         nobody = found.admits("nobody", those, part)

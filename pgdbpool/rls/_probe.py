@@ -85,10 +85,10 @@ class Behaviour:
         return any(isinstance(v, Failure) for (where, _), v in self.verdicts.items() if where == state)
 
     def admits(self, state: State, policies: Sequence[Policy], part: str) -> list[bool] | None:
-        """Return for each row whether these policies together admit it; None if that is not known.
+        """Return for each row whether these policies together admit it; None if unknown.
 
         Permissive ones are joined by OR, restrictive ones by AND. An error of any is one of the statement,
-        which then admits nothing; but as nobody, the error may be about the made-up value.
+        which then admits nothing; but in the state `nobody`, the error may be about the made-up value.
         """
         verdicts = [(policy, self.verdict(state, policy.expression(part))) for policy in policies]
         unknown = (type(None), Failure) if state == "nobody" else (type(None),)

@@ -51,7 +51,7 @@ class TenantRefused(Exception):
 
 
 class TenantMiddleware:
-    """Makes the tenant that the extractor finds the current one, for the request and its response body.
+    """Binds the tenant that the extractor finds, for the request and its response body.
 
     The application runs in a copy of the context, and so do each step of a streamed body and its
     `close()`: nothing is left in the thread, or greenlet, for the next request.
@@ -118,7 +118,7 @@ class DeadlineMiddleware:
 
 
 def mount(app: WSGIApplication, path: str, mounted: WSGIApplication) -> WSGIApplication:
-    """Return an application that answers below the path with the mounted one, and otherwise with the other.
+    """Return an application that answers with the mounted one below the path, and with the other elsewhere.
 
     :param path: such as ``/-/pools``; it begins with a slash and does not end with one.
     :raises ValueError: it does not.
@@ -139,8 +139,8 @@ def mount(app: WSGIApplication, path: str, mounted: WSGIApplication) -> WSGIAppl
 class HealthApp:
     """Answers probes of an orchestrator or a load balancer with 200 or 503 and JSON, see :doc:`guide/health`.
 
-    A path that ends in `/live` asks whether the process is worth keeping: no server is asked. Any other asks
-    whether it can serve requests: servers are asked, at most once in `max_age` seconds for all probes.
+    A path that ends in `/live` asks whether the process is worth keeping, and no server is asked. Any other
+    asks whether it can serve requests. Servers are asked, at most once in `max_age` seconds for all probes.
 
     :param timeout: seconds that all servers together have for their answers.
     :param groups: the groups that must be served for a 200; None means all.
@@ -232,7 +232,7 @@ def _answer(start_response: StartResponse, status: str, text: str, *headers: tup
 def from_header(name: str) -> Extractor:
     """Return an extractor that takes the tenant from a request header.
 
-    Only behind a proxy that sets the header itself: a client can send any.
+    Use it only behind a proxy that sets the header itself: a client can send any value.
     """
     key = "HTTP_" + name.upper().replace("-", "_")
     return lambda environ: environ.get(key) or None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Permission = Callable[["WSGIEnvironment"], bool]
 
 TOKEN_LENGTH = 16
-"""Characters that a token has at least."""
+"""The least number of characters of a token."""
 
 PROXIED = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_X_FORWARDED_HOST", "HTTP_X_REAL_IP", "HTTP_VIA")
 
@@ -64,7 +64,7 @@ class AccessCheck:
 
 
 def is_local(environ: WSGIEnvironment) -> bool:
-    """Return whether a request comes from this machine, and not through a proxy that shows in a header.
+    """Return whether a request comes from this machine, and not through a proxy that a header reveals.
 
     The name in `Host` has to be a local one too: otherwise any web site could point its own name here.
     """

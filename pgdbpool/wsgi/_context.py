@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def in_context(
     context: Context, app: WSGIApplication, environ: WSGIEnvironment, start_response: StartResponse
 ) -> _Body:
-    """Run the application in the context, and so each step of its streamed body and its `close()`."""
+    """Run the application, each step of its streamed body and its `close()` in the context."""
     return _Body(context, context.run(app, environ, start_response))
 
 

@@ -1,4 +1,4 @@
-"""The next request of a browser or a client sees what this one has written: it brings the token."""
+"""The next request of a browser or another client brings a token, and so sees the writes of this one."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 SHORTEST = 16
-"""Characters that the secret has at least."""
+"""The least number of characters of the secret."""
 SIGNATURE = 22
 """Characters of the signature: 128 bits of it."""
 PLACES = 32
-"""Cookies that a client has at most: one for each token that no later request of its own has taken over."""
+"""The most cookies of a client: one for each token that no later request of the client has taken over."""
 _SIGNED = re.compile(r"([\w-]{27,1000})\.([0-9a-f]{1,16})\.([\w-]{22})", re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 class ReadYourWritesMiddleware:
-    """Lets each client read what it has written, though the reads come from standbys and other processes.
+    """Lets each client read its own writes, although standbys and other processes serve the reads.
 
     A request that writes gives its client a signed token, in a cookie or a header; the next requests bring
     it, and their reads see the writes. A value that is forged, cut, too old, or of other servers counts
     as none.
 
     :param app: the WSGI application.
-    :param secret: what signs the tokens: the same in all processes, 16 characters or bytes at least.
+    :param secret: the key that signs the tokens: the same in all processes, at least 16 characters or bytes.
     :param max_age: seconds for which a token counts.
     :param cookie: the first part of the cookies' names: one, and more if requests that write overlap. They
         are HttpOnly, SameSite=Lax, and Secure over https, and are dropped once each standby is known to have
@@ -114,10 +114,10 @@ class ReadYourWritesMiddleware:
     def _headers(
         self, environ: WSGIEnvironment, seen: Seen, brought: dict[str, Token]
     ) -> list[tuple[str, str]]:
-        """Return what the response has to say of the token.
+        """Return the response's headers for the token.
 
-        Another request of the client may have written meanwhile, and its response have come first. So only
-        cookies that this request brought are dropped, and a new one takes none of their places.
+        Another request of the client may have written meanwhile, and its response may have come first. So
+        only cookies that this request brought are dropped, and a new one takes another name if one is free.
         """
         if seen.written is not None and (now := seen.token) is not None:
             text = f"{now}.{int(time()):x}"
@@ -141,7 +141,7 @@ class ReadYourWritesMiddleware:
 
 
 def _joined(tokens: dict[str, Token]) -> Token | None:
-    """Return what stands for all of the tokens; None for none."""
+    """Return one token for all of the tokens; None for none."""
     return Token([p for token in tokens.values() for p in token.positions]) if tokens else None
 
 
@@ -165,7 +165,7 @@ class _Response:
     def start(
         self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
     ) -> Callable[[bytes], object]:
-        """Hold the beginning back; one for an error is passed on if the server has another one already."""
+        """Hold the beginning back; that of an error is passed on if the server already has another."""
         if self._write is not None and exc_info is not None:
             return self._start_response(status, [*headers, *self._more()], exc_info)
         if self._held is not None and exc_info is None:
@@ -190,7 +190,7 @@ class _Response:
 
 
 class _Deferred:
-    """A body whose first piece decides over the headers."""
+    """A body whose first piece releases the headers."""
 
     def __init__(self, body: Iterable[bytes], response: _Response) -> None:
         self._body = body

@@ -1,4 +1,4 @@
-"""The status page as HTML: a function for each section, which the page's script asks for again and again."""
+"""The status page as HTML: a function for each section, which the page's script requests repeatedly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .._util.durations import quantile
 
 SHARES = (0.5, 0.95, 0.99)
-"""Of the waits, the percentiles that are shown."""
+"""The percentiles of the waits that are shown."""
 
 NOTHING = "\N{EN DASH}"
 SYMBOLS = {"up": "●", "down": "▲", "draining": "◆"}
@@ -224,7 +224,7 @@ def _group(group: Mapping[str, Any], view: Mapping[str, Any]) -> str:
 
 
 def _freshness(group: Mapping[str, Any]) -> list[str]:
-    """Return what became of reads that must see a token, if the group has had any."""
+    """Return the outcomes of reads that must see a token, if the group has had any."""
     passed, failed = group["guards_passed"], group["guards_failed"]
     if not passed + failed + group["fresh_refused"]:
         return []

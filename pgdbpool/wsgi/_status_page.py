@@ -153,7 +153,7 @@ class StatusApp:
         raise HTTPResponse(HTTPStatus.SEE_OTHER, "", ("Location", "./"))
 
     def _form_token(self, directory: str, at: int | None = None) -> str:
-        """Return the secret of the page's forms: only a reader of the page knows it."""
+        """Return the secret of the page's forms, which only a reader of the page knows."""
         hour = int(time.time() // 3600 * 3600) if at is None else at
         with RuntimeDir(directory) as room:
             secret = room.secret()

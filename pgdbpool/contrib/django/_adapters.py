@@ -10,7 +10,7 @@ from psycopg.adapt import AdaptersMap
 
 
 def overlay(own: AdaptersMap, template: AdaptersMap) -> None:
-    """Register in a connection's adapters what Django registers beyond psycopg's own."""
+    """Add to a connection's adapters those that Django registers beyond psycopg's own."""
     dumpers, loaders = _registered(template)
     for cls, dumper in dumpers:
         own.register_dumper(cls, dumper)

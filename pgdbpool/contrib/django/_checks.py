@@ -22,7 +22,7 @@ _KINDS = {"error": checks.Error, "warning": checks.Warning}
 
 
 def contradictions(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what cannot be meant in a database's settings, each with the remedy."""
+    """Return the contradictions in a database's settings, each with the remedy."""
     return list(_contradictions(settings))
 
 
@@ -57,7 +57,7 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def check_settings(app_configs: Any = None, **kwargs: Any) -> list[checks.CheckMessage]:
-    """Report what cannot be meant in the settings of the databases that use this backend."""
+    """Report the contradictions in the settings of the databases that use this backend."""
     found: list[checks.CheckMessage] = []
     for alias in connections:
         if connections.settings[alias]["ENGINE"] == __package__:
@@ -76,10 +76,10 @@ checks.register(check_settings)
 
 
 class DatabaseValidation(BaseDatabaseValidation):  # type: ignore[misc]
-    """What `manage.py check --database` does."""
+    """The checks of `manage.py check --database`."""
 
     def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
-        """Report what `pgdbpool check` finds in the group and its servers, but for mere hints."""
+        """Report the findings of `pgdbpool check` on the group and its servers, except mere hints."""
         return [*super().check(**kwargs), *self._findings()]
 
     def _findings(self) -> list[checks.CheckMessage]:

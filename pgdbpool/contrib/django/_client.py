@@ -9,7 +9,7 @@ from django.db.backends.postgresql import client
 
 
 class DatabaseClient(client.DatabaseClient):  # type: ignore[misc]
-    """psql at the server that the group has just lent a connection to."""
+    """psql at the server to which the group has just lent a connection."""
 
     def runshell(self, parameters: Iterable[str]) -> None:
         """Open the shell."""

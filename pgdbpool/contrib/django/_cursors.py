@@ -13,7 +13,7 @@ from . import schemas
 
 
 class Reporting:
-    """A cursor that says when it is closed, and whose statements have the schema that is current then."""
+    """A cursor that reports its closing, and whose statements run in the then current schema."""
 
     at_close: Callable[[Any], None] | None = None
     _conn: Any

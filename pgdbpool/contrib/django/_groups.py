@@ -1,4 +1,4 @@
-"""Which group of the pools a database of Django's settings is; groups are added as they are needed."""
+"""The pools' group for a database of Django's settings; groups are added as they are needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DJANGOS_OPTIONS = (
     "cursor_factory",
     "context",
 )
-"""Options that say what happens in a connection, and not which one it is."""
+"""Options that affect the use of a connection, and not the choice of one."""
 GROUP_OPTIONS = tuple(name for name in GROUP_KEYS if name not in ("endpoints", *DJANGOS_OPTIONS))
 MAINTENANCE = "postgres"
 
@@ -45,16 +45,16 @@ def own_options(options: Mapping[str, Any]) -> set[str]:
 def named_database(settings: Mapping[str, Any]) -> str | None:
     """Return the database that a group of a configuration file uses.
 
-    :raises django.core.exceptions.ImproperlyConfigured: it says what the configuration has to say.
+    :raises django.core.exceptions.ImproperlyConfigured: with the message of the configuration's error.
     """
     config, group = _from_file(settings)
     return _endpoints(config, group)[0].dbname
 
 
 def group_of(alias: str, settings: Mapping[str, Any], timezone: str | None) -> str:
-    """Return the name of the group for a database; the pools are opened, or the group is added, at need.
+    """Return the name of the group for a database; open the pools, or add the group, if need be.
 
-    :raises django.core.exceptions.ImproperlyConfigured: it says what the configuration has to say.
+    :raises django.core.exceptions.ImproperlyConfigured: with the message of the configuration's error.
     """
     with Connection._lock:
         if settings["OPTIONS"].get("config") is None:
@@ -76,7 +76,7 @@ def alone(name: str) -> Config:
 
 
 def forget(database: str) -> None:
-    """Remove the groups that were added for a database with their connections, so that it can be dropped."""
+    """Remove a database's added groups and their connections, so that it can be dropped."""
     if not Connection._is_open():
         return
     with Connection._lock:

@@ -33,7 +33,7 @@ class Holding(base.DatabaseWrapper):  # type: ignore[misc]
             self._open.discard(ref(self))
 
     def get_autocommit(self) -> bool:
-        """Return whether each statement is a transaction of its own."""
+        """Return whether each statement is a separate transaction."""
         if self._shortly and self.connection is None and not self.in_atomic_block:
             return bool(self.settings_dict["AUTOCOMMIT"])
         return bool(super().get_autocommit())

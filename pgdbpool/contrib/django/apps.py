@@ -1,4 +1,4 @@
-"""The application for INSTALLED_APPS, with which `manage.py check` looks at the settings too."""
+"""The application for INSTALLED_APPS, with which `manage.py check` also examines the settings."""
 
 from __future__ import annotations
 

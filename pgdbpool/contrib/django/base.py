@@ -32,7 +32,7 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
     client_class = DatabaseClient
     validation_class = _checks.DatabaseValidation
     group: str | None = None
-    """The group that the last connection came from."""
+    """The group from which the last connection came."""
 
     def __init__(self, settings_dict: dict[str, Any], alias: str = "default") -> None:
         if settings_dict["OPTIONS"].get("config") is not None and settings_dict["NAME"] == "":
@@ -90,9 +90,9 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
         return connection
 
     def find_group(self) -> str:
-        """Return the name of the group, which is added if it is not there.
+        """Return the name of the group, which is added if it is missing.
 
-        :raises django.core.exceptions.ImproperlyConfigured: it says what the configuration has to say.
+        :raises django.core.exceptions.ImproperlyConfigured: with the message of the configuration's error.
         """
         return _groups.group_of(self.alias, self.settings_dict, self.timezone_name)
 

@@ -13,7 +13,7 @@ from ..._request.tenant import tenant
 
 
 class TenantMiddleware:
-    """Make what `settings.PGDBPOOL_TENANT` returns for a request its current tenant; None for none.
+    """Bind the tenant that `settings.PGDBPOOL_TENANT` returns for a request; None for none.
 
     It is a callable that takes the request, or the dotted name of one. Place the middleware after the one
     that the callable needs, such as Django's for authentication.

@@ -19,7 +19,7 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 def schema(name: str | None) -> Iterator[None]:
     """Make a schema the current one inside the `with` block, before ``public``; None for the session's own.
 
-    :raises ValueError: the name is not letters, digits and underscores, all small.
+    :raises ValueError: the name does not consist of lower-case letters, digits and underscores.
     """
     if name is not None and not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a schema: use small letters, digits and _")
@@ -31,7 +31,7 @@ def schema(name: str | None) -> Iterator[None]:
 
 
 def follow(connection: Any) -> None:
-    """Let the unit of work that begins next have the current schema.
+    """Give the next unit of work the current schema.
 
     :raises django.db.transaction.TransactionManagementError: a transaction is open that has another one.
     """

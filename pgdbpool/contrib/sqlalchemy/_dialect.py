@@ -28,15 +28,15 @@ class Tenant(ConnectionCharacteristic):
     transactional = True
 
     def set_characteristic(self, dialect: Any, dbapi_conn: Any, value: Any) -> None:
-        """Let the transactions to come have the tenant."""
+        """Give later transactions the tenant."""
         dbapi_conn.tenant = value
 
     def get_characteristic(self, dialect: Any, dbapi_conn: Any) -> Any:
-        """Return the tenant of the transactions to come; None for the current one of each."""
+        """Return the tenant of later transactions; None for the current one of each."""
         return dbapi_conn.tenant
 
     def reset_characteristic(self, dialect: Any, dbapi_conn: Any) -> None:
-        """Let the transactions to come have the current tenant."""
+        """Give later transactions the current tenant."""
         dbapi_conn.rollback()
         dbapi_conn.tenant = None
 
@@ -92,7 +92,7 @@ class PgDbPoolDialect(PGDialect_psycopg):
     def create_connect_args(self, url: URL) -> Any:
         """Read the URL: its host is the group.
 
-        :raises sqlalchemy.exc.ArgumentError: it says what the configuration of the pools has to say.
+        :raises sqlalchemy.exc.ArgumentError: with the message of the configuration's error.
         """
         if not url.host:
             raise exc.ArgumentError(f"{url!r} names no group: write postgresql+pgdbpool://GROUP")
@@ -115,7 +115,7 @@ class PgDbPoolDialect(PGDialect_psycopg):
     def connect(self, *arguments: Any, group: str, config: Any = None, **options: Any) -> Any:
         """Take a connection out of the group; a file opens the pools first, if none are open.
 
-        :raises sqlalchemy.exc.ArgumentError: `connect_args` has what a block cannot be given.
+        :raises sqlalchemy.exc.ArgumentError: `connect_args` has an argument that a block cannot be given.
         """
         if wrong := sorted(options.keys() - BlockOptions.__annotations__.keys()):
             raise exc.ArgumentError(
@@ -134,7 +134,7 @@ class PgDbPoolDialect(PGDialect_psycopg):
         return conn
 
     def _adapt(self, conn: Any) -> None:
-        """Register for a connection what the engine's options say, over what the group has registered."""
+        """Register the engine's adapters for a connection, over those that the group has registered."""
         if self._native_inet_types is False:
             for name in ("inet", "cidr"):
                 conn.adapters.register_loader(name, TextLoader)
@@ -165,12 +165,12 @@ class PgDbPoolDialect(PGDialect_psycopg):
 
 
 def _keep_tenant(connection: Any, options: Mapping[str, Any]) -> None:
-    """Give the tenant of the execution options to what SQLAlchemy took in place of a lost connection."""
+    """Give the tenant of the execution options to SQLAlchemy's replacement for a lost connection."""
     connection.connection.dbapi_connection.tenant = options["tenant"]
 
 
 def _be_collectable(dbapi_connection: Any, record: Any) -> None:
-    """Let the group replace a detached connection that is dropped: SQLAlchemy looks after it no longer."""
+    """Let the group replace a detached connection that is dropped: SQLAlchemy no longer looks after it."""
     dbapi_connection.be_collectable()
 
 

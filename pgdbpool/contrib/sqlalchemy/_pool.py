@@ -1,4 +1,4 @@
-"""The pool of an engine: a group, which has the only queue, ping and recycling there are."""
+"""The pool of an engine: a group, whose queue, ping and recycling are the only ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _INSTEAD = {
 
 
 class GroupPool(pool.NullPool):
-    """What SQLAlchemy takes for a pool; each connection comes from the group and goes back to it.
+    """A pool to SQLAlchemy; each connection comes from the group and goes back to it.
 
-    So `connect` is an event of each checkout: the session is clean, as a new one.
+    So `connect` is an event of each checkout: the session is as clean as a new one.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class GroupPool(pool.NullPool):
         """The group's name."""
 
     def recreate(self) -> GroupPool:
-        """Return a pool as this one."""
+        """Return a pool like this one."""
         made = type(self)(
             self._creator,
             echo=self.echo,
@@ -74,7 +74,7 @@ class GroupPool(pool.NullPool):
     # As a QueuePool's.
 
     def status(self) -> str:
-        """Return what the group has, in words."""
+        """Return the group's counts, in words."""
         if self.group is None:
             return "GroupPool"
         now = Connection.status().groups[self.group]
@@ -88,7 +88,7 @@ class GroupPool(pool.NullPool):
         return Connection.get_max_pool_size(str(self.group))
 
     def checkedout(self) -> int:
-        """Return how many connections of the group are in use, by whatever."""
+        """Return how many connections of the group are in use, by any code."""
         return Connection.status().groups[str(self.group)].in_use
 
     def checkedin(self) -> int:

@@ -14,7 +14,7 @@ from sqlalchemy.sql.expression import SelectBase
 
 _READS = re.compile(r"\s*(select|values|table|show)\b", re.IGNORECASE)
 _MORE = re.compile(r"\bfor\s+(no\s+key\s+)?(update|share|key\s+share)\b|\binto\b|;\s*\S", re.IGNORECASE)
-"""What locks or makes a table, or another statement, in a text that begins as a read."""
+"""A part that locks or makes a table, or another statement, in a text that begins as a read."""
 
 
 class RoutingSession(Session):
@@ -22,8 +22,8 @@ class RoutingSession(Session):
 
     A flush, INSERT, UPDATE, DELETE, DDL, a SELECT that locks rows, and text that is not plainly a SELECT are
     writes. From the first of them on everything goes to `writing`, until the transaction ends. A function
-    that writes, called in a SELECT, is not seen: put it into `with session.primary():`. Inside of
-    `begin_nested()` everything goes to `writing`, where the savepoint is; so it does with `twophase=True`,
+    that writes, called in a SELECT, is not seen: put it into `with session.primary():`. Inside
+    `begin_nested()` everything goes to `writing`, which has the savepoint; so it does with `twophase=True`,
     since a standby cannot prepare a transaction. A class or table of `binds` keeps its own engine.
     """
 
