@@ -21,7 +21,7 @@ class Category(enum.Enum):
     TIMEOUT = "timeout"
     """A time limit was exceeded: of a statement, a lock, the request."""
     RESOURCE = "resource"
-    """Something is used up: connections, queue, rate, memory, disk. Less load is the remedy."""
+    """A resource is used up: connections, queue, rate, memory, disk. Less load is the remedy."""
     CONSTRAINT = "constraint"
     """The data violate a constraint: unique, foreign key, check, not null, exclusion."""
     DATA = "data"

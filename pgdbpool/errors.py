@@ -244,7 +244,7 @@ class IdleInTransactionTimeoutError(ConnectionLostError):
 class IdleSessionTimeoutError(ConnectionLostError):
     """The block left its connection idle beyond the server's `idle_session_timeout` (SQLSTATE 57P05).
 
-    The server ended the session outside of a transaction, and did not execute the statement.
+    The server ended the session outside a transaction, and did not execute the statement.
     """
 
 

@@ -90,7 +90,7 @@ class PoolCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Return the metrics as they are now; none before `Connection.init`.
 
-        :raises RuntimeDirError: the directory is missing, or not this user's alone.
+        :raises RuntimeDirError: the directory is missing, or other users can use it.
         """
         try:
             view = gather(self._runtime_dir)
@@ -105,7 +105,7 @@ class PoolCollector(Collector):
 class MetricsApp:
     """A WSGI application that answers with the metrics of all processes; mount it at ``/metrics``.
 
-    Without `authorize` and `token` it answers requests from this machine alone; see `StatusApp`. Prometheus
+    Without `authorize` and `token` it answers requests from this machine only; see `StatusApp`. Prometheus
     sends a token with ``authorization: {credentials: ...}``.
 
     :param authorize: takes the environ and returns whether the request may have the metrics.

@@ -254,7 +254,7 @@ def demand(
 
 
 def _fitting(group: GroupConfig, roles: Mapping[str, str | None]) -> list[str]:
-    """Return the endpoints that take the group's connections as things are; all if that is not known."""
+    """Return the endpoints whose roles, as far as known, suit the group; all if none does."""
     wanted = "primary" if group.writes else "standby"
     if group.target == "any":
         return list(group.endpoints)

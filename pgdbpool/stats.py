@@ -11,13 +11,13 @@ from ._util.durations import BUCKETS, Tally, quantile
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How long something took: how often, by the bucket that the duration falls into."""
+    """A histogram of durations: their number in each bucket."""
 
     bounds: ClassVar[tuple[float, ...]] = BUCKETS
     """Upper bounds of the buckets in seconds, the same for all. One more bucket has no bound."""
 
     counts: tuple[int, ...]
-    """How often, for each bucket alone: the sum of those up to it is what metrics call cumulative."""
+    """The number in each bucket alone; a sum up to a bucket is its cumulative count in metrics."""
     sum: float
     """Seconds in all."""
 
@@ -33,7 +33,7 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How often in all."""
+        """The number of all durations."""
         return sum(self.counts)
 
     def quantile(self, share: float) -> float | None:

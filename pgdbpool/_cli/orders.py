@@ -185,7 +185,7 @@ def _check_names(view: Mapping[str, Any], order: Mapping[str, Any]) -> None:
 
 
 def _me() -> str:
-    """Return who gives the order."""
+    """Return the user, machine and process that give the order."""
     try:
         user = os.environ.get("SUDO_USER") or getpass.getuser()
     except (OSError, KeyError):  # no such user is known here

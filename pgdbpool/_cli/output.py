@@ -70,7 +70,7 @@ def cut(text: str, width: int) -> str:
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """Print findings with their remedies; those common to several servers once."""
+    """Print findings with their remedies; a finding common to several servers is printed once."""
     same: dict[tuple[str, str, str, str], list[str]] = {}
     for found in findings:
         same.setdefault((found.severity, found.code, found.message, found.remedy), []).append(found.subject)

@@ -19,7 +19,7 @@ from ..overview import gather
 OK, FAILED, DEGRADED = 0, 1, 3
 NOBODY = "no process publishes its status here"
 EVENTS = 5
-"""Number of events to show, of those on the page."""
+"""Number of the page's events to show."""
 
 TEXT = """\
 Shows the pools of all processes that publish their status: those of one application, which all have the

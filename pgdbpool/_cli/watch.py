@@ -25,7 +25,7 @@ Show = Callable[["View | None", int, str], "tuple[View, str]"]
 
 
 def watch(show: Show, every: float, sorts: Sequence[str], sort: str) -> int:
-    """Show a view every so many seconds, until `q`; `s` sorts by the next column."""
+    """Show a view every few seconds, until `q`; `s` sorts by the next column."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     views: deque[View] = deque()
     with _keys() if terminal else contextlib.nullcontext():

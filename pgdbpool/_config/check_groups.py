@@ -119,7 +119,7 @@ def check_pooler(group: dict[str, Any], servers: list[dict[str, Any]], path: str
 
 
 def _check_settings(group: Mapping[str, Any], path: str, report: Report) -> None:
-    """Report settings that another key of the group sets too, and those that no block can bind."""
+    """Report settings that another key of the group sets too, and settings that no block can bind."""
     tenant: TenantConfig | None = group.get("tenant")
     tenants = {name.lower() for name in tenant.settings} if tenant else set()
     for name, value in group["settings"].items():

@@ -25,7 +25,7 @@ PUBLISHED = Path(__file__).with_name("pgdbpool.schema.json")
 
 
 class Part(NamedTuple):
-    """Keys that stand together in a mapping."""
+    """The keys of one mapping."""
 
     title: str
     prefix: str

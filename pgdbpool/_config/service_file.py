@@ -12,7 +12,7 @@ from psycopg.pq import ConninfoOption, PGconn
 
 def decoded(options: Iterable[ConninfoOption]) -> dict[str, str]:
     """Return the parameters of libpq that have a value."""
-    # Some may not be in UTF-8, but none of those used here.
+    # Some values may not be in UTF-8, but the ones used here are.
     return {o.keyword.decode(): o.val.decode(errors="surrogateescape") for o in options if o.val}
 
 
@@ -23,7 +23,7 @@ def service_of(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_service(params: dict[str, str]) -> dict[str, str]:
-    """Return the parameters with those of the service file, which libpq reads when it is to connect."""
+    """Return the parameters completed from the service file, which libpq reads when it connects."""
     # It reads all parameters before it refuses one, and connects to nothing.
     pgconn = PGconn.connect_start(make_conninfo("", **{**params, "channel_binding": "nothing"}).encode())
     try:

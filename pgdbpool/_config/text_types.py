@@ -178,7 +178,7 @@ class Url(Text):
 class File(Text):
     """The path of a file that exists and can be read; `~` is the home directory."""
 
-    word: str = ""  # what libpq takes in place of a path
+    word: str = ""  # a word that libpq takes in place of a path
 
     @property
     def allowed(self) -> str:

@@ -61,7 +61,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Raise `Stopped` on the first SIGINT, SIGTERM or SIGHUP, and ignore those that follow.
+    """Raise `Stopped` on the first SIGINT, SIGTERM or SIGHUP, and ignore later ones.
 
     Otherwise an impatient second Ctrl-C would interrupt the clean-up, which is short and bounded.
     """
@@ -181,7 +181,7 @@ class Gunicorn:
         self._arguments += ["--bind", f"fd://{self._listener.fileno()}", "--log-level", "warning"]
         self._arguments += ["--worker-class", worker_class, "--threads", str(threads)]
         self._arguments += ["--graceful-timeout", "3", f"{APPS[app][0]}:application"]
-        # The package that runs now, wherever gunicorn's working directory is.
+        # The package that runs now, whatever gunicorn's working directory.
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("GUNICORN_")},
@@ -301,7 +301,7 @@ class Options:
 
 @contextlib.contextmanager
 def started(options: Options, log: IO[bytes] | None = None) -> Iterator[tuple[Cluster, Gunicorn]]:
-    """Start the cluster and the example; end both, whatever happens. Raises ClusterError or DemoError."""
+    """Start the cluster and the example; end both in any case. Raises ClusterError or DemoError."""
     # With a password, since a superuser of the database may run programs as the servers' user.
     cluster = Cluster(options.standbys, options.version, auth="scram-sha-256")
     with cluster:

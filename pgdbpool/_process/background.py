@@ -252,7 +252,7 @@ class Monitor:
         pause = min(map(self._try, self._parts()))
         if self.publisher is not None:
             pause = min(pause, self._try(self.publisher))
-        if self._beat.due_at == soon:  # no call of `wake` meanwhile
+        if self._beat.due_at == soon:  # `wake` was not called meanwhile
             self._beat.due_at = now + pause
         return pause
 

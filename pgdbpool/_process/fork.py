@@ -1,4 +1,4 @@
-"""The first thing that a forked child does: begin with new pools."""
+"""The first act of a forked child: to begin with new pools."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whether the groups can be served: every server asked at the same time, within one deadline.
 
-Nothing in it waits for one server alone, so that one that hangs costs the others nothing. A question goes
-over an idle connection of the pool, or over a new one if none is idle.
+The examination never waits for a single server, so a server that hangs costs the others nothing. A question
+goes over an idle connection of the pool, or over a new one if none is idle.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Word:
 
 
 def understand(own: Mapping[str, Any], cluster: Mapping[str, Any]) -> Word:
-    """Return what `/patroni` and `/cluster` of a member mean together."""
+    """Return the combined meaning of a member's `/patroni` and `/cluster`."""
     leads, runs = own.get("role") in _PRIMARY, own.get("state") == "running"
     members = [member for member in cluster.get("members") or () if isinstance(member, dict)]
     leaders = [member for member in members if member.get("role") in _LEADER]
@@ -117,7 +117,7 @@ class Patronis:
         self._words: dict[Endpoint, tuple[float, Word]] = {}
         """The last report of each member, and when it was requested."""
         self._primaries: dict[Endpoint, float] = {}
-        """The members that said that they are the primary, and since when."""
+        """The members that report being the primary, and since when."""
 
     @property
     def needed(self) -> bool:
@@ -154,7 +154,7 @@ class Patronis:
             self._look(endpoint)
 
     def moving(self, since: float) -> bool:
-        """Return whether a member has said after that time that a primary is on its way."""
+        """Return whether a member has reported after that time that a primary is on its way."""
         return any(
             word.moving or (word.primary and self._may_be_there(endpoint))
             for endpoint, (at, word) in self._words.items()

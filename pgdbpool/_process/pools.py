@@ -397,7 +397,7 @@ class Pools:
         while any(group.busy(but) for group in self.all_groups):
             if monotonic() >= deadline or hurry():
                 return
-            time.sleep(0.01)  # for checkin to tell would be work in every block
+            time.sleep(0.01)  # a notice from checkin would be work in every block
 
     def blame(self, by: str, but: int) -> None:
         """Note what closes the pools, for the errors of their blocks, except those of that thread."""

@@ -286,7 +286,7 @@ class Endpoint:
             self.state = State.DRAINING
             events.ENDPOINT_DRAIN("endpoint %s is being drained", self.label, endpoint=self.label)
         self.condemned_at = monotonic()
-        self.timeline, self.outdated = None, False  # nor does it exclude an older primary any more
+        self.timeline, self.outdated = None, False  # it no longer excludes an older primary
         self.on_down(self)
 
     def undrain(self) -> None:
@@ -306,7 +306,7 @@ class Endpoint:
             self.config, self.weight, self.login = config, config.weight, Login(config)
 
     def remove(self) -> None:
-        """Take the endpoint out of use for good: it is not in the configuration any more."""
+        """Take the endpoint out of use for good: it is no longer in the configuration."""
         events.ENDPOINT_REMOVED(
             "endpoint %s was removed, or is another server now", self.label, endpoint=self.label
         )

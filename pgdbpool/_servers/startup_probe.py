@@ -123,7 +123,7 @@ class _Dialogue:
             self._socket = None
 
     def _talk(self, encrypted: bool) -> Generator[int, None, Answer]:
-        """Send what libpq sends up to the authentication.
+        """Send the same messages as libpq up to the authentication.
 
         https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL
         """

@@ -1,7 +1,7 @@
 """Probes the servers whose idle connections were found closed.
 
 A connection that the server has closed is a reason to probe, not evidence: an administrator may have
-ended that session alone.
+ended only that session.
 """
 
 from __future__ import annotations

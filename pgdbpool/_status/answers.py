@@ -31,7 +31,7 @@ def give(
     deadline: float,
     watch: Callable[[int], object] = lambda _: None,
 ) -> list[Answer]:
-    """Give an order to the processes that publish now, and return what each of them answers.
+    """Give an order to the processes that publish now, and return the answer of each.
 
     A process that exits meanwhile has nothing more to do, and delays nothing. Each set of pools of a
     process answers for itself, if the order is for it.

@@ -309,7 +309,7 @@ class History:
         self._endpoints: dict[str, deque[list[int]]] = {}
 
     def add(self, status: Status, now: float) -> None:
-        """Add what happened since the last call; of current values keep the maximum of the step."""
+        """Add the events since the last call; of current values keep the maximum of the step."""
         step = int(now // STEP)
         for group in status.groups.values():
             name = group.name

@@ -43,7 +43,7 @@ class RuntimeDir:
     """An open runtime directory, private to this user.
 
     :param path: its absolute path.
-    :param create: create it if it is missing, for this user alone; its parent directory must exist.
+    :param create: create it if it is missing, for this user only; its parent directory must exist.
     :raises RuntimeDirError: it is missing, not a directory, belongs to another user, or others may enter it.
     """
 
@@ -305,7 +305,7 @@ def stands(order: Mapping[str, Any], now: float) -> bool:
 
 def replaces(new: Mapping[str, Any], order: Mapping[str, Any]) -> bool:
     """Return whether a later order takes the place of another one."""
-    # The resumption of one group stands beside a pause of all.
+    # The resumption of one group coexists with a pause of all.
     return (
         any({new["do"], order["do"]} <= pair for pair in ({"drain", "undrain"}, {"pause", "resume"}))
         and new["endpoint"] == order.get("endpoint")

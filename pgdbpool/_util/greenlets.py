@@ -37,7 +37,7 @@ def patched(module: str) -> bool:
 def check() -> None:
     """Refuse a patch that came too late, or in part, since waiting for the server would stop every greenlet.
 
-    :raises ThreadingModelError: says what to patch, and where.
+    :raises ThreadingModelError: the patch is late or partial; the message says what to patch, and where.
     """
     selects, threads = patched("select"), patched("threading")
     if not selects and not threads:
@@ -60,7 +60,7 @@ def in_hub() -> bool:
 
 
 def poller() -> select.poll:
-    """Return a poll object that never lets another greenlet run: to look, without waiting."""
+    """Return a poll object that never lets another greenlet run, for checks that do not wait."""
     if not patched("select"):
         return select.poll()
     monkey = sys.modules["gevent.monkey"]  # its own poll goes through its loop even with a timeout of 0
@@ -68,7 +68,7 @@ def poller() -> select.poll:
 
 
 def polls(fd: int) -> tuple[Poll, Poll]:
-    """Return two functions that poll the descriptor for input: one to look without waiting, one to wait.
+    """Return two functions that poll the descriptor for input: one checks without waiting, one waits.
 
     :raises ThreadingModelError: as `check`.
     """

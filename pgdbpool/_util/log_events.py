@@ -55,7 +55,7 @@ class Event:
         EVENTS[name] = self
 
     def __call__(self, text: str, *args: Any, exc_info: BaseException | None = None, **fields: Any) -> None:
-        """Log the text with the fields, which are those that the event declares."""
+        """Log the text with the fields that the event declares."""
         if logger.isEnabledFor(self.level):
             extra = {"event": self.name, **fields}
             logger.log(self.level, text, *args, extra=extra, exc_info=exc_info, stacklevel=2)

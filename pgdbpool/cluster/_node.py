@@ -77,7 +77,7 @@ class Node:
 
     @property
     def running(self) -> bool:
-        """Whether the server's process exists, be it paused."""
+        """Whether the server's process exists, even if it is paused."""
         return self._process is not None and self._process.poll() is None
 
     @property

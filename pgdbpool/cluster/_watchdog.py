@@ -25,7 +25,7 @@ class Process(NamedTuple):
 
 
 def processes() -> list[Process]:
-    """Return the living processes of this machine; those that ended and were not reaped are left out."""
+    """Return the living processes of this machine, without zombies."""
     if not os.path.exists("/proc/self/stat"):
         return _processes_by_ps()
     found = []
@@ -114,7 +114,7 @@ def remove_cluster(base: str, uid: int, timeout: float = 3.0) -> None:
     """End all servers below `base`, by force after `timeout` seconds, and remove the directory."""
     roots = servers(base, uid)
     for root in roots:
-        # An immediate shutdown lets a server remove its shared memory; a paused one must run to hear of it.
+        # An immediate shutdown lets a server remove its shared memory; a paused one must run to receive it.
         send(signal.SIGCONT, tree(root))
         send(signal.SIGQUIT, [root])
     deadline = time.monotonic() + timeout

@@ -54,7 +54,7 @@ _OWN_CONTEXT = "pgdbpool.context"
 _STACK = "pgdbpool.stack"
 """Key of the environ: the scopes to leave at the end of a request without a separate context."""
 _PRESERVED = "werkzeug.debug.preserve_context"
-"""Key of the environ: the test's client enters the request in the test's context once more."""
+"""Key of the environ: the test's client enters the request in the test's context again."""
 
 _BUSY = (Category.UNAVAILABLE, Category.CONNECTION_LOST, Category.RESOURCE, Category.RETRYABLE)
 
@@ -70,7 +70,7 @@ class PgDbPool:
     - `PGDBPOOL_HEALTH`: the path at which probes are answered, such as ``/-/health``; see
       `pgdbpool.wsgi.HealthApp`.
     - `PGDBPOOL_STATUS`: the path of the status page, such as ``/-/pools``; see `pgdbpool.wsgi.StatusApp`.
-    - `PGDBPOOL_STATUS_TOKEN`: the page's password. Without it the page answers this machine alone.
+    - `PGDBPOOL_STATUS_TOKEN`: the page's password. Without it the page answers only this machine.
     - `PGDBPOOL_ERRORS`: true to answer errors of the pool, and those that SQLAlchemy has wrapped, with JSON:
       503 and ``Retry-After`` if a retry helps, 504 if the time was up, 400 or 403 for a tenant, 429
       above a rate limit. An error that says that a statement or COMMIT may have taken effect stays a 500,
@@ -151,7 +151,7 @@ class PgDbPool:
             set_current(value)
             return
         # Of `app.test_request_context()`, which runs in the caller's context and must leave nothing there.
-        # Such contexts share `g` when one is inside of another.
+        # Such contexts share `g` if one is inside another.
         request.environ.setdefault(_STACK, ExitStack()).enter_context(tenant(value))
 
     @staticmethod

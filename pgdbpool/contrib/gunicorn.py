@@ -28,7 +28,7 @@ def worker_abort(worker: Any) -> None:
 def worker_int(worker: Any) -> None:
     """A quick shutdown (SIGINT, SIGQUIT): cancel running statements, so that no thread waits for them.
 
-    gunicorn also calls it, in a thread, if ``--reload`` has found a change: those requests are to end.
+    gunicorn also calls it, in a thread, if ``--reload`` has found a change: the requests must end.
     """
     if threading.current_thread() is threading.main_thread():
         terminate_all("gunicorn's worker_int, as the worker was told to quit")

@@ -27,7 +27,7 @@ def read_settings(text: str) -> set[str]:
 
 
 def fetch(conn: psycopg.Connection[Any], kind: type[T], query: str, **params: object) -> list[T]:
-    """Run a query of this module and return its rows, with plain cursors, whatever the connection's are."""
+    """Run a query of this module with a plain cursor, whatever the connection's own is; return the rows."""
     with psycopg.Cursor(conn, row_factory=class_row(kind)) as cursor:
         return cursor.execute(query.encode(), params, prepare=False).fetchall()
 

@@ -53,7 +53,7 @@ class Finding:
 
 
 def on_role(facts: Sequence[RoleFact]) -> Iterator[Finding]:
-    """Find facts that let the role past every policy, or past those of a table."""
+    """Find facts that let the role past every policy, or past the policies of a table."""
     role = facts[0].subject
     for fact in facts:
         it = fact.subject

@@ -9,7 +9,7 @@ not taken for a hole.
 An expression is evaluated over rows made up in memory, `jsonb_populate_recordset(NULL::the_table, ...)`: thus
 for tables that are empty, for commands that write, and without the role's own policies in the way. For the
 unset state the setting's name is replaced in the expression by one that was never set. That works in any
-session, but not inside a function or another table's policy: those are evaluated only if the session
+session, but not inside a function or another table's policy: these are evaluated only if the session
 itself has not had the setting, so audit on a fresh connection. The unset state comes first, since the
 other two end it.
 
@@ -33,7 +33,7 @@ from psycopg.rows import TupleRow, tuple_row
 from ._catalog import Policy, Table
 
 Guarded = Mapping[int, tuple[Table, Sequence[Policy]]]
-"""Tables by oid, with those of their policies that apply to the role."""
+"""Tables by oid, with the policies that apply to the role."""
 State = Literal["unset", "empty", "nobody"]
 TIMEOUT = "2s"
 NOBODY = (str(uuid.UUID(int=(1 << 128) - 2)), "-32749", "false")
@@ -69,10 +69,10 @@ class Behaviour:
     rows: list[dict[str, Any]] = field(default_factory=list)
     verdicts: dict[tuple[State, str], Verdict] = field(default_factory=dict)
     visible: dict[State, int] = field(default_factory=dict)
-    """How many rows the role could really read, of those sampled."""
+    """How many of the sampled rows the role could really read."""
 
     def verdict(self, state: State, expression: str | None) -> Verdict:
-        """Return what an expression answered in a state."""
+        """Return an expression's verdict in a state."""
         return None if expression is None else self.verdicts.get((state, expression))
 
     def answer(self, state: State, expression: str | None, row: int) -> bool:

@@ -1,4 +1,4 @@
-"""How long a database holds its connection: for a request, or for each transaction or cursor alone."""
+"""How long a database holds its connection: for a request, or only for each transaction or cursor."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Holding(base.DatabaseWrapper):  # type: ignore[misc]
         self._ended(ref(cursor))
 
     def _ended(self, cursor: ref[Any]) -> None:
-        """Give the connection back after its last cursor, outside of a transaction."""
+        """Give the connection back after its last cursor, outside a transaction."""
         self._open.discard(cursor)
         if self.autocommit and not self.in_atomic_block:
             self._let_go()

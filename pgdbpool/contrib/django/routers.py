@@ -29,7 +29,7 @@ class ReadWriteRouter:
         return True
 
     def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool:
-        """Migrate ``default`` alone."""
+        """Migrate only ``default``."""
         return db == "default"
 
 

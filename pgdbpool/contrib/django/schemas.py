@@ -1,4 +1,4 @@
-"""A schema for each tenant: the `search_path` of each transaction, or of each statement outside of one."""
+"""A schema for each tenant: the `search_path` of each transaction, or of each statement outside one."""
 
 from __future__ import annotations
 

@@ -71,12 +71,12 @@ class PgDbPoolDialect(PGDialect_psycopg):
 
     @classmethod
     def load_provisioning(cls) -> None:
-        """Load what SQLAlchemy's own test-suite needs to know of PostgreSQL."""
+        """Load the facts about PostgreSQL that SQLAlchemy's own test suite needs."""
         PGDialect_psycopg.load_provisioning()  # type: ignore[no-untyped-call]
 
     @classmethod
     def engine_created(cls, engine: Engine) -> None:
-        """Tell the engine's pool which group it is.
+        """Give the engine's pool its group.
 
         :raises sqlalchemy.exc.ArgumentError: the engine has a pool that would keep connections.
         """
