@@ -249,7 +249,7 @@ class IdleSessionTimeoutError(ConnectionLostError):
 
 
 class NotCleanError(ConnectionLostError):
-    """Changes of an earlier block to the session could not be cleaned: nothing was sent after that."""
+    """An earlier block's changes to the session could not be undone: nothing was sent after that."""
 
     repeatable = True
 
@@ -388,7 +388,7 @@ _UNDONE = ("25P03", "40001", "57P05")
 """Ends of a session that say that its transaction was rolled back. 40001 is a standby's recovery conflict."""
 
 _POOLERS_REFUSALS = ("query_wait_timeout", "server login has been failing")
-"""Of PgBouncer, under SQLSTATE 08P01: it found no server for the statement."""
+"""Messages of PgBouncer, under SQLSTATE 08P01: it found no server for the statement."""
 
 
 def end_of_session(error: psycopg.Error) -> type[ConnectionLostError]:

@@ -106,8 +106,8 @@ def recommend(
     """Recommend each group's `connection_count` for processes with `threads` threads each.
 
     A group needs no more connections than the process has threads. All connections have room on each server,
-    even when it is the only one left. A server's cores are busy with twice as many connections as cores,
-    and one; more of them would only wait for each other.
+    even if it is the only one left. Twice as many connections as cores, plus one, keep a server's cores busy;
+    more would only wait for each other.
 
     :param groups: the servers that each group uses, by name.
     :param servers: the limits of each server, by the same names.

@@ -84,7 +84,7 @@ class GroupStatus:
     in_use: int
     waiting: int
     target: str
-    """The role that it requires."""
+    """The `target` of its configuration: the roles that it accepts."""
     paused: str | None
     """The operator whose order holds its new blocks back; see `pgdbpool pause`."""
     min_size: int

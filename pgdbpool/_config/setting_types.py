@@ -78,14 +78,14 @@ class TenantName(Text):
 
 
 class Pattern(Text):
-    """A regular expression of Python's."""
+    """A Python regular expression."""
 
     @property
     def allowed(self) -> str:
         return "a regular expression"
 
     def check(self, value: object) -> Any:
-        if isinstance(value, (list, Mapping)):  # YAML reads [a-z] and {2} so
+        if isinstance(value, (list, Mapping)):  # YAML reads [a-z] and {2} this way
             raise self.refuse(value, "; quote it")
         pattern = super().check(value)
         try:

@@ -82,7 +82,7 @@ class Factory(Kind):
 class Provided(Text):
     """Text, or a function that returns it when it is needed.
 
-    Its name is in a mapping: as plain text it could be a password.
+    The function's name is in a mapping, since plain text could be a password.
     """
 
     @property

@@ -188,7 +188,7 @@ class Seconds(Kind):
 
 
 class Milliseconds(Kind):
-    """A duration in whole milliseconds, as PostgreSQL's own timeouts have it."""
+    """A duration in whole milliseconds, as in PostgreSQL's own timeouts."""
 
     zero: str
     high: int = 2**31 - 1

@@ -112,7 +112,7 @@ def _doubtful(endpoint: Endpoint) -> bool:
 class Prober:
     """Asks each DOWN endpoint at most twice a second whether it accepts sessions again.
 
-    It also asks each endpoint once that is UP and has not answered a ping.
+    It also asks once whether an UP endpoint that has not answered a ping is there.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:

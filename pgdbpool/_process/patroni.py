@@ -117,7 +117,7 @@ class Patronis:
         self._words: dict[Endpoint, tuple[float, Word]] = {}
         """The last report of each member, and when it was requested."""
         self._primaries: dict[Endpoint, float] = {}
-        """The members that report being the primary, and since when."""
+        """The members that report being the primary, and the time of their first such report."""
 
     @property
     def needed(self) -> bool:

@@ -179,7 +179,7 @@ class Pools:
         return patronis.await_writer(group, deadline, step)
 
     def _first_use(self) -> None:
-        """A group is about to be used in this process."""
+        """Prepare for the first use of a group in this process."""
         self._watch_holds()
         self._begin_publishing()
 

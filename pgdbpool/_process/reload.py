@@ -50,8 +50,8 @@ class ReloadMethods:
         `weight`, `connect_timeout`, `pass` or `pass_file` differs. The others are replaced: idle ones
         now, those in use as their blocks end.
 
-        :raises ConfigError: the configuration is not valid, or has another `type` or `runtime_dir`; the
-            error lists all problems, and nothing was changed.
+        :raises ConfigError: the configuration is not valid (the error lists all problems), or has another
+            `type` or `runtime_dir`; nothing was changed.
         :raises NotInitializedError: `init` was not called.
         """
         from .._config.load import load

@@ -486,7 +486,7 @@ class Endpoint:
 
 
 def has_everywhere(positions: Iterable[Position], endpoints: Iterable[Endpoint]) -> bool:
-    """Return whether each server that is not a primary is known to have the writes at the positions."""
+    """Return whether each server that is not a primary is known to have the writes up to the positions."""
     facts = [endpoint.facts for endpoint in endpoints if endpoint.role is not Role.PRIMARY]
     return all(
         known is not None and judge(position, known, TIMELINES) is Verdict.PASSED

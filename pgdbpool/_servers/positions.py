@@ -47,7 +47,7 @@ GUARD = f"""
             OR (lsn >= $2::pg_lsn AND timeline = ANY ($3::text[]))
             OR (NOT standby AND $3::text[] = '{{}}') AS passed
         FROM ({_FACTS}) AS facts OFFSET 0) AS guard""".encode()
-"""The query that fails unless the server has the writes at a position."""
+"""The query that fails unless the server has the writes up to a position."""
 KNOWN_GUARD = GUARD.replace(_SYSTEM.encode(), b"$1::text")
 """The same for a session whose server is known, which saves a look into the server's control file."""
 _COMMITTED = "pg_catalog.current_setting('transaction_isolation') = 'read committed'"
@@ -77,7 +77,7 @@ PAGE, SHORT_HEADER, LONG_HEADER = 8192, 24, 40
 
 
 class Verdict(enum.Enum):
-    """Whether a server has the writes at a position."""
+    """Whether a server has the writes up to a position."""
 
     PASSED = "has it"
     BEHIND = "is behind"
@@ -119,7 +119,7 @@ def written(facts: Facts) -> Position | None:
     """Return the position at which a primary's writes end; None for a standby, which has no writes.
 
     If the last record filled its page, the insert position is behind the header of the next page. A standby
-    that has replayed everything is before it.
+    that has replayed everything is before that header.
     """
     if facts.standby or facts.timeline is None:
         return None
@@ -159,7 +159,7 @@ class Timelines:
 
 
 def judge(position: Position, facts: Facts, timelines: Timelines) -> Verdict:
-    """Return whether a server has the writes at the position."""
+    """Return whether a server has the writes up to the position."""
     if position.system not in (0, facts.system):
         return Verdict.PASSED  # it is of another cluster
     if position.lsn == UNKNOWN:
@@ -181,7 +181,7 @@ def judge(position: Position, facts: Facts, timelines: Timelines) -> Verdict:
 
 
 def guard(position: Position, timelines: Timelines, facts: Facts | None) -> tuple[bytes, list[bytes | None]]:
-    """Return the command that fails unless the server has the writes at the position.
+    """Return the command that fails unless the server has the writes up to the position.
 
     :param facts: the server's facts from an earlier query in the same session.
     """

@@ -81,7 +81,7 @@ class BackgroundCall(Generic[_Answer]):
 
     @property
     def over(self) -> bool:
-        """Whether no answer is to be expected: it has come, or the thread never started."""
+        """Whether waiting is pointless: the answer has come, or the thread never started."""
         return self.answered or (not self._begun and monotonic() > self.began + BORN_WITHIN)
 
     @property

@@ -28,9 +28,9 @@ class Position(NamedTuple):
 
 
 class Token:
-    """The position at which a block's writes ended: opaque; `str` makes a text of 27 characters of it.
+    """The opaque end of a block's writes; `str` and `parse` convert it to text (27 characters) and back.
 
-    Two tokens joined with ``|`` stand for the writes of both, also if these are of different clusters.
+    Two tokens joined with ``|`` stand for the writes of both, even in different clusters.
     """
 
     __slots__ = ("positions",)

@@ -150,7 +150,7 @@ class PgDbPool:
         if _OWN_CONTEXT in request.environ:
             set_current(value)
             return
-        # Of `app.test_request_context()`, which runs in the caller's context and must leave nothing there.
+        # A request of `app.test_request_context()` runs in the caller's context and must leave nothing there.
         # Such contexts share `g` if one is inside another.
         request.environ.setdefault(_STACK, ExitStack()).enter_context(tenant(value))
 

@@ -347,7 +347,7 @@ def _breaks(table: Table, policy: Policy, settings: Sequence[str], found: Behavi
     for part, expression in (("using", policy.using), ("check", policy.check)):
         answer = found.verdict("nobody", expression)
         if isinstance(answer, Failure):
-            # Class 42 is the policy's or the role's rights' fault; another may be that of the values tried.
+            # Class 42 is the fault of the policy or the role's rights; another may be that of the values.
             severity: Severity = "warning" if answer.sqlstate.startswith("42") else "info"
             message = f"{WORDS[part]} fails for every value of {names} tried: {answer.message}"
             yield Finding(severity, "policy-fails", it, message)

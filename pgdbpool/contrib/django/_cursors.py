@@ -13,7 +13,7 @@ from . import schemas
 
 
 class Reporting:
-    """A cursor that reports its closing, and whose statements run in the then current schema."""
+    """A cursor that reports its closing, and whose statements use the schema current at their execution."""
 
     at_close: Callable[[Any], None] | None = None
     _conn: Any

@@ -1,4 +1,4 @@
-"""The backend: Django's own of PostgreSQL, with connections of a group."""
+"""The backend: Django's own for PostgreSQL, with connections from a group."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
             schemas.follow(self.connection)
         return cursor
 
-    # A transaction that was lost in an inner `atomic()` would be given up in silence by the outer one.
+    # Otherwise an outer `atomic()` would silently give up a transaction that was lost in an inner one.
 
     def _savepoint_rollback(self, sid: str) -> None:
         """Roll back to a savepoint; if the transaction is lost, its commit raises."""

@@ -1,4 +1,4 @@
-"""The dialect `postgresql+pgdbpool`: SQLAlchemy's own of psycopg, with connections of a group."""
+"""The dialect `postgresql+pgdbpool`: SQLAlchemy's own for psycopg, with connections from a group."""
 
 from __future__ import annotations
 
