@@ -98,7 +98,7 @@ class Pattern(Text):
 
 
 def twice(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield names that PostgreSQL, which ignores case, takes for another setting's name, and why."""
+    """Yield names that PostgreSQL takes for an earlier one, by their case or as a synonym, and why."""
     spellings: dict[str, str] = {}
     for name in names:
         if (first := spellings.setdefault(canonical(name), name)) != name:

@@ -45,7 +45,7 @@ def own_options(options: Mapping[str, Any]) -> set[str]:
 def named_database(settings: Mapping[str, Any]) -> str | None:
     """Return the database that a group of a configuration file uses.
 
-    :raises django.core.exceptions.ImproperlyConfigured: with the message of the configuration's error.
+    :raises django.core.exceptions.ImproperlyConfigured: the settings are not valid; says what to change.
     """
     config, group = _from_file(settings)
     return _endpoints(config, group)[0].dbname
@@ -54,7 +54,7 @@ def named_database(settings: Mapping[str, Any]) -> str | None:
 def group_of(alias: str, settings: Mapping[str, Any], timezone: str | None) -> str:
     """Return the name of the group for a database; open the pools, or add the group, if need be.
 
-    :raises django.core.exceptions.ImproperlyConfigured: with the message of the configuration's error.
+    :raises django.core.exceptions.ImproperlyConfigured: the settings are not valid; says what to change.
     """
     with Connection._lock:
         if settings["OPTIONS"].get("config") is None:

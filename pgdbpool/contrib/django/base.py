@@ -92,7 +92,7 @@ class Lent(base.DatabaseWrapper):  # type: ignore[misc]
     def find_group(self) -> str:
         """Return the name of the group, which is added if it is missing.
 
-        :raises django.core.exceptions.ImproperlyConfigured: with the message of the configuration's error.
+        :raises django.core.exceptions.ImproperlyConfigured: the settings are not valid; says what to change.
         """
         return _groups.group_of(self.alias, self.settings_dict, self.timezone_name)
 

@@ -15,8 +15,8 @@ from ..._request.tenant import tenant
 class TenantMiddleware:
     """Bind the tenant that `settings.PGDBPOOL_TENANT` returns for a request; None for none.
 
-    It is a callable that takes the request, or the dotted name of one. Place the middleware after the one
-    that the callable needs, such as Django's for authentication.
+    The setting is a callable that takes the request, or the dotted name of one. Place this middleware after
+    the one that the callable needs, such as Django's for authentication.
     """
 
     def __init__(self, get_response: Callable[[Any], Any]) -> None:

@@ -92,7 +92,7 @@ class PgDbPoolDialect(PGDialect_psycopg):
     def create_connect_args(self, url: URL) -> Any:
         """Read the URL: its host is the group.
 
-        :raises sqlalchemy.exc.ArgumentError: with the message of the configuration's error.
+        :raises sqlalchemy.exc.ArgumentError: the URL or an option is not valid; says what to set instead.
         """
         if not url.host:
             raise exc.ArgumentError(f"{url!r} names no group: write postgresql+pgdbpool://GROUP")
