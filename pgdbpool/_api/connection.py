@@ -224,8 +224,8 @@ class PoolSet(OneShots, Borrowing, ReloadMethods):
 
         It takes a round trip; a block's own token takes none, see `Handler.token`.
 
-        :raises TargetUnavailableError: the group's connection is to a standby, which has no writes: ask
-            a group whose target is `primary` or `read-write`.
+        :raises TargetUnavailableError: the group's connection is to a standby, which has no writes, or the
+            server does not report its position: ask a group whose target is `primary` or `read-write`.
         """
         found, caller = cls.group(group), sys._getframe(1)
         conn = found.checkout(Block(False, UNBOUND, (caller.f_code, caller.f_lasti)))

@@ -19,7 +19,8 @@ _NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 def schema(name: str | None) -> Iterator[None]:
     """Make a schema the current one inside the `with` block, before ``public``; None for the session's own.
 
-    :raises ValueError: the name does not consist of lower-case letters, digits and underscores.
+    :raises ValueError: the name is longer than 63 characters, begins with a digit, or has a character that is
+        not a lower-case letter, a digit or an underscore.
     """
     if name is not None and not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a schema: use small letters, digits and _")
