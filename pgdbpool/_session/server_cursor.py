@@ -45,7 +45,8 @@ class BlockServerCursor(Declared, psycopg.ServerCursor[Any]):
     @property
     def closed(self) -> bool:
         """True once the cursor was closed or its block has ended."""
-        return self._closed or not self.block.open
+        block = getattr(self, "block", None)  # psycopg also asks about a cursor that could not be made
+        return block is None or self._closed or not block.open
 
     def execute(self, query: Any, params: Any = None, **kwargs: Any) -> BlockServerCursor:
         """Declare the cursor for the query, after the preamble of the block."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -256,3 +258,17 @@ def test_preparations_due_take_their_own_round_trip(
         counts.append(proxy.round_trips)
     # A plain statement; BEGIN with the tenant, the statement, COMMIT; BEGIN with the tenant, and one COMMIT.
     assert counts == [2, 6, 4]
+
+
+def test_a_server_cursor_that_is_refused_outside_of_the_block_is_dropped_in_silence(
+    group: str, monkeypatch: Any
+) -> None:
+    unheard: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unheard.append)
+    with Handler(group) as db:
+        conn = db.connection
+        factory = conn.server_cursor_factory
+    with pytest.raises(BlockClosedError):
+        factory(conn, "refused")
+    gc.collect()
+    assert unheard == []
