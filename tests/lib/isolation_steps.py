@@ -6,7 +6,6 @@ under which tenant the server gave it. `STEPS` gives each its weight.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -110,11 +109,11 @@ class Companion:
 
     def __init__(self) -> None:
         self.violations: list[str] = []
-        self._jobs: SimpleQueue[tuple[Callable[[], None], Lock]] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Callable[[], None] | None, Lock]] = SimpleQueue()
         Thread(target=self._run, name="companion", daemon=True).start()
 
-    def begin(self, job: Callable[[], None]) -> Lock:
-        """Have a job done; return a lock that can be acquired when it is over."""
+    def begin(self, job: Callable[[], None] | None) -> Lock:
+        """Have a job done, or the thread ended; return a lock that can be acquired when it is over."""
         over = Lock()
         over.acquire()
         self._jobs.put((job, over))
@@ -122,13 +121,15 @@ class Companion:
 
     def finish(self) -> None:
         """Wait for the jobs that an interrupted block did not wait for, and end the thread."""
-        if not self.begin(sys.exit).acquire(timeout=30):
+        if not self.begin(None).acquire(timeout=30):
             self.violations.append("the other thread of a block does not end")
 
     def _run(self) -> None:
         while True:
             job, over = self._jobs.get()
             try:
+                if job is None:
+                    return
                 job()
             except Violation as violation:
                 self.violations.append(str(violation))

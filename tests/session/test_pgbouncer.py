@@ -322,7 +322,7 @@ def test_effects_that_end_with_the_transaction_pass(bouncer: Any, mode: str, gro
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_statement_has_its_time(bouncer: Any, mode: str, group: str) -> None:
     pooled = bouncer()
-    init(pooled, mode, query_timeout=50)
+    init(pooled, mode, query_timeout="50ms")
     with pytest.raises(psycopg.errors.QueryCanceled), Handler(group, tenant=A) as db:
         db.query("SELECT pg_sleep(5)")
     with pytest.raises(psycopg.errors.QueryCanceled), Handler(group) as db:

@@ -27,7 +27,9 @@ def ask(app: Any, **environ: str) -> tuple[dict[str, str], bytes]:
     """Send one request as a server does; return the headers and the body."""
     setup_testing_defaults(environ)
     found: list[Any] = []
-    body = validator(app)({**environ, "wsgi.version": (1, 0)}, lambda s, h, e=None: found.append(h))
+    body = validator(app)(
+        {"QUERY_STRING": "", **environ, "wsgi.version": (1, 0)}, lambda s, h, e=None: found.append(h)
+    )
     try:
         content = b"".join(body)
     finally:

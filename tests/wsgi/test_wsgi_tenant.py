@@ -19,7 +19,9 @@ def request(app: Any, **environ: str) -> tuple[str, bytes]:
     """Send one request as a server does: iterate over the body, then close it."""
     setup_testing_defaults(environ)
     status: list[str] = []
-    body = validator(app)({**environ, "wsgi.version": (1, 0)}, lambda s, h, e=None: status.append(s))
+    body = validator(app)(
+        {"QUERY_STRING": "", **environ, "wsgi.version": (1, 0)}, lambda s, h, e=None: status.append(s)
+    )
     try:
         content = b"".join(body)
     finally:
