@@ -109,6 +109,6 @@ def _only_reads(code: str) -> bool:
 
 
 def _without_aliases(code: str) -> str:
-    """Return the code without lists of columns that look like arguments: `COPY t (a) TO`, `AS t (a)`."""
+    """Return the code without names before lists of columns, which look like calls: `COPY t (a)`."""
     code = re.sub(r"\A(\s*COPY)\s+[\w.]+\s*\(", r"\1 (", code, flags=re.IGNORECASE)
     return re.sub(r"\bAS\s+\w+\s*\(", "AS (", code, flags=re.IGNORECASE)

@@ -20,6 +20,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import yaml
+from known import leave
 
 import pgdbpool
 from pgdbpool.cluster import Cluster, ClusterError, Node
@@ -188,6 +189,7 @@ def test_a_restart_ends_connections(known_cluster: Cluster, mode: str) -> None:
 
 def test_a_smart_stop_waits_for_clients_within_its_bound(known_cluster: Cluster) -> None:
     node = known_cluster.standbys[0]
+    leave(node)
     with node.connect(), pytest.raises(ClusterError, match=r"not down in 0\.2 s"):
         node.stop("smart", timeout=0.2)
     node.stop()
