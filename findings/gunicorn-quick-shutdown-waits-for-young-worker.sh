@@ -3,8 +3,9 @@
 #
 # Expected: a quick shutdown (SIGINT) ends within moments when no request is under way. Happens: the master tells each
 # worker once. A worker that is forked and has not set its own signal handlers yet still has the master's, which lose
-# the signal; it starts, serves, and the master waits the whole `graceful_timeout` for it and then kills it. So a stop
-# right after a worker was replaced can take that long: give a supervisor's stop more time than `graceful_timeout`.
+# the signal; it starts, serves, and the master waits the whole `graceful_timeout` for it and then kills it. A graceful
+# stop (SIGTERM) tells each worker once, too. So a stop right after a worker was replaced can take that long: give a
+# supervisor's stop more time than `graceful_timeout`.
 set -euo pipefail
 room=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; wait; rm -rf "$room"' EXIT

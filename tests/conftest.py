@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from known import VERSION_VARIABLE, restore
+from known import VERSION_VARIABLE, leave, restore
 from proxy import Proxy
 
 import pgdbpool
@@ -48,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _keep_servers_in_memory(config: pytest.Config) -> None:
     """Have temporary files but pytest's own made in memory, if there is room: servers create thousands."""
+    if "TMPDIR" in os.environ:
+        return
     if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).free < ROOM_NEEDED:
         return
     if os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:  # tests install programs, and run them
@@ -92,6 +94,8 @@ def cluster() -> Iterator[Cluster]:
     version = os.environ.get(VERSION_VARIABLE)
     with Cluster(standbys=2, version=int(version) if version else None) as shared:
         yield shared
+        for node in shared.nodes:
+            leave(node)
 
 
 @pytest.fixture
@@ -100,6 +104,8 @@ def known_cluster(cluster: Cluster) -> Cluster:
     try:
         restore(cluster)
     except (ClusterError, psycopg.Error):
+        for node in cluster.nodes:
+            leave(node)
         cluster.stop()
         cluster.start()
     return cluster

@@ -114,7 +114,7 @@ def test_an_interruption_anywhere_leaves_nothing(make: Any, seen: Any, one: Any,
     assert step > 50
 
 
-def test_an_end_that_comes_too_late_takes_nothing_from_a_later_block(request: pytest.FixtureRequest) -> None:
+def test_an_end_that_comes_too_late_takes_nothing_from_a_later_block() -> None:
     def inner() -> None:
         with pgdbpool.tenant("two"):
             pass
@@ -122,7 +122,6 @@ def test_an_end_that_comes_too_late_takes_nothing_from_a_later_block(request: py
     step, late = 1, 0
     gc.collect()
     gc.freeze()  # a collection for each step looks at what this test made alone
-    request.addfinalizer(gc.unfreeze)
     while True:
         with pgdbpool.tenant("one"):
             error = interrupted_at(step, inner)
