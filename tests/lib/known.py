@@ -102,7 +102,9 @@ def leave(node: Node) -> None:
 def _end_others(connection: psycopg.Connection[Any]) -> None:
     """End all other clients; the server's own wait for that looks every 100 ms only."""
     deadline = time.monotonic() + 5
-    while connection.execute(END_CLIENTS).fetchall() and time.monotonic() < deadline:
+    while connection.execute(END_CLIENTS).fetchall():
+        if time.monotonic() > deadline:
+            raise ClusterError("a client's session does not end")
         time.sleep(0.002)
 
 
