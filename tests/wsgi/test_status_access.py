@@ -194,6 +194,7 @@ def test_the_guards_of_a_group_are_shown_once_it_has_had_any(known_cluster: Any)
         Connection.init({"db": [server(node) for node in known_cluster.nodes], "groups": groups})
         assert "Guards" not in ask(StatusApp())[2]
         token = Connection.token("write")
+        known_cluster.primary.execute("CHECKPOINT")  # standbys get what is flushed; others may have written
         known_cluster.wait_in_sync()
         Connection.fetchval("read", "SELECT 1", after=token)
         text = ask(StatusApp())[2]
