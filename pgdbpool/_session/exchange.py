@@ -206,7 +206,7 @@ class ExchangingConnection(RequestConnection):
         return self.tell(outcomes)
 
     def _before_sending(self, commands: Sequence[Command]) -> Sequence[Command]:
-        """Refuse an unusable connection; return the commands, with a first one that has no rows."""
+        """Refuse an unusable connection; after a stream, have a first command that returns no rows."""
         if self.unusable:
             self._refuse_use()
         self.streamed = False

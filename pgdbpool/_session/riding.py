@@ -153,7 +153,7 @@ class RidingCursor(Declared, psycopg.Cursor[Any]):
         return super()._check_result_for_fetch()
 
     def _convert_query(self, query: Any, params: Any = None) -> PostgresQuery:
-        """Convert a statement as psycopg does; refuse one that cannot be sent before anything is."""
+        """Convert a statement as psycopg does; before anything is sent, refuse one that cannot be."""
         converted = self._query_cls(self._tx)
         try:
             converted.convert(query, params)

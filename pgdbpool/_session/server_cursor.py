@@ -27,7 +27,7 @@ class BlockServerCursor(Declared, psycopg.ServerCursor[Any]):
     _conn: PooledConnection
 
     def _convert_query(self, query: Any, params: Any = None) -> PostgresQuery:
-        """Convert a statement as psycopg does; refuse one that cannot be sent before anything is."""
+        """Convert a statement as psycopg does; before anything is sent, refuse one that cannot be."""
         try:
             converted = super()._convert_query(query, params)
         except TypeError as error:
