@@ -94,8 +94,7 @@ def cluster() -> Iterator[Cluster]:
     version = os.environ.get(VERSION_VARIABLE)
     with Cluster(standbys=2, version=int(version) if version else None) as shared:
         yield shared
-        for node in shared.nodes:
-            leave(node)
+        leave(*shared.nodes)
 
 
 @pytest.fixture
@@ -104,8 +103,7 @@ def known_cluster(cluster: Cluster) -> Cluster:
     try:
         restore(cluster)
     except (ClusterError, psycopg.Error):
-        for node in cluster.nodes:
-            leave(node)
+        leave(*cluster.nodes)
         cluster.stop()
         cluster.start()
     return cluster

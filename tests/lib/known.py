@@ -80,23 +80,20 @@ def _without_clients(node: Node) -> psycopg.Connection[Any]:
 def _session(node: Node) -> psycopg.Connection[Any]:
     """Return our session on a server, a new one if a test has ended it, after the end of all others."""
     # First, since what these hold locked could not be dropped, nor its end be replayed on a standby.
-    if (connection := _kept.pop(node, None)) is not None:
-        try:
-            _end_others(connection)
-        except psycopg.OperationalError:
+    try:
+        _end_others(_kept[node])
+    except (KeyError, psycopg.OperationalError):
+        leave(node)
+        _kept[node] = node.connect()
+        _end_others(_kept[node])
+    return _kept[node]
+
+
+def leave(*nodes: Node) -> None:
+    """Close our sessions, for a test that must be a server's only client, or before the servers end."""
+    for node in nodes:
+        if (connection := _kept.pop(node, None)) is not None:
             connection.close()
-            connection = None
-    if connection is None:
-        connection = node.connect()
-        _end_others(connection)
-    _kept[node] = connection
-    return connection
-
-
-def leave(node: Node) -> None:
-    """Close our session, for a test that must be the server's only client."""
-    if (connection := _kept.pop(node, None)) is not None:
-        connection.close()
 
 
 def _end_others(connection: psycopg.Connection[Any]) -> None:
