@@ -105,13 +105,19 @@ class Server:
         return re.search(r"(Listening at: http://|bound to TCP address )127.0.0.1:(?P<port>\d+)", text)
 
     def ask(self, sleep: float = 0.0, timeout: float = 20.0) -> Answer:
-        """Send a request with a token of its own."""
+        """Send a request with its own token; return the answer once the server has ended the connection.
+
+        gunicorn's main thread does that with threads, and so it has handed out all earlier requests. A signal
+        for a quick shutdown that comes while it hands one out can stop that thread for good.
+        """
         token = f"token-{next(self.tokens)}"
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             connection.request("GET", f"/?token={token}" + (f"&sleep={sleep}" if sleep else ""))
-            response = connection.getresponse()
-            body = response.read()
+            with connection.sock.dup() as connected:
+                response = connection.getresponse()
+                body = response.read()
+                connected.recv(1)
             if response.status != 200:
                 return Answer(token, error=f"status {response.status}")
             found = json.loads(body)
@@ -377,6 +383,7 @@ def test_the_hooks_cancel_statements_in_all_threads_of_a_worker(
     for _ in range(3):
         server.later(sleep=50)
     wait_for(lambda: len(sleeping(admin)) == 3)
+    assert server.ask().answered
     began = time.monotonic()
     os.kill(worker, number)
     assert gone_after(admin, began, f"{signal.Signals(number).name} of a {arguments[1]} worker") < 15
